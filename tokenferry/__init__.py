@@ -1,0 +1,43 @@
+"""tokenferry: expert-parallel dispatch and combine for Mixture-of-Experts models, in Python."""
+
+from tokenferry.buffer import Buffer
+from tokenferry.config import Config
+from tokenferry.errors import (
+    ArgumentError,
+    BufferStateError,
+    CapacityError,
+    HeapError,
+    MismatchError,
+    PeerError,
+    PeerLostError,
+    PeerTimeoutError,
+    StepBackError,
+    TokenferryError,
+)
+from tokenferry.events import EventHandle, EventOverlap
+from tokenferry.handles import DispatchHandle
+from tokenferry.modes.intranode import topk_idx_t
+from tokenferry.topology import Topology
+from tokenferry.version import __version__
+
+
+__all__ = [
+    "ArgumentError",
+    "Buffer",
+    "BufferStateError",
+    "CapacityError",
+    "Config",
+    "DispatchHandle",
+    "EventHandle",
+    "EventOverlap",
+    "HeapError",
+    "MismatchError",
+    "PeerError",
+    "PeerLostError",
+    "PeerTimeoutError",
+    "StepBackError",
+    "TokenferryError",
+    "Topology",
+    "__version__",
+    "topk_idx_t",
+]

@@ -1,0 +1,470 @@
+"""Buffer: the public face of tokenferry. Checks the life cycle and events, picks the mode, moves no data."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.config import (
+    ALIGNMENT,
+    Config,
+    check_config,
+    combine_preset,
+    dispatch_preset,
+    low_latency_size_hint,
+)
+from tokenferry.errors import ArgumentError, BufferStateError, TokenferryError
+from tokenferry.events import EventHandle, EventOverlap
+from tokenferry.handles import DispatchHandle
+from tokenferry.modes import intranode
+from tokenferry.modes.intranode import Party
+from tokenferry.rendezvous import Rendezvous, meet
+from tokenferry.runtime import Runtime
+from tokenferry.topology import Topology, node_key
+from tokenferry.validation import check_int, require
+
+logger = logging.getLogger("tokenferry")
+
+TIMEOUT_VARIABLE = "TOKENFERRY_TIMEOUT"
+DEFAULT_TIMEOUT = 100.0
+"""Seconds."""
+
+_Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+_noted: set[str] = set()
+
+
+class Buffer:
+    """The expert-parallel communication buffer of one rank: dispatch and combine among the ranks of a group.
+
+    Construction is collective over ``group``: every rank must construct. Every operation is collective too: all
+    ranks call the same operations in the same order; ranks without tokens take part with zero rows.
+
+    Args:
+        group: a ``torch.distributed`` process group of any backend; used only to construct.
+        num_nvl_bytes: ceiling, in bytes, for the memory through which rows travel inside a node; a multiple of
+            128. A hint: smaller is slower, never wrong. 0 means 32 MB.
+        num_rdma_bytes: bytes for the paths between nodes and for low latency; a multiple of 128. Without meaning
+            inside one node.
+        low_latency_mode: accepted, for programs that use one Buffer for both modes.
+        num_qps_per_rank: accepted, without meaning here; a float is fine.
+        allow_nvlink_for_low_latency_mode: accepted, without meaning here.
+        allow_mnnvl: accepted, without meaning here.
+        explicitly_destroy: accepted; :meth:`destroy` may always be called, and need not be.
+        use_fabric: accepted, without meaning here.
+        allow_nvlink_for_normal_mode: accepted, without meaning here.
+        enable_shrink: accepted, without meaning here.
+        comm: an mpi4py communicator, used where ``group`` is None.
+        timeout: seconds to wait for a peer that makes no progress; by default the environment variable
+            ``TOKENFERRY_TIMEOUT``, else 100.
+        node: name of the node this rank is on; by default found as :func:`tokenferry.topology.node_key` says.
+
+    Raises:
+        ArgumentError: an argument is not allowed.
+        TokenferryError: the ranks are on several nodes, or shared memory is not to be had on some rank. Raised
+            on every rank.
+    """
+
+    num_sms: ClassVar[int] = 20
+    """SMs of the presets; see :meth:`set_num_sms`."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: float = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        *,
+        explicitly_destroy: bool = False,
+        use_fabric: bool = False,
+        allow_nvlink_for_normal_mode: bool = True,
+        enable_shrink: bool = False,
+        comm: Any | None = None,
+        timeout: float | None = None,
+        node: str | int | None = None,
+    ) -> None:
+        self.runtime: Runtime | None = None
+        num_nvl_bytes = check_int("num_nvl_bytes", num_nvl_bytes, minimum=0, multiple_of=ALIGNMENT)
+        num_rdma_bytes = check_int("num_rdma_bytes", num_rdma_bytes, minimum=0, multiple_of=ALIGNMENT)
+        seconds = _timeout_seconds(timeout)
+        _note_ignored(
+            num_rdma_bytes=num_rdma_bytes != 0,
+            low_latency_mode=low_latency_mode,
+            num_qps_per_rank=num_qps_per_rank != 24,
+            allow_nvlink_for_low_latency_mode=not allow_nvlink_for_low_latency_mode,
+            allow_mnnvl=allow_mnnvl,
+            use_fabric=use_fabric,
+            allow_nvlink_for_normal_mode=not allow_nvlink_for_normal_mode,
+            enable_shrink=enable_shrink,
+        )
+        rendezvous = meet(group, comm)
+        self.rank = rendezvous.rank
+        self.group_size = rendezvous.num_ranks
+        self.group = group if group is not None else comm
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
+        self.runtime = _construct_runtime(rendezvous, num_nvl_bytes, seconds, node)
+        logger.info(
+            "Buffer of rank %d of %d: CPU shared memory, stage up to %d bytes, timeout %g s",
+            self.rank,
+            self.group_size,
+            num_nvl_bytes,
+            seconds,
+        )
+
+    # Life cycle.
+
+    def destroy(self) -> None:
+        """Let go of the Buffer's memory. Local: no peer is waited for, none is harmed. May be called again."""
+        runtime, self.runtime = getattr(self, "runtime", None), None
+        if runtime is not None:
+            runtime.destroy()
+
+    def is_available(self) -> bool:
+        """Whether operations can run: constructed, not destroyed, no operation failed."""
+        return self.runtime is not None and self.runtime.is_available()
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.destroy()
+
+    @property
+    def topology(self) -> Topology:
+        """Where the ranks of the group are.
+
+        Raises:
+            BufferStateError: the Buffer was destroyed.
+        """
+        topology = self._live_runtime().topology
+        assert topology is not None
+        return topology
+
+    def _live_runtime(self) -> Runtime:
+        if self.runtime is None:
+            raise BufferStateError("the Buffer was destroyed")
+        return self.runtime
+
+    # Class-wide settings.
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether FP8 rows can be moved; always True here."""
+        return True
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Set the SM count of the presets of all Buffers.
+
+        Args:
+            new_num_sms: an even number.
+        """
+        Buffer.num_sms = check_int("new_num_sms", new_num_sms, minimum=0, multiple_of=2)
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event at the current point of the current stream."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """The preset for dispatch among ``num_ranks`` ranks, any number of them."""
+        return dispatch_preset(num_ranks, Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """The preset for combine among ``num_ranks`` ranks, any number of them."""
+        return combine_preset(num_ranks, Buffer.num_sms)
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes for ``num_rdma_bytes`` in low-latency mode; see :func:`tokenferry.config.low_latency_size_hint`."""
+        return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+
+    # Streams and memory.
+
+    def get_comm_stream(self) -> torch.cpu.Stream:
+        """The stream that operations run on; CPU ranks have a single one."""
+        self._live_runtime()
+        return torch.cpu.current_stream()
+
+    def get_local_buffer_tensor(
+        self,
+        dtype: torch.dtype,
+        size: torch.Size | None = None,
+        offset: int = 0,
+        use_rdma_buffer: bool = False,
+    ) -> torch.Tensor:
+        """A tensor over this rank's own stage.
+
+        Args:
+            dtype: of the tensor.
+            size: shape; by default all that is left behind ``offset``, in one dimension.
+            offset: in bytes, a multiple of the element size.
+            use_rdma_buffer: not available inside one node without the low-latency mode.
+
+        Returns:
+            The tensor. Operations write to the same memory: use it only while none runs on any rank.
+
+        Raises:
+            ArgumentError: the tensor does not fit into ``num_nvl_bytes``.
+        """
+        runtime = self._live_runtime()
+        require(not use_rdma_buffer, "use_rdma_buffer", use_rdma_buffer, "False: this Buffer has no such memory")
+        offset = check_int("offset", offset, minimum=0, multiple_of=dtype.itemsize)
+        left = max(0, self.num_nvl_bytes - offset)
+        count = left // dtype.itemsize if size is None else torch.Size(size).numel()
+        fits = offset + count * dtype.itemsize <= self.num_nvl_bytes
+        require(fits, "size", f"{count} elements at byte {offset}", f"what fits {self.num_nvl_bytes} bytes")
+        flat = runtime.local_stage(offset + count * dtype.itemsize)[offset:].view(dtype)
+        return flat if size is None else flat.view(size)
+
+    # High throughput.
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: torch.Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
+        """Count what a dispatch of these choices would send. No communication.
+
+        Args:
+            topk_idx: int64 [T, K], contiguous: expert ids from 0 to ``num_experts - 1``, or -1 for no choice.
+            num_experts: experts of all ranks, a multiple of the ranks; expert e lives on rank e // (E / R).
+            previous_event: wait for this event instead of the current stream.
+            async_finish: return an event instead of making the current stream wait.
+            allocate_on_comm_stream: needs ``previous_event`` with an event, and ``async_finish``.
+
+        Returns:
+            ``num_tokens_per_rank`` int32 [R], ``num_tokens_per_rdma_rank`` (None inside a node),
+            ``num_tokens_per_expert`` int32 [E] (duplicates count), ``is_token_in_rank`` bool [T, R], and the event.
+
+        Raises:
+            ArgumentError: an argument is not allowed.
+        """
+        party = self._begin(previous_event, async_finish, allocate_on_comm_stream)
+        result = intranode.layout(party, topk_idx, num_experts)
+        return (
+            result.num_tokens_per_rank,
+            None,
+            result.num_tokens_per_expert,
+            result.is_token_in_rank,
+            _event(async_finish),
+        )
+
+    def dispatch(
+        self,
+        x: _Rows,
+        handle: tuple[torch.Tensor, ...] | None = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[
+        _Rows,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        list[int] | None,
+        DispatchHandle | None,
+        EventOverlap,
+    ]:
+        """Send every token once to every rank that holds one of its experts.
+
+        Args:
+            x: [T, H] of any real dtype with rows of a multiple of 16 bytes, or a tuple of one-byte data [T, H] and
+                scales [T, S], float32 or int32, of any strides.
+            handle: of an earlier dispatch: sends ``x`` along the same routes, without new counts. Excludes
+                ``topk_idx`` and ``topk_weights``; the count arguments are not looked at.
+            num_tokens_per_rank: int32 [R], from :meth:`get_dispatch_layout`.
+            num_tokens_per_rdma_rank: not looked at inside a node.
+            is_token_in_rank: bool [T, R], from :meth:`get_dispatch_layout`.
+            num_tokens_per_expert: int32 [E], from :meth:`get_dispatch_layout`.
+            topk_idx: int64 [T, K], K <= 32, contiguous; together with ``topk_weights`` or not at all.
+            topk_weights: float32 [T, K].
+            expert_alignment: round each entry of the returned list up to a multiple of this.
+            num_worst_tokens: give the outputs exactly this many rows, and return an empty list. Needs top-k: rows
+                past the last received one have ``recv_topk_idx`` -1 and weight 0, their ``recv_x`` is not set.
+            config: tuning; results never depend on it.
+            previous_event: as in :meth:`get_dispatch_layout`.
+            async_finish: as in :meth:`get_dispatch_layout`.
+            allocate_on_comm_stream: as in :meth:`get_dispatch_layout`.
+
+        Returns:
+            ``recv_x`` [M, H] (or the tuple, scales contiguous), rows ordered by (source rank, source token);
+            ``recv_topk_idx`` [M, K], local expert ids or -1; ``recv_topk_weights`` [M, K], 0 where the id is -1;
+            the list of (token, choice) pairs for each local expert; the handle; the event. With a handle
+            everything between ``recv_x`` and the event is None.
+
+        Raises:
+            ArgumentError: an argument is not allowed; no peer was touched.
+            MismatchError: ranks called different operations or disagree on shapes; raised on every rank.
+            CapacityError: ``num_worst_tokens`` is too small on some rank; raised on every rank.
+            PeerTimeoutError, PeerLostError: ranks did not take part.
+        """
+        check_config(config, Buffer.get_dispatch_config(self.group_size))
+        party = self._begin(previous_event, async_finish, allocate_on_comm_stream)
+        if handle is not None:
+            for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+                require(value is None, name, "a tensor beside handle", "None: the handle has the routes already")
+            require(num_worst_tokens == 0, "num_worst_tokens", num_worst_tokens, "0 beside handle")
+            received = intranode.cached_dispatch(party, x, handle)
+        else:
+            received = intranode.dispatch(
+                party,
+                x,
+                num_tokens_per_rank,
+                is_token_in_rank,
+                num_tokens_per_expert,
+                topk_idx,
+                topk_weights,
+                expert_alignment,
+                num_worst_tokens,
+            )
+        rows: _Rows = received.x if received.scales is None else (received.x, received.scales)
+        return (
+            rows,
+            received.topk_idx,
+            received.topk_weights,
+            received.num_per_expert,
+            received.handle,
+            _event(async_finish),
+        )
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: tuple[torch.Tensor, ...],
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Send the rows back and sum, for every token, those of the ranks that had it. No weights are applied.
+
+        Args:
+            x: [M, H] in bfloat16, float16, float32 or float64, rows as dispatch returned them.
+            handle: of the dispatch.
+            topk_weights: float32 [M, K], summed the same way.
+            bias: None, one tensor or a tuple of two, each [T, H] of x's dtype, added first.
+            config: tuning; results never depend on it.
+            previous_event: as in :meth:`get_dispatch_layout`.
+            async_finish: as in :meth:`get_dispatch_layout`.
+            allocate_on_comm_stream: as in :meth:`get_dispatch_layout`.
+
+        Returns:
+            ``combined_x`` [T, H] of x's dtype: ``bias_0 + bias_1 + sum over ranks, ascending``, in float32 (float64
+            for float64) with one rounding; ``combined_topk_weights`` float32 [T, K] or None; the event.
+
+        Raises:
+            ArgumentError: an argument is not allowed; no peer was touched.
+            MismatchError: ranks called different operations or disagree on shapes; raised on every rank.
+            PeerTimeoutError, PeerLostError: ranks did not take part.
+        """
+        check_config(config, Buffer.get_combine_config(self.group_size))
+        party = self._begin(previous_event, async_finish, allocate_on_comm_stream)
+        combined, weights = intranode.combine(party, x, handle, topk_weights, bias)
+        return combined, weights, _event(async_finish)
+
+    @staticmethod
+    def _unpack_bias(bias: object) -> tuple[object, object]:
+        return intranode.unpack_bias(bias)
+
+    def _begin(self, previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> Party:
+        """Check the life cycle and the event arguments; make the work ahead wait for ``previous_event``."""
+        party = self._live_runtime().party()
+        if previous_event is not None and not isinstance(previous_event, EventOverlap):
+            raise ArgumentError("previous_event", type(previous_event).__name__, "an EventOverlap or None")
+        event = None if previous_event is None else previous_event.event
+        if allocate_on_comm_stream:
+            require(
+                event is not None, "allocate_on_comm_stream", "True without a previous_event", "one that has an event"
+            )
+            require(async_finish, "allocate_on_comm_stream", "True without async_finish", "async_finish=True with it")
+        if event is not None:
+            event.current_stream_wait()
+        return party
+
+
+def _event(async_finish: bool) -> EventOverlap:
+    return EventOverlap(EventHandle() if async_finish else None)
+
+
+def _timeout_seconds(timeout: float | None) -> float:
+    name, given = "timeout", timeout if timeout is not None else os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
+    if timeout is None:
+        name = TIMEOUT_VARIABLE
+    try:
+        seconds = float(given)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    require(seconds > 0, name, repr(given), "a number of seconds above 0")
+    return seconds
+
+
+def _note_ignored(**is_set: bool) -> None:
+    for name, given in is_set.items():
+        if given and name not in _noted:
+            _noted.add(name)
+            logger.info("%s has no meaning for CPU ranks inside one node and is ignored", name)
+
+
+def _construct_runtime(rendezvous: Rendezvous, num_nvl_bytes: int, timeout: float, node: str | int | None) -> Runtime:
+    """Create, exchange and open the heaps; if that fails on one rank, it fails on all."""
+    runtime: Runtime | None = None
+    handle, failure = bytearray(), ""
+    try:
+        runtime = Runtime(rendezvous.rank, rendezvous.num_ranks, num_nvl_bytes, timeout)
+        handle = runtime.get_local_ipc_handle()
+    except TokenferryError as error:
+        failure = str(error)
+    try:
+        offers = rendezvous.all_gather((node_key(node), bytes(handle), failure))
+        _raise_any_failure([offer[2] for offer in offers])
+        assert runtime is not None
+        try:
+            runtime.sync([offer[0] for offer in offers], [offer[1] for offer in offers])
+        except TokenferryError as error:
+            failure = str(error)
+        _raise_any_failure(rendezvous.all_gather(failure))
+        runtime.hide()
+    except BaseException:
+        if runtime is not None:
+            runtime.destroy()
+        raise
+    return runtime
+
+
+def _raise_any_failure(failures: list[str]) -> None:
+    failed = {rank: reason for rank, reason in enumerate(failures) if reason}
+    if failed:
+        listed = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items())
+        raise TokenferryError(f"the Buffer cannot be constructed: {listed}")

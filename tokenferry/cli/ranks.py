@@ -1,0 +1,151 @@
+"""Ranks on this machine: processes with a Gloo group between them, started once and given work any number of times."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_GRACE_SECONDS = 5.0
+
+
+class RankError(RuntimeError):
+    """A function raised on a rank, or the rank ended.
+
+    Attributes:
+        rank: the first rank that failed.
+    """
+
+    def __init__(self, rank: int, details: str) -> None:
+        super().__init__(f"rank {rank} failed:\n{details}")
+        self.rank = rank
+
+
+class RankPool:
+    """Processes 0 .. ``num_ranks - 1`` of this machine, in one Gloo group (``dist.group.WORLD`` in each).
+
+    A context manager; leaving it, also by Ctrl-C, ends the processes.
+
+    Args:
+        num_ranks: number of processes.
+        num_threads: torch threads in each; by default the cores are shared out.
+    """
+
+    def __init__(self, num_ranks: int, num_threads: int | None = None) -> None:
+        self.num_ranks = num_ranks
+        threads = num_threads or max(1, (os.cpu_count() or 1) // num_ranks)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "tokenferry"])
+        self._directory = tempfile.TemporaryDirectory(prefix="tokenferry-")
+        store = str(Path(self._directory.name) / "store")
+        self._connections: list[Connection] = []
+        self.processes = []
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, num_ranks, threads, store, theirs), daemon=True, name=f"rank-{rank}"
+            )
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``function(rank, num_ranks, *args)`` on every rank.
+
+        Args:
+            function: a module-level function.
+            args: picklable values.
+
+        Returns:
+            What the ranks returned, by rank.
+
+        Raises:
+            RankError: it raised on a rank, or a rank ended.
+        """
+        for connection in self._connections:
+            connection.send((function, args))
+        waiting = {connection: rank for rank, connection in enumerate(self._connections)}
+        results: list[Any] = [None] * self.num_ranks
+        failures: dict[int, str] = {}
+        while waiting:
+            for ready in multiprocessing.connection.wait(list(waiting)):
+                assert isinstance(ready, Connection)
+                rank = waiting.pop(ready)
+                try:
+                    succeeded, value = ready.recv()
+                except (EOFError, ConnectionError):
+                    self.processes[rank].join(_GRACE_SECONDS)
+                    succeeded, value = False, f"the process ended with code {self.processes[rank].exitcode}"
+                if succeeded:
+                    results[rank] = value
+                else:
+                    failures[rank] = value
+        if failures:
+            rank = min(failures)
+            raise RankError(rank, "\n".join(failures.values()))
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        for connection in self._connections:
+            connection.close()
+        for process in self.processes:
+            process.join(_GRACE_SECONDS if process.exitcode is None else 0)
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._directory.cleanup()
+
+    def stop(self) -> None:
+        """End the processes without waiting for what they do."""
+        for process in self.processes:
+            process.terminate()
+        self.close()
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.stop()
+
+
+def _serve(rank: int, num_ranks: int, num_threads: int, store: str, connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops everyone
+    signal.signal(signal.SIGTERM, _leave)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    torch.set_num_threads(num_threads)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    while True:
+        try:
+            function, args = connection.recv()
+        except (EOFError, ConnectionError):
+            break
+        try:
+            answer = (True, function(rank, num_ranks, *args))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
+    dist.destroy_process_group()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

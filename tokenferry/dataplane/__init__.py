@@ -1,0 +1,107 @@
+"""What moves bytes. One module (or package) per device, the same names in each; no process groups here.
+
+Legend of dims: T tokens of this rank, R ranks, E experts, K choices, M received rows, W bytes of one column.
+
+A *column* is one kind of payload that travels with a token: its hidden row, its scales, its top-k ids, its
+weights. Dispatch moves columns as opaque bytes; combine sums them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Layout(NamedTuple):
+    """Result of :meth:`DataPlane.layout`."""
+
+    num_tokens_per_rank: torch.Tensor
+    """int32 [R]."""
+    num_tokens_per_expert: torch.Tensor
+    """int32 [E]."""
+    is_token_in_rank: torch.Tensor
+    """bool [T, R]."""
+
+
+class Signature(NamedTuple):
+    """What all ranks must agree on before an operation moves a byte."""
+
+    operation: int
+    dtype: int
+    row_bytes: int
+    num_topk: int
+    num_experts: int
+    scale_bytes: int
+    scale_dtype: int
+    handle: int
+    """Checksum of the handle's rank_prefix_matrix; 0 without a handle."""
+
+
+class SendPlan(NamedTuple):
+    """What a rank brings to a dispatch."""
+
+    columns: Sequence[torch.Tensor]
+    """uint8 [T, W], contiguous: the rows, then the other payloads."""
+    is_token_in_rank: torch.Tensor
+    """bool [T, R]."""
+    num_tokens_per_expert: torch.Tensor
+    """int32 [E]; [0] if the counts are known from a handle."""
+    num_worst_tokens: int
+    """Rows of the outputs if the caller fixed them, else 0."""
+
+
+class DispatchExchange(Protocol):
+    """A dispatch in progress: all ranks have agreed, rows have not moved yet."""
+
+    rank_prefix_matrix: torch.Tensor
+    """int32 [R, R], inclusive down the source axis."""
+    num_received_per_expert: list[int]
+    """(token, choice) pairs for each local expert; empty if num_tokens_per_expert was."""
+    send_head: torch.Tensor
+    """int32 [T, R]; position of a token among those for the rank, or -1."""
+
+    def pull(self, columns: Sequence[torch.Tensor], recv_src_idx: torch.Tensor) -> None:
+        """Fill the outputs: uint8 [M, W] for every column, and int32 [M]."""
+
+
+class ReducePlan(NamedTuple):
+    """What a rank brings to a combine. Rows of x are ordered by (source rank, source token)."""
+
+    columns: Sequence[torch.Tensor]
+    """[at least M, width], contiguous, floating: the rows, then the weights."""
+    biases: Sequence[torch.Tensor]
+    """[T, width of column 0]; added to column 0 before any row."""
+    rank_prefix_matrix: torch.Tensor
+    """int32 [R, R]."""
+    recv_src_idx: torch.Tensor
+    """int32 [at least M]."""
+    is_token_in_rank: torch.Tensor
+    """bool [T, R]."""
+
+
+class DataPlane(Protocol):
+    """The operations of one device, over the heap it was made with."""
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
+        """Counts and membership of int64 [T, K] expert ids (-1: no choice). No communication."""
+
+    def dispatch(self, signature: Signature, plan: SendPlan) -> AbstractContextManager[DispatchExchange]:
+        """Publish the rows and agree on the counts; the caller allocates and calls ``pull`` inside."""
+
+    def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
+        """Publish the rows and write, for every column, the sums over ranks, [T, width].
+
+        Accumulation is in float32 (float64 for float64 columns), biases first, then ranks ascending,
+        with one rounding at the end.
+        """
+
+    def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised output tensor [num_rows, width]."""
+
+    def localise(
+        self, topk_idx: torch.Tensor, topk_weights: torch.Tensor, first_expert: int, num_local_experts: int
+    ) -> None:
+        """Turn global expert ids into local ones in place: -1, with weight 0, where the expert is not local."""

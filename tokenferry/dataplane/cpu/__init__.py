@@ -1,0 +1,73 @@
+"""The data plane of CPU ranks: whole-row copies between tensors and the stages of the ranks, in torch.
+
+Both operations stage their rows, publish them as one or more messages on the heap's ring, and read those of the
+peers while their own are being read (``exchange.py``). The first message of an operation also carries its
+signature, so that all ranks agree, or all step back, before any output is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from tokenferry.dataplane import DispatchExchange, Layout, ReducePlan, SendPlan, Signature
+from tokenferry.dataplane.cpu.combine import Combine
+from tokenferry.dataplane.cpu.dispatch import Dispatch
+from tokenferry.dataplane.cpu.pages import advise_huge_pages
+from tokenferry.memory.heap import Heap
+
+_CPU = torch.device("cpu")
+
+
+class CpuDataPlane:
+    """The operations of CPU ranks over a heap in shared memory; see :class:`tokenferry.dataplane.DataPlane`."""
+
+    def __init__(self, heap: Heap) -> None:
+        self.heap = heap
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
+        """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
+        num_ranks = self.heap.num_ranks
+        per_rank = num_experts // num_ranks
+        absent = topk_idx < 0
+        member = torch.zeros(topk_idx.size(0), num_ranks + 1, dtype=torch.bool, device=_CPU)
+        rank_of = topk_idx.div(per_rank, rounding_mode="floor").masked_fill_(absent, num_ranks)
+        member.scatter_(1, rank_of, True)
+        member = member[:, :num_ranks].contiguous()
+        return Layout(
+            num_tokens_per_rank=member.sum(0, dtype=torch.int32),
+            num_tokens_per_expert=torch.bincount(topk_idx[~absent], minlength=num_experts).to(torch.int32),
+            is_token_in_rank=member,
+        )
+
+    @contextmanager
+    def dispatch(self, signature: Signature, plan: SendPlan) -> Iterator[DispatchExchange]:
+        """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
+        with self.heap.operation("dispatch") as operation:
+            exchange = Dispatch(self.heap, operation, signature, plan)
+            exchange.agree()
+            yield exchange
+
+    def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
+        with self.heap.operation("combine") as operation:
+            exchange = Combine(self.heap, operation, signature, plan, outs)
+            exchange.agree()
+            exchange.pull_reduce()
+
+    def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`tokenferry.dataplane.DataPlane.empty_rows`."""
+        rows = torch.empty((num_rows, width), dtype=dtype, device=_CPU)
+        advise_huge_pages(rows)
+        return rows
+
+    def localise(
+        self, topk_idx: torch.Tensor, topk_weights: torch.Tensor, first_expert: int, num_local_experts: int
+    ) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.localise`."""
+        topk_idx.sub_(first_expert)
+        elsewhere = (topk_idx < 0) | (topk_idx >= num_local_experts)
+        topk_idx.masked_fill_(elsewhere, -1)
+        topk_weights.masked_fill_(elsewhere, 0.0)

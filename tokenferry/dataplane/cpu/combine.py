@@ -1,0 +1,171 @@
+"""Combine on CPU ranks.
+
+Rows of x on rank r are ordered by (source rank, source token). In each round r stages, for every source s, its rows
+of tokens below a bound that it chooses, s after s. The source sums, over the range of tokens that every rank has
+published, ranks ascending, and releases the messages that are used up::
+
+    published by r=1  |---- tokens 0..511 ----|------- 512..1023 -------|
+    published by r=2  |-------- 0..767 ---------------|
+    summed            |          now          | then  |
+
+The bounds of all ranks lie on one axis, the source token index. A reader waits only for the owner with the lowest
+bound, an owner only for readers below its own bound: a circle of waits would need a bound below itself.
+
+Legend of dims: T tokens of this rank, R ranks, M rows of x, H elements of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from tokenferry.dataplane import ReducePlan, Signature
+from tokenferry.dataplane.cpu.exchange import Exchange, offsets, rows_of
+from tokenferry.errors import HeapError
+from tokenferry.memory.heap import Heap, Operation
+
+_CPU = torch.device("cpu")
+_BLOCK_BYTES = 1 << 19
+"""Size of the float accumulator: it stays in the core's cache."""
+_NO_BOUND = 1 << 62
+
+
+class Combine(Exchange):
+    """One combine of one rank."""
+
+    def __init__(
+        self,
+        heap: Heap,
+        operation: Operation,
+        signature: Signature,
+        plan: ReducePlan,
+        outs: Sequence[torch.Tensor],
+    ) -> None:
+        super().__init__(heap, operation, signature)
+        self._plan = plan
+        self._outs = outs
+        self._bytes = [column.view(torch.uint8) for column in plan.columns]
+        ends = plan.rank_prefix_matrix[:, self.rank].tolist()
+        self._starts = [0, *ends[:-1]]
+        self._ends = ends
+        member = plan.is_token_in_rank
+        self._num_tokens = member.size(0)
+        self._tokens = [member[:, rank].nonzero().flatten() for rank in range(self.num_ranks)]
+        self._done_tokens = 0
+        self._rows_before = [0] * self.num_ranks
+        self._plan_rounds()
+
+    def _plan_rounds(self) -> None:
+        sources = [self._plan.recv_src_idx[self._starts[s] : self._ends[s]] for s in range(self.num_ranks)]
+        num_remote = sum(len(sources[peer]) for peer in self.peers)
+        row_bytes = sum(column.size(1) for column in self._bytes)
+        fixed_bytes = 128 * len(self._bytes)
+        room = self.message_room(fixed_bytes + num_remote * row_bytes, fixed_bytes + row_bytes * len(self.peers))
+        most_rows = max(1, (room - fixed_bytes) // row_bytes)
+        self._bounds = [_NO_BOUND]
+        if num_remote > most_rows:
+            tokens = torch.cat([sources[peer] for peer in self.peers])
+            rows_up_to = torch.bincount(tokens).cumsum(0)
+            self._bounds = []
+            done = 0
+            while done + most_rows < num_remote:
+                bound = int(torch.searchsorted(rows_up_to, done + most_rows, right=True))
+                self._bounds.append(bound)
+                done = int(rows_up_to[bound - 1])
+            self._bounds.append(_NO_BOUND)
+        self.num_rounds = len(self._bounds)
+        edges = torch.tensor(self._bounds, dtype=torch.int64, device=_CPU)
+        self._cuts = [[0, *torch.searchsorted(source.long(), edges).tolist()] for source in sources]
+
+    def stage_round(self, this: int) -> bool:
+        """See :meth:`Exchange.stage_round`."""
+        counts = {peer: self._cuts[peer][this + 1] - self._cuts[peer][this] for peer in self.peers}
+        num_rows = sum(counts.values())
+        sections = offsets([num_rows * column.size(1) for column in self._bytes])
+        offset = self.heap.try_reserve(sections[-1])
+        if offset is None:
+            return False
+        payload = self.heap.stage_view(self.rank, offset, sections[-1])
+        ranges: dict[int, tuple[int, int]] = {}
+        row = 0
+        for peer, count in counts.items():
+            first = self._starts[peer] + self._cuts[peer][this]
+            for column, section in zip(self._bytes, sections[:-1], strict=True):
+                staged = rows_of(payload, section, num_rows, column.size(1))
+                staged[row : row + count].copy_(column[first : first + count])
+            ranges[peer] = (row, count)
+            row += count
+        self.publish(offset, sections[-1], num_rows=num_rows, ranges=ranges, bound=self._bounds[this])
+        return True
+
+    def pull_reduce(self) -> None:
+        """Send what remains and write the outputs."""
+        self.drive()
+        self._reduce_up_to(self._num_tokens)
+
+    def read(self) -> bool:
+        """See :meth:`Exchange.read`."""
+        if self.is_finished_reading() or self.is_waiting_for_peers():
+            return False
+        end = min([self._num_tokens, *(head.bound for head in self.heads.values())])
+        self._reduce_up_to(end)
+        for peer in sorted(self.heads):
+            head = self.heads[peer]
+            if min(head.bound, self._num_tokens) <= end:
+                self._rows_before[peer] += head.length
+                self.release(peer)
+        return True
+
+    def _reduce_up_to(self, end: int) -> None:
+        """Sum the rows of the tokens from where the last call ended up to ``end``."""
+        start, self._done_tokens = self._done_tokens, end
+        if start == end:
+            return
+        for index, out in enumerate(self._outs):
+            biases = self._plan.biases if index == 0 else ()
+            rows = [self._rows(rank, index) for rank in range(self.num_ranks)]
+            self._reduce_column(rows, biases, out, start, end)
+
+    def _rows(self, rank: int, index: int) -> torch.Tensor:
+        """The rows at hand of one column: those of the rank's current message, or of the own tensor."""
+        column = self._plan.columns[index]
+        if rank == self.rank:
+            return column[self._starts[rank] : self._ends[rank]]
+        if rank not in self.heads:
+            return column[:0]
+        head = self.heads[rank]
+        sections = offsets([head.num_rows * part.size(1) for part in self._bytes])
+        if sections[-1] != head.nbytes or head.start + head.length > head.num_rows:
+            raise HeapError(f"rank {rank} sent a message that contradicts itself: {head}")
+        part = rows_of(self.payload(rank), sections[index], head.num_rows, self._bytes[index].size(1))
+        return part[head.start : head.start + head.length].view(column.dtype)
+
+    def _reduce_column(
+        self, rows: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], out: torch.Tensor, start: int, end: int
+    ) -> None:
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        width = out.size(1)
+        step = max(1, _BLOCK_BYTES // (dtype.itemsize * width))
+        edges = [*range(start, end, step), end]
+        edge_tensor = torch.tensor(edges, dtype=torch.int64, device=_CPU)
+        cuts = [torch.searchsorted(tokens, edge_tensor).tolist() for tokens in self._tokens]
+        for rank in range(self.num_ranks):
+            cuts[rank] = [cut - self._rows_before[rank] for cut in cuts[rank]]
+            if cuts[rank][-1] > len(rows[rank]):
+                raise HeapError(f"rank {rank} sent {len(rows[rank])} rows where {cuts[rank][-1]} are needed")
+        accumulator = torch.empty((min(step, end - start), width), dtype=dtype, device=_CPU)
+        for block, (low, high) in enumerate(pairwise(edges)):
+            total = accumulator[: high - low]
+            total.zero_()
+            for bias in biases:
+                total.add_(bias[low:high])
+            for rank, part in enumerate(rows):
+                first, last = cuts[rank][block], cuts[rank][block + 1]
+                if last - first == high - low:
+                    total.add_(part[first:last])
+                elif last > first:
+                    tokens = self._tokens[rank][first + self._rows_before[rank] : last + self._rows_before[rank]]
+                    total.index_add_(0, tokens - low, part[first:last].to(dtype))
+            out[low:high].copy_(total)

@@ -1,0 +1,168 @@
+"""Dispatch on CPU ranks.
+
+Rank s to rank r, tokens 0, 2 and 3 of s going to r (token 1 stays at s, so it is never staged)::
+
+    stage of s   tokens for r   [0, 2, 3]      positions for r [0, 1, 2]     staged rows [x0, x2, x3]
+    output of r  rows base_s .. base_s + 3 = staged rows[positions],  recv_src_idx = tokens
+
+A message holds, 128-aligned: the counts of s (first message only: rows for each rank, choices of each expert, rows
+of a fixed-size output), the token ids and the positions for all readers, reader after reader, then each column.
+A later round holds the next range of staged rows; positions count from its first row.
+
+Legend of dims: T tokens of this rank, R ranks, E experts, M received rows, W bytes of one column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tokenferry.dataplane import SendPlan, Signature
+from tokenferry.dataplane.cpu.exchange import Exchange, ints_of, offsets, rows_of
+from tokenferry.errors import CapacityError, HeapError
+from tokenferry.memory.heap import Heap, Operation
+
+_CPU = torch.device("cpu")
+
+
+class Dispatch(Exchange):
+    """One dispatch of one rank; see :class:`tokenferry.dataplane.DispatchExchange`."""
+
+    rank_prefix_matrix: torch.Tensor
+    num_received_per_expert: list[int]
+
+    def __init__(self, heap: Heap, operation: Operation, signature: Signature, plan: SendPlan) -> None:
+        super().__init__(heap, operation, signature)
+        self._plan = plan
+        member = plan.is_token_in_rank
+        num_tokens = member.size(0)
+        self.send_head = member.cumsum(0, dtype=torch.int32).sub_(1).masked_fill_(~member, -1)
+        self._tokens = [member[:, rank].nonzero().flatten() for rank in range(self.num_ranks)]
+        remote = member.clone()
+        remote[:, self.rank] = False
+        self._staged = remote.any(1).nonzero().flatten()
+        position = torch.empty(num_tokens, dtype=torch.int32, device=_CPU)
+        position[self._staged] = torch.arange(len(self._staged), dtype=torch.int32, device=_CPU)
+        self._positions = [position[tokens] for tokens in self._tokens]
+        sent = [len(tokens) for tokens in self._tokens]
+        self._counts = torch.cat(
+            [
+                torch.tensor(sent, dtype=torch.int32, device=_CPU),
+                plan.num_tokens_per_expert,
+                torch.tensor([plan.num_worst_tokens], dtype=torch.int32, device=_CPU),
+            ]
+        )
+        self._plan_rounds()
+
+    def _plan_rounds(self) -> None:
+        num_staged = len(self._staged)
+        row_bytes = sum(column.size(1) for column in self._plan.columns) + 8 * len(self.peers)
+        fixed_bytes = self._sections(len(self._counts), 0, 0)[-1] + 128 * (len(self._plan.columns) + 2)
+        room = self.message_room(fixed_bytes + num_staged * row_bytes, fixed_bytes + row_bytes)
+        step = (room - fixed_bytes) // row_bytes
+        self._bounds = [*range(0, max(num_staged, 1), step), num_staged]
+        self.num_rounds = len(self._bounds) - 1
+        edges = torch.tensor(self._bounds, dtype=torch.int32, device=_CPU)
+        self._cuts = [
+            torch.searchsorted(self._positions[rank], edges).tolist() if rank != self.rank else []
+            for rank in range(self.num_ranks)
+        ]
+
+    def _sections(self, num_counts: int, num_entries: int, num_rows: int) -> list[int]:
+        sizes = [4 * num_counts, 4 * num_entries, 4 * num_entries]
+        return offsets(sizes + [num_rows * column.size(1) for column in self._plan.columns])
+
+    def stage_round(self, this: int) -> bool:
+        """See :meth:`Exchange.stage_round`."""
+        low, high = self._bounds[this], self._bounds[this + 1]
+        counts = self._counts if this == 0 else self._counts[:0]
+        lists = [(rank, self._cuts[rank][this], self._cuts[rank][this + 1]) for rank in self.peers]
+        num_entries = sum(end - start for _, start, end in lists)
+        sections = self._sections(len(counts), num_entries, high - low)
+        offset = self.heap.try_reserve(sections[-1])
+        if offset is None:
+            return False
+        payload = self.heap.stage_view(self.rank, offset, sections[-1])
+        ints_of(payload, sections[0], len(counts)).copy_(counts)
+        ranges: dict[int, tuple[int, int]] = {}
+        entry = 0
+        for rank, start, end in lists:
+            count = end - start
+            ints_of(payload, sections[1] + 4 * entry, count).copy_(self._tokens[rank][start:end])
+            torch.sub(self._positions[rank][start:end], low, out=ints_of(payload, sections[2] + 4 * entry, count))
+            ranges[rank] = (entry, count)
+            entry += count
+        tokens = self._staged[low:high]
+        for column, section in zip(self._plan.columns, sections[3:-1], strict=True):
+            take_rows(column, tokens, rows_of(payload, section, high - low, column.size(1)), first=low)
+        self.publish(offset, sections[-1], num_rows=high - low, ranges=ranges, bound=num_entries)
+        return True
+
+    def check_agreement(self) -> None:
+        """Compare signatures, derive the counts of all ranks from them, and check fixed-size outputs."""
+        super().check_agreement()
+        counts = torch.stack([self._counts_of(rank) for rank in range(self.num_ranks)])
+        self.rank_prefix_matrix = counts[:, : self.num_ranks].cumsum(0, dtype=torch.int32)
+        experts = counts[:, self.num_ranks : -1].sum(0).tolist()
+        num_local = len(experts) // self.num_ranks
+        self.num_received_per_expert = experts[self.rank * num_local : (self.rank + 1) * num_local]
+        needed = self.rank_prefix_matrix[-1].tolist()
+        given = counts[:, -1].tolist()
+        full = [rank for rank in range(self.num_ranks) if given[rank] and given[rank] < needed[rank]]
+        if full:
+            rank = full[0]
+            reason = f"num_worst_tokens: got {given[rank]}; allowed: at least the {needed[rank]} rows it receives"
+            raise self.step_back(CapacityError, full, reason)
+
+    def _counts_of(self, rank: int) -> torch.Tensor:
+        return self._counts if rank == self.rank else ints_of(self.payload(rank), 0, len(self._counts))
+
+    def pull(self, columns: Sequence[torch.Tensor], recv_src_idx: torch.Tensor) -> None:
+        """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
+        self._outputs = columns
+        self._recv_src_idx = recv_src_idx
+        ends = self.rank_prefix_matrix[:, self.rank].tolist()
+        self._filled = [0, *ends[:-1]]
+        self._ends = ends
+        self._first_round = set(self.peers)
+        own = self._tokens[self.rank]
+        start, end = self._filled[self.rank], ends[self.rank]
+        recv_src_idx[start:end] = own
+        for column, output in zip(self._plan.columns, columns, strict=True):
+            take_rows(column, own, output[start:end])
+        self.drive()
+
+    def read(self) -> bool:
+        """See :meth:`Exchange.read`."""
+        ready = sorted(self.heads)
+        for peer in ready:
+            self._read_message(peer)
+            self.release(peer)
+        return bool(ready)
+
+    def _read_message(self, peer: int) -> None:
+        head = self.heads[peer]
+        num_counts = len(self._counts) if peer in self._first_round else 0
+        self._first_round.discard(peer)
+        sections = self._sections(num_counts, head.bound, head.num_rows)
+        start = self._filled[peer]
+        end = self._filled[peer] = start + head.length
+        if sections[-1] != head.nbytes or head.start + head.length > head.bound or end > self._ends[peer]:
+            raise HeapError(f"rank {peer} sent a message that contradicts its counts: {head}")
+        payload = self.payload(peer)
+        positions = ints_of(payload, sections[2] + 4 * head.start, head.length)
+        self._recv_src_idx[start:end] = ints_of(payload, sections[1] + 4 * head.start, head.length)
+        for output, section in zip(self._outputs, sections[3:-1], strict=True):
+            rows = rows_of(payload, section, head.num_rows, output.size(1))
+            take_rows(rows, positions, output[start:end])
+
+
+def take_rows(source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, *, first: int = 0) -> None:
+    """``out = source[rows]`` for ascending ``rows``; one plain copy where they are a whole run from ``first``."""
+    if not len(rows):
+        return
+    if int(rows[-1]) - first + 1 == len(rows) and int(rows[0]) == first:
+        out.copy_(source[first : first + len(rows)])
+    else:
+        torch.index_select(source, 0, rows, out=out)

@@ -1,0 +1,245 @@
+"""What dispatch and combine share on CPU ranks: messages, the agreement, and the loop that drives both sides.
+
+An exchange sends its rows in rounds, one message a round, every message to every peer. Round 0 goes out at once;
+when the first message of every peer is here, all ranks know the same and either go on or all raise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+
+from tokenferry.config import align_up
+from tokenferry.dataplane import Signature
+from tokenferry.dtypes import describe_dtype
+from tokenferry.errors import CapacityError, HeapError, MismatchError, StepBackError
+from tokenferry.memory.heap import Heap, Operation
+
+MESSAGE_BYTES = 8 << 20
+"""Most bytes of one message; with fewer, hand-overs cost more than the cache saves (docs/performance.md)."""
+STAGE_BYTES = 32 << 20
+"""Most stage an operation asks for."""
+
+OPERATION_NAMES = {1: "dispatch", 2: "cached dispatch", 3: "combine"}
+
+
+class Status(IntEnum):
+    """Whether a rank can take part in an operation."""
+
+    READY = 0
+    NO_STAGE = 1
+
+
+class Head(NamedTuple):
+    """What the header of a message says to one reader."""
+
+    epoch: int
+    status: int
+    last: int
+    """1 if the owner's operation has no further message."""
+    offset: int
+    """Of the payload in the owner's stage."""
+    nbytes: int
+    num_rows: int
+    start: int
+    """First entry (dispatch) or row (combine) for this reader."""
+    length: int
+    """Entries or rows for this reader."""
+    bound: int
+    """Dispatch: entries for all readers. Combine: the message covers source tokens below this one."""
+
+
+class Exchange(ABC):
+    """One collective operation of one rank, sender and reader in one."""
+
+    def __init__(self, heap: Heap, operation: Operation, signature: Signature) -> None:
+        self.heap = heap
+        self.operation = operation
+        self.signature = signature
+        self.rank = heap.rank
+        self.num_ranks = heap.num_ranks
+        self.peers = [peer for peer in range(heap.num_ranks) if peer != heap.rank]
+        self.status = Status.READY
+        self.num_rounds = 0
+        self.rounds_sent = 0
+        self.heads: dict[int, Head] = {}
+        self._more_to_come = set(self.peers)
+
+    # Sending.
+
+    def message_room(self, total_bytes: int, least_bytes: int) -> int:
+        """Bytes that one message may have, after asking the heap for a stage for ``total_bytes``.
+
+        ``least_bytes`` is the smallest message the operation can work with. If even that cannot be had, the rank
+        takes part only to say so.
+        """
+        least = align_up(least_bytes)
+        try:
+            stage = self.heap.ensure_stage(min(total_bytes, STAGE_BYTES), least)
+        except HeapError:
+            self.status = Status.NO_STAGE
+            return least
+        return max(least, min(MESSAGE_BYTES, stage // 2 // align_up(1) * align_up(1)))
+
+    @abstractmethod
+    def stage_round(self, this: int) -> bool:
+        """Stage round ``this`` and publish it, if the heap has room; returns whether it was done."""
+
+    def _send(self) -> bool:
+        if self.rounds_sent == self.num_rounds or not self.peers:
+            return False
+        if self.status == Status.NO_STAGE:
+            offset = self.heap.try_reserve(0)
+            if offset is None:
+                return False
+            nothing = dict.fromkeys(self.peers, (0, 0))
+            self.publish(offset, 0, num_rows=0, ranges=nothing, bound=0)
+        elif not self.stage_round(self.rounds_sent):
+            return False
+        self.rounds_sent += 1
+        return True
+
+    def publish(
+        self, offset: int, nbytes: int, *, num_rows: int, ranges: Mapping[int, tuple[int, int]], bound: int
+    ) -> None:
+        """Publish the message at ``offset`` of the stage; ``ranges`` has start and count for every peer."""
+        last = int(self.rounds_sent + 1 == self.num_rounds)
+        self.heap.publish(
+            {
+                peer: Head(self.operation.epoch, self.status, last, offset, nbytes, num_rows, *ranges[peer], bound)
+                + self.signature
+                for peer in self.peers
+            }
+        )
+
+    # Reading.
+
+    def _receive(self) -> bool:
+        arrived = False
+        for peer in self._more_to_come - self.heads.keys():
+            message = self.heap.next_message(peer)
+            if message is not None:
+                head = Head._make(message.fields[: len(Head._fields)])
+                self.heads[peer] = head
+                if head.last:
+                    self._more_to_come.remove(peer)
+                arrived = True
+        return arrived
+
+    def release(self, peer: int) -> None:
+        """Finish reading the peer's current message."""
+        del self.heads[peer]
+        self.heap.release(peer)
+
+    def payload(self, peer: int) -> torch.Tensor:
+        """uint8: the payload of the peer's current message."""
+        return self.heap.stage_view(peer, self.heads[peer].offset, self.heads[peer].nbytes)
+
+    def waiting_for(self) -> list[int]:
+        """The ranks without which this rank cannot go on: silent ones, and those that hold its stage."""
+        missing = self._more_to_come - self.heads.keys()
+        if self.rounds_sent < self.num_rounds and self.peers:
+            missing |= set(self.heap.readers_in_the_way() or self.peers)
+        return sorted(missing)
+
+    def is_waiting_for_peers(self) -> bool:
+        """Whether a peer has more to say in this operation and its next message is not here."""
+        return not self._more_to_come <= self.heads.keys()
+
+    def is_finished_reading(self) -> bool:
+        """Whether every message of this operation has been read and released."""
+        return not self._more_to_come and not self.heads
+
+    # Both.
+
+    def agree(self) -> None:
+        """Send the first message, await those of all peers, and compare.
+
+        Raises:
+            StepBackError: on every rank, if the ranks do not fit together.
+        """
+
+        def step() -> tuple[bool, Sequence[int]]:
+            sent = self.rounds_sent == 0 and self._send()
+            arrived = self._receive()
+            missing = {peer for peer in self.peers if peer not in self.heads}
+            if self.rounds_sent == 0 and self.peers:
+                missing |= set(self.heap.readers_in_the_way() or self.peers)
+            return sent or arrived, sorted(missing)
+
+        self.operation.run(step)
+        try:
+            self.check_agreement()
+        except StepBackError:
+            for peer in self.peers:
+                self.release(peer)
+            raise
+
+    def check_agreement(self) -> None:
+        """Compare what all ranks said in their first messages."""
+        start = len(Head._fields)
+        signatures = {self.rank: self.signature}
+        statuses = {self.rank: int(self.status)}
+        for peer, head in self.heads.items():
+            message = self.heap.next_message(peer)
+            assert message is not None
+            signatures[peer] = Signature._make(message.fields[start : start + len(Signature._fields)])
+            statuses[peer] = head.status
+        for field, name in enumerate(Signature._fields):
+            values = {rank: signatures[rank][field] for rank in range(self.num_ranks)}
+            odd = [rank for rank, value in values.items() if value != values[0]]
+            if odd:
+                mine, other = _describe(name, values[0]), _describe(name, values[odd[0]])
+                raise self.step_back(
+                    MismatchError, odd, f"ranks disagree on {name}: rank 0 has {mine}, rank {odd[0]} has {other}"
+                )
+        full = [rank for rank, status in sorted(statuses.items()) if status == Status.NO_STAGE]
+        if full:
+            raise self.step_back(CapacityError, full, "no shared memory for the stage")
+
+    def step_back(self, kind: type[StepBackError], ranks: Sequence[int], reason: str) -> StepBackError:
+        """The exception that every rank raises."""
+        return kind(self.operation.name, self.operation.epoch, ranks, reason)
+
+    def drive(self) -> None:
+        """Send the remaining rounds and read everything, each as soon as it can be done."""
+
+        def step() -> tuple[bool, Sequence[int]]:
+            progressed = self._send()
+            progressed |= self._receive()
+            progressed |= self.read()
+            return progressed, self.waiting_for()
+
+        self.operation.run(step)
+
+    @abstractmethod
+    def read(self) -> bool:
+        """Read what can be read of the current messages and release them; returns whether that was anything."""
+
+
+def _describe(name: str, value: int) -> str:
+    if name == "operation":
+        return OPERATION_NAMES.get(value, str(value))
+    return describe_dtype(value) if name.endswith("dtype") else str(value)
+
+
+def offsets(sizes: Sequence[int]) -> list[int]:
+    """Aligned start of each section of a message, and the end of the last."""
+    starts = [0]
+    for size in sizes:
+        starts.append(align_up(starts[-1] + size))
+    return starts
+
+
+def rows_of(payload: torch.Tensor, start: int, num_rows: int, width: int) -> torch.Tensor:
+    """uint8 [num_rows, width] at byte ``start`` of a payload."""
+    return payload[start : start + num_rows * width].view(num_rows, width)
+
+
+def ints_of(payload: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """int32 [count] at byte ``start`` of a payload."""
+    return payload[start : start + 4 * count].view(torch.int32)

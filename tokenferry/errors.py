@@ -1,0 +1,72 @@
+"""The exceptions of tokenferry: one family, rooted at :class:`TokenferryError`.
+
+Every one is a ``RuntimeError``, which is what programs written for DeepEP catch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TokenferryError(RuntimeError):
+    """Base of everything that tokenferry raises on purpose."""
+
+
+class ArgumentError(TokenferryError, ValueError, AssertionError):
+    """An argument is not allowed; raised before any peer is touched.
+
+    Also a ``ValueError`` (what Python programs expect) and an ``AssertionError`` (what DeepEP raises for
+    part of its checks).
+    """
+
+    def __init__(self, name: str, given: object, allowed: str) -> None:
+        super().__init__(f"{name}: got {given}; allowed: {allowed}")
+        self.name = name
+
+
+class BufferStateError(TokenferryError):
+    """The Buffer is destroyed, or an earlier operation left it unusable."""
+
+
+class HeapError(TokenferryError):
+    """Shared memory could not be created, grown or opened."""
+
+
+class PeerError(TokenferryError):
+    """An operation cannot finish because of other ranks.
+
+    Attributes:
+        operation: name of the operation, e.g. ``"dispatch"``.
+        epoch: its number, counted from 1 in the life of the Buffer and equal on all ranks.
+        ranks: the ranks at fault.
+    """
+
+    def __init__(self, operation: str, epoch: int, ranks: Sequence[int], reason: str) -> None:
+        listed = ", ".join(str(rank) for rank in ranks)
+        super().__init__(f"{operation} (epoch {epoch}): rank {listed}: {reason}")
+        self.operation = operation
+        self.epoch = epoch
+        self.ranks = tuple(ranks)
+
+
+class PeerTimeoutError(PeerError):
+    """Ranks did not take part within the deadline. The Buffer is unusable afterwards."""
+
+
+class PeerLostError(PeerError):
+    """Ranks died, destroyed their Buffer or gave up. The Buffer is unusable afterwards."""
+
+
+class StepBackError(PeerError):
+    """Ranks could not agree on an operation and all stepped back.
+
+    Raised on every rank, before any output is written: the Buffer stays usable.
+    """
+
+
+class MismatchError(StepBackError):
+    """Ranks called different operations, or the same one with arguments that do not fit together."""
+
+
+class CapacityError(StepBackError):
+    """A rank has no room: ``num_worst_tokens`` is too small, or no shared memory for its stage."""

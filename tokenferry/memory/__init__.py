@@ -1,0 +1,1 @@
+"""What peers can see: the symmetric heap and what it is made of."""

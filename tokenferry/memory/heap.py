@@ -1,0 +1,416 @@
+"""The symmetric heap: control words and a stage in every rank's shared memory, and the message ring on top.
+
+Every rank owns one segment that all ranks of the node map. Owner ``o``'s segment holds::
+
+    line 0              magic, version, rank, ranks, state, whether deaths show by lock
+    inbox[s][slot]      headers of messages from s to o, written by s; word 0 is the flag
+    released[r]         how many of o's messages r has finished reading, written by r
+    stage               payload of o's messages, written by o, read by all
+
+An owner's messages are numbered 0, 1, 2, ... for life. Publishing message k means: payload into the own stage,
+a header into slot ``k % SLOTS`` of every reader's inbox, a fence, and then the flag ``k + 1``. A reader that
+waits for message k waits for exactly that flag, in its own memory. When it has read what it needs, it writes
+``k + 1`` into ``released[reader]`` at the owner. The owner reuses stage bytes and header slots of message k only
+when every reader has released it. All words only ever grow; nothing is reset, and there is no barrier.
+
+A header has one writer and one reader; the hazard of each word:
+    flag        written after payload and header (fence between): a reader never sees either too early
+    released    written after the last read of the payload (fence between): the owner never overwrites too early
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+
+from tokenferry.config import ALIGNMENT, align_up
+from tokenferry.errors import (
+    BufferStateError,
+    HeapError,
+    PeerLostError,
+    PeerTimeoutError,
+    StepBackError,
+)
+from tokenferry.memory.shm import Segment, fence
+
+MAGIC = 0x746F6B656E666572
+VERSION = 1
+SLOTS = 8
+"""Messages of one owner that may be unread at a time."""
+HEADER_WORDS = 32
+_LINE_WORDS = ALIGNMENT // 8
+_PAGE = 4096
+_SMALLEST_STAGE = 16 * _PAGE
+_SMALLEST_RESERVE = 64 << 20
+
+_SPINS = 32
+_FIRST_SLEEP = 20e-6
+_LONGEST_SLEEP = 1e-3
+_HEALTH_INTERVAL = 0.05
+
+
+class State(IntEnum):
+    """What a rank says of its own heap."""
+
+    OPEN = 1
+    CLOSED = 2
+    FAILED = 3
+
+
+_MAGIC_WORD, _VERSION_WORD, _RANK_WORD, _SIZE_WORD, _STATE_WORD, _LOCKED_WORD = range(6)
+
+
+class Message(NamedTuple):
+    """One message as its reader sees it."""
+
+    source: int
+    fields: tuple[int, ...]
+    """The header's words after the flag."""
+
+
+class Heap:
+    """The symmetric heap of one Buffer on CPU ranks.
+
+    Args:
+        rank: this rank in the group.
+        num_ranks: ranks of the group.
+        stage_limit: bytes the stage may grow to.
+        timeout: seconds to wait for a peer that makes no progress.
+
+    Construction creates the own segment; :meth:`attach` opens those of the peers; both are local.
+
+    Raises:
+        HeapError: shared memory cannot be created.
+    """
+
+    def __init__(self, rank: int, num_ranks: int, stage_limit: int, timeout: float) -> None:
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.timeout = timeout
+        self.epoch = 0
+        self.lock = threading.Lock()
+        self._peers = tuple(peer for peer in range(num_ranks) if peer != rank)
+        self._inbox = _LINE_WORDS
+        self._released = self._inbox + num_ranks * SLOTS * HEADER_WORDS
+        self._stage = align_up((self._released + num_ranks * _LINE_WORDS) * 8, _PAGE)
+        self.stage_limit = align_up(stage_limit, _PAGE)
+        self.stage_bytes = _SMALLEST_STAGE
+        self._next_message = 0
+        self._in_flight: deque[tuple[int, int, int]] = deque()
+        self._read = [0] * num_ranks
+        own = Segment.create(self._stage + max(self.stage_limit, _SMALLEST_RESERVE))
+        try:
+            own.commit(self._stage + self.stage_bytes)
+        except HeapError:
+            own.close()
+            raise
+        header = [MAGIC, VERSION, rank, num_ranks, State.OPEN, int(own.locked)]
+        own.words[: len(header)] = array("q", header)
+        self._segments: list[Segment | None] = [None] * num_ranks
+        self._segments[rank] = own
+        self._finalizer = weakref.finalize(self, _let_go, self._segments, rank, os.getpid())
+
+    @property
+    def handle(self) -> tuple[str, int]:
+        """What a peer needs to open this rank's segment."""
+        return self._own.name, self._own.size
+
+    @property
+    def _own(self) -> Segment:
+        return self._segment(self.rank)
+
+    def _segment(self, rank: int) -> Segment:
+        segment = self._segments[rank]
+        if segment is None:
+            raise BufferStateError("the heap is closed or was never attached")
+        return segment
+
+    def attach(self, handles: Sequence[tuple[str, int]]) -> None:
+        """Open the peers' segments.
+
+        Args:
+            handles: :attr:`handle` of every rank.
+
+        Raises:
+            HeapError: a segment cannot be opened or is not what it should be.
+        """
+        for peer in self._peers:
+            segment = Segment(*handles[peer], create=False)
+            self._segments[peer] = segment
+            found = list(segment.words[:_STATE_WORD])
+            if found != [MAGIC, VERSION, peer, self.num_ranks]:
+                raise HeapError(f"the segment of rank {peer} starts with {found}: not a heap of this group")
+
+    def unlink(self) -> None:
+        """Take the own segment's name away, once every rank has it open."""
+        self._own.unlink()
+
+    def close(self) -> None:
+        """Say goodbye in the control words and unmap everything. Local, and may be called again."""
+        self._finalizer()
+
+    def is_open(self) -> bool:
+        """Whether the heap is attached to all ranks and usable."""
+        return all(self._segments) and self._own.words[_STATE_WORD] == State.OPEN
+
+    def allocated_bytes(self) -> int:
+        """Bytes of shared memory that this rank's segment really takes."""
+        return self._own.committed
+
+    def whole_stage(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes]: the head of the own stage, made real."""
+        with self.lock:
+            self._check_usable()
+            self.ensure_stage(nbytes, nbytes)
+            return self.stage_view(self.rank, 0, nbytes)
+
+    # The owner's side.
+
+    def ensure_stage(self, wanted: int, floor: int) -> int:
+        """Grow the stage towards ``wanted`` bytes, as far as its limit and the system's memory allow.
+
+        Args:
+            wanted: bytes that would suit the operation.
+            floor: bytes without which it cannot run.
+
+        Returns:
+            The bytes of the stage now, at least ``floor``.
+
+        Raises:
+            HeapError: less than ``floor`` bytes can be had.
+        """
+        goal = align_up(max(min(wanted, self.stage_limit), floor), _PAGE)
+        reserved = self._own.size - self._stage
+        if goal > reserved:
+            raise HeapError(f"a stage of {goal} bytes is needed, {reserved} are reserved: raise num_nvl_bytes")
+        if goal > self.stage_bytes:
+            try:
+                self._own.commit(self._stage + goal)
+                self.stage_bytes = goal
+            except HeapError:
+                if align_up(floor, _PAGE) > self.stage_bytes:
+                    self._own.commit(self._stage + align_up(floor, _PAGE))
+                    self.stage_bytes = align_up(floor, _PAGE)
+        return self.stage_bytes
+
+    def try_reserve(self, nbytes: int) -> int | None:
+        """Find stage room for the next message.
+
+        Returns:
+            The payload's offset in the stage, or None while readers still hold the room or the headers.
+        """
+        self._retire()
+        nbytes = align_up(max(nbytes, 1))
+        if len(self._in_flight) == SLOTS:
+            return None
+        offset = 0
+        if self._in_flight:
+            _, first, _ = self._in_flight[0]
+            _, last, last_bytes = self._in_flight[-1]
+            offset = last + last_bytes
+            if last >= first and offset + nbytes > self.stage_bytes:
+                offset = 0
+            limit = first if offset <= first else self.stage_bytes
+            if offset + nbytes > limit:
+                return None
+        elif nbytes > self.stage_bytes:
+            raise HeapError(f"a message of {nbytes} bytes does not fit the stage of {self.stage_bytes}")
+        self._in_flight.append((self._next_message, offset, nbytes))
+        return offset
+
+    def _retire(self) -> None:
+        words = self._own.words
+        while self._in_flight:
+            message = self._in_flight[0][0]
+            if any(words[self._released + peer * _LINE_WORDS] <= message for peer in self._peers):
+                return
+            self._in_flight.popleft()
+
+    def readers_behind(self) -> list[int]:
+        """The peers that have not released every message of this rank."""
+        words = self._own.words
+        return [p for p in self._peers if words[self._released + p * _LINE_WORDS] < self._next_message]
+
+    def readers_in_the_way(self) -> list[int]:
+        """The peers that hold the oldest message of this rank."""
+        words = self._own.words
+        if not self._in_flight:
+            return []
+        oldest = self._in_flight[0][0]
+        return [p for p in self._peers if words[self._released + p * _LINE_WORDS] <= oldest]
+
+    def publish(self, fields_of: Mapping[int, Sequence[int]]) -> None:
+        """Publish the message whose room was reserved last.
+
+        Args:
+            fields_of: the header words for every peer.
+        """
+        message = self._next_message
+        slot = self._inbox + (self.rank * SLOTS + message % SLOTS) * HEADER_WORDS
+        fence()
+        for peer in self._peers:
+            fields = array("q", fields_of[peer])
+            self._segment(peer).words[slot + 1 : slot + 1 + len(fields)] = fields
+        fence()
+        for peer in self._peers:
+            self._segment(peer).words[slot] = message + 1
+        self._next_message = message + 1
+
+    # The reader's side.
+
+    def next_message(self, source: int) -> Message | None:
+        """The oldest unreleased message of ``source``, or None while there is none."""
+        message = self._read[source]
+        slot = self._inbox + (source * SLOTS + message % SLOTS) * HEADER_WORDS
+        words = self._own.words
+        if words[slot] != message + 1:
+            return None
+        fence()
+        return Message(source, tuple(words[slot + 1 : slot + HEADER_WORDS]))
+
+    def release(self, source: int) -> None:
+        """Finish reading the oldest unreleased message of ``source``."""
+        self._read[source] += 1
+        fence()
+        self._segment(source).words[self._released + self.rank * _LINE_WORDS] = self._read[source]
+
+    def stage_view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] over bytes of a rank's stage.
+
+        Raises:
+            HeapError: the range lies outside of the stage.
+        """
+        segment = self._segment(rank)
+        start = self._stage + offset
+        if offset < 0 or nbytes < 0 or start + nbytes > segment.size:
+            raise HeapError(f"bytes {offset} to {offset + nbytes} lie outside of the stage of rank {rank}")
+        return segment.bytes[start : start + nbytes]
+
+    # Waiting.
+
+    @contextmanager
+    def operation(self, name: str) -> Iterator[Operation]:
+        """Run one collective operation: numbers it, keeps others of this process out, remembers failure."""
+        with self.lock:
+            self._check_usable()
+            self.epoch += 1
+            try:
+                yield Operation(self, name, self.epoch)
+            except StepBackError:
+                raise
+            except BaseException:
+                if self._finalizer.alive:
+                    self._own.words[_STATE_WORD] = State.FAILED
+                raise
+
+    def _check_usable(self) -> None:
+        if not self._finalizer.alive:
+            raise BufferStateError("the Buffer was destroyed")
+        if self._own.words[_STATE_WORD] != State.OPEN:
+            raise BufferStateError("an earlier operation failed on this Buffer: destroy it and build a new one")
+
+    def trouble(self, missing: Sequence[int]) -> tuple[list[int], str] | None:
+        """Ranks because of which some of ``missing`` will never answer, and why."""
+        states = {rank: self._segment(rank).words[_STATE_WORD] for rank in missing}
+        dead = [rank for rank in missing if self._is_dead(rank)]
+        gave_up = [rank for rank, state in states.items() if state == State.FAILED]
+        closed = [rank for rank, state in states.items() if state == State.CLOSED]
+        if gave_up and not dead:  # name the cause, not the next in the chain
+            dead = [rank for rank in self._peers if self._is_dead(rank)]
+        if dead:
+            return dead, "its process has ended"
+        if closed:
+            return closed, "has destroyed its Buffer"
+        if gave_up:
+            return gave_up, "gave up on an operation"
+        return None
+
+    def _is_dead(self, rank: int) -> bool:
+        segment = self._segment(rank)
+        return bool(segment.words[_LOCKED_WORD]) and segment.creator_is_gone()
+
+
+def _let_go(segments: list[Segment | None], rank: int, creator: int) -> None:
+    own = segments[rank]
+    if own is not None and os.getpid() == creator:
+        if own.words[_STATE_WORD] == State.OPEN:
+            own.words[_STATE_WORD] = State.CLOSED
+        own.unlink()
+    for index, segment in enumerate(segments):
+        if segment is not None:
+            segment.close()
+            segments[index] = None
+
+
+class Operation:
+    """One collective operation in progress on a heap.
+
+    Attributes:
+        name: for messages, e.g. ``"dispatch"``.
+        epoch: its number in the life of the heap.
+    """
+
+    def __init__(self, heap: Heap, name: str, epoch: int) -> None:
+        self.heap = heap
+        self.name = name
+        self.epoch = epoch
+
+    def run(self, step: Callable[[], tuple[bool, Sequence[int]]]) -> None:
+        """Call ``step`` until it waits for no rank any more.
+
+        Args:
+            step: does what can be done now; returns whether that was anything, and the ranks it waits for.
+
+        Raises:
+            PeerLostError: a rank that it waits for is dead, has destroyed its Buffer or has given up.
+            PeerTimeoutError: nothing happened for the heap's timeout.
+        """
+        while True:
+            progressed, missing = step()
+            if not missing:
+                return
+            if not progressed:
+                self._wait_for_change(step, missing)
+
+    def _wait_for_change(self, step: Callable[[], tuple[bool, Sequence[int]]], missing: Sequence[int]) -> None:
+        started = time.monotonic()
+        next_look = started + _HEALTH_INTERVAL
+        pause = _FIRST_SLEEP
+        spins = 0
+        while missing:
+            if spins < _SPINS:
+                spins += 1
+                os.sched_yield()
+            else:
+                time.sleep(pause)
+                pause = min(pause * 1.5, _LONGEST_SLEEP)
+            progressed, missing = step()
+            if progressed:
+                return
+            now = time.monotonic()
+            if missing and now >= next_look:
+                next_look = now + _HEALTH_INTERVAL
+                self._look_after(step, missing, now - started)
+
+    def _look_after(
+        self, step: Callable[[], tuple[bool, Sequence[int]]], missing: Sequence[int], waited: float
+    ) -> None:
+        trouble = self.heap.trouble(missing)
+        if trouble is not None:
+            # What a rank published before it ended still counts: look once more before giving up on it.
+            progressed, missing = step()
+            if progressed or not missing:
+                return
+            raise PeerLostError(self.name, self.epoch, trouble[0], trouble[1])
+        if waited > self.heap.timeout:
+            raise PeerTimeoutError(self.name, self.epoch, missing, f"no sign of life for {waited:.1f} s")

@@ -1,0 +1,135 @@
+"""POSIX shared memory between the ranks of one machine.
+
+A segment has a name only until every rank has mapped it: unlinked then, it lives exactly as long as the
+processes that map it, however they end. The name is unpredictable and the mode 0600: private to the user.
+
+A segment is *sparse*: its size is only an address range, and ``commit`` makes the pages real. So memory runs
+out as an exception in ``commit``, not as a fatal signal in the middle of a copy.
+
+Its creator holds an advisory lock on it. The kernel drops the lock when the process ends, for whatever
+reason; that is how peers notice a death at once, also across PID namespaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import platform
+import secrets
+import threading
+
+import _posixshmem
+import torch
+
+from tokenferry.errors import HeapError
+
+_STRONGLY_ORDERED = platform.machine() in ("x86_64", "AMD64", "i686")
+_FENCE_LOCKS = (threading.Lock(), threading.Lock())
+
+
+def fence() -> None:
+    """Order all earlier loads and stores of this thread before all later ones.
+
+    x86 keeps stores in order and loads in order, and every call between here and the machine is opaque to the
+    compiler, so nothing is left to do there. Elsewhere two lock/unlock pairs do it: the first unlock is a
+    release, which earlier accesses cannot pass; the second lock is an acquire, which later ones cannot pass;
+    and an acquire never overtakes an earlier release.
+    """
+    if not _STRONGLY_ORDERED:
+        for lock in _FENCE_LOCKS:
+            with lock:
+                pass
+
+
+class Segment:
+    """One mapped shared-memory segment.
+
+    Args:
+        name: name in the shared-memory namespace.
+        size: bytes of address range.
+        create: create it (and hold its lock), or open an existing one.
+
+    Raises:
+        HeapError: the segment cannot be created or opened.
+    """
+
+    def __init__(self, name: str, size: int, *, create: bool) -> None:
+        self.name = name
+        self.size = size
+        self.committed = 0
+        self.locked = False
+        self._linked = create
+        flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
+        try:
+            self._fd = _posixshmem.shm_open(name, flags, mode=0o600)
+        except OSError as error:
+            verb = "create" if create else "open"
+            raise HeapError(f"cannot {verb} shared memory {name}: {error}") from error
+        try:
+            if create:
+                os.ftruncate(self._fd, size)
+                self.locked = self._lock_for_life()
+            elif os.fstat(self._fd).st_size < size:
+                raise HeapError(f"shared memory {name} has {os.fstat(self._fd).st_size} bytes, not {size}")
+            self.map = mmap.mmap(self._fd, size)
+        except OSError as error:
+            os.close(self._fd)
+            self.unlink()
+            raise HeapError(f"cannot map {size} bytes of shared memory {name}: {error}") from error
+        except HeapError:
+            os.close(self._fd)
+            raise
+        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+        self.words = memoryview(self.map).cast("q")
+
+    @staticmethod
+    def create(size: int) -> Segment:
+        """Create a segment of ``size`` bytes under a fresh private name; no page is real yet."""
+        return Segment(f"/tokenferry-{secrets.token_hex(12)}", size, create=True)
+
+    def _lock_for_life(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # not every system locks shared memory: deaths then show by deadline
+            return False
+        return True
+
+    def creator_is_gone(self) -> bool:
+        """Whether the process that created this segment, and locked it, has ended."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        return True
+
+    def commit(self, size: int) -> None:
+        """Make the first ``size`` bytes real.
+
+        Raises:
+            HeapError: the system has no memory for them.
+        """
+        if size <= self.committed:
+            return
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._fd, self.committed, size - self.committed)
+            except OSError as error:
+                raise HeapError(f"no room for {size} bytes of shared memory: {error}") from error
+        self.committed = size
+
+    def unlink(self) -> None:
+        """Take the name away; mappings stay."""
+        if self._linked:
+            self._linked = False
+            with contextlib.suppress(FileNotFoundError):
+                _posixshmem.shm_unlink(self.name)
+
+    def close(self) -> None:
+        """Let go of the segment; it is unmapped once no tensor refers to it."""
+        self.unlink()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,1 @@
+"""The protocol of each mode, step by step. Independent of the device: no streams, no pointers."""

@@ -1,0 +1,330 @@
+"""Dispatch and combine inside a node: check the arguments, agree on the counts, allocate, pull.
+
+Formulas: row of token t of source s on rank r = ``rank_prefix_matrix[s - 1][r] + #{t' < t going to r}``;
+``y[t] = bias_0[t] + bias_1[t] + sum over ranks r that have t, ascending, of x_r[row of (me, t) on r]``.
+
+Legend of dims: T tokens of this rank, H elements of a row, K choices, S scale columns, E experts, L = E / R local
+experts, R ranks, M received rows.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from tokenferry.dataplane import DataPlane, Layout, ReducePlan, SendPlan, Signature
+from tokenferry.dtypes import dtype_code
+from tokenferry.errors import ArgumentError
+from tokenferry.handles import DispatchHandle
+from tokenferry.validation import check_int, check_tensor, describe, require
+
+topk_idx_t = torch.int64
+"""Dtype of expert ids."""
+
+MAX_TOPK = 32
+ROW_ALIGNMENT = 16
+COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SCALE_DTYPES = (torch.float32, torch.int32)
+_DISPATCH, _CACHED_DISPATCH, _COMBINE = 1, 2, 3
+
+
+class Party(NamedTuple):
+    """Who takes part, and with what."""
+
+    plane: DataPlane
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+
+class Received(NamedTuple):
+    """What dispatch hands out; see :meth:`tokenferry.Buffer.dispatch`."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    num_per_expert: list[int] | None
+    handle: DispatchHandle | None
+
+
+class Rows(NamedTuple):
+    """The rows that a dispatch moves, checked."""
+
+    x: torch.Tensor
+    """[T, H], contiguous."""
+    scales: torch.Tensor | None
+    """[T, S], contiguous."""
+
+
+def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_experts: int) -> torch.Tensor:
+    """Return checked expert ids [T, K], every one -1 or in [0, E)."""
+    ids = check_tensor(
+        "topk_idx",
+        topk_idx,
+        shape=(num_tokens, None),
+        dtypes=(topk_idx_t,),
+        device=party.device,
+        contiguous=True,
+    )
+    require(ids.size(1) <= MAX_TOPK, "topk_idx", f"{ids.size(1)} choices a token", f"at most {MAX_TOPK}")
+    if ids.numel():
+        low, high = (int(bound) for bound in ids.aminmax())
+        allowed = f"expert ids from 0 to {num_experts - 1}, or -1 for no choice"
+        require(low >= -1, "topk_idx", f"the value {low}", allowed)
+        require(high < num_experts, "topk_idx", f"the value {high}", allowed)
+    return ids
+
+
+def check_num_experts(party: Party, name: str, num_experts: int) -> int:
+    """Return the number of experts if the ranks can share them evenly."""
+    count = check_int(name, num_experts, minimum=1)
+    require(count % party.num_ranks == 0, name, f"{count} experts", f"a multiple of the {party.num_ranks} ranks")
+    return count
+
+
+def layout(party: Party, topk_idx: torch.Tensor, num_experts: int) -> Layout:
+    """Counts and membership; see :meth:`tokenferry.Buffer.get_dispatch_layout`."""
+    num_experts = check_num_experts(party, "num_experts", num_experts)
+    return party.plane.layout(check_topk_idx(party, topk_idx, None, num_experts), num_experts)
+
+
+def check_rows(party: Party, x: object) -> Rows:
+    """Return the checked input of a dispatch: a tensor, or a tuple of one-byte data and scales."""
+    scales: torch.Tensor | None = None
+    if isinstance(x, tuple):
+        require(len(x) == 2, "x", f"a tuple of {len(x)}", "a tensor, or a tuple (data, scales)")
+        x, given_scales = x
+        data = check_tensor("x[0]", x, shape=(None, None), device=party.device)
+        require(data.element_size() == 1, "x[0]", describe(data), "one-byte elements beside scales")
+        scales = check_tensor(
+            "x[1]", given_scales, shape=(data.size(0), None), dtypes=_SCALE_DTYPES, device=party.device
+        )
+    else:
+        data = check_tensor("x", x, shape=(None, None), device=party.device)
+    require(not data.dtype.is_complex, "x", describe(data), "a real dtype")
+    row_bytes = data.size(1) * data.element_size()
+    require(
+        row_bytes > 0 and row_bytes % ROW_ALIGNMENT == 0,
+        "x",
+        f"rows of {row_bytes} bytes",
+        f"rows of a positive multiple of {ROW_ALIGNMENT} bytes",
+    )
+    return Rows(data.detach().contiguous(), None if scales is None else scales.detach().contiguous())
+
+
+def check_handle(party: Party, handle: object) -> DispatchHandle:
+    """Return the handle as a :class:`DispatchHandle` if it fits this group."""
+    names = DispatchHandle._fields
+    if not isinstance(handle, (tuple, list)) or len(handle) != len(names):
+        given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
+        raise ArgumentError("handle", given, f"the {len(names)} tensors that dispatch returned")
+    ranks, int32, device = party.num_ranks, (torch.int32,), party.device
+    shapes: dict[str, tuple[Sequence[int | None], tuple[torch.dtype, ...]]] = {
+        "rank_prefix_matrix": ((ranks, ranks), int32),
+        "channel_prefix_matrix": ((ranks, None), int32),
+        "recv_channel_prefix_matrix": ((ranks, None), int32),
+        "recv_src_idx": ((None,), int32),
+        "is_token_in_rank": ((None, ranks), (torch.bool,)),
+        "send_head": ((None, ranks), int32),
+    }
+    checked = DispatchHandle._make(
+        check_tensor(f"handle.{name}", value, shape=shapes[name][0], dtypes=shapes[name][1], device=device)
+        for name, value in zip(names, handle, strict=True)
+    )
+    num_received = int(checked.rank_prefix_matrix[-1, party.rank])
+    sources = checked.recv_src_idx[:num_received]
+    fits = len(sources) == num_received and not bool((sources < 0).any())
+    require(fits, "handle.recv_src_idx", describe(checked.recv_src_idx), f"source tokens of {num_received} rows")
+    member = checked.is_token_in_rank
+    sent = _rows_sent(checked, party.rank)
+    require(
+        member.sum(0).tolist() == sent,
+        "handle.is_token_in_rank",
+        f"{member.sum(0).tolist()} tokens for the ranks",
+        f"{sent}, as in handle.rank_prefix_matrix",
+    )
+    return checked
+
+
+def _rows_sent(handle: DispatchHandle, rank: int) -> list[int]:
+    prefix = handle.rank_prefix_matrix
+    sent = prefix[rank] - prefix[rank - 1] if rank else prefix[0]
+    return [int(count) for count in sent]
+
+
+def _checksum(handle: DispatchHandle | None) -> int:
+    if handle is None:
+        return 0
+    return zlib.crc32(str(handle.rank_prefix_matrix.tolist()).encode())
+
+
+def dispatch(
+    party: Party,
+    x: object,
+    num_tokens_per_rank: object,
+    is_token_in_rank: object,
+    num_tokens_per_expert: object,
+    topk_idx: object,
+    topk_weights: object,
+    expert_alignment: int,
+    num_worst_tokens: int,
+) -> Received:
+    """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`."""
+    rows = check_rows(party, x)
+    num_tokens, ranks, device = rows.x.size(0), party.num_ranks, party.device
+    int32 = (torch.int32,)
+    per_rank = check_tensor(
+        "num_tokens_per_rank", num_tokens_per_rank, shape=(ranks,), dtypes=int32, device=device, contiguous=True
+    )
+    member = check_tensor(
+        "is_token_in_rank",
+        is_token_in_rank,
+        shape=(num_tokens, ranks),
+        dtypes=(torch.bool,),
+        device=device,
+        contiguous=True,
+    )
+    per_expert = check_tensor(
+        "num_tokens_per_expert", num_tokens_per_expert, shape=(None,), dtypes=int32, device=device, contiguous=True
+    )
+    num_experts = check_num_experts(party, "num_tokens_per_expert", per_expert.numel())
+    sent = member.sum(0).tolist()
+    require(per_rank.tolist() == sent, "num_tokens_per_rank", per_rank.tolist(), f"{sent}, as in is_token_in_rank")
+    expert_alignment = check_int("expert_alignment", expert_alignment, minimum=1)
+    num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
+    require(
+        (topk_idx is None) == (topk_weights is None),
+        "topk_weights",
+        "only one of topk_idx and topk_weights",
+        "both or none",
+    )
+    require(
+        num_worst_tokens == 0 or topk_idx is not None,
+        "num_worst_tokens",
+        f"{num_worst_tokens} without topk_idx",
+        "0, or top-k tensors with it (they mark the unused rows)",
+    )
+    ids = weights = None
+    if topk_idx is not None:
+        ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
+        weights = check_tensor(
+            "topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device
+        ).detach()
+    num_topk = 0 if ids is None else ids.size(1)
+    signature = _signature(_DISPATCH, rows, num_topk, num_experts, None)
+    payloads = [tensor for tensor in (rows.x, rows.scales, ids, weights) if tensor is not None]
+    plan = SendPlan([_as_bytes(tensor) for tensor in payloads], member, per_expert, num_worst_tokens)
+    with party.plane.dispatch(signature, plan) as exchange:
+        num_received = int(exchange.rank_prefix_matrix[-1, party.rank])
+        num_rows = num_worst_tokens or num_received
+        outputs = [party.plane.empty_rows(num_rows, tensor.size(1), tensor.dtype) for tensor in payloads]
+        recv_src_idx = torch.empty(num_rows, dtype=torch.int32, device=device)
+        exchange.pull([_as_bytes(output) for output in outputs], recv_src_idx)
+    recv_src_idx[num_received:].fill_(-1)
+    remaining = iter(outputs)
+    recv_x = next(remaining)
+    recv_scales = None if rows.scales is None else next(remaining)
+    recv_ids = recv_weights = None
+    if ids is not None:
+        recv_ids, recv_weights = next(remaining), next(remaining)
+        recv_ids[num_received:].fill_(-1)
+        recv_weights[num_received:].fill_(0.0)
+        num_local = num_experts // ranks
+        party.plane.localise(recv_ids[:num_received], recv_weights[:num_received], party.rank * num_local, num_local)
+    handle = DispatchHandle(
+        rank_prefix_matrix=exchange.rank_prefix_matrix,
+        channel_prefix_matrix=per_rank.clone().view(ranks, 1),
+        recv_channel_prefix_matrix=torch.zeros((ranks, 1), dtype=torch.int32, device=device),
+        recv_src_idx=recv_src_idx,
+        is_token_in_rank=member,
+        send_head=exchange.send_head,
+    )
+    counts = exchange.num_received_per_expert
+    aligned = [] if num_worst_tokens else [-(-count // expert_alignment) * expert_alignment for count in counts]
+    return Received(recv_x, recv_scales, recv_ids, recv_weights, aligned, handle)
+
+
+def cached_dispatch(party: Party, x: object, handle: object) -> Received:
+    """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
+    rows = check_rows(party, x)
+    known = check_handle(party, handle)
+    num_tokens = known.is_token_in_rank.size(0)
+    require(rows.x.size(0) == num_tokens, "x", f"{rows.x.size(0)} rows", f"the {num_tokens} rows of the handle")
+    payloads = [tensor for tensor in (rows.x, rows.scales) if tensor is not None]
+    no_counts = torch.empty(0, dtype=torch.int32, device=party.device)
+    plan = SendPlan([_as_bytes(tensor) for tensor in payloads], known.is_token_in_rank, no_counts, 0)
+    num_received, num_rows = int(known.rank_prefix_matrix[-1, party.rank]), known.recv_src_idx.numel()
+    with party.plane.dispatch(_signature(_CACHED_DISPATCH, rows, 0, 0, known), plan) as exchange:
+        outputs = [party.plane.empty_rows(num_rows, tensor.size(1), tensor.dtype) for tensor in payloads]
+        recv_src_idx = torch.empty(num_received, dtype=torch.int32, device=party.device)
+        exchange.pull([_as_bytes(output) for output in outputs], recv_src_idx)
+    return Received(outputs[0], outputs[1] if rows.scales is not None else None, None, None, None, None)
+
+
+def combine(
+    party: Party, x: object, handle: object, topk_weights: object, bias: object
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sum the rows of every token over the ranks that had it; see :meth:`tokenferry.Buffer.combine`."""
+    known = check_handle(party, handle)
+    num_rows, num_tokens = known.recv_src_idx.numel(), known.is_token_in_rank.size(0)
+    rows = check_tensor("x", x, shape=(num_rows, None), dtypes=COMBINE_DTYPES, device=party.device)
+    row_bytes = rows.size(1) * rows.element_size()
+    allowed = f"rows of a positive multiple of {ROW_ALIGNMENT} bytes"
+    require(row_bytes > 0 and row_bytes % ROW_ALIGNMENT == 0, "x", f"rows of {row_bytes} bytes", allowed)
+    columns = [rows.detach().contiguous()]
+    num_topk = 0
+    if topk_weights is not None:
+        weights = check_tensor(
+            "topk_weights", topk_weights, shape=(num_rows, None), dtypes=(torch.float32,), device=party.device
+        )
+        num_topk = weights.size(1)
+        require(0 < num_topk <= MAX_TOPK, "topk_weights", describe(weights), f"1 to {MAX_TOPK} columns")
+        columns.append(weights.detach().contiguous())
+    biases = [
+        check_tensor(
+            f"bias[{i}]", given, shape=(num_tokens, rows.size(1)), dtypes=(rows.dtype,), device=party.device
+        ).detach()
+        for i, given in enumerate(unpack_bias(bias))
+        if given is not None
+    ]
+    plan = ReducePlan(columns, biases, known.rank_prefix_matrix, known.recv_src_idx, known.is_token_in_rank)
+    outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
+    signature = _signature(_COMBINE, Rows(columns[0], None), num_topk, 0, known)
+    party.plane.pull_reduce(signature, plan, outs)
+    return outs[0], outs[1] if topk_weights is not None else None
+
+
+def unpack_bias(bias: object) -> tuple[object, object]:
+    """The two biases of combine from its ``bias`` argument: None, one tensor, or a tuple of two."""
+    if bias is None:
+        return None, None
+    if isinstance(bias, torch.Tensor):
+        return bias, None
+    if isinstance(bias, tuple) and len(bias) == 2:
+        return bias[0], bias[1]
+    raise ArgumentError("bias", type(bias).__name__, "None, one tensor, or a tuple of two")
+
+
+def _signature(
+    operation: int, rows: Rows, num_topk: int, num_experts: int, handle: DispatchHandle | None
+) -> Signature:
+    scales = rows.scales
+    return Signature(
+        operation=operation,
+        dtype=dtype_code(rows.x.dtype),
+        row_bytes=rows.x.size(1) * rows.x.element_size(),
+        num_topk=num_topk,
+        num_experts=num_experts,
+        scale_bytes=0 if scales is None else scales.size(1) * scales.element_size(),
+        scale_dtype=0 if scales is None else dtype_code(scales.dtype),
+        handle=_checksum(handle),
+    )
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, bytes of a row] over a contiguous [n, width] tensor."""
+    return tensor.contiguous().view(torch.uint8)

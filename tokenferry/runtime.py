@@ -1,0 +1,103 @@
+"""The life cycle under a Buffer: construct (local), sync (with the peers' handles), destroy (local)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+
+from tokenferry.dataplane import DataPlane
+from tokenferry.dataplane.cpu import CpuDataPlane
+from tokenferry.errors import BufferStateError, TokenferryError
+from tokenferry.memory.heap import Heap
+from tokenferry.modes.intranode import Party
+from tokenferry.topology import Topology
+
+DEFAULT_STAGE_BYTES = 32 << 20
+"""Ceiling of the stage where the caller names none."""
+
+
+class Runtime:
+    """The heap and the data plane of one rank.
+
+    Args:
+        rank: this rank.
+        num_ranks: ranks of the group.
+        num_nvl_bytes: ceiling for the stage in bytes; 0 for the default.
+        timeout: seconds to wait for a peer that makes no progress.
+
+    Raises:
+        HeapError: shared memory cannot be created.
+    """
+
+    def __init__(self, rank: int, num_ranks: int, num_nvl_bytes: int, timeout: float) -> None:
+        self.device = torch.device("cpu")
+        self.topology: Topology | None = None
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._heap = Heap(rank, num_ranks, num_nvl_bytes or DEFAULT_STAGE_BYTES, timeout)
+        self._plane: DataPlane | None = None
+
+    def get_local_ipc_handle(self) -> bytearray:
+        """What the peers need to open this rank's heap."""
+        return bytearray(json.dumps(self._heap.handle).encode())
+
+    def sync(self, node_keys: Sequence[str], ipc_handles: Sequence[bytes | bytearray]) -> None:
+        """Open the peers' heaps.
+
+        Args:
+            node_keys: :func:`tokenferry.topology.node_key` of every rank.
+            ipc_handles: :meth:`get_local_ipc_handle` of every rank.
+
+        Raises:
+            BufferStateError: called before.
+            TokenferryError: the ranks are on several nodes.
+            HeapError: a peer's heap cannot be opened.
+        """
+        if self._plane is not None:
+            raise BufferStateError("sync() was called before")
+        topology = Topology.from_keys(self._rank, node_keys)
+        if topology.num_nodes > 1:
+            raise TokenferryError(
+                f"the {topology.num_ranks} ranks are on {topology.num_nodes} nodes: this version moves tokens inside "
+                "one node only (TOKENFERRY_NODE overrides what counts as a node)"
+            )
+        self._heap.attach([_parse_handle(handle) for handle in ipc_handles])
+        self.topology = topology
+        self._plane = CpuDataPlane(self._heap)
+
+    def hide(self) -> None:
+        """Take the names of the shared memory away, once every rank has synced."""
+        self._heap.unlink()
+
+    def is_available(self) -> bool:
+        """Whether the runtime is synced, not destroyed, and no operation has failed on it."""
+        return self._plane is not None and self._heap.is_open()
+
+    def party(self) -> Party:
+        """What an operation needs to run.
+
+        Raises:
+            BufferStateError: not synced.
+        """
+        if self._plane is None:
+            raise BufferStateError("the Buffer is not synced")
+        return Party(self._plane, self._rank, self._num_ranks, self.device)
+
+    def local_stage(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes]: the head of this rank's stage, made real."""
+        return self._heap.whole_stage(nbytes)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of shared memory that this rank really takes."""
+        return self._heap.allocated_bytes()
+
+    def destroy(self) -> None:
+        """Let go of all memory. Local: no peer is waited for. May be called again."""
+        self._heap.close()
+
+
+def _parse_handle(handle: bytes | bytearray) -> tuple[str, int]:
+    name, size = json.loads(bytes(handle))
+    return str(name), int(size)

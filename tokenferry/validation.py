@@ -1,0 +1,67 @@
+"""Argument checks that name the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tokenferry.errors import ArgumentError
+
+
+def require(condition: bool, name: str, given: object, allowed: str) -> None:
+    """Raise :class:`ArgumentError` unless ``condition`` holds."""
+    if not condition:
+        raise ArgumentError(name, given, allowed)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Shape, dtype and device of a tensor in a few words."""
+    return f"a {tensor.dtype} tensor of shape {list(tensor.shape)} on {tensor.device}"
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device,
+    contiguous: bool = False,
+) -> torch.Tensor:
+    """Return ``value`` as a tensor of the wanted kind, or raise.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed.
+        shape: one entry a dimension; ``None`` allows any size.
+        dtypes: allowed dtypes; ``None`` allows any.
+        device: the device of the Buffer.
+        contiguous: whether strides must be those of a contiguous tensor.
+
+    Raises:
+        ArgumentError: naming ``name``, the given value and what is allowed.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentError(name, type(value).__name__, "a torch.Tensor")
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    require(value.device.type == device.type, name, describe(value), f"a tensor on {device.type}")
+    require(value.dim() == len(shape), name, describe(value), f"{len(shape)} dimensions, shape {wanted}")
+    if dtypes is not None:
+        names = " or ".join(str(dtype) for dtype in dtypes)
+        require(value.dtype in dtypes, name, describe(value), names)
+    fits = all(want is None or have == want for have, want in zip(value.shape, shape, strict=True))
+    require(fits, name, describe(value), f"shape {wanted}")
+    if contiguous:
+        require(value.is_contiguous(), name, f"strides {value.stride()}", "a contiguous tensor")
+    return value
+
+
+def check_int(name: str, value: object, *, minimum: int, multiple_of: int = 1) -> int:
+    """Return ``value`` as an int of at least ``minimum`` and divisible by ``multiple_of``, or raise."""
+    allowed = f"an int >= {minimum}" + (f", a multiple of {multiple_of}" if multiple_of > 1 else "")
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ArgumentError(name, repr(value), allowed)
+    number = value.__index__()
+    require(number >= minimum and number % multiple_of == 0, name, number, allowed)
+    return int(number)
