@@ -69,7 +69,9 @@ def dispatch(inputs: list[Inputs], num_experts: int, rank: int, alignment: int =
             if given.scales is not None:
                 scales.append(given.scales[token])
             mine = [0 <= e - rank * local < local and e >= 0 for e in given.topk_idx[token].tolist()]
-            ids.append([e - rank * local if m else -1 for e, m in zip(given.topk_idx[token].tolist(), mine, strict=True)])
+            ids.append(
+                [e - rank * local if m else -1 for e, m in zip(given.topk_idx[token].tolist(), mine, strict=True)]
+            )
             weights.append([w if m else 0.0 for w, m in zip(given.topk_weights[token].tolist(), mine, strict=True)])
     first = inputs[rank]
     num_topk = first.topk_idx.size(1)

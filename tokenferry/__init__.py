@@ -20,7 +20,6 @@ from tokenferry.modes.intranode import topk_idx_t
 from tokenferry.topology import Topology
 from tokenferry.version import __version__
 
-
 __all__ = [
     "ArgumentError",
     "Buffer",

@@ -12,6 +12,7 @@ reason; that is how peers notice a death at once, also across PID namespaces.
 
 from __future__ import annotations
 
+import _posixshmem
 import contextlib
 import fcntl
 import mmap
@@ -20,7 +21,6 @@ import platform
 import secrets
 import threading
 
-import _posixshmem
 import torch
 
 from tokenferry.errors import HeapError
