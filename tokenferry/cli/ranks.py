@@ -1,4 +1,4 @@
-"""Ranks on this machine: processes with a Gloo group between them, started once and given work any number of times."""
+"""Ranks on this machine: processes in one Gloo group, started once and given work any number of times."""
 
 from __future__ import annotations
 
