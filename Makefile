@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up everything they need in .venv; only Python 3.11 or 3.12 with pip is expected.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# An index of torch wheels, e.g. of CPU builds; empty: where pip looks by itself.
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint types unit slow bench lines clean
+
+help:
+	@echo "make demo    train a small MoE language model on four CPU ranks"
+	@echo "make test    lint, types and tests"
+	@echo "make slow    the long stress tests"
+	@echo "make bench   time dispatch and combine against torch.distributed (ARGS=... are passed on)"
+	@echo "make clean   remove the environment and what runs leave behind"
+
+$(READY): requirements-dev.txt pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m tokenferry demo $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m tokenferry bench $(ARGS)
+
+test: lint types unit lines
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lines:
+	@echo "package: $$(find tokenferry -name '*.py' | xargs cat | wc -l) lines, tests: $$(find tests -name '*.py' | xargs cat | wc -l) lines"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
