@@ -25,12 +25,14 @@ class RankError(RuntimeError):
     """A function raised on a rank, or the rank ended.
 
     Attributes:
-        rank: the first rank that failed.
+        failures: what is known of every rank that failed.
+        results: what the other ranks returned, by rank.
     """
 
-    def __init__(self, rank: int, details: str) -> None:
-        super().__init__(f"rank {rank} failed:\n{details}")
-        self.rank = rank
+    def __init__(self, failures: dict[int, str], results: list[Any]) -> None:
+        super().__init__("\n".join(f"rank {rank} failed: {failures[rank]}" for rank in sorted(failures)))
+        self.failures = failures
+        self.results = results
 
 
 class RankPool:
@@ -94,8 +96,7 @@ class RankPool:
                 else:
                     failures[rank] = value
         if failures:
-            rank = min(failures)
-            raise RankError(rank, "\n".join(failures.values()))
+            raise RankError(failures, results)
         return results
 
     def close(self) -> None:

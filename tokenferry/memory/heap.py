@@ -337,7 +337,8 @@ class Heap:
 
     def _is_dead(self, rank: int) -> bool:
         segment = self._segment(rank)
-        return bool(segment.words[_LOCKED_WORD]) and segment.creator_is_gone()
+        said_nothing = segment.words[_STATE_WORD] == State.OPEN
+        return said_nothing and bool(segment.words[_LOCKED_WORD]) and segment.creator_is_gone()
 
 
 def _let_go(segments: list[Segment | None], rank: int, creator: int) -> None:
