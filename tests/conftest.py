@@ -8,9 +8,11 @@ import pytest
 
 from tokenferry.cli.ranks import RankPool
 
+PoolOf = Callable[[int], RankPool]
+
 
 @pytest.fixture(scope="session")
-def pool_of() -> Iterator[Callable[[int], RankPool]]:
+def pool_of() -> Iterator[PoolOf]:
     """``pool_of(n)``: the session's n ranks in one Gloo group."""
     pools: dict[int, RankPool] = {}
 

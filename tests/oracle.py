@@ -30,14 +30,25 @@ def membership(topk_idx: torch.Tensor, num_ranks: int, num_experts: int) -> torc
     return member
 
 
-def experts_chosen(topk_idx: torch.Tensor, num_experts: int) -> list[int]:
-    """(token, choice) pairs for every expert."""
+def choices_of_experts(topk_idx: torch.Tensor, num_experts: int) -> list[int]:
+    """Number of (token, choice) pairs for every expert."""
     counts = [0] * num_experts
     for choices in topk_idx.tolist():
         for expert in choices:
             if expert >= 0:
                 counts[expert] += 1
     return counts
+
+
+def tokens_per_rank(topk_idx: torch.Tensor, num_ranks: int, num_experts: int) -> list[int]:
+    """Number of tokens with at least one expert on each rank."""
+    return [int(column.sum()) for column in membership(topk_idx, num_ranks, num_experts).unbind(1)]
+
+
+def num_received(inputs: list[Inputs], num_experts: int) -> list[int]:
+    """Rows that every rank receives."""
+    sent = [tokens_per_rank(given.topk_idx, len(inputs), num_experts) for given in inputs]
+    return [sum(counts) for counts in zip(*sent, strict=True)]
 
 
 @dataclass
@@ -50,12 +61,15 @@ class Expected:
     topk_weights: torch.Tensor
     num_per_expert: list[int]
     rank_prefix_matrix: torch.Tensor
+    channel_prefix_matrix: torch.Tensor
+    recv_channel_prefix_matrix: torch.Tensor
     recv_src_idx: torch.Tensor
+    is_token_in_rank: torch.Tensor
     send_head: torch.Tensor
 
 
 def dispatch(inputs: list[Inputs], num_experts: int, rank: int, alignment: int = 1) -> Expected:
-    """What ``rank`` must receive."""
+    """What ``rank`` must receive; the handle is that of a single channel."""
     num_ranks = len(inputs)
     local = num_experts // num_ranks
     members = [membership(given.topk_idx, num_ranks, num_experts) for given in inputs]
@@ -75,7 +89,7 @@ def dispatch(inputs: list[Inputs], num_experts: int, rank: int, alignment: int =
             weights.append([w if m else 0.0 for w, m in zip(given.topk_weights[token].tolist(), mine, strict=True)])
     first = inputs[rank]
     num_topk = first.topk_idx.size(1)
-    chosen = [experts_chosen(given.topk_idx, num_experts) for given in inputs]
+    chosen = [choices_of_experts(given.topk_idx, num_experts) for given in inputs]
     totals = [sum(c[rank * local + e] for c in chosen) for e in range(local)]
     prefix = torch.zeros(num_ranks, num_ranks, dtype=torch.int32)
     for target in range(num_ranks):
@@ -99,7 +113,10 @@ def dispatch(inputs: list[Inputs], num_experts: int, rank: int, alignment: int =
         topk_weights=torch.tensor(weights, dtype=torch.float32).view(-1, num_topk),
         num_per_expert=[(count + alignment - 1) // alignment * alignment for count in totals],
         rank_prefix_matrix=prefix,
+        channel_prefix_matrix=torch.tensor([[int(column.sum())] for column in members[rank].unbind(1)]).int(),
+        recv_channel_prefix_matrix=torch.zeros(num_ranks, 1, dtype=torch.int32),
         recv_src_idx=torch.tensor(sources, dtype=torch.int32),
+        is_token_in_rank=members[rank],
         send_head=head,
     )
 
@@ -111,7 +128,10 @@ def combine(
     rows_of: list[torch.Tensor],
     biases: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """What ``rank`` must get when rank r combines ``rows_of[r]``: float32 sums, biases first, ranks ascending."""
+    """What ``rank`` must get when rank r combines ``rows_of[r]``: float32 sums, biases first, ranks ascending.
+
+    With weights [M, K] for rows this is what becomes of ``topk_weights``.
+    """
     num_ranks = len(inputs)
     members = [membership(given.topk_idx, num_ranks, num_experts) for given in inputs]
     member = members[rank]

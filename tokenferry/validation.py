@@ -44,16 +44,19 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise ArgumentError(name, type(value).__name__, "a torch.Tensor")
-    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
-    require(value.device.type == device.type, name, describe(value), f"a tensor on {device.type}")
-    require(value.dim() == len(shape), name, describe(value), f"{len(shape)} dimensions, shape {wanted}")
-    if dtypes is not None:
-        names = " or ".join(str(dtype) for dtype in dtypes)
-        require(value.dtype in dtypes, name, describe(value), names)
-    fits = all(want is None or have == want for have, want in zip(value.shape, shape, strict=True))
-    require(fits, name, describe(value), f"shape {wanted}")
-    if contiguous:
-        require(value.is_contiguous(), name, f"strides {value.stride()}", "a contiguous tensor")
+    wanted = ""
+    if value.device.type != device.type:
+        wanted = f"a tensor on {device.type}"
+    elif value.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(value.shape, shape, strict=True)
+    ):
+        wanted = "shape [" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    elif dtypes is not None and value.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+    elif contiguous and not value.is_contiguous():
+        raise ArgumentError(name, f"strides {value.stride()}", "a contiguous tensor")
+    if wanted:
+        raise ArgumentError(name, describe(value), wanted)
     return value
 
 

@@ -112,6 +112,7 @@ class Heap:
         try:
             own.commit(self._stage + self.stage_bytes)
         except HeapError:
+            own.retire()
             own.close()
             raise
         header = [MAGIC, VERSION, rank, num_ranks, State.OPEN, int(own.locked)]
@@ -346,7 +347,7 @@ def _let_go(segments: list[Segment | None], rank: int, creator: int) -> None:
     if own is not None and os.getpid() == creator:
         if own.words[_STATE_WORD] == State.OPEN:
             own.words[_STATE_WORD] = State.CLOSED
-        own.unlink()
+        own.retire()
     for index, segment in enumerate(segments):
         if segment is not None:
             segment.close()
@@ -376,42 +377,51 @@ class Operation:
             PeerLostError: a rank that it waits for is dead, has destroyed its Buffer or has given up.
             PeerTimeoutError: nothing happened for the heap's timeout.
         """
+        waiter = _Waiter()
+        trouble: tuple[list[int], str] | None = None
         while True:
             progressed, missing = step()
             if not missing:
                 return
-            if not progressed:
-                self._wait_for_change(step, missing)
-
-    def _wait_for_change(self, step: Callable[[], tuple[bool, Sequence[int]]], missing: Sequence[int]) -> None:
-        started = time.monotonic()
-        next_look = started + _HEALTH_INTERVAL
-        pause = _FIRST_SLEEP
-        spins = 0
-        while missing:
-            if spins < _SPINS:
-                spins += 1
-                os.sched_yield()
-            else:
-                time.sleep(pause)
-                pause = min(pause * 1.5, _LONGEST_SLEEP)
-            progressed, missing = step()
             if progressed:
-                return
-            now = time.monotonic()
-            if missing and now >= next_look:
-                next_look = now + _HEALTH_INTERVAL
-                self._look_after(step, missing, now - started)
+                waiter, trouble = _Waiter(), None
+                continue
+            if trouble is not None:
+                raise PeerLostError(self.name, self.epoch, *trouble)
+            if waiter.is_time_to_look():
+                # What a rank published before it ended still counts: trouble is final after one more step.
+                trouble = self.heap.trouble(missing)
+                if trouble is None and waiter.seconds() > self.heap.timeout:
+                    reason = f"no sign of life for {waiter.seconds():.1f} s"
+                    raise PeerTimeoutError(self.name, self.epoch, missing, reason)
+            waiter.pause()
 
-    def _look_after(
-        self, step: Callable[[], tuple[bool, Sequence[int]]], missing: Sequence[int], waited: float
-    ) -> None:
-        trouble = self.heap.trouble(missing)
-        if trouble is not None:
-            # What a rank published before it ended still counts: look once more before giving up on it.
-            progressed, missing = step()
-            if progressed or not missing:
-                return
-            raise PeerLostError(self.name, self.epoch, trouble[0], trouble[1])
-        if waited > self.heap.timeout:
-            raise PeerTimeoutError(self.name, self.epoch, missing, f"no sign of life for {waited:.1f} s")
+
+class _Waiter:
+    """Waits for shared memory to change: yields the core at first, then sleeps, longer each time."""
+
+    def __init__(self) -> None:
+        self._pauses = 0
+        self._sleep = _FIRST_SLEEP
+        self._started = time.monotonic()
+        self._next_look = self._started + _HEALTH_INTERVAL
+
+    def pause(self) -> None:
+        """Let others run, without the interpreter lock."""
+        self._pauses += 1
+        if self._pauses <= _SPINS:
+            os.sched_yield()
+        else:
+            time.sleep(self._sleep)
+            self._sleep = min(self._sleep * 1.5, _LONGEST_SLEEP)
+
+    def seconds(self) -> float:
+        """Since the last progress."""
+        return time.monotonic() - self._started
+
+    def is_time_to_look(self) -> bool:
+        """Whether the peers' health should be looked at now."""
+        due = time.monotonic() >= self._next_look
+        if due:
+            self._next_look = time.monotonic() + _HEALTH_INTERVAL
+        return due

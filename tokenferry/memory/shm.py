@@ -127,9 +127,18 @@ class Segment:
             with contextlib.suppress(FileNotFoundError):
                 _posixshmem.shm_unlink(self.name)
 
-    def close(self) -> None:
-        """Let go of the segment; it is unmapped once no tensor refers to it."""
+    def retire(self) -> None:
+        """End the creator's part: the name goes, and so does the lock."""
         self.unlink()
+        if self.locked:
+            self.locked = False
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Let go of the segment; it is unmapped once no tensor refers to it.
+
+        Leaves name and lock alone: a forked child closes its copy without ending the segment of its parent.
+        """
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

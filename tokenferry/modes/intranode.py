@@ -113,7 +113,7 @@ def check_rows(party: Party, x: object) -> Rows:
         f"rows of {row_bytes} bytes",
         f"rows of a positive multiple of {ROW_ALIGNMENT} bytes",
     )
-    return Rows(data.detach().contiguous(), None if scales is None else scales.detach().contiguous())
+    return Rows(_packed(data), None if scales is None else _packed(scales))
 
 
 def check_handle(party: Party, handle: object) -> DispatchHandle:
@@ -211,9 +211,7 @@ def dispatch(
     ids = weights = None
     if topk_idx is not None:
         ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
-        weights = check_tensor(
-            "topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device
-        ).detach()
+        weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
     num_topk = 0 if ids is None else ids.size(1)
     signature = _signature(_DISPATCH, rows, num_topk, num_experts, None)
     payloads = [tensor for tensor in (rows.x, rows.scales, ids, weights) if tensor is not None]
@@ -275,7 +273,7 @@ def combine(
     row_bytes = rows.size(1) * rows.element_size()
     allowed = f"rows of a positive multiple of {ROW_ALIGNMENT} bytes"
     require(row_bytes > 0 and row_bytes % ROW_ALIGNMENT == 0, "x", f"rows of {row_bytes} bytes", allowed)
-    columns = [rows.detach().contiguous()]
+    columns = [_packed(rows)]
     num_topk = 0
     if topk_weights is not None:
         weights = check_tensor(
@@ -283,7 +281,7 @@ def combine(
         )
         num_topk = weights.size(1)
         require(0 < num_topk <= MAX_TOPK, "topk_weights", describe(weights), f"1 to {MAX_TOPK} columns")
-        columns.append(weights.detach().contiguous())
+        columns.append(_packed(weights))
     biases = [
         check_tensor(
             f"bias[{i}]", given, shape=(num_tokens, rows.size(1)), dtypes=(rows.dtype,), device=party.device
@@ -325,6 +323,12 @@ def _signature(
     )
 
 
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor [n, width] outside of autograd, with strides (width, 1) also where it has one column or no rows."""
+    packed = tensor.detach().contiguous()
+    return packed.as_strided(packed.shape, (packed.size(1), 1))
+
+
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, bytes of a row] over a contiguous [n, width] tensor."""
-    return tensor.contiguous().view(torch.uint8)
+    """uint8 [n, bytes of a row] of a [n, width] tensor."""
+    return _packed(tensor).view(torch.uint8)

@@ -83,7 +83,8 @@ class Exchange(ABC):
         except HeapError:
             self.status = Status.NO_STAGE
             return least
-        return max(least, min(MESSAGE_BYTES, stage // 2 // align_up(1) * align_up(1)))
+        whole = total_bytes <= min(stage, MESSAGE_BYTES)
+        return max(least, total_bytes if whole else min(MESSAGE_BYTES, stage // 2))
 
     @abstractmethod
     def stage_round(self, this: int) -> bool:

@@ -1,0 +1,281 @@
+"""``tokenferry bench``: time dispatch and combine between ranks of this machine, beside ``torch.distributed``.
+
+Arguments and orchestration. ``bench_cases`` runs a case on the ranks, ``bench_baseline`` is the other contender,
+``bench_report`` and ``bench_plot`` say what came out, ``bench_machine`` what it ran on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tokenferry.cli.bench_cases import (
+    BASELINE,
+    CHAINED_PAIRS,
+    CLOCKS,
+    DTYPES,
+    MODES,
+    SCALE_BLOCK,
+    BenchError,
+    Budget,
+    Case,
+    run_case,
+)
+from tokenferry.cli.bench_machine import (
+    describe_command,
+    describe_commit,
+    describe_machine,
+    describe_versions,
+    results_directory,
+    usable_cores,
+)
+from tokenferry.cli.bench_report import (
+    BOUNDARY,
+    HEADER,
+    CaseReport,
+    case_line,
+    comparison_lines,
+    fit_line,
+    fits_of,
+    load_results,
+    machine_differences,
+    report_of,
+    results_of,
+)
+from tokenferry.cli.ranks import RankError, RankPool
+from tokenferry.config import ALIGNMENT
+from tokenferry.modes.intranode import MAX_TOPK, ROW_ALIGNMENT
+
+_DEFAULT_TOKENS = 4096
+_DEFAULT_SECONDS = 2
+_SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``tokenferry bench``."""
+    parser.set_defaults(fail=parser.error)
+    shape = parser.add_argument_group("shape")
+    shape.add_argument("--device", type=_device, default="cpu", help="cpu: ranks are processes that share memory")
+    shape.add_argument("--ranks", type=_positive, default=4, help="processes to start (default 4)")
+    size = shape.add_mutually_exclusive_group()
+    size.add_argument("--tokens", type=_positive, nargs="+", help=f"of each rank (default {_DEFAULT_TOKENS})")
+    size.add_argument("--mb", type=_positive, nargs="+", help="rows of each rank in MiB, instead of --tokens")
+    shape.add_argument("--hidden", type=_positive, default=7168, help="elements of a row (default 7168)")
+    shape.add_argument("--topk", type=_positive, default=8, help="distinct experts of a token (default 8)")
+    shape.add_argument("--experts", type=_positive, default=256, help="of all ranks (default 256)")
+    shape.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="bf16",
+        help=f"of dispatched rows; fp8 has a float32 scale for {SCALE_BLOCK} elements and combines in bf16",
+    )
+    shape.add_argument("--seed", type=int, default=0, help="of rows and routing (default 0)")
+    run = parser.add_argument_group("what to run")
+    run.add_argument("--modes", choices=list(MODES), nargs="+", default=list(MODES), help="(default: all)")
+    run.add_argument(
+        "--num-nvl-bytes",
+        type=_size,
+        nargs="+",
+        default=[0],
+        metavar="BYTES",
+        help="ceilings of the stage; 64M means 64 MiB; 0, the default, is the library's own",
+    )
+    budget = run.add_mutually_exclusive_group()
+    budget.add_argument("--seconds", type=_seconds, help=f"for each case and contender (default {_DEFAULT_SECONDS})")
+    budget.add_argument("--iterations", type=_positive, help="timed calls of each case and contender")
+    run.add_argument(
+        "--baseline", action=argparse.BooleanOptionalAction, default=True, help=f"run {BASELINE} too (default: yes)"
+    )
+    out = parser.add_argument_group("results")
+    out.add_argument("--output", type=Path, default=Path("bench-out"), help="directory for bench.json and bench.png")
+    out.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json and .png of the checkout instead")
+    out.add_argument("--against", type=Path, metavar="FILE.json", help="compare with an earlier result")
+    out.add_argument("--force", action="store_true", help="compare even if the earlier machine was another one")
+    out.add_argument("--no-plot", dest="plot", action="store_false", help="write no PNG")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``tokenferry bench``.
+
+    Args:
+        args: what :func:`add_arguments` declares.
+
+    Returns:
+        0; 1 if a rank failed or the contenders disagree.
+    """
+    cases = _cases(args)
+    target = _target(args)
+    machine = describe_machine(args.device)
+    earlier = _earlier(args, machine)
+    try:
+        progress = _need("tqdm").tqdm
+        plot = _need("tokenferry.cli.bench_plot") if args.plot else None
+        reports = _run(args, cases, machine, progress)
+    except (BenchError, RankError) as error:
+        print(f"tokenferry bench: {error}", file=sys.stderr)
+        return 1
+    fits = fits_of(reports)
+    if fits:
+        print("\ntime of a call, fitted over the token counts:")
+        for key, fit in fits.items():
+            print(fit_line(key, fit))
+    if earlier is not None:
+        print(f"\nas fast as in {args.against.name} ({earlier.get('date')}), ratio of medians:")
+        for line in comparison_lines(earlier, reports):
+            print(line)
+    results = results_of(
+        reports,
+        machine,
+        describe_versions(),
+        git=describe_commit(),
+        command=describe_command(args.command_line),
+        method={
+            "boundary": _boundary(),
+            "statistic": "over iterations, of the slowest rank of each",
+            "threads_per_rank": _threads(args),
+        },
+    )
+    directory, name = target
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [directory / f"{name}.json"]
+    written[0].write_text(json.dumps(results, indent=1) + "\n")
+    if plot is not None:
+        written.append(directory / f"{name}.png")
+        plot.draw(reports, machine, written[-1])
+    print(f"\nwritten: {', '.join(str(path) for path in written)}")
+    return 0
+
+
+def _run(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], progress: Any) -> list[CaseReport]:
+    """Run the cases one after the other and print a line for each."""
+    print(f"{_boundary()}\n")
+    system = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
+    print(f"{args.ranks} ranks ({_threads(args)} threads each) on {system}, {machine['system']}")
+    print(f"top-{args.topk} of {args.experts} experts, uniform\n")
+    print(HEADER)
+    reports = []
+    budget = Budget(args.seconds or _DEFAULT_SECONDS, args.iterations)
+    with (
+        RankPool(args.ranks, num_threads=_threads(args)) as pool,
+        progress(cases, desc="bench", unit="case", file=sys.stderr, leave=False) as bar,
+    ):
+        for case in bar:
+            bar.set_postfix_str(f"{MODES[case.mode]}, {case.tokens} tokens")
+            reports.append(report_of(case, pool.run(run_case, case, budget, args.baseline)))
+            bar.write(case_line(reports[-1]), file=sys.stdout)
+    return reports
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    """The cases in the order in which they run; ends the program if the arguments do not fit together."""
+    row_bytes = args.hidden * DTYPES[args.dtype].itemsize
+    if row_bytes % ROW_ALIGNMENT:
+        args.fail(f"argument --hidden: rows of {row_bytes} bytes; allowed: a multiple of {ROW_ALIGNMENT} bytes")
+    if args.dtype == "fp8" and args.hidden % SCALE_BLOCK:
+        args.fail(f"argument --hidden: {args.hidden} with fp8; allowed: a multiple of {SCALE_BLOCK}")
+    if args.experts % args.ranks:
+        args.fail(f"argument --experts: {args.experts}; allowed: a multiple of the {args.ranks} ranks")
+    if args.topk > min(args.experts, MAX_TOPK):
+        args.fail(f"argument --topk: {args.topk}; allowed: at most {min(args.experts, MAX_TOPK)}")
+    tokens = args.tokens or [_DEFAULT_TOKENS]
+    if args.mb:
+        tokens = [(size << 20) // row_bytes for size in args.mb]
+        if 0 in tokens:
+            args.fail(f"argument --mb: less than one row of {row_bytes} bytes")
+    return [
+        Case(
+            mode=mode,
+            device=args.device,
+            ranks=args.ranks,
+            tokens=count,
+            hidden=args.hidden,
+            dtype=args.dtype,
+            topk=args.topk,
+            experts=args.experts,
+            num_nvl_bytes=stage,
+            seed=args.seed,
+        )
+        for count, stage, mode in itertools.product(tokens, args.num_nvl_bytes, args.modes)
+    ]
+
+
+def _target(args: argparse.Namespace) -> tuple[Path, str]:
+    """Directory and name of the files to write."""
+    if args.save is None:
+        return args.output, "bench"
+    directory = results_directory()
+    if directory is None:
+        args.fail("argument --save: tokenferry is not running from a checkout with bench/results; use --output")
+    if Path(args.save).name != args.save or args.save.startswith("."):
+        args.fail(f"argument --save: {args.save!r}; allowed: a file name without directory and suffix")
+    assert directory is not None
+    return directory, args.save
+
+
+def _earlier(args: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any] | None:
+    """The earlier result to compare with; looked at before the run, so that no time is lost on a wrong one."""
+    if args.against is None:
+        return None
+    try:
+        earlier = load_results(args.against)
+    except (OSError, ValueError) as error:
+        args.fail(f"argument --against: {args.against}: {error}")
+        raise
+    differences = machine_differences(earlier, machine)
+    if differences and not args.force:
+        args.fail(f"argument --against: another machine ({'; '.join(differences)}); --force compares all the same")
+    return earlier
+
+
+def _threads(args: argparse.Namespace) -> int:
+    return max(1, usable_cores() // int(args.ranks))
+
+
+def _boundary() -> str:
+    return BOUNDARY.format(pairs=CHAINED_PAIRS, baseline=BASELINE)
+
+
+def _need(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        hint = "pip install 'tokenferry[cli]'"
+        raise BenchError(f"{error.name} is not installed: {hint} (or --no-plot for matplotlib)") from error
+
+
+# Types of arguments.
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a positive whole number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number of seconds above 0")
+    return seconds
+
+
+def _size(text: str) -> int:
+    digits, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
+    if not digits.isdecimal() or int(digits) * factor % ALIGNMENT:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: bytes, a multiple of {ALIGNMENT}, or as 512K, 64M, 1G")
+    return int(digits) * factor
+
+
+def _device(text: str) -> str:
+    if text not in CLOCKS:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(CLOCKS)} (ranks are CPU processes)")
+    return text

@@ -1,0 +1,96 @@
+"""What a benchmark ran on: machine, versions, commit. No host names, no paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenferry.version import __version__
+
+IDENTITY = ("device", "cpu", "cores", "memory_bytes")
+"""Entries of :func:`describe_machine` that must agree for two results to be comparable."""
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = "tokenferry"
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """The machine as JSON: device, cpu (model), cores, memory_bytes, system (kernel), large_pages."""
+    return {
+        "device": device,
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "large_pages": _large_pages(),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """The versions of python, torch and tokenferry."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "tokenferry": __version__}
+
+
+def describe_commit() -> dict[str, Any] | None:
+    """The commit of the checkout that the package is in and whether the package differs from it; None elsewhere."""
+    if _git("ls-files", "--error-unmatch", f"{_PACKAGE}/__init__.py") is None:
+        return None
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", _PACKAGE)
+    return None if commit is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def describe_command(arguments: Sequence[str]) -> str:
+    """The command line from the command on; of absolute paths only the last part."""
+    shown = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        shown.append(option + equals + (Path(value).name if Path(value).is_absolute() else value))
+    return " ".join([f"python -m {_PACKAGE}", *shown])
+
+
+def results_directory() -> Path | None:
+    """``bench/results`` of the checkout that the package is in, or None if it is in none."""
+    directory = _ROOT / "bench" / "results"
+    return directory if directory.is_dir() else None
+
+
+def usable_cores() -> int:
+    """The cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
+
+
+def _large_pages() -> dict[str, str]:
+    """Settings that decide how dear a fresh tensor is: the kernel's, and torch's own."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = setting.read_text().partition("[")[2].partition("]")[0] if setting.exists() else "unknown"
+    return {"kernel": chosen, "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "0")}
+
+
+def _git(*arguments: str) -> str | None:
+    return _output("git", "-C", str(_ROOT), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

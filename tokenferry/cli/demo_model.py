@@ -1,0 +1,175 @@
+"""What the demo trains: Python's own help texts, and a small transformer with Mixture-of-Experts layers.
+
+Legend of dims: B sequences, S positions, V characters of the vocabulary, T = B * S tokens, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenferry.nn.moe import initial_expert, initial_router
+
+
+class Settings(NamedTuple):
+    """The size of the demo. The batch is global: ranks share it, and results do not depend on how many they are."""
+
+    steps: int = 300
+    seed: int = 0
+    batch: int = 16
+    """Sequences a step, over all ranks."""
+    length: int = 128
+    """Characters a sequence."""
+    hidden: int = 128
+    intermediate: int = 192
+    layers: int = 2
+    heads: int = 4
+    experts: int = 8
+    topk: int = 2
+    learning_rate: float = 4e-3
+    warmup: int = 20
+    """Steps."""
+    checked_steps: int = 8
+    """Steps that the dense twin runs too."""
+    validations: int = 12
+    """How many times the validation loss is measured on the way."""
+    sample_length: int = 240
+    """Characters to generate in the end."""
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a tenth."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+class Corpus:
+    """The texts behind Python's ``help()``, as character ids; every tenth topic is kept for validation."""
+
+    def __init__(self, settings: Settings) -> None:
+        from pydoc_data.topics import topics
+
+        texts = [topics[name] for name in sorted(topics)]
+        characters = sorted(set("".join(texts)))
+        self._id_of = {character: i for i, character in enumerate(characters)}
+        self.characters = characters
+        self.train = self.encode("\n\n".join(text for i, text in enumerate(texts) if i % 10))
+        held_out = self.encode("\n\n".join(texts[::10]))
+        windows = held_out.unfold(0, settings.length + 1, settings.length)
+        picked = torch.linspace(0, windows.size(0) - 1, min(settings.batch, windows.size(0))).long()
+        self.validation = windows[picked]
+        """int64 [B, S + 1]: windows spread evenly over the held-out topics."""
+        self._settings = settings
+
+    def encode(self, text: str) -> torch.Tensor:
+        """int64 [characters]."""
+        return torch.tensor([self._id_of[character] for character in text])
+
+    def decode(self, ids: torch.Tensor) -> str:
+        """The text of character ids."""
+        return "".join(self.characters[i] for i in ids.tolist())
+
+    def batch(self, step: int) -> torch.Tensor:
+        """int64 [B, S + 1], a function of the seed and the step: the global batch."""
+        settings = self._settings
+        generator = torch.Generator().manual_seed((settings.seed << 32) + step)
+        starts = torch.randint(self.train.numel() - settings.length, (settings.batch,), generator=generator)
+        return self.train[starts[:, None] + torch.arange(settings.length + 1)]
+
+    def unigram_loss(self) -> float:
+        """Validation loss, in nats a character, of a model that knows how frequent each character is."""
+        counts = torch.bincount(self.train, minlength=len(self.characters)).double() + 1
+        return -float((counts / counts.sum()).log()[self.validation[:, 1:]].mean())
+
+    def bigram_loss(self) -> float:
+        """Validation loss, in nats a character, of a model that looks one character back."""
+        size = len(self.characters)
+        pairs = torch.bincount(self.train[:-1] * size + self.train[1:], minlength=size * size).double() + 0.1
+        table = pairs.view(size, size)
+        logs = (table / table.sum(1, keepdim=True)).log()
+        return -float(logs[self.validation[:, :-1], self.validation[:, 1:]].mean())
+
+
+class DenseMoE(nn.Module):
+    """The layer of the twin: all experts in one process, each evaluated on every token. Nothing is sent."""
+
+    def __init__(self, settings: Settings, seed: int) -> None:
+        super().__init__()
+        hidden, experts = settings.hidden, settings.experts
+        drawn = [initial_expert(seed, expert, hidden, settings.intermediate) for expert in range(experts)]
+        gate, up, down = (torch.stack(weights) for weights in zip(*drawn, strict=True))
+        self.num_topk = settings.topk
+        self.router = nn.Parameter(initial_router(seed, experts, hidden))
+        self.gate, self.up, self.down = nn.Parameter(gate), nn.Parameter(up), nn.Parameter(down)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] to the same."""
+        probabilities = torch.softmax(x @ self.router.T, dim=-1)
+        best, ids = probabilities.topk(self.num_topk, dim=-1)
+        share = torch.zeros_like(probabilities).scatter(-1, ids, best / best.sum(-1, keepdim=True))
+        inner = F.silu(torch.einsum("bsh,eih->bsei", x, self.gate)) * torch.einsum("bsh,eih->bsei", x, self.up)
+        return torch.einsum("bsei,ehi,bse->bsh", inner, self.down, share)
+
+
+class Block(nn.Module):
+    """Causal attention, then the experts."""
+
+    def __init__(self, settings: Settings, moe: nn.Module) -> None:
+        super().__init__()
+        self.heads = settings.heads
+        self.attention_norm = nn.RMSNorm(settings.hidden)
+        self.qkv = nn.Linear(settings.hidden, 3 * settings.hidden, bias=False)
+        self.projection = nn.Linear(settings.hidden, settings.hidden, bias=False)
+        self.moe_norm = nn.RMSNorm(settings.hidden)
+        self.moe = moe
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] to the same."""
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.projection(attended.transpose(1, 2).flatten(2))
+        return x + torch.as_tensor(self.moe(self.moe_norm(x)))
+
+
+class LanguageModel(nn.Module):
+    """A decoder over characters. The same seed gives the same parameters, whatever the MoE layers are made of.
+
+    Args:
+        settings: sizes and seed.
+        vocabulary: V.
+        make_moe: makes the MoE layer [B, S, H] -> [B, S, H] for a seed.
+    """
+
+    def __init__(self, settings: Settings, vocabulary: int, make_moe: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        layers = [make_moe(settings.seed * settings.layers + layer) for layer in range(settings.layers)]
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            self.token = nn.Embedding(vocabulary, settings.hidden)
+            self.position = nn.Embedding(settings.length, settings.hidden)
+            self.blocks = nn.ModuleList(Block(settings, moe) for moe in layers)
+            self.norm = nn.RMSNorm(settings.hidden)
+            self.head = nn.Linear(settings.hidden, vocabulary, bias=False)
+            for embedding in (self.token, self.position):
+                nn.init.normal_(embedding.weight, std=0.5)
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [B, S, V] for int64 tokens [B, S]."""
+        x = self.token(tokens) + self.position.weight[: tokens.size(1)]
+        for block in self.blocks:
+            x = block(x)
+        return torch.as_tensor(self.head(self.norm(x)))
+
+
+def summed_loss(model: nn.Module, sequences: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in nats, summed over the S predictions in each of int64 [B, S + 1]."""
+    logits = model(sequences[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten(), reduction="sum")
