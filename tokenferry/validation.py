@@ -65,6 +65,9 @@ def check_int(name: str, value: object, *, minimum: int, multiple_of: int = 1) -
     allowed = f"an int >= {minimum}" + (f", a multiple of {multiple_of}" if multiple_of > 1 else "")
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ArgumentError(name, repr(value), allowed)
-    number = value.__index__()
+    try:
+        number = int(value.__index__())
+    except TypeError as error:  # a tensor that is not one integer
+        raise ArgumentError(name, repr(value), allowed) from error
     require(number >= minimum and number % multiple_of == 0, name, number, allowed)
-    return int(number)
+    return number

@@ -18,8 +18,11 @@ from tokenferry.runtime import DEFAULT_STAGE_BYTES
 
 _COLORS = {OURS: "#0b6e99", BASELINE: "#d9822b"}
 _MARKERS = {OURS: "o", BASELINE: "s"}
+_HEAD_INCHES = 1.25
+_MOST_SPREAD = 1.3
+"""Where bars of spread are cut off, in units of the longest median: one disturbed case must not flatten the rest."""
 _DASHES = ("-", "--", ":", "-.")
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -69,6 +72,12 @@ def _show_count(value: float) -> str:
     return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
 
 
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, with room above for the title."""
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - _HEAD_INCHES / height), w_pad=0.1, h_pad=0.1)
+    return Figure(figsize=(width, height), layout=layout)
+
+
 def _head(figure: Figure, title: str, reports: Sequence[CaseReport], machine: Mapping[str, Any]) -> None:
     case = reports[0].case
     counts = {report.case.tokens for report in reports}
@@ -97,9 +106,7 @@ def _panels(
     modes = list(dict.fromkeys(report.case.mode for report in reports))
     columns = 1 if len(modes) == 1 else 2 if len(modes) in (2, 4) else 3
     rows = -(-len(modes) // columns)
-    figure = Figure(figsize=(max(4.2 * columns, 6.4), 2.9 * rows + 1.4), layout="constrained")
-    assert isinstance(engine := figure.get_layout_engine(), ConstrainedLayoutEngine)
-    engine.set(rect=(0, 0, 1, 1 - 1.25 / figure.get_figheight()), w_pad=0.1, h_pad=0.1)
+    figure = _figure(max(4.2 * columns, 6.4), 2.9 * rows + _HEAD_INCHES)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, mode in zip(grid, modes, strict=False):
         of_mode = [report for report in reports if report.case.mode == mode]
@@ -109,7 +116,8 @@ def _panels(
         axes.set_xticks(ticks, [show(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(title=MODES[mode], xlabel=label, ylabel="µs per token")
-        axes.set_ylim(bottom=0)
+        highest = max(found.median * 1e6 / r.case.tokens for r in of_mode for found in r.statistics.values())
+        axes.set_ylim(0, _MOST_SPREAD * highest)
     for axes in grid[len(modes) :]:
         axes.set_axis_off()
     handles, labels = max(
@@ -150,9 +158,7 @@ def _panel(axes: Axes, reports: Sequence[CaseReport], x_of: Callable[[CaseReport
 
 def _bars(reports: Sequence[CaseReport]) -> Figure:
     """A group of bars for each operation, a bar for each contender, ratios above."""
-    figure = Figure(figsize=(max(1.75 * len(reports) + 1.5, 7.0), 4.9), layout="constrained")
-    assert isinstance(engine := figure.get_layout_engine(), ConstrainedLayoutEngine)
-    engine.set(rect=(0, 0, 1, 1 - 1.25 / figure.get_figheight()), w_pad=0.1, h_pad=0.1)
+    figure = _figure(max(1.75 * len(reports) + 1.5, 7.0), 3.6 + _HEAD_INCHES)
     axes = figure.subplots()
     longest = max(found.median for report in reports for found in report.statistics.values())
     unit, scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3) if longest >= 1e-3 else ("µs", 1e6)
@@ -173,7 +179,7 @@ def _bars(reports: Sequence[CaseReport]) -> Figure:
             label=name,
         )
     for x, report in enumerate(reports):
-        top = max(found.p90 for found in report.statistics.values()) * scale
+        top = min(max(found.p90 for found in report.statistics.values()), _MOST_SPREAD * longest) * scale
         text = show_time(report.statistics[OURS].median).replace("us", "µs")
         if report.ratio is not None:
             text = f"{report.ratio:.2f}x as fast"
@@ -182,6 +188,6 @@ def _bars(reports: Sequence[CaseReport]) -> Figure:
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(f"time of a call, {unit}")
-    axes.margins(y=0.12)
+    axes.set_ylim(0, (_MOST_SPREAD + 0.12) * longest * scale)
     axes.legend(loc="upper left")
     return figure

@@ -19,7 +19,7 @@ from tokenferry.nn.moe import initial_expert, initial_router
 class Settings(NamedTuple):
     """The size of the demo. The batch is global: ranks share it, and results do not depend on how many they are."""
 
-    steps: int = 300
+    steps: int = 250
     seed: int = 0
     batch: int = 16
     """Sequences a step, over all ranks."""
@@ -38,7 +38,7 @@ class Settings(NamedTuple):
     """Steps that the dense twin runs too."""
     validations: int = 12
     """How many times the validation loss is measured on the way."""
-    sample_length: int = 240
+    sample_length: int = 200
     """Characters to generate in the end."""
 
     def learning_rate_at(self, step: int) -> float:
@@ -133,9 +133,20 @@ class Block(nn.Module):
         """[B, S, H] to the same."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        query, key = (_rotate(F.rms_norm(part, part.shape[-1:])) for part in (query, key))
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.projection(attended.transpose(1, 2).flatten(2))
         return x + torch.as_tensor(self.moe(self.moe_norm(x)))
+
+
+def _rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (arXiv:2104.09864) for [..., S, D]: pairs of columns turn with the position."""
+    half = x.size(-1) // 2
+    speeds = 10000.0 ** (-torch.arange(half) / half)
+    angles = torch.arange(x.size(-2))[:, None] * speeds
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
 class LanguageModel(nn.Module):
@@ -153,17 +164,15 @@ class LanguageModel(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             self.token = nn.Embedding(vocabulary, settings.hidden)
-            self.position = nn.Embedding(settings.length, settings.hidden)
             self.blocks = nn.ModuleList(Block(settings, moe) for moe in layers)
             self.norm = nn.RMSNorm(settings.hidden)
             self.head = nn.Linear(settings.hidden, vocabulary, bias=False)
-            for embedding in (self.token, self.position):
-                nn.init.normal_(embedding.weight, std=0.5)
+            nn.init.normal_(self.token.weight, std=0.5)
             nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [B, S, V] for int64 tokens [B, S]."""
-        x = self.token(tokens) + self.position.weight[: tokens.size(1)]
+        x = self.token(tokens)
         for block in self.blocks:
             x = block(x)
         return torch.as_tensor(self.head(self.norm(x)))

@@ -1,0 +1,453 @@
+"""Construction, destruction, and what a Buffer is as a Python object."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.cases import TIMEOUT, Case, Scenario, check_works, wait_for
+from tests.conftest import PoolOf
+from tokenferry import Buffer, BufferStateError, PeerTimeoutError, TokenferryError
+from tokenferry.cli.ranks import RankPool
+
+SHARED_MEMORY = Path("/dev/shm")
+KEYWORDS: dict[str, Any] = {
+    "num_nvl_bytes": 1 << 20,
+    "num_rdma_bytes": 256,
+    "low_latency_mode": True,
+    "num_qps_per_rank": 12.5,
+    "allow_nvlink_for_low_latency_mode": False,
+    "allow_mnnvl": True,
+    "explicitly_destroy": True,
+    "use_fabric": True,
+    "allow_nvlink_for_normal_mode": False,
+    "enable_shrink": True,
+}
+
+
+def _mapped() -> int:
+    """Shared-memory segments of tokenferry that this process has mapped."""
+    return Path("/proc/self/maps").read_text().count("/tokenferry-")
+
+
+def _named() -> list[str]:
+    return [path.name for path in SHARED_MEMORY.glob("tokenferry-*")]
+
+
+def _keywords(rank: int, num_ranks: int) -> None:
+    with Buffer(dist.group.WORLD, **KEYWORDS) as buffer:
+        assert (buffer.rank, buffer.group_size) == (rank, num_ranks)
+        assert buffer.group is dist.group.WORLD
+        for name in ("num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "explicitly_destroy", "enable_shrink"):
+            assert getattr(buffer, name) == KEYWORDS[name], name
+        assert buffer.runtime is not None
+        assert buffer.runtime.is_available()
+        check_works(buffer)
+    for name, value in KEYWORDS.items():
+        with Buffer(group=dist.group.WORLD, **{name: value}, timeout=TIMEOUT) as buffer:
+            check_works(buffer)
+    with Buffer(dist.group.WORLD) as buffer:
+        assert (buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (0, 0)
+        assert (buffer.low_latency_mode, buffer.explicitly_destroy) == (False, False)
+
+
+def test_keywords_and_attributes(pool_of: PoolOf) -> None:
+    pool_of(2).run(_keywords)
+
+
+def _positional(rank: int, num_ranks: int) -> None:
+    with Buffer(dist.group.WORLD, 128, 256, True, 1, False, True) as buffer:
+        assert (buffer.num_nvl_bytes, buffer.num_rdma_bytes, buffer.low_latency_mode) == (128, 256, True)
+        check_works(buffer)
+    for unknown in ({"num_nvl_byte": 128}, {"num_nvl_peers": 8}, {"overlap": True}):
+        with pytest.raises(TypeError):
+            Buffer(dist.group.WORLD, **unknown)
+    with pytest.raises(TypeError):
+        Buffer(dist.group.WORLD, 128, 0, False, 1, True, False, True)  # the eighth has had two meanings
+
+
+def test_positional_arguments(pool_of: PoolOf) -> None:
+    pool_of(2).run(_positional)
+
+
+def _logged(rank: int, num_ranks: int) -> list[tuple[int, str]]:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("tokenferry")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    for _ in range(3):
+        Buffer(dist.group.WORLD, **KEYWORDS).destroy()
+    return [(record.levelno, record.getMessage()) for record in records]
+
+
+def test_ignored_arguments_are_logged_once() -> None:
+    with RankPool(1, num_threads=1) as pool:  # a fresh process: what is said once is said once for each
+        messages = pool.run(_logged)[0]
+    assert {level for level, _ in messages} == {logging.INFO}
+    ignored = [name for name in KEYWORDS if name not in ("num_nvl_bytes", "explicitly_destroy")]
+    for name in ignored:
+        assert sum(text.startswith(f"{name} ") for _, text in messages) == 1, name
+    assert len(messages) == len(ignored) + 3  # and a line for each Buffer
+
+
+class FakeComm:
+    """The three methods of an mpi4py communicator, over torch's group."""
+
+    def Get_rank(self) -> int:
+        return dist.get_rank()
+
+    def Get_size(self) -> int:
+        return dist.get_world_size()
+
+    def allgather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _with_comm(rank: int, num_ranks: int) -> None:
+    comm = FakeComm()
+    with Buffer(None, 1 << 20, comm=comm, timeout=TIMEOUT) as buffer:
+        assert buffer.group is comm
+        assert (buffer.rank, buffer.group_size) == (rank, num_ranks)
+        check_works(buffer)
+    with Buffer(group=dist.group.WORLD, comm=None, timeout=TIMEOUT) as buffer:
+        check_works(buffer)
+
+
+def test_mpi_communicator(pool_of: PoolOf) -> None:
+    pool_of(3).run(_with_comm)
+
+
+USES: dict[str, Callable[[Buffer, Scenario, Any], object]] = {
+    "layout": lambda buffer, it, handle: it.layout_arguments(buffer),
+    "dispatch": lambda buffer, it, handle: buffer.dispatch(it.x, handle=handle),
+    "combine": lambda buffer, it, handle: it.combine(buffer, handle),
+    "tensor": lambda buffer, it, handle: buffer.get_local_buffer_tensor(torch.uint8),
+    "stream": lambda buffer, it, handle: buffer.get_comm_stream(),
+    "topology": lambda buffer, it, handle: buffer.topology,
+}
+
+
+def _destroyed(rank: int, num_ranks: int, explicitly: bool) -> None:
+    buffer = Buffer(dist.group.WORLD, explicitly_destroy=explicitly, timeout=TIMEOUT)
+    scenario = Scenario(Case(), rank, num_ranks)
+    handle = scenario.dispatch(buffer)[4]
+    assert buffer.is_available()
+    for _ in range(3):
+        buffer.destroy()
+        assert buffer.runtime is None
+        assert not buffer.is_available()
+    for use in USES.values():
+        with pytest.raises(BufferStateError, match="destroyed"):
+            use(buffer, scenario, handle)
+    with Buffer(dist.group.WORLD, timeout=TIMEOUT) as other:
+        check_works(other)
+        other.destroy()
+    assert other.runtime is None
+
+
+@pytest.mark.parametrize("explicitly", [False, True])
+def test_use_after_destroy(pool_of: PoolOf, explicitly: bool) -> None:
+    pool_of(2).run(_destroyed, explicitly)
+
+
+def _left_by_exception(rank: int, num_ranks: int) -> None:
+    with pytest.raises(KeyError), Buffer(dist.group.WORLD, timeout=TIMEOUT) as buffer:
+        raise KeyError
+    assert buffer.runtime is None
+
+
+def test_leaving_a_block_by_an_exception_destroys(pool_of: PoolOf) -> None:
+    pool_of(2).run(_left_by_exception)
+
+
+def _dropped(rank: int, num_ranks: int) -> None:
+    gc.collect()
+    before = _mapped()
+    buffer = Buffer(dist.group.WORLD, 1 << 20, timeout=TIMEOUT)
+    assert _mapped() == before + num_ranks
+    dist.barrier()
+    assert _named() == []
+    check_works(buffer)
+    watch = weakref.ref(buffer)
+    dist.barrier()
+    if rank == 0:
+        gc.disable()
+        started = time.monotonic()
+        del buffer
+        assert time.monotonic() - started < 1.0
+        assert watch() is None
+        assert _mapped() == before
+        gc.enable()
+        dist.barrier()
+    else:
+        dist.barrier()
+        assert _mapped() == before + num_ranks  # the others' own is theirs
+        assert buffer.is_available()
+        buffer.destroy()
+        assert wait_for(lambda: _mapped() == before)
+
+
+def test_dropping_the_last_reference_frees_the_memory_and_asks_nobody(pool_of: PoolOf) -> None:
+    pool_of(3).run(_dropped)
+
+
+def _one_destroys(rank: int, num_ranks: int) -> None:
+    buffer = Buffer(dist.group.WORLD, timeout=TIMEOUT)
+    scenario = Scenario(Case(tokens=(40, 9), routing="all"), rank, num_ranks)
+    if rank == 1:
+        time.sleep(0.3)
+    result = scenario.dispatch(buffer)
+    if rank == 0:
+        buffer.destroy()  # while rank 1 may still read what rank 0 sent
+    scenario.check_dispatch(result)
+    if rank != 0:
+        started = time.monotonic()
+        with pytest.raises(TokenferryError, match="rank 0"):
+            scenario.combine(buffer, result[4])
+        assert time.monotonic() - started < 5.0
+        buffer.destroy()
+    dist.barrier()
+
+
+def test_destroying_on_one_rank_hangs_nobody(pool_of: PoolOf) -> None:
+    pool_of(3).run(_one_destroys)
+
+
+def _plain_class(rank: int, num_ranks: int) -> None:
+    original = Buffer.__init__
+
+    def patched(self: Buffer, *args: Any, **kwargs: Any) -> None:
+        kwargs["num_nvl_bytes"] = 4096
+        original(self, *args, **kwargs)
+
+    class Derived(Buffer):
+        def destroy(self) -> None:
+            super().destroy()
+            self.seen = True
+
+    with mock.patch.object(Buffer, "__init__", patched), Buffer(dist.group.WORLD, timeout=TIMEOUT) as buffer:
+        assert buffer.num_nvl_bytes == 4096
+        buffer.note = "clients hang things on it"  # type: ignore[attr-defined]
+        check_works(buffer)
+    with Derived(dist.group.WORLD, timeout=TIMEOUT) as derived:
+        check_works(derived)
+    assert derived.seen
+    unborn = Buffer.__new__(Buffer)
+    unborn.destroy()
+
+
+def test_buffer_is_a_plain_class(pool_of: PoolOf) -> None:
+    pool_of(2).run(_plain_class)
+
+
+EVENT = ["previous_event", "async_finish", "allocate_on_comm_stream"]
+SIGNATURES = {
+    "get_dispatch_layout": ["topk_idx", "num_experts", *EVENT],
+    "dispatch": [
+        *["x", "handle", "num_tokens_per_rank", "num_tokens_per_rdma_rank", "is_token_in_rank"],
+        *["num_tokens_per_expert", "topk_idx", "topk_weights", "expert_alignment", "num_worst_tokens", "config"],
+        *EVENT,
+    ],
+    "combine": ["x", "handle", "topk_weights", "bias", "config", *EVENT],
+    "get_local_buffer_tensor": ["dtype", "size", "offset", "use_rdma_buffer"],
+    "destroy": [],
+    "get_comm_stream": [],
+}
+STATIC_SIGNATURES = {
+    "is_sm90_compiled": [],
+    "set_num_sms": ["new_num_sms"],
+    "capture": [],
+    "get_dispatch_config": ["num_ranks"],
+    "get_combine_config": ["num_ranks"],
+    "get_low_latency_rdma_size_hint": ["num_max_dispatch_tokens_per_rank", "hidden", "num_ranks", "num_experts"],
+}
+
+
+def test_signatures() -> None:
+    for name, parameters in SIGNATURES.items():
+        assert list(inspect.signature(getattr(Buffer, name)).parameters) == ["self", *parameters], name
+    for name, parameters in STATIC_SIGNATURES.items():
+        assert isinstance(inspect.getattr_static(Buffer, name), staticmethod)
+        assert list(inspect.signature(getattr(Buffer, name)).parameters) == parameters, name
+    constructor = inspect.signature(Buffer.__init__).parameters
+    first = ["group", "num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "num_qps_per_rank"]
+    assert list(constructor)[1:8] == [*first, "allow_nvlink_for_low_latency_mode", "allow_mnnvl"]
+    assert {*KEYWORDS, "comm"} <= set(constructor)
+    assert [constructor[name].default for name in KEYWORDS] == [
+        0,
+        0,
+        False,
+        24,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+    dispatch = inspect.signature(Buffer.dispatch).parameters
+    assert (dispatch["expert_alignment"].default, dispatch["num_worst_tokens"].default) == (1, 0)
+    assert isinstance(Buffer.is_sm90_compiled(), bool)
+
+
+def test_unpack_bias() -> None:
+    one, two = torch.zeros(1), torch.zeros(2)
+    assert Buffer._unpack_bias(None) == (None, None)
+    assert Buffer._unpack_bias(one) == (one, None)
+    assert Buffer._unpack_bias((one, two)) == (one, two)
+
+
+def _changed_defaults(rank: int, num_ranks: int, dtype: torch.dtype, device: str) -> None:
+    scenario = Scenario(Case(tokens=(9, 4), bias="two", spare_rows=3), rank, num_ranks)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        with Buffer(dist.group.WORLD, 4096, timeout=TIMEOUT) as buffer:
+            result = scenario.dispatch(buffer)
+            worst = scenario.dispatch(buffer, num_worst_tokens=100)
+            combined = buffer.combine(
+                scenario.rows_of[rank], result[4], scenario.weights_of[rank], bias=scenario.bias
+            )
+            cached = buffer.dispatch(scenario.x, handle=result[4])
+            event = Buffer.capture()
+            event.current_stream_wait()
+            stage = buffer.get_local_buffer_tensor(torch.uint8)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert stage.device.type == "cpu"
+    scenario.check_dispatch(result)
+    scenario.check_dispatch(worst, num_worst_tokens=100)
+    scenario.check_combine(combined)
+    scenario.check_cached(cached)
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "meta")], ids=str)
+def test_changed_defaults_do_no_harm(pool_of: PoolOf, dtype: torch.dtype, device: str) -> None:
+    pool_of(2).run(_changed_defaults, dtype, device)
+
+
+def _noise(rank: int, num_ranks: int) -> None:
+    noise = {
+        "NVSHMEM_QP_DEPTH": "none",
+        "EP_DISABLE_GIN": "1",
+        "NVSHMEM_IB_ENABLE_IBGDA": "x",
+        "EP_REUSE_NCCL_COMM": "0",
+    }
+    before = dict(os.environ)
+    with mock.patch.dict(os.environ, noise), Buffer(dist.group.WORLD, low_latency_mode=True) as buffer:
+        check_works(buffer)
+        assert dict(os.environ) == before | noise
+
+
+def test_variables_of_others_are_neither_read_nor_set(pool_of: PoolOf) -> None:
+    pool_of(2).run(_noise)
+
+
+def _timeout_variable(rank: int, num_ranks: int) -> None:
+    with mock.patch.dict(os.environ, {"TOKENFERRY_TIMEOUT": "0.3"}):
+        short = Buffer(dist.group.WORLD)
+        long = Buffer(dist.group.WORLD, timeout=TIMEOUT)
+    for value in ("soon", "0", "-3", "nan", ""):
+        with (
+            mock.patch.dict(os.environ, {"TOKENFERRY_TIMEOUT": value}),
+            pytest.raises(ValueError, match="TOKENFERRY_TIMEOUT"),
+        ):
+            Buffer(dist.group.WORLD)
+    scenario = Scenario(Case(), rank, num_ranks)
+    dist.barrier()
+    if rank == 0:
+        started = time.monotonic()
+        with pytest.raises(PeerTimeoutError, match="dispatch.*rank 1"):
+            scenario.dispatch(short)
+        assert 0.25 < time.monotonic() - started < 2.0
+    dist.barrier()
+    if rank == 1:
+        time.sleep(0.8)
+    scenario.check_dispatch(scenario.dispatch(long))
+
+
+def test_timeout_variable(pool_of: PoolOf) -> None:
+    pool_of(2).run(_timeout_variable)
+
+
+def _nodes(rank: int, num_ranks: int) -> None:
+    gc.collect()
+    before = _mapped()
+    splits = [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 2, 3]]
+    for split in splits:
+        with (
+            mock.patch.dict(os.environ, {"TOKENFERRY_NODE": f"node{split[rank]}"}),
+            pytest.raises(TokenferryError, match="node"),
+        ):
+            Buffer(dist.group.WORLD, timeout=TIMEOUT)
+        with pytest.raises(TokenferryError, match="node"):
+            Buffer(dist.group.WORLD, node=split[rank], timeout=TIMEOUT)
+    assert _named() == []
+    gc.collect()
+    assert _mapped() == before
+    with mock.patch.dict(os.environ, {"TOKENFERRY_NODE": str(rank)}), Buffer(dist.group.WORLD, node="one") as buffer:
+        assert buffer.topology.num_nodes == 1
+        assert buffer.topology.local_ranks == tuple(range(num_ranks))
+        check_works(buffer)
+
+
+def test_two_nodes_raise_on_every_rank(pool_of: PoolOf) -> None:
+    pool_of(4).run(_nodes)
+
+
+def _from_threads(rank: int, num_ranks: int) -> None:
+    """Two threads, a Buffer each, as with two micro-batches in flight."""
+    buffers = [Buffer(dist.group.WORLD, timeout=TIMEOUT) for _ in range(2)]
+    failures: list[BaseException] = []
+
+    def work(buffer: Buffer, seed: int) -> None:
+        try:
+            for turn in range(10):
+                check_works(buffer, Case(tokens=(9, 0, 5), seed=seed + turn))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(buffer, 100 * i)) for i, buffer in enumerate(buffers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for buffer in buffers:
+        buffer.destroy()
+    assert failures == []
+
+
+def test_two_threads(pool_of: PoolOf) -> None:
+    pool_of(3).run(_from_threads)
+
+
+def _leave_open(rank: int, num_ranks: int) -> None:
+    global _kept
+    _kept = Buffer(dist.group.WORLD, 1 << 20, timeout=TIMEOUT)
+    check_works(_kept)
+
+
+def test_processes_that_end_leave_nothing_behind() -> None:
+    with RankPool(2, num_threads=1) as pool:
+        pool.run(_leave_open)
+        assert _named() == []
+    assert [process.exitcode for process in pool.processes] == [0, 0]
+    assert _named() == []
