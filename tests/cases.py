@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -83,14 +84,15 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def poisoned_memory() -> Iterator[set[int]]:
-    """Let every fresh tensor start as 0xFF bytes (NaN, -1); yields the addresses of those that did."""
+    """Let every fresh tensor start as NaN, or as a large integer; yields the addresses of those that did."""
     addresses: set[int] = set()
 
     def poisoning(create: Any) -> Any:
         def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
             tensor: torch.Tensor = create(*args, **kwargs)
             if tensor.device.type == "cpu" and tensor.numel():
-                tensor.untyped_storage().fill_(255)
+                poison = 255 if tensor.is_floating_point() else 0x5A
+                tensor.untyped_storage().fill_(poison)  # type: ignore[attr-defined]
                 addresses.add(tensor.data_ptr())
             return tensor
 
@@ -211,12 +213,14 @@ class Scenario:
     @property
     def bias(self) -> Any:
         """What to pass as ``bias``."""
-        return {
-            "none": lambda: None,
-            "one": lambda: self.biases[0],
-            "two": lambda: tuple(self.biases),
-            "second": lambda: (None, self.biases[0]),
-        }[self.case.bias]()
+        match self.case.bias:
+            case "one":
+                return self.biases[0]
+            case "two":
+                return tuple(self.biases)
+            case "second":
+                return (None, self.biases[0])
+        return None
 
     def layout_arguments(self, buffer: Buffer) -> dict[str, Any]:
         """The arguments of a dispatch that come from ``get_dispatch_layout``."""
@@ -338,12 +342,29 @@ def check_case(rank: int, num_ranks: int, case: Case, num_nvl_bytes: int = 0) ->
         Scenario(case, rank, num_ranks).check_all(buffer)
 
 
+def check_small_stage(rank: int, num_ranks: int, case: Case, num_nvl_bytes: int) -> None:
+    """A dispatch and a combine of one case, with a short deadline: a stage that is too small must not block."""
+    with Buffer(dist.group.WORLD, num_nvl_bytes, timeout=15.0) as buffer, poisoned_memory():
+        check_works(buffer, case)
+
+
 def check_works(buffer: Buffer, case: Case | None = None) -> None:
     """A dispatch and a combine with fresh counts on any Buffer."""
     scenario = Scenario(case or Case(), buffer.rank, buffer.group_size)
     result = scenario.dispatch(buffer)
     scenario.check_dispatch(result)
     scenario.check_combine(scenario.combine(buffer, result[4]))
+
+
+def segments() -> list[str]:
+    """Shared-memory segments of tokenferry that this process has mapped; "(deleted)" is what has no name any more."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line.partition("/dev/shm/")[2] for line in lines if "/tokenferry-" in line]
+
+
+def named_segments() -> list[str]:
+    """Those of them that anybody could still open."""
+    return [name for name in segments() if not name.endswith("(deleted)")]
 
 
 def wait_for(condition: Any, seconds: float = 5.0) -> bool:

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from tokenferry.cli.ranks import RankPool
+from tokenferry.cli.ranks import RankError, RankPool
+
+
+class SessionPool(RankPool):
+    """A pool that knows when it is of no more use: a rank has ended, or the wait for the ranks was given up."""
+
+    is_whole = True
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        self.is_whole = False
+        try:
+            results = super().run(function, *args)
+        except RankError:
+            self.is_whole = all(process.is_alive() for process in self.processes)
+            raise
+        self.is_whole = True
+        return results
+
 
 PoolOf = Callable[[int], RankPool]
 
@@ -22,13 +40,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def pool_of() -> Iterator[PoolOf]:
     """``pool_of(n)``: the session's n ranks in one Gloo group."""
-    pools: dict[int, RankPool] = {}
+    pools: dict[int, SessionPool] = {}
 
     def get(num_ranks: int) -> RankPool:
+        if num_ranks in pools and not pools[num_ranks].is_whole:
+            pools.pop(num_ranks).stop()
         if num_ranks not in pools:
-            pools[num_ranks] = RankPool(num_ranks, num_threads=1)
+            pools[num_ranks] = SessionPool(num_ranks, num_threads=1)
         return pools[num_ranks]
 
     yield get
     for pool in pools.values():
-        pool.close()
+        pool.close() if pool.is_whole else pool.stop()

@@ -101,6 +101,7 @@ DISPATCH: list[tuple[str, Change]] = [
     ("x", replaced("x", meta)),
     ("is_token_in_rank", replaced("x", longer)),
     ("x", replaced("x", torch.Tensor.tolist)),
+    ("x", replaced("x", torch.Tensor.to_sparse)),
     ("x", given(x=None)),
     ("x", replaced("x", lambda x: x[:, :5])),
     ("x", replaced("x", lambda x: x[:, :0])),
@@ -141,6 +142,7 @@ DISPATCH: list[tuple[str, Change]] = [
     ("topk_weights", replaced("topk_weights", longer)),
     ("topk_weights", replaced("topk_weights", wider)),
     ("topk_weights", replaced("topk_weights", meta)),
+    ("topk_weights", replaced("topk_weights", torch.Tensor.to_sparse)),
     ("num_worst_tokens", given(topk_idx=None, topk_weights=None, num_worst_tokens=64)),
     ("num_worst_tokens", given(num_worst_tokens=-1)),
     *[("num_worst_tokens", given(num_worst_tokens=value)) for value in NOT_INTS],
@@ -260,7 +262,7 @@ def _err(rank: int, num_ranks: int, call: str) -> list[str]:
     with Buffer(dist.group.WORLD, timeout=TIMEOUT) as buffer:
         scenario = Scenario(case, rank, num_ranks)
         handle = scenario.dispatch(buffer)[4]
-        method = {"layout": buffer.get_dispatch_layout, "combine": buffer.combine}.get(call, buffer.dispatch)
+        method: Any = {"layout": buffer.get_dispatch_layout, "combine": buffer.combine}.get(call, buffer.dispatch)
         for index, (name, change) in enumerate(mistakes):
             if rank == 1:
                 arguments = change(_good_arguments(call, buffer, scenario, handle))

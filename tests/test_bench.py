@@ -310,7 +310,7 @@ def test_contenders_agree(dtype: str, pool_of: Callable[[int], RankPool]) -> Non
             assert all(len(times) == 1 for times in result.times.values())
 
 
-def test_the_longest_of_all_ranks_sets_the_iterations(pool_of: Callable[[int], RankPool]) -> None:
+def test_ranks_agree_on_the_iterations(pool_of: Callable[[int], RankPool]) -> None:
     results = pool_of(2).run(run_case, a_case(ranks=2), Budget(0.05, None), False)
     assert len({len(result.times[OURS]) for result in results}) == 1
     assert results[0].times.keys() == {OURS}

@@ -109,7 +109,8 @@ def test_limits_are_allowed() -> None:
 
 def test_presets_for_any_number_of_ranks() -> None:
     for num_ranks in range(1, 201):
-        nearest = min(DISPATCH, key=lambda ranks, n=num_ranks: (abs(ranks - n), ranks))
+        by_distance = {abs(ranks - num_ranks): ranks for ranks in sorted(DISPATCH, reverse=True)}
+        nearest = by_distance[min(by_distance)]
         assert Buffer.get_dispatch_config(num_ranks) == Config(Buffer.num_sms, *DISPATCH[nearest])
         assert Buffer.get_combine_config(num_ranks) == Config(Buffer.num_sms, *COMBINE[nearest])
 

@@ -131,6 +131,14 @@ def test_small_stages(pool_of: PoolOf, num_nvl_bytes: int, routing: str) -> None
     run(pool_of, 3, case, num_nvl_bytes)
 
 
+@pytest.mark.parametrize("tokens", [(28, 67, 0, 1), (300, 3, 0, 100), (0, 200, 1, 0), (0, 0, 90, 91)], ids=str)
+@pytest.mark.parametrize("routing", ["others", "random"])
+def test_small_stages_between_unequal_ranks(pool_of: PoolOf, tokens: tuple[int, ...], routing: str) -> None:
+    """Ranks with few tokens, or none, are done long before the others and must stand in nobody's way."""
+    case = Case(tokens=tokens, row_bytes=2064, combine_bytes=3200, routing=routing, num_topk=8, local_experts=3)
+    run(pool_of, 4, case, 128)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 5])
 def test_rows_larger_than_the_stage(pool_of: PoolOf, num_ranks: int) -> None:
     case = Case(tokens=(3, 5, 0, 2), row_bytes=400_000, combine_bytes=300_016, combine_dtype=torch.float32)

@@ -156,7 +156,7 @@ def _chained(rank: int, num_ranks: int) -> None:
     with Buffer(dist.group.WORLD, timeout=TIMEOUT) as buffer:
         scenario = Scenario(CASE, rank, num_ranks)
         for asynchronous in (False, True):
-            options = {"async_finish": asynchronous, "allocate_on_comm_stream": asynchronous}
+            options: dict[str, Any] = {"async_finish": asynchronous, "allocate_on_comm_stream": asynchronous}
             previous = EventOverlap(EventHandle())
             layout = buffer.get_dispatch_layout(
                 scenario.given.topk_idx, scenario.num_experts, previous_event=previous, **options

@@ -50,11 +50,12 @@ def _lifetimes(rank: int, num_ranks: int) -> None:
             for case in (CASE, FP8):
                 scenario = Scenario(case, rank, num_ranks)
                 watched: list[weakref.ref[Any]] = []
-                arguments = {
+                arguments: dict[str, Any] = {
                     name: None if value is None else _watched_copy(value, watched)
                     for name, value in (scenario.layout_arguments(buffer) | scenario.topk_arguments()).items()
                 }
-                x = tuple(_watched_copy(part, watched) for part in _tensors(scenario.x))
+                x: Any = tuple(_watched_copy(part, watched) for part in _tensors(scenario.x))
+                rest: list[Any]
                 recv_x, *rest = buffer.dispatch(x if case is FP8 else x[0], **arguments)
                 rows, weights = (_watched_copy(t[rank], watched) for t in (scenario.rows_of, scenario.weights_of))
                 combined_x, combined_weights, _ = buffer.combine(rows, rest[3], weights, scenario.bias)
@@ -84,7 +85,7 @@ def _separate(rank: int, num_ranks: int, case: Case) -> None:
     with Buffer(dist.group.WORLD, 1 << 20, timeout=TIMEOUT) as buffer:
         scenario = Scenario(case, rank, num_ranks)
         arguments = scenario.layout_arguments(buffer) | scenario.topk_arguments()
-        result = buffer.dispatch(scenario.x, **arguments)
+        result: Any = buffer.dispatch(scenario.x, **arguments)
         rows = scenario.rows_of[rank]
         combined = buffer.combine(rows, result[4], scenario.weights_of[rank], scenario.bias)
         stage = buffer.get_local_buffer_tensor(torch.uint8)
@@ -169,10 +170,10 @@ def _gradients(rank: int, num_ranks: int) -> None:
         scenario = Scenario(CASE, rank, num_ranks)
         arguments = scenario.layout_arguments(buffer) | scenario.topk_arguments()
         arguments["topk_weights"] = arguments["topk_weights"].clone().requires_grad_()
-        result = buffer.dispatch(scenario.given.x.clone().requires_grad_(), **arguments)
+        result: Any = buffer.dispatch(scenario.given.x.clone().requires_grad_(), **arguments)
         scenario.check_dispatch(result)
         rows, weights = scenario.rows_of[rank].clone(), scenario.weights_of[rank].clone()
-        biases = tuple(bias.clone().requires_grad_() for bias in scenario.biases)
+        biases: Any = tuple(bias.clone().requires_grad_() for bias in scenario.biases)
         combined = buffer.combine(rows.requires_grad_(), result[4], weights.requires_grad_(), biases)
         scenario.check_combine(combined)
         cached = buffer.dispatch(scenario.given.x.clone().requires_grad_(), handle=result[4])
@@ -227,7 +228,7 @@ def _inputs_unchanged(rank: int, num_ranks: int) -> None:
         given = _tensors(scenario.x, list(arguments.values()), scenario.biases)
         given += [scenario.rows_of[rank], scenario.weights_of[rank]]
         before, versions = [t.clone() for t in given], [t._version for t in given]
-        result = buffer.dispatch(scenario.x, **arguments)
+        result: Any = buffer.dispatch(scenario.x, **arguments)
         scenario.check_combine(buffer.combine(given[-2], result[4], given[-1], scenario.bias))
         scenario.given.x.view(torch.uint8).zero_()  # the caller may write at once
         result[0].zero_()
@@ -248,7 +249,7 @@ def _overwritten_at_once(rank: int, num_ranks: int) -> None:
             scenario = Scenario(Case(tokens=(40, 3, 25), routing="all", row_bytes=4096, seed=seed), rank, num_ranks)
             x, rows = scenario.given.x.clone(), scenario.rows_of[rank].clone()
             arguments = scenario.layout_arguments(buffer)
-            result = buffer.dispatch(x, **arguments, **scenario.topk_arguments())
+            result: Any = buffer.dispatch(x, **arguments, **scenario.topk_arguments())
             x.zero_()
             combined = buffer.combine(rows, result[4])
             rows.zero_()

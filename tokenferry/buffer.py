@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -135,7 +135,7 @@ class Buffer:
         """Whether operations can run: constructed, not destroyed, no operation failed."""
         return self.runtime is not None and self.runtime.is_available()
 
-    def __enter__(self) -> Buffer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

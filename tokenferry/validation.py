@@ -44,6 +44,8 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise ArgumentError(name, type(value).__name__, "a torch.Tensor")
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        raise ArgumentError(name, f"a tensor of layout {value.layout} and {value.dtype}", "a plain dense tensor")
     wanted = ""
     if value.device.type != device.type:
         wanted = f"a tensor on {device.type}"

@@ -169,6 +169,7 @@ def _run(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], p
             bar.set_postfix_str(f"{MODES[case.mode]}, {case.tokens} tokens")
             reports.append(report_of(case, pool.run(run_case, case, budget, args.baseline)))
             bar.write(case_line(reports[-1]), file=sys.stdout)
+            sys.stdout.flush()
     return reports
 
 

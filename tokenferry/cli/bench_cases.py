@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,8 +37,9 @@ MODES = {
 CHAINED_PAIRS = 4
 """Pairs of dispatch and combine that follow each other without a barrier in one timed stretch."""
 
+_BLOCKS = 2
 _WARM_UPS = 2
-_FEWEST_ITERATIONS = 5
+_FEWEST_ITERATIONS = 6
 _MOST_ITERATIONS = 1000
 
 OURS = "tokenferry"
@@ -316,27 +318,34 @@ def check_agreement(case: Case, rank: int, ours: Result, theirs: Result) -> None
 
 
 def _time(clock: Clock, calls: dict[str, Call], repeats: int, budget: Budget) -> dict[str, list[float]]:
-    """Time the contenders in turn, so that what disturbs the machine meets both."""
+    """Time the contenders in turn, each for a block of iterations behind calls that are not timed.
 
-    def stretch(call: Call) -> float:
-        def several() -> object:
-            for _ in range(repeats - 1):
-                call()
-            return call()
-
-        return clock.time(several) / repeats
-
-    warm_up = [[stretch(call) for call in calls.values()] for _ in range(_WARM_UPS)]
-    slowest = torch.tensor(max(warm_up[-1]) * repeats, dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks must choose the same number of iterations
-    wanted = budget.iterations
-    if wanted is None:
-        wanted = min(max(math.ceil(budget.seconds / float(slowest)), _FEWEST_ITERATIONS), _MOST_ITERATIONS)
+    Several blocks, so that what disturbs the machine meets both; blocks, because each contender leaves its own mark
+    on the memory that the system has at hand, and a program uses one of them only.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(wanted):
+    wanted: dict[str, int] = {}
+    for block in range(1, _BLOCKS + 1):
         for name, call in calls.items():
-            times[name].append(stretch(call))
+            warm_up = [clock.time(call) for _ in range(_WARM_UPS)]
+            if name not in wanted:
+                wanted[name] = budget.iterations or _iterations_for(budget.seconds, repeats * warm_up[-1])
+            while len(times[name]) < wanted[name] * block // _BLOCKS:
+                times[name].append(clock.time(partial(_repeat, call, repeats)) / repeats)
     return times
+
+
+def _iterations_for(budget: float, seconds: float) -> int:
+    """How many iterations of ``seconds`` on this rank fit a budget; the same number on all ranks."""
+    slowest = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return min(max(math.ceil(budget / float(slowest)), _FEWEST_ITERATIONS), _MOST_ITERATIONS)
+
+
+def _repeat(call: Call, repeats: int) -> object:
+    for _ in range(repeats - 1):
+        call()
+    return call()
 
 
 def _columns(rows: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:

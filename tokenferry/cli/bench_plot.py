@@ -183,7 +183,15 @@ def _bars(reports: Sequence[CaseReport]) -> Figure:
         text = show_time(report.statistics[OURS].median).replace("us", "µs")
         if report.ratio is not None:
             text = f"{report.ratio:.2f}x as fast"
-        axes.annotate(text, (x, top), xytext=(0, 5), textcoords="offset points", ha="center", fontweight="bold")
+        axes.annotate(
+            text,
+            (x, top),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
     axes.set_xticks(range(len(reports)), [MODES[report.case.mode] for report in reports])
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")

@@ -21,7 +21,8 @@ BOUNDARY = """\
 What is timed: wall time of the public call alone, from a barrier of all ranks to its return, outputs allocated
 inside it and freed outside. dispatch does not include get_dispatch_layout, which has its own line. A chained pair
 is one of {pairs} dispatch + combine pairs without a barrier between them. The time of an iteration is that of the
-slowest rank; shown are the median over iterations and the 10th and 90th percentile. The contenders take turns.
+slowest rank; shown are the median over iterations and the 10th and 90th percentile. The contenders take turns,
+half of the iterations at a time, each behind calls that are not timed.
 wire: bytes from one rank to the others / time. logical: the same with the rows a rank keeps. GB = 10^9 bytes.
 {baseline}: gather once for each rank, all_to_all_single (counts, then rows), float32 index_add; same bits."""
 

@@ -13,7 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from tokenferry.cli.demo_model import Corpus, Settings
 from tokenferry.cli.demo_train import TOLERANCE, Report, train, train_dense
@@ -21,6 +25,9 @@ from tokenferry.cli.ranks import RankError, RankPool
 
 _MIN_EXPERTS = 8
 _INTERRUPTED = 130
+_THREADS = 1
+"""Of torch, in every process: the matrices are small, and threads that wait for each other on busy cores cost more
+than they bring."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,12 +84,15 @@ def _run(settings: Settings, num_ranks: int, output: Path | None) -> int:
     with _pool(num_ranks) as pool:
         corpus = Corpus(settings)
         print(
-            f"{num_ranks} ranks train a transformer of {settings.layers} layers on {corpus.train.numel():,} characters "
-            f"of Python's help texts.\nEach layer has {settings.experts} experts, {settings.experts // num_ranks} "
-            f"on each rank, and sends every token to {settings.topk} of them.",
+            f"{num_ranks} ranks train a transformer of {settings.layers} layers on {corpus.train.numel():,} "
+            f"characters of Python's help texts.\nEach layer has {settings.experts} experts, "
+            f"{settings.experts // num_ranks} on each rank, and sends every token to {settings.topk} of them.",
             flush=True,
         )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(_THREADS)
         twin = train_dense(settings, corpus, min(settings.steps, settings.checked_steps))
+        torch.set_num_threads(threads)
         reports = pool.run(train, settings, twin)
     first: Report = reports[0]
     if not first.agreed:
@@ -108,20 +118,30 @@ def _run(settings: Settings, num_ranks: int, output: Path | None) -> int:
 
 @contextmanager
 def _pool(num_ranks: int) -> Iterator[RankPool]:
-    """The ranks, started so that Ctrl-C is this process's business alone.
+    """The ranks, started so that a Ctrl-C in the middle of it waits until all are there, and then stops them.
 
-    Processes inherit the signal mask. Were SIGINT not blocked while they start, a Ctrl-C in those seconds would meet
-    them half-way through their imports, and each would print its own traceback. Here it waits until they are up.
+    Processes inherit the signal mask: with SIGINT blocked, theirs do not print tracebacks of half-done imports. That
+    does not protect this process, where a thread of some library may take the signal; hence the handler.
     """
+    held: list[int] = []
+    resource_tracker.ensure_running()  # started later, by the pool, it would unblock SIGINT
+    previous = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        pool = RankPool(num_ranks)
+        pool = RankPool(num_ranks, num_threads=_THREADS)
     except BaseException:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        _receive_interrupts(previous)
         raise
     with pool:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        _receive_interrupts(previous)
+        if held:
+            raise KeyboardInterrupt
         yield pool
+
+
+def _receive_interrupts(handler: Any) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, handler)
 
 
 def traffic(settings: Settings, tokens: list[list[int]]) -> list[list[float]]:
@@ -148,21 +168,13 @@ def traffic(settings: Settings, tokens: list[list[int]]) -> list[list[float]]:
 def _traffic_table(tokens: list[list[int]], megabytes: list[list[float]]) -> str:
     ranks = range(len(tokens))
     lines = [
-        "",
         "Who sent how much to whom: tokens dispatched / MB of dispatch, combine and both backward passes",
         f"{'':>8}" + "".join(f"{f'to {b}':>20}" for b in ranks) + f"{'to others':>22}",
     ]
     for a in ranks:
-        cells = [(tokens[a][b], megabytes[a][b]) for b in ranks]
-        away = [sum(values) for values in zip(*(cell for b, cell in enumerate(cells) if b != a), strict=True)] or [
-            0,
-            0,
-        ]
-        lines.append(
-            f"{f'from {a}':>8}"
-            + "".join(f"{f'{count:,} / {size:,.1f}':>20}" for count, size in cells)
-            + f"{f'{away[0]:,} / {away[1]:,.1f}':>22}"
-        )
+        cells = "".join(f"{f'{tokens[a][b]:,} / {megabytes[a][b]:,.1f}':>20}" for b in ranks)
+        others = f"{sum(tokens[a]) - tokens[a][a]:,} / {sum(megabytes[a]) - megabytes[a][a]:,.1f}"
+        lines.append(f"{f'from {a}':>8}{cells}{others:>22}")
     lines.append("  What a rank sends to itself (the diagonal) stays where it is.")
     return "\n".join(lines)
 

@@ -19,21 +19,23 @@ from tokenferry.nn.moe import initial_expert, initial_router
 class Settings(NamedTuple):
     """The size of the demo. The batch is global: ranks share it, and results do not depend on how many they are."""
 
-    steps: int = 250
+    steps: int = 200
     seed: int = 0
     batch: int = 16
     """Sequences a step, over all ranks."""
     length: int = 128
     """Characters a sequence."""
-    hidden: int = 128
-    intermediate: int = 192
+    hidden: int = 96
+    intermediate: int = 128
     layers: int = 2
     heads: int = 4
     experts: int = 8
     topk: int = 2
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     warmup: int = 20
     """Steps."""
+    window: int = 4
+    """Characters that are embedded at each position: its own and those right before it."""
     checked_steps: int = 8
     """Steps that the dense twin runs too."""
     validations: int = 12
@@ -113,8 +115,10 @@ class DenseMoE(nn.Module):
         probabilities = torch.softmax(x @ self.router.T, dim=-1)
         best, ids = probabilities.topk(self.num_topk, dim=-1)
         share = torch.zeros_like(probabilities).scatter(-1, ids, best / best.sum(-1, keepdim=True))
-        inner = F.silu(torch.einsum("bsh,eih->bsei", x, self.gate)) * torch.einsum("bsh,eih->bsei", x, self.up)
-        return torch.einsum("bsei,ehi,bse->bsh", inner, self.down, share)
+        out = torch.zeros_like(x)
+        for expert, (gate, up, down) in enumerate(zip(self.gate, self.up, self.down, strict=True)):
+            out = out + share[..., expert, None] * ((F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+        return out
 
 
 class Block(nn.Module):
@@ -160,10 +164,11 @@ class LanguageModel(nn.Module):
 
     def __init__(self, settings: Settings, vocabulary: int, make_moe: Callable[[int], nn.Module]) -> None:
         super().__init__()
+        self.window = settings.window
         layers = [make_moe(settings.seed * settings.layers + layer) for layer in range(settings.layers)]
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            self.token = nn.Embedding(vocabulary, settings.hidden)
+            self.token = nn.Embedding(vocabulary, settings.window * settings.hidden)
             self.blocks = nn.ModuleList(Block(settings, moe) for moe in layers)
             self.norm = nn.RMSNorm(settings.hidden)
             self.head = nn.Linear(settings.hidden, vocabulary, bias=False)
@@ -172,7 +177,10 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [B, S, V] for int64 tokens [B, S]."""
-        x = self.token(tokens)
+        # A character has one vector for its own position and others for the positions right after it.
+        parts = self.token(tokens).unflatten(-1, (self.window, -1)).unbind(2)
+        later = [F.pad(part, (0, 0, back, 0))[:, : tokens.size(1)] for back, part in enumerate(parts)]
+        x = torch.stack(later).sum(0)
         for block in self.blocks:
             x = block(x)
         return torch.as_tensor(self.head(self.norm(x)))

@@ -10,7 +10,7 @@ from tokenferry.cli.demo_train import Report, Trace
 
 _INK, _MUTED, _GRID = "#1b2733", "#6b7885", "#e4e8ec"
 _TRAIN, _VALIDATION, _TWIN = "#8fb8de", "#0b5394", "#d9480f"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -23,6 +23,8 @@ _STYLE = {
     "axes.spines.right": False,
     "xtick.color": _INK,
     "ytick.color": _INK,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
     "figure.facecolor": "white",
 }
 _MAX_COLUMNS = 125
@@ -53,11 +55,12 @@ def draw(
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context(_STYLE):
-        figure = Figure(figsize=(13, 8.6), dpi=130, layout="constrained")
+        spacing = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, wspace=0.03, hspace=0.03)
+        figure: Any = Figure(figsize=(13, 8.6), dpi=130, layout=spacing)
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.03, hspace=0.03)
         figure.suptitle(
             f"A language model with {settings.layers} × {settings.experts} experts, trained on {len(reports)} ranks "
             "through tokenferry",
@@ -121,15 +124,15 @@ def _draw_traffic(axes: Any, megabytes: list[list[float]]) -> None:
     away = [[float("nan") if a == b else megabytes[a][b] for b in ranks] for a in ranks]
     values = [megabytes[a][b] for a in ranks for b in ranks if a != b]
     high = max(values, default=1.0)
-    axes.imshow(away, cmap="Blues", vmin=0, vmax=high * 1.15)
+    axes.imshow(away, cmap="Blues", vmin=0, vmax=high * 1.4, aspect="auto")
     axes.set_facecolor("#f3f4f6")
     if len(megabytes) <= 10:
         for a in ranks:
             for b in ranks:
-                shade = _MUTED if a == b else "white" if megabytes[a][b] > 0.6 * high else _INK
+                shade = _MUTED if a == b else "white" if megabytes[a][b] > 0.7 * high else _INK
                 axes.text(b, a, f"{megabytes[a][b]:,.0f}", ha="center", va="center", color=shade, fontsize=10)
-    axes.set_title("Traffic between ranks, MB (grey: stays local)")
-    axes.set_xlabel("to rank")
+    axes.set_title("Sent from rank to rank, MB")
+    axes.set_xlabel("to rank (grey: stays on its rank)")
     axes.set_ylabel("from rank")
     axes.set_xticks(ranks)
     axes.set_yticks(ranks)
@@ -141,14 +144,15 @@ def _draw_load(figure: Any, settings: Settings, reports: list[Report]) -> None:
     layers = figure.subplots(1, settings.layers, sharey=True, squeeze=False)[0]
     num_local = settings.experts // len(reports)
     image = None
-    for layer, axes in enumerate(layers):
-        shares = _load_shares(layer, num_local, reports)
+    shares_of = [_load_shares(layer, num_local, reports) for layer in range(settings.layers)]
+    high = max(share for shares in shares_of for row in shares for share in row)
+    for layer, (axes, shares) in enumerate(zip(layers, shares_of, strict=True)):
         image = axes.imshow(
             shares,
             aspect="auto",
             cmap="YlGnBu",
             vmin=0,
-            vmax=max(2 * 100 / settings.experts, 1),
+            vmax=high,
             extent=(0, len(reports[0].expert_load), settings.experts - 0.5, -0.5),
             interpolation="nearest",
         )
@@ -162,7 +166,7 @@ def _draw_load(figure: Any, settings: Settings, reports: list[Report]) -> None:
         range(settings.experts), [f"rank {e // num_local}, expert {e}" for e in range(settings.experts)]
     )
     assert image is not None
-    bar = figure.colorbar(image, ax=list(layers), extend="max", pad=0.015, aspect=26)
+    bar = figure.colorbar(image, ax=list(layers), pad=0.015, aspect=26)
     bar.set_label(f"share of choices, % (even: {100 / settings.experts:.3g})")
     bar.outline.set_visible(False)
 

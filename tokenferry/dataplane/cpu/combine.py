@@ -9,7 +9,8 @@ published, ranks ascending, and releases the messages that are used up::
     summed            |          now          | then  |
 
 The bounds of all ranks lie on one axis, the source token index. A reader waits only for the owner with the lowest
-bound, an owner only for readers below its own bound: a circle of waits would need a bound below itself.
+bound, an owner only for readers below its own bound: a circle of waits would need a bound below itself. A reader
+whose tokens are all summed waits for nobody: it lets go of every message as it comes.
 
 Legend of dims: T tokens of this rank, R ranks, M rows of x, H elements of a row.
 """
@@ -107,7 +108,8 @@ class Combine(Exchange):
 
     def read(self) -> bool:
         """See :meth:`Exchange.read`."""
-        if self.is_finished_reading() or self.is_waiting_for_peers():
+        has_tokens_left = self._done_tokens < self._num_tokens
+        if not self.heads or (has_tokens_left and self.is_waiting_for_peers()):
             return False
         end = min([self._num_tokens, *(head.bound for head in self.heads.values())])
         self._reduce_up_to(end)

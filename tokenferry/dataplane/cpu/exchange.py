@@ -151,10 +151,6 @@ class Exchange(ABC):
         """Whether a peer has more to say in this operation and its next message is not here."""
         return not self._more_to_come <= self.heads.keys()
 
-    def is_finished_reading(self) -> bool:
-        """Whether every message of this operation has been read and released."""
-        return not self._more_to_come and not self.heads
-
     # Both.
 
     def agree(self) -> None:

@@ -1,0 +1,207 @@
+"""The demo from outside: it runs, its check can fail, Ctrl-C leaves nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tokenferry.cli import demo, demo_train
+from tokenferry.cli.demo_model import Corpus, DenseMoE, Settings
+from tokenferry.cli.demo_train import Report, Trace, train, train_dense
+from tokenferry.cli.ranks import RankPool
+
+PoolOf = Callable[[int], RankPool]
+COMMAND = [sys.executable, "-m", "tokenferry", "demo"]
+SMALL = Settings(
+    steps=4, batch=3, length=16, hidden=16, intermediate=8, heads=2, warmup=1, checked_steps=4, sample_length=5
+)
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_runs_from_end_to_end(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "--ranks", "2", "--steps", "3", "--output", "drawn"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "They agree within a relative 1e-04" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("from ")]
+    assert [row[:2] for row in rows] == [["from", "0"], ["from", "1"]]
+    # 3 steps, 2 layers, 8 sequences of 128 characters a rank: at most this many tokens reach a rank, and each reaches
+    # at least one.
+    brought = 3 * 2 * 8 * 128
+    for row in rows:
+        sent = [int(row[column].replace(",", "")) for column in (2, 5)]
+        assert max(sent) <= brought <= sum(sent)
+    picture = (tmp_path / "drawn" / "demo.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 30_000  # an empty figure of this size has about 10 000 bytes
+
+
+def test_traffic_counts_both_directions() -> None:
+    settings = Settings(hidden=4, topk=2)
+    row, ids, weights = 16, 16, 8
+    expected = (10 * (row + ids + weights) + 10 * row + 3 * row + 3 * (row + weights)) / 1e6
+    assert demo.traffic(settings, [[0, 10], [3, 0]])[0][1] == pytest.approx(expected)
+    assert demo.traffic(settings, [[5, 0], [0, 0]]) == [
+        [pytest.approx(5 * (4 * row + ids + 2 * weights) / 1e6), 0.0],
+        [0.0, 0.0],
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_any_number_of_ranks_trains_the_same_model(pool_of: PoolOf, num_ranks: int) -> None:
+    """Three sequences on four ranks: one rank has no tokens."""
+    corpus = Corpus(SMALL)
+    reports: list[Report] = pool_of(num_ranks).run(train, SMALL, train_dense(SMALL, corpus, SMALL.steps))
+    assert all(report.agreed for report in reports)
+    assert all(report.trace == reports[0].trace for report in reports)
+    assert len(reports[0].trace.losses) == SMALL.steps
+    assert reports[0].validation[0][0] == 0
+    assert reports[0].validation[-1][0] == SMALL.steps
+    assert len(reports[0].sample) == len("The ") + SMALL.sample_length
+    for step in range(SMALL.steps):
+        pairs = sum(sum(report.expert_load[step]) for report in reports)
+        assert pairs == SMALL.layers * SMALL.batch * SMALL.length * SMALL.topk
+
+
+def with_gradients_of_experts_doubled(rank: int, num_ranks: int, settings: Settings, twin: Trace) -> Report:
+    make_layer = demo_train.make_layer
+
+    def wrong(*args: Any) -> Any:
+        layer = make_layer(*args)
+        for parameter in layer.expert_parameters():
+            parameter.register_hook(lambda gradient: 2 * gradient)
+        return layer
+
+    demo_train.make_layer = wrong
+    try:
+        return train(rank, num_ranks, settings, twin)
+    finally:
+        demo_train.make_layer = make_layer
+
+
+def test_a_wrong_scale_of_gradients_is_found(pool_of: PoolOf) -> None:
+    twin = train_dense(SMALL, Corpus(SMALL), 1)
+    (report, _) = pool_of(2).run(with_gradients_of_experts_doubled, SMALL, twin)
+    assert report.trace.losses == pytest.approx(twin.losses, rel=1e-5)
+    assert not report.agreed
+    assert len(report.trace.losses) == 1  # training ended there
+
+
+def test_the_demo_fails_when_the_twin_differs(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Perturbed(DenseMoE):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            with torch.no_grad():
+                self.down[3] *= 1.1
+
+    monkeypatch.setattr(demo_train, "DenseMoE", Perturbed)
+    assert demo.main(arguments("--ranks", "2", "--steps", "2", "--no-plot")) == 1
+    err = capfd.readouterr().err
+    assert "the ranks and their dense twin differ by more than a relative 1e-04" in err
+    assert "Traceback" not in err
+
+
+def test_traces_agree_only_within_the_tolerance() -> None:
+    trace = Trace([2.0, 1.0], [0.5, 0.5])
+    assert trace.agrees(Trace([2.0001], [0.50001]))
+    assert not trace.agrees(Trace([2.001], [0.5]))
+    assert not trace.agrees(Trace([2.0], [0.501]))
+    assert not trace.agrees(Trace([2.0, float("nan")], [0.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--ranks", "0"], "0 is not above 0"), (["--steps", "x"], "invalid"), (["--seed", "-1"], "-1 is negative")],
+)
+def test_wrong_options_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments(*options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert demo.main(arguments()) == 2
+    assert "tqdm and matplotlib: pip install 'tokenferry[cli]'" in capsys.readouterr().err
+    assert demo.main(arguments("--no-plot")) == 2
+    assert "the demo needs tqdm: pip" in capsys.readouterr().err
+
+
+def processes_of_group(group: int) -> list[str]:
+    """The command lines of living processes of a process group."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [row[2] for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
+
+
+def shared_memory() -> set[str]:
+    """Names of the shared memory files of this library."""
+    return {path.name for path in Path("/dev/shm").glob("tokenferry-*")}
+
+
+def wait_for(process: subprocess.Popen[str], moment: str) -> None:
+    """Until the process that forks the ranks has been started, or until a line with ``moment`` was printed."""
+    if moment == "forkserver":
+        while not any("forkserver" in command for command in processes_of_group(process.pid)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        return
+    assert process.stdout is not None
+    for line in process.stdout:
+        if moment in line:
+            return
+    pytest.fail(f"the demo ended early: {process.communicate()[1]}")
+
+
+@pytest.mark.parametrize("moment", ["forkserver", "ranks train", "They agree"])
+def test_ctrl_c_stops_everything(tmp_path: Path, moment: str) -> None:
+    before = shared_memory()
+    process = subprocess.Popen(
+        [*COMMAND, "--ranks", "2", "--no-plot"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, as a terminal gives
+    )
+    try:
+        wait_for(process, moment)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        deadline = time.monotonic() + 20
+        while (left := processes_of_group(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        # Other programs on this machine may be in the middle of opening theirs: those names are gone soon.
+        while (files := shared_memory() - before) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, errors
+    assert left == []
+    assert files == set()
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
+    assert lines == ["interrupted: all ranks were stopped"]

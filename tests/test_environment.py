@@ -1,0 +1,115 @@
+"""What the surroundings of a Buffer may be: torch's defaults, environment variables, nodes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.cases import TIMEOUT, Case, Scenario, check_works, named_segments, segments
+from tests.conftest import PoolOf
+from tokenferry import Buffer, PeerTimeoutError, TokenferryError
+
+
+def _changed_defaults(rank: int, num_ranks: int, dtype: torch.dtype, device: str) -> None:
+    scenario = Scenario(Case(tokens=(9, 4), bias="two", spare_rows=3), rank, num_ranks)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        with Buffer(dist.group.WORLD, 4096, timeout=TIMEOUT) as buffer:
+            result = scenario.dispatch(buffer)
+            worst = scenario.dispatch(buffer, num_worst_tokens=100)
+            combined = buffer.combine(
+                scenario.rows_of[rank], result[4], scenario.weights_of[rank], bias=scenario.bias
+            )
+            cached = buffer.dispatch(scenario.x, handle=result[4])
+            event = Buffer.capture()
+            event.current_stream_wait()
+            stage = buffer.get_local_buffer_tensor(torch.uint8)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert stage.device.type == "cpu"
+    scenario.check_dispatch(result)
+    scenario.check_dispatch(worst, num_worst_tokens=100)
+    scenario.check_combine(combined)
+    scenario.check_cached(cached)
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "meta")], ids=str)
+def test_changed_defaults_do_no_harm(pool_of: PoolOf, dtype: torch.dtype, device: str) -> None:
+    pool_of(2).run(_changed_defaults, dtype, device)
+
+
+def _noise(rank: int, num_ranks: int) -> None:
+    noise = {
+        "NVSHMEM_QP_DEPTH": "none",
+        "EP_DISABLE_GIN": "1",
+        "NVSHMEM_IB_ENABLE_IBGDA": "x",
+        "EP_REUSE_NCCL_COMM": "0",
+    }
+    before = dict(os.environ)
+    with mock.patch.dict(os.environ, noise), Buffer(dist.group.WORLD, low_latency_mode=True) as buffer:
+        check_works(buffer)
+        assert dict(os.environ) == before | noise
+
+
+def test_variables_of_others_are_neither_read_nor_set(pool_of: PoolOf) -> None:
+    pool_of(2).run(_noise)
+
+
+def _timeout_variable(rank: int, num_ranks: int) -> None:
+    with mock.patch.dict(os.environ, {"TOKENFERRY_TIMEOUT": "0.3"}):
+        short = Buffer(dist.group.WORLD)
+        long = Buffer(dist.group.WORLD, timeout=TIMEOUT)
+    for value in ("soon", "0", "-3", "nan", ""):
+        with (
+            mock.patch.dict(os.environ, {"TOKENFERRY_TIMEOUT": value}),
+            pytest.raises(ValueError, match="TOKENFERRY_TIMEOUT"),
+        ):
+            Buffer(dist.group.WORLD)
+    scenario = Scenario(Case(), rank, num_ranks)
+    dist.barrier()
+    if rank == 0:
+        started = time.monotonic()
+        with pytest.raises(PeerTimeoutError, match=r"dispatch.*rank 1"):
+            scenario.dispatch(short)
+        assert 0.25 < time.monotonic() - started < 5.0
+    dist.barrier()
+    if rank == 1:
+        time.sleep(0.8)
+    scenario.check_dispatch(scenario.dispatch(long))
+
+
+def test_timeout_variable(pool_of: PoolOf) -> None:
+    pool_of(2).run(_timeout_variable)
+
+
+def _nodes(rank: int, num_ranks: int) -> None:
+    gc.collect()
+    before = len(segments())
+    splits = [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 2, 3]]
+    for split in splits:
+        with (
+            mock.patch.dict(os.environ, {"TOKENFERRY_NODE": f"node{split[rank]}"}),
+            pytest.raises(TokenferryError, match="node"),
+        ):
+            Buffer(dist.group.WORLD, timeout=TIMEOUT)
+        with pytest.raises(TokenferryError, match="node"):
+            Buffer(dist.group.WORLD, node=split[rank], timeout=TIMEOUT)
+    assert named_segments() == []
+    gc.collect()
+    assert len(segments()) == before
+    with mock.patch.dict(os.environ, {"TOKENFERRY_NODE": str(rank)}), Buffer(dist.group.WORLD, node="one") as buffer:
+        assert buffer.topology.num_nodes == 1
+        assert buffer.topology.local_ranks == tuple(range(num_ranks))
+        check_works(buffer)
+
+
+def test_two_nodes_raise_on_every_rank(pool_of: PoolOf) -> None:
+    pool_of(4).run(_nodes)
