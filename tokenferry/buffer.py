@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
 
+from tokenferry.buffer_low_latency import LowLatencyMethods
 from tokenferry.config import (
     ALIGNMENT,
     Config,
     check_config,
     combine_preset,
     dispatch_preset,
-    low_latency_size_hint,
 )
 from tokenferry.errors import ArgumentError, BufferStateError, TokenferryError
 from tokenferry.events import EventHandle, EventOverlap
@@ -39,7 +41,7 @@ _Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 _noted: set[str] = set()
 
 
-class Buffer:
+class Buffer(LowLatencyMethods):
     """The expert-parallel communication buffer of one rank: dispatch and combine among the ranks of a group.
 
     Construction is collective over ``group``: every rank must construct. Every operation is collective too: all
@@ -49,16 +51,16 @@ class Buffer:
         group: a ``torch.distributed`` process group of any backend; used only to construct.
         num_nvl_bytes: ceiling, in bytes, for the memory through which rows travel inside a node; a multiple of
             128. A hint: smaller is slower, never wrong. 0 means 32 MB.
-        num_rdma_bytes: bytes for the paths between nodes and for low latency; a multiple of 128. Without meaning
-            inside one node.
-        low_latency_mode: accepted, for programs that use one Buffer for both modes.
+        num_rdma_bytes: with ``low_latency_mode``, a further ceiling for that memory (the larger one holds); a
+            multiple of 128. Without meaning otherwise.
+        low_latency_mode: allow the low-latency operations too, in any order with the others.
         num_qps_per_rank: accepted, without meaning here; a float is fine.
         allow_nvlink_for_low_latency_mode: accepted, without meaning here.
         allow_mnnvl: accepted, without meaning here.
         explicitly_destroy: accepted; :meth:`destroy` may always be called, and need not be.
         use_fabric: accepted, without meaning here.
         allow_nvlink_for_normal_mode: accepted, without meaning here.
-        enable_shrink: accepted, without meaning here.
+        enable_shrink: low-latency operations mask ranks that die or stay silent, and go on without them.
         comm: an mpi4py communicator, used where ``group`` is None.
         timeout: seconds to wait for a peer that makes no progress; by default the environment variable
             ``TOKENFERRY_TIMEOUT``, else 100.
@@ -96,14 +98,13 @@ class Buffer:
         num_rdma_bytes = check_int("num_rdma_bytes", num_rdma_bytes, minimum=0, multiple_of=ALIGNMENT)
         seconds = _timeout_seconds(timeout)
         _note_ignored(
-            num_rdma_bytes=num_rdma_bytes != 0,
-            low_latency_mode=low_latency_mode,
+            num_rdma_bytes=num_rdma_bytes != 0 and not low_latency_mode,
             num_qps_per_rank=num_qps_per_rank != 24,
             allow_nvlink_for_low_latency_mode=not allow_nvlink_for_low_latency_mode,
             allow_mnnvl=allow_mnnvl,
             use_fabric=use_fabric,
             allow_nvlink_for_normal_mode=not allow_nvlink_for_normal_mode,
-            enable_shrink=enable_shrink,
+            enable_shrink=enable_shrink and not low_latency_mode,
         )
         rendezvous = meet(group, comm)
         self.rank = rendezvous.rank
@@ -114,7 +115,9 @@ class Buffer:
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self.runtime = _construct_runtime(rendezvous, num_nvl_bytes, seconds, node)
+        stage_limit = max(num_nvl_bytes, num_rdma_bytes if low_latency_mode else 0)
+        runtime = functools.partial(Runtime, stage_limit=stage_limit, timeout=seconds, may_mask=enable_shrink)
+        self.runtime = _construct_runtime(rendezvous, runtime, node)
         logger.info(
             "Buffer of rank %d of %d: CPU shared memory, stage up to %d bytes, timeout %g s",
             self.rank,
@@ -190,13 +193,6 @@ class Buffer:
         """The preset for combine among ``num_ranks`` ranks, any number of them."""
         return combine_preset(num_ranks, Buffer.num_sms)
 
-    @staticmethod
-    def get_low_latency_rdma_size_hint(
-        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
-    ) -> int:
-        """Bytes for ``num_rdma_bytes`` in low-latency mode; see :func:`tokenferry.config.low_latency_size_hint`."""
-        return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
-
     # Streams and memory.
 
     def get_comm_stream(self) -> torch.cpu.Stream:
@@ -217,22 +213,23 @@ class Buffer:
             dtype: of the tensor.
             size: shape; by default all that is left behind ``offset``, in one dimension.
             offset: in bytes, a multiple of the element size.
-            use_rdma_buffer: not available inside one node without the low-latency mode.
+            use_rdma_buffer: ``num_rdma_bytes`` of memory of their own, which no operation touches, instead of
+                ``num_nvl_bytes`` of the stage.
 
         Returns:
-            The tensor. Operations write to the same memory: use it only while none runs on any rank.
+            The tensor. Operations write to the stage: use it only while none runs on any rank.
 
         Raises:
-            ArgumentError: the tensor does not fit into ``num_nvl_bytes``.
+            ArgumentError: the tensor does not fit.
         """
         runtime = self._live_runtime()
-        require(not use_rdma_buffer, "use_rdma_buffer", use_rdma_buffer, "False: this Buffer has no such memory")
+        whole = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         offset = check_int("offset", offset, minimum=0, multiple_of=dtype.itemsize)
-        left = max(0, self.num_nvl_bytes - offset)
-        count = left // dtype.itemsize if size is None else torch.Size(size).numel()
-        fits = offset + count * dtype.itemsize <= self.num_nvl_bytes
-        require(fits, "size", f"{count} elements at byte {offset}", f"what fits {self.num_nvl_bytes} bytes")
-        flat = runtime.local_stage(offset + count * dtype.itemsize)[offset:].view(dtype)
+        count = max(0, whole - offset) // dtype.itemsize if size is None else torch.Size(size).numel()
+        end = offset + count * dtype.itemsize
+        require(end <= whole, "size", f"{count} elements at byte {offset}", f"what fits {whole} bytes")
+        memory = runtime.scratch(whole) if use_rdma_buffer else runtime.local_stage(end)
+        flat = memory[offset:end].view(dtype)
         return flat if size is None else flat.view(size)
 
     # High throughput.
@@ -437,12 +434,14 @@ def _note_ignored(**is_set: bool) -> None:
             logger.info("%s has no meaning for CPU ranks inside one node and is ignored", name)
 
 
-def _construct_runtime(rendezvous: Rendezvous, num_nvl_bytes: int, timeout: float, node: str | int | None) -> Runtime:
+def _construct_runtime(
+    rendezvous: Rendezvous, make: Callable[[int, int], Runtime], node: str | int | None
+) -> Runtime:
     """Create, exchange and open the heaps; if that fails on one rank, it fails on all."""
     runtime: Runtime | None = None
     handle, failure = bytearray(), ""
     try:
-        runtime = Runtime(rendezvous.rank, rendezvous.num_ranks, num_nvl_bytes, timeout)
+        runtime = make(rendezvous.rank, rendezvous.num_ranks)
         handle = runtime.get_local_ipc_handle()
     except TokenferryError as error:
         failure = str(error)

@@ -24,19 +24,23 @@ class Runtime:
     Args:
         rank: this rank.
         num_ranks: ranks of the group.
-        num_nvl_bytes: ceiling for the stage in bytes; 0 for the default.
+        stage_limit: ceiling for the stage in bytes; 0 for the default.
         timeout: seconds to wait for a peer that makes no progress.
+        may_mask: whether low-latency operations mask ranks that fail, and go on.
 
     Raises:
         HeapError: shared memory cannot be created.
     """
 
-    def __init__(self, rank: int, num_ranks: int, num_nvl_bytes: int, timeout: float) -> None:
+    def __init__(self, rank: int, num_ranks: int, stage_limit: int, timeout: float, may_mask: bool = False) -> None:
         self.device = torch.device("cpu")
         self.topology: Topology | None = None
         self._rank = rank
         self._num_ranks = num_ranks
-        self._heap = Heap(rank, num_ranks, num_nvl_bytes or DEFAULT_STAGE_BYTES, timeout)
+        self._heap = Heap(rank, num_ranks, stage_limit or DEFAULT_STAGE_BYTES, timeout)
+        self._heap.may_mask = may_mask
+        self._scratch: torch.Tensor | None = None
+        self._combine_rows: torch.Tensor | None = None
         self._plane: DataPlane | None = None
 
     def get_local_ipc_handle(self) -> bytearray:
@@ -89,6 +93,18 @@ class Runtime:
         """uint8 [nbytes]: the head of this rank's stage, made real."""
         return self._heap.whole_stage(nbytes)
 
+    def scratch(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes]: memory of this rank alone, the same at every call."""
+        if self._scratch is None:
+            self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self._scratch
+
+    def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
+        """bfloat16 of this shape: rows that a low-latency combine may be given, the same until the shape changes."""
+        if self._combine_rows is None or self._combine_rows.shape != shape:
+            self._combine_rows = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return self._combine_rows
+
     def allocated_bytes(self) -> int:
         """Bytes of shared memory that this rank really takes."""
         return self._heap.allocated_bytes()
@@ -96,6 +112,7 @@ class Runtime:
     def destroy(self) -> None:
         """Let go of all memory. Local: no peer is waited for. May be called again."""
         self._heap.close()
+        self._scratch = self._combine_rows = None
 
 
 def _parse_handle(handle: bytes | bytearray) -> tuple[str, int]:

@@ -82,6 +82,57 @@ class ReducePlan(NamedTuple):
     """bool [T, R]."""
 
 
+class LowLatencyDispatchPlan(NamedTuple):
+    """What a rank brings to a low-latency dispatch, and where the result goes. N rows of a source fit a slab."""
+
+    topk_idx: torch.Tensor
+    """int64 [T, K], global expert ids or -1."""
+    columns: Sequence[torch.Tensor]
+    """[T, width], contiguous: the rows, then their scales if there are any."""
+    first_expert: int
+    num_local_experts: int
+    recv_columns: Sequence[torch.Tensor]
+    """[L, R * N, width] for every column, of any strides."""
+    recv_src_info: torch.Tensor
+    """int32 [L, R * N]."""
+    layout_range: torch.Tensor
+    """int64 [L, R]: (begin << 32) | count."""
+    recv_count: torch.Tensor
+    """int32 [L]."""
+    recv_stats: torch.Tensor | None
+    """int32 [L], added to."""
+    wait_stats: torch.Tensor | None
+    """int64 [R], added to."""
+
+
+class LowLatencyCombinePlan(NamedTuple):
+    """What a rank brings to a low-latency combine, and where the result goes."""
+
+    x: torch.Tensor
+    """[L, R * N, H], contiguous."""
+    src_info: torch.Tensor
+    """int32 [L, R * N]."""
+    layout_range: torch.Tensor
+    """int64 [L, R]: (begin << 32) | count."""
+    first_expert: int
+    num_experts: int
+    topk_idx: torch.Tensor
+    """int64 [T, K]."""
+    topk_weights: torch.Tensor
+    """float32 [T, K]."""
+    out: torch.Tensor
+    """[T, H]."""
+    wait_stats: torch.Tensor | None
+    """int64 [R], added to."""
+
+
+class Pending(Protocol):
+    """A low-latency operation that has been sent."""
+
+    def finish(self) -> None:
+        """Receive: when this returns (or the device gets there) the outputs are written."""
+
+
 class DataPlane(Protocol):
     """The operations of one device, over the heap it was made with."""
 
@@ -97,6 +148,28 @@ class DataPlane(Protocol):
         Accumulation is in float32 (float64 for float64 columns), biases first, then ranks ascending,
         with one rounding at the end.
         """
+
+    def quantise(self, x: torch.Tensor, scale_format: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """FP8 rows and scales of [T, H]; ``scale_format`` is "plain", "rounded" or "ue8m0"."""
+
+    def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
+        """Send each token once to every rank that holds one of its experts; the rest happens in ``finish``.
+
+        Slab rows are ordered by (source rank, source token, choice). Ranks that are masked count as without tokens.
+        """
+
+    def low_latency_combine(self, signature: Signature, plan: LowLatencyCombinePlan) -> Pending:
+        """Send every row of the slabs home; ``finish`` writes the weighted sums.
+
+        ``out[t] = sum over k, ascending, of topk_weights[t, k] * row of (t, topk_idx[t, k])`` in float32, -1 and
+        experts of masked ranks skipped, rounded once.
+        """
+
+    def set_masked(self, rank: int, masked: bool) -> None:
+        """Go on without a rank in low-latency operations, or with it again."""
+
+    def masked(self) -> frozenset[int]:
+        """The ranks that low-latency operations go on without."""
 
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised output tensor [num_rows, width]."""

@@ -5,6 +5,7 @@ Every rank owns one segment that all ranks of the node map. Owner ``o``'s segmen
     line 0              magic, version, rank, ranks, state, whether deaths show by lock
     inbox[s][slot]      headers of messages from s to o, written by s; word 0 is the flag
     released[r]         how many of o's messages r has finished reading, written by r
+    first[s]            the first message of s that o may expect, written by s when it unmasks o
     stage               payload of o's messages, written by o, read by all
 
 An owner's messages are numbered 0, 1, 2, ... for life. Publishing message k means: payload into the own stage,
@@ -26,7 +27,7 @@ import time
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple
@@ -78,6 +79,13 @@ class Message(NamedTuple):
     """The header's words after the flag."""
 
 
+class _InFlight(NamedTuple):
+    message: int
+    offset: int
+    nbytes: int
+    readers: tuple[int, ...]
+
+
 class Heap:
     """The symmetric heap of one Buffer on CPU ranks.
 
@@ -99,14 +107,17 @@ class Heap:
         self.timeout = timeout
         self.epoch = 0
         self.lock = threading.Lock()
+        self.may_mask = False
         self._peers = tuple(peer for peer in range(num_ranks) if peer != rank)
+        self._masked: set[int] = set()
         self._inbox = _LINE_WORDS
         self._released = self._inbox + num_ranks * SLOTS * HEADER_WORDS
-        self._stage = align_up((self._released + num_ranks * _LINE_WORDS) * 8, _PAGE)
+        self._first = self._released + num_ranks * _LINE_WORDS
+        self._stage = align_up((self._first + num_ranks * _LINE_WORDS) * 8, _PAGE)
         self.stage_limit = align_up(stage_limit, _PAGE)
         self.stage_bytes = _SMALLEST_STAGE
         self._next_message = 0
-        self._in_flight: deque[tuple[int, int, int]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._read = [0] * num_ranks
         own = Segment.create(self._stage + max(self.stage_limit, _SMALLEST_RESERVE))
         try:
@@ -216,9 +227,9 @@ class Heap:
             return None
         offset = 0
         if self._in_flight:
-            _, first, _ = self._in_flight[0]
-            _, last, last_bytes = self._in_flight[-1]
-            offset = last + last_bytes
+            first = self._in_flight[0].offset
+            last = self._in_flight[-1].offset
+            offset = last + self._in_flight[-1].nbytes
             if last >= first and offset + nbytes > self.stage_bytes:
                 offset = 0
             limit = first if offset <= first else self.stage_bytes
@@ -226,58 +237,63 @@ class Heap:
                 return None
         elif nbytes > self.stage_bytes:
             raise HeapError(f"a message of {nbytes} bytes does not fit the stage of {self.stage_bytes}")
-        self._in_flight.append((self._next_message, offset, nbytes))
+        self._in_flight.append(_InFlight(self._next_message, offset, nbytes, self.active_peers()))
         return offset
 
     def _retire(self) -> None:
-        words = self._own.words
-        while self._in_flight:
-            message = self._in_flight[0][0]
-            if any(words[self._released + peer * _LINE_WORDS] <= message for peer in self._peers):
-                return
+        while self._in_flight and not self.readers_in_the_way():
             self._in_flight.popleft()
-
-    def readers_behind(self) -> list[int]:
-        """The peers that have not released every message of this rank."""
-        words = self._own.words
-        return [p for p in self._peers if words[self._released + p * _LINE_WORDS] < self._next_message]
 
     def readers_in_the_way(self) -> list[int]:
         """The peers that hold the oldest message of this rank."""
-        words = self._own.words
         if not self._in_flight:
             return []
-        oldest = self._in_flight[0][0]
-        return [p for p in self._peers if words[self._released + p * _LINE_WORDS] <= oldest]
+        oldest = self._in_flight[0]
+        words = self._own.words
+        return [
+            peer
+            for peer in oldest.readers
+            if peer not in self._masked and words[self._released + peer * _LINE_WORDS] <= oldest.message
+        ]
 
     def publish(self, fields_of: Mapping[int, Sequence[int]]) -> None:
         """Publish the message whose room was reserved last.
 
         Args:
-            fields_of: the header words for every peer.
+            fields_of: the header words for every peer that is not masked.
         """
         message = self._next_message
         slot = self._inbox + (self.rank * SLOTS + message % SLOTS) * HEADER_WORDS
+        readers = [peer for peer in self._in_flight[-1].readers if peer not in self._masked]
         fence()
-        for peer in self._peers:
+        for peer in readers:
             fields = array("q", fields_of[peer])
             self._segment(peer).words[slot + 1 : slot + 1 + len(fields)] = fields
         fence()
-        for peer in self._peers:
+        for peer in readers:
             self._segment(peer).words[slot] = message + 1
         self._next_message = message + 1
 
     # The reader's side.
 
-    def next_message(self, source: int) -> Message | None:
-        """The oldest unreleased message of ``source``, or None while there is none."""
-        message = self._read[source]
-        slot = self._inbox + (source * SLOTS + message % SLOTS) * HEADER_WORDS
+    def next_message(self, source: int, epoch: int = 0) -> Message | None:
+        """The oldest unreleased message of ``source``, or None while there is none.
+
+        Messages of operations before ``epoch`` (their first field) are released unread: they date from a time when
+        this rank went on without their sender.
+        """
         words = self._own.words
-        if words[slot] != message + 1:
-            return None
-        fence()
-        return Message(source, tuple(words[slot + 1 : slot + HEADER_WORDS]))
+        while True:
+            first = words[self._first + source * _LINE_WORDS]
+            message = self._read[source] = max(self._read[source], first)
+            slot = self._inbox + (source * SLOTS + message % SLOTS) * HEADER_WORDS
+            if words[slot] != message + 1:
+                return None
+            fence()
+            fields = tuple(words[slot + 1 : slot + HEADER_WORDS])
+            if fields[0] >= epoch:
+                return Message(source, fields)
+            self.release(source)
 
     def release(self, source: int) -> None:
         """Finish reading the oldest unreleased message of ``source``."""
@@ -297,22 +313,57 @@ class Heap:
             raise HeapError(f"bytes {offset} to {offset + nbytes} lie outside of the stage of rank {rank}")
         return segment.bytes[start : start + nbytes]
 
+    # Masking: going on without a rank.
+
+    def active_peers(self) -> tuple[int, ...]:
+        """The peers that this rank sends to and waits for."""
+        if not self._masked:
+            return self._peers
+        return tuple(peer for peer in self._peers if peer not in self._masked)
+
+    def masked(self) -> frozenset[int]:
+        """The ranks that this rank goes on without."""
+        return frozenset(self._masked)
+
+    def set_masked(self, ranks: Iterable[int], masked: bool) -> None:
+        """Go on without some ranks, or with them again. Every rank has a view of its own.
+
+        A rank that was masked got no messages in the meantime: it is told the next one that it will get.
+        """
+        for rank in ranks:
+            if masked and rank != self.rank:
+                self._masked.add(rank)
+            elif rank in self._masked:
+                self._masked.remove(rank)
+                fence()
+                self._segment(rank).words[self._first + self.rank * _LINE_WORDS] = self._next_message
+
     # Waiting.
 
     @contextmanager
     def operation(self, name: str) -> Iterator[Operation]:
-        """Run one collective operation: numbers it, keeps others of this process out, remembers failure."""
+        """Run one collective operation, or its first half: numbers it and guards it."""
+        with self.guarded():
+            self.epoch += 1
+            yield Operation(self, name, self.epoch)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keep other threads of this process out, and remember failure."""
         with self.lock:
             self._check_usable()
-            self.epoch += 1
             try:
-                yield Operation(self, name, self.epoch)
+                yield
             except StepBackError:
                 raise
             except BaseException:
-                if self._finalizer.alive:
-                    self._own.words[_STATE_WORD] = State.FAILED
+                self.fail()
                 raise
+
+    def fail(self) -> None:
+        """Tell everyone that an operation failed here: no rank waits for this one any more."""
+        if self._finalizer.alive:
+            self._own.words[_STATE_WORD] = State.FAILED
 
     def _check_usable(self) -> None:
         if not self._finalizer.alive:
@@ -327,7 +378,7 @@ class Heap:
         gave_up = [rank for rank, state in states.items() if state == State.FAILED]
         closed = [rank for rank, state in states.items() if state == State.CLOSED]
         if gave_up and not dead:  # name the cause, not the next in the chain
-            dead = [rank for rank in self._peers if self._is_dead(rank)]
+            dead = [rank for rank in self.active_peers() if self._is_dead(rank)]
         if dead:
             return dead, "its process has ended"
         if closed:

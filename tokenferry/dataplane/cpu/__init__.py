@@ -9,12 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-from tokenferry.dataplane import DispatchExchange, Layout, ReducePlan, SendPlan, Signature
+from tokenferry.dataplane import (
+    DispatchExchange,
+    Layout,
+    LowLatencyCombinePlan,
+    LowLatencyDispatchPlan,
+    Pending,
+    ReducePlan,
+    SendPlan,
+    Signature,
+)
 from tokenferry.dataplane.cpu.combine import Combine
 from tokenferry.dataplane.cpu.dispatch import Dispatch
+from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
+from tokenferry.dataplane.cpu.low_latency import CombineReceive, DispatchReceive, PendingReceives, Receive
 from tokenferry.dataplane.cpu.pages import advise_huge_pages
 from tokenferry.memory.heap import Heap
 
@@ -26,6 +38,7 @@ class CpuDataPlane:
 
     def __init__(self, heap: Heap) -> None:
         self.heap = heap
+        self._pending = PendingReceives(heap)
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
@@ -45,6 +58,7 @@ class CpuDataPlane:
     @contextmanager
     def dispatch(self, signature: Signature, plan: SendPlan) -> Iterator[DispatchExchange]:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
+        self._pending.finish()
         with self.heap.operation("dispatch") as operation:
             exchange = Dispatch(self.heap, operation, signature, plan)
             exchange.agree()
@@ -52,10 +66,38 @@ class CpuDataPlane:
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
+        self._pending.finish()
         with self.heap.operation("combine") as operation:
             exchange = Combine(self.heap, operation, signature, plan, outs)
             exchange.agree()
             exchange.pull_reduce()
+
+    def quantise(self, x: torch.Tensor, scale_format: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`tokenferry.dataplane.DataPlane.quantise`."""
+        data, scales = quantise(x, round_scale=scale_format != "plain")
+        return data, pack_ue8m0(scales) if scale_format == "ue8m0" else scales
+
+    def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
+        """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
+        with self.heap.operation("low_latency_dispatch") as operation:
+            return self._sent(DispatchReceive(self.heap, operation, signature, plan, self._pending))
+
+    def low_latency_combine(self, signature: Signature, plan: LowLatencyCombinePlan) -> Pending:
+        """See :meth:`tokenferry.dataplane.DataPlane.low_latency_combine`."""
+        with self.heap.operation("low_latency_combine") as operation:
+            return self._sent(CombineReceive(self.heap, operation, signature, plan, self._pending))
+
+    def _sent(self, receive: Receive) -> Pending:
+        self._pending.add(receive)
+        return _Finish(self._pending, receive)
+
+    def set_masked(self, rank: int, masked: bool) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.set_masked`."""
+        self.heap.set_masked([rank], masked)
+
+    def masked(self) -> frozenset[int]:
+        """See :meth:`tokenferry.dataplane.DataPlane.masked`."""
+        return self.heap.masked()
 
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """See :meth:`tokenferry.dataplane.DataPlane.empty_rows`."""
@@ -71,3 +113,13 @@ class CpuDataPlane:
         elsewhere = (topk_idx < 0) | (topk_idx >= num_local_experts)
         topk_idx.masked_fill_(elsewhere, -1)
         topk_weights.masked_fill_(elsewhere, 0.0)
+
+
+class _Finish(NamedTuple):
+    """A sent operation; see :class:`tokenferry.dataplane.Pending`."""
+
+    pending: PendingReceives
+    receive: Receive
+
+    def finish(self) -> None:
+        self.pending.finish(self.receive)

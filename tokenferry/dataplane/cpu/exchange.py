@@ -17,14 +17,20 @@ from tokenferry.config import align_up
 from tokenferry.dataplane import Signature
 from tokenferry.dtypes import describe_dtype
 from tokenferry.errors import CapacityError, HeapError, MismatchError, StepBackError
-from tokenferry.memory.heap import Heap, Operation
+from tokenferry.memory.heap import Heap, Message, Operation
 
 MESSAGE_BYTES = 8 << 20
 """Most bytes of one message; with fewer, hand-overs cost more than the cache saves (docs/performance.md)."""
 STAGE_BYTES = 32 << 20
 """Most stage an operation asks for."""
 
-OPERATION_NAMES = {1: "dispatch", 2: "cached dispatch", 3: "combine"}
+OPERATION_NAMES = {
+    1: "dispatch",
+    2: "cached dispatch",
+    3: "combine",
+    4: "low_latency_dispatch",
+    5: "low_latency_combine",
+}
 
 
 class Status(IntEnum):
@@ -53,6 +59,13 @@ class Head(NamedTuple):
     """Dispatch: entries for all readers. Combine: the message covers source tokens below this one."""
 
 
+def parse(message: Message) -> tuple[Head, Signature]:
+    """The head of a message and its sender's signature."""
+    middle = len(Head._fields)
+    end = middle + len(Signature._fields)
+    return Head._make(message.fields[:middle]), Signature._make(message.fields[middle:end])
+
+
 class Exchange(ABC):
     """One collective operation of one rank, sender and reader in one."""
 
@@ -67,6 +80,7 @@ class Exchange(ABC):
         self.num_rounds = 0
         self.rounds_sent = 0
         self.heads: dict[int, Head] = {}
+        self._signatures: dict[int, Signature] = {}
         self._more_to_come = set(self.peers)
 
     # Sending.
@@ -122,9 +136,9 @@ class Exchange(ABC):
     def _receive(self) -> bool:
         arrived = False
         for peer in self._more_to_come - self.heads.keys():
-            message = self.heap.next_message(peer)
+            message = self.heap.next_message(peer, self.operation.epoch)
             if message is not None:
-                head = Head._make(message.fields[: len(Head._fields)])
+                head, self._signatures[peer] = parse(message)
                 self.heads[peer] = head
                 if head.last:
                     self._more_to_come.remove(peer)
@@ -178,22 +192,14 @@ class Exchange(ABC):
 
     def check_agreement(self) -> None:
         """Compare what all ranks said in their first messages."""
-        start = len(Head._fields)
-        signatures = {self.rank: self.signature}
-        statuses = {self.rank: int(self.status)}
-        for peer, head in self.heads.items():
-            message = self.heap.next_message(peer)
-            assert message is not None
-            signatures[peer] = Signature._make(message.fields[start : start + len(Signature._fields)])
-            statuses[peer] = head.status
-        for field, name in enumerate(Signature._fields):
-            values = {rank: signatures[rank][field] for rank in range(self.num_ranks)}
-            odd = [rank for rank, value in values.items() if value != values[0]]
-            if odd:
-                mine, other = _describe(name, values[0]), _describe(name, values[odd[0]])
-                raise self.step_back(
-                    MismatchError, odd, f"ranks disagree on {name}: rank 0 has {mine}, rank {odd[0]} has {other}"
-                )
+        signatures = {**self._signatures, self.rank: self.signature}
+        statuses = {self.rank: int(self.status), **{peer: head.status for peer, head in self.heads.items()}}
+        differences = {
+            rank: describe_difference(0, signatures[0], rank, signatures[rank]) for rank in range(self.num_ranks)
+        }
+        odd = [rank for rank, difference in differences.items() if difference]
+        if odd:
+            raise self.step_back(MismatchError, odd, differences[odd[0]])
         full = [rank for rank, status in sorted(statuses.items()) if status == Status.NO_STAGE]
         if full:
             raise self.step_back(CapacityError, full, "no shared memory for the stage")
@@ -216,6 +222,15 @@ class Exchange(ABC):
     @abstractmethod
     def read(self) -> bool:
         """Read what can be read of the current messages and release them; returns whether that was anything."""
+
+
+def describe_difference(rank: int, signature: Signature, other_rank: int, other: Signature) -> str:
+    """Where two signatures differ, or an empty string."""
+    for name, mine, theirs in zip(Signature._fields, signature, other, strict=True):
+        if mine != theirs:
+            shown = f"rank {rank} has {_describe(name, mine)}, rank {other_rank} has {_describe(name, theirs)}"
+            return f"ranks disagree on {name}: {shown}"
+    return ""
 
 
 def _describe(name: str, value: int) -> str:

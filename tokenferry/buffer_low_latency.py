@@ -1,0 +1,225 @@
+"""The low-latency methods of Buffer, kept apart from the rest for length alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from tokenferry.config import low_latency_size_hint
+from tokenferry.errors import ArgumentError, BufferStateError
+from tokenferry.events import EventHandle, EventOverlap
+from tokenferry.modes import low_latency
+from tokenferry.modes.intranode import Party
+from tokenferry.modes.low_latency import LowLatencyHandle
+from tokenferry.validation import check_int, check_tensor, require
+
+if TYPE_CHECKING:
+    from tokenferry.runtime import Runtime
+
+Hook = Callable[[], None]
+
+
+class LowLatencyMethods:
+    """Dispatch and combine for decoding: worst-case shapes, no host round trip, receive on demand.
+
+    Every operation sends at once and receives when it is called for. With ``return_recv_hook`` the receive waits
+    for the hook. Any number of operations may be in flight, hooks may be called in any order, each takes effect
+    once, and a receive may be complete before its hook is called.
+    """
+
+    low_latency_mode: bool
+    enable_shrink: bool
+    group_size: int
+    rank: int
+
+    def _live_runtime(self) -> Runtime:
+        raise NotImplementedError
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes for ``num_rdma_bytes``; see :func:`tokenferry.config.low_latency_size_hint`."""
+        return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> tuple[
+        torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        torch.Tensor,
+        LowLatencyHandle,
+        EventOverlap,
+        Hook | None,
+    ]:
+        """Send every token to its experts, one row per (token, choice).
+
+        Args:
+            x: bfloat16 [T, H], T <= N; H a multiple of 128 with FP8, else of 8.
+            topk_idx: int64 [T, K], K <= 32, contiguous: expert ids, or -1 for no choice.
+            num_max_dispatch_tokens_per_rank: N, equal on all ranks; at most N choices of one expert by a rank.
+            num_experts: E, a multiple of the ranks.
+            cumulative_local_expert_recv_stats: int32 [L]; the received rows of each local expert are added.
+            dispatch_wait_recv_cost_stats: int64 [R]; the time waited for each rank is added, in nanoseconds.
+            use_fp8: quantise to float8_e4m3fn with a scale for 128 channels (formula: spec of DeepEP, and
+                :mod:`tokenferry.dataplane.cpu.fp8`).
+            round_scale: scales are powers of two.
+            use_ue8m0: scales are exponent bytes, four in an int32; needs ``round_scale``.
+            async_finish: return an event.
+            return_recv_hook: return a function that receives; outputs are set when it has been called. Excludes
+                ``async_finish``.
+
+        Returns:
+            ``recv_x``, bfloat16 [L, R * N, H], or with FP8 a tuple of float8_e4m3fn [L, R * N, H] and the scales,
+            float32 [L, R * N, H / 128] or int32 [L, R * N, ceil(H / 512)], column-major in the last two dimensions;
+            the rows of each expert int32 [L]; the handle; the event; the hook or None. Slab rows are ordered by
+            (source rank, source token, choice); those past the count are not set.
+
+        Raises:
+            ArgumentError: an argument is not allowed; no peer was touched.
+            MismatchError: ranks disagree on the operation or its shapes; the Buffer is unusable afterwards.
+            PeerTimeoutError, PeerLostError: ranks did not take part (with ``enable_shrink`` they are masked instead).
+        """
+        party = self._low_latency_party()
+        _check_finish(async_finish, return_recv_hook)
+        sent = low_latency.dispatch(
+            party,
+            x,
+            topk_idx,
+            num_max_dispatch_tokens_per_rank,
+            num_experts,
+            cumulative_local_expert_recv_stats,
+            dispatch_wait_recv_cost_stats,
+            use_fp8,
+            round_scale,
+            use_ue8m0,
+        )
+        if not return_recv_hook:
+            sent.receive()
+        rows = sent.x if sent.scales is None else (sent.x, sent.scales)
+        hook = sent.receive if return_recv_hook else None
+        return rows, sent.num_received, sent.handle, _event(async_finish), hook
+
+    def low_latency_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: tuple[object, ...],
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: torch.Tensor | None = None,
+        combine_wait_recv_cost_stats: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, EventOverlap, Hook | None]:
+        """Send the experts' rows home and sum them, weighted.
+
+        Args:
+            x: bfloat16 [L, R * N, H], rows where dispatch put them.
+            topk_idx: int64 [T, K]: those of the dispatch, or the same with further -1.
+            topk_weights: float32 [T, K].
+            handle: of the dispatch.
+            use_logfmt: accepted; rows travel in bfloat16, which is exact. Excludes ``zero_copy``.
+            zero_copy: take the rows from :meth:`get_next_low_latency_combine_buffer` instead of ``x``.
+            async_finish: return an event.
+            return_recv_hook: as in :meth:`low_latency_dispatch`.
+            out: bfloat16 [T, H], contiguous, to write to and return.
+            combine_wait_recv_cost_stats: int64 [R]; the time waited for each rank is added, in nanoseconds.
+
+        Returns:
+            [T, H]: the sum over choices, ascending, of weight times row in float32, rounded once; the event; the
+            hook or None.
+
+        Raises:
+            As :meth:`low_latency_dispatch`.
+        """
+        party = self._low_latency_party()
+        _check_finish(async_finish, return_recv_hook)
+        require(not (use_logfmt and zero_copy), "use_logfmt", "True with zero_copy", "one of the two")
+        rows: torch.Tensor | None = None
+        if zero_copy:
+            rows = self._combine_rows(party, handle)
+        combined, receive = low_latency.combine(
+            party, x, topk_idx, topk_weights, handle, rows, out, combine_wait_recv_cost_stats
+        )
+        if not return_recv_hook:
+            receive()
+        return combined, _event(async_finish), receive if return_recv_hook else None
+
+    def get_next_low_latency_combine_buffer(self, handle: tuple[object, ...]) -> torch.Tensor:
+        """bfloat16 [L, R * N, H] for the experts' outputs, to be combined with ``zero_copy=True`` next."""
+        return self._combine_rows(self._low_latency_party(), handle)
+
+    def _combine_rows(self, party: Party, handle: object) -> torch.Tensor:
+        shape = low_latency.combine_buffer_shape(party, handle)
+        return self._live_runtime().combine_rows(shape)
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Make the Buffer fit for low-latency operations after foreign use of its memory.
+
+        Nothing is left to do here: flags and counters lie outside of the memory that
+        :meth:`tokenferry.Buffer.get_local_buffer_tensor` hands out, and never need cleaning.
+        """
+        self._low_latency_party()
+        check_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, minimum=1)
+        check_int("hidden", hidden, minimum=1)
+        check_int("num_experts", num_experts, minimum=1)
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Mask a rank (send it nothing, wait for nothing, skip its experts) or, by default, take it back.
+
+        Local: every rank has a view of its own.
+        """
+        party = self._shrink_party()
+        rank = check_int("rank_to_mask", rank_to_mask, minimum=0)
+        require(rank < self.group_size, "rank_to_mask", rank, f"a rank below {self.group_size}")
+        party.plane.set_masked(rank, mask)
+
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        """Write 1 for every masked rank and 0 for the others into int32 [R]."""
+        party = self._shrink_party()
+        status = check_tensor(
+            "mask_status", mask_status, shape=(self.group_size,), dtypes=(torch.int32,), device=party.device
+        )
+        masked = party.plane.masked()
+        status.copy_(torch.tensor([rank in masked for rank in range(self.group_size)], device=party.device))
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Take all masked ranks back."""
+        party = self._shrink_party()
+        for rank in party.plane.masked():
+            party.plane.set_masked(rank, False)
+
+    def _low_latency_party(self) -> Party:
+        party = self._live_runtime().party()
+        if not self.low_latency_mode:
+            raise BufferStateError("construct the Buffer with low_latency_mode=True for low-latency operations")
+        return party
+
+    def _shrink_party(self) -> Party:
+        party = self._low_latency_party()
+        if not self.enable_shrink:
+            raise BufferStateError("shrink mode must be enabled: construct the Buffer with enable_shrink=True")
+        return party
+
+
+def _check_finish(async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise ArgumentError("async_finish", "True with return_recv_hook", "one of the two")
+
+
+def _event(async_finish: bool) -> EventOverlap:
+    return EventOverlap(EventHandle() if async_finish else None)

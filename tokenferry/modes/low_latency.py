@@ -1,0 +1,225 @@
+"""The low-latency mode: check the arguments, allocate worst-case outputs, send; receive now or in a hook.
+
+Nothing here depends on counts, so nothing waits for the host. Formulas: slab i of the output holds the rows of local
+expert i, ordered by (source rank, source token, choice); ``layout_range[i, s] = (begin << 32) | count``;
+``y[t] = sum over k, ascending, of topk_weights[t, k] * x[topk_idx[t, k]][row of (me, t)]`` in float32.
+
+Legend of dims: T tokens of this rank, N most tokens of any rank, H elements of a row, K choices, E experts,
+L = E / R local experts, R ranks, S scale columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, Pending, Signature
+from tokenferry.dtypes import dtype_code
+from tokenferry.errors import ArgumentError
+from tokenferry.modes.intranode import Party, check_num_experts, check_topk_idx
+from tokenferry.validation import check_int, check_tensor, describe, require
+
+GROUP = 128
+_DISPATCH, _COMBINE = 4, 5
+
+
+class LowLatencyHandle(NamedTuple):
+    """What a low-latency dispatch leaves behind for combine; never mutated, usable any number of times."""
+
+    src_info: torch.Tensor
+    """int32 [L, R * N]; source token of each slab row, unset past the last."""
+    layout_range: torch.Tensor
+    """int64 [L, R]; (begin << 32) | count of the rows of each source in each slab."""
+    num_max_dispatch_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+
+
+class Dispatched(NamedTuple):
+    """What a low-latency dispatch hands out; see :meth:`tokenferry.Buffer.low_latency_dispatch`."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    num_received: torch.Tensor
+    handle: LowLatencyHandle
+    receive: Callable[[], None]
+
+
+def dispatch(
+    party: Party,
+    x: object,
+    topk_idx: object,
+    num_max_tokens: int,
+    num_experts: int,
+    recv_stats: object,
+    wait_stats: object,
+    use_fp8: bool,
+    round_scale: bool,
+    use_ue8m0: bool,
+) -> Dispatched:
+    """Send the tokens; see :meth:`tokenferry.Buffer.low_latency_dispatch`."""
+    ranks, device = party.num_ranks, party.device
+    most = check_int("num_max_dispatch_tokens_per_rank", num_max_tokens, minimum=1)
+    num_experts = check_num_experts(party, "num_experts", num_experts)
+    num_local = num_experts // ranks
+    rows = check_tensor("x", x, shape=(None, None), dtypes=(torch.bfloat16,), device=device)
+    num_tokens, hidden = rows.shape
+    require(num_tokens <= most, "x", f"{num_tokens} rows", f"at most num_max_dispatch_tokens_per_rank = {most}")
+    step = GROUP if use_fp8 else 8
+    require(
+        hidden > 0 and hidden % step == 0,
+        "x",
+        f"rows of {hidden} elements",
+        f"a positive multiple of {step} elements",
+    )
+    require(round_scale or not use_ue8m0, "use_ue8m0", "True without round_scale", "round_scale=True with it")
+    require(use_fp8 or not (round_scale or use_ue8m0), "use_fp8", "False with a scale format", "use_fp8=True with it")
+    ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
+    per_expert = torch.bincount(ids[ids >= 0], minlength=num_experts)
+    busiest = int(per_expert.max())
+    allowed = f"at most num_max_dispatch_tokens_per_rank = {most} choices of one expert"
+    require(busiest <= most, "topk_idx", f"{busiest} choices of expert {int(per_expert.argmax())}", allowed)
+    plane, slab = party.plane, ranks * most
+    rows = rows.detach().contiguous()
+    recv_scales: torch.Tensor | None = None
+    if use_fp8:
+        scale_format = "ue8m0" if use_ue8m0 else "rounded" if round_scale else "plain"
+        data, scales = plane.quantise(rows, scale_format)
+        columns = [data, scales]
+        by_column = torch.empty((num_local, scales.size(1), slab), dtype=scales.dtype, device=device)
+        recv_scales = by_column.transpose(1, 2)
+    else:
+        columns = [rows]
+    recv_x = plane.empty_rows(num_local * slab, hidden, columns[0].dtype).view(num_local, slab, hidden)
+    handle = LowLatencyHandle(
+        src_info=torch.empty((num_local, slab), dtype=torch.int32, device=device),
+        layout_range=torch.empty((num_local, ranks), dtype=torch.int64, device=device),
+        num_max_dispatch_tokens_per_rank=most,
+        hidden=hidden,
+        num_experts=num_experts,
+    )
+    count = torch.empty(num_local, dtype=torch.int32, device=device)
+    plan = LowLatencyDispatchPlan(
+        topk_idx=ids,
+        columns=columns,
+        first_expert=party.rank * num_local,
+        num_local_experts=num_local,
+        recv_columns=[recv_x] if recv_scales is None else [recv_x, recv_scales],
+        recv_src_info=handle.src_info,
+        layout_range=handle.layout_range,
+        recv_count=count,
+        recv_stats=_check_stats(party, "cumulative_local_expert_recv_stats", recv_stats, num_local, torch.int32),
+        wait_stats=_check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
+    )
+    signature = _signature(_DISPATCH, columns, ids.size(1), num_experts, most)
+    pending = plane.low_latency_dispatch(signature, plan)
+    return Dispatched(recv_x, recv_scales, count, handle, _receive_once(pending))
+
+
+def combine(
+    party: Party,
+    x: object,
+    topk_idx: object,
+    topk_weights: object,
+    handle: object,
+    zero_copy_buffer: torch.Tensor | None,
+    out: object,
+    wait_stats: object,
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Send the rows home; see :meth:`tokenferry.Buffer.low_latency_combine`."""
+    known = check_handle(party, handle)
+    ranks, device = party.num_ranks, party.device
+    most, hidden, num_experts = known[2:]
+    num_local = num_experts // ranks
+    shape = (num_local, ranks * most, hidden)
+    rows = check_tensor("x", x, shape=shape, dtypes=(torch.bfloat16,), device=device)
+    if zero_copy_buffer is not None:
+        rows = zero_copy_buffer
+    ids = check_topk_idx(party, topk_idx, None, num_experts)
+    num_tokens = ids.size(0)
+    allowed = f"at most num_max_dispatch_tokens_per_rank = {most}"
+    require(num_tokens <= most, "topk_idx", f"{num_tokens} rows", allowed)
+    weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
+    if out is None:
+        result = party.plane.empty_rows(num_tokens, hidden, rows.dtype)
+    else:
+        result = check_tensor(
+            "out", out, shape=(num_tokens, hidden), dtypes=(rows.dtype,), device=device, contiguous=True
+        )
+    plan = LowLatencyCombinePlan(
+        x=rows.detach().contiguous(),
+        src_info=known.src_info,
+        layout_range=known.layout_range,
+        first_expert=party.rank * num_local,
+        num_experts=num_experts,
+        topk_idx=ids,
+        topk_weights=weights.detach(),
+        out=result.detach(),
+        wait_stats=_check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
+    )
+    signature = _signature(_COMBINE, [rows[0]], ids.size(1), num_experts, most)
+    return result, _receive_once(party.plane.low_latency_combine(signature, plan))
+
+
+def check_handle(party: Party, handle: object) -> LowLatencyHandle:
+    """Return the handle as a :class:`LowLatencyHandle` if it fits this group."""
+    names = LowLatencyHandle._fields
+    if not isinstance(handle, (tuple, list)) or len(handle) != len(names):
+        given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
+        raise ArgumentError("handle", given, f"the {len(names)} elements that low_latency_dispatch returned")
+    most = check_int("handle.num_max_dispatch_tokens_per_rank", handle[2], minimum=1)
+    hidden = check_int("handle.hidden", handle[3], minimum=1)
+    num_experts = check_num_experts(party, "handle.num_experts", handle[4])
+    num_local, slab = num_experts // party.num_ranks, party.num_ranks * most
+    src_info = check_tensor(
+        "handle.src_info", handle[0], shape=(num_local, slab), dtypes=(torch.int32,), device=party.device
+    )
+    ranges = check_tensor(
+        "handle.layout_range",
+        handle[1],
+        shape=(num_local, party.num_ranks),
+        dtypes=(torch.int64,),
+        device=party.device,
+    )
+    return LowLatencyHandle(src_info, ranges, most, hidden, num_experts)
+
+
+def combine_buffer_shape(party: Party, handle: object) -> tuple[int, int, int]:
+    """[L, R * N, H] of the rows that combine takes along a handle."""
+    known = check_handle(party, handle)
+    return known.num_experts // party.num_ranks, party.num_ranks * known[2], known.hidden
+
+
+def _receive_once(pending: Pending) -> Callable[[], None]:
+    """A hook: the first call receives, later ones do nothing."""
+    waiting = [pending]
+
+    def receive() -> None:
+        if waiting:
+            waiting.pop().finish()
+
+    return receive
+
+
+def _check_stats(party: Party, name: str, stats: object, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+    if stats is None:
+        return None
+    checked = check_tensor(name, stats, shape=(length,), dtypes=(dtype,), device=party.device, contiguous=True)
+    require(not checked.requires_grad, name, describe(checked), "a tensor that does not require a gradient")
+    return checked
+
+
+def _signature(operation: int, columns: list[torch.Tensor], num_topk: int, num_experts: int, most: int) -> Signature:
+    scales = columns[1] if len(columns) > 1 else None
+    return Signature(
+        operation=operation,
+        dtype=dtype_code(columns[0].dtype),
+        row_bytes=columns[0].size(1) * columns[0].element_size(),
+        num_topk=num_topk,
+        num_experts=num_experts,
+        scale_bytes=0 if scales is None else scales.size(1) * scales.element_size(),
+        scale_dtype=0 if scales is None else dtype_code(scales.dtype),
+        handle=most,
+    )
