@@ -9,19 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import PoolOf
 from tokenferry.cli import demo, demo_train
 from tokenferry.cli.demo_model import Corpus, DenseMoE, Settings
 from tokenferry.cli.demo_train import Report, Trace, train, train_dense
-from tokenferry.cli.ranks import RankPool
 
-PoolOf = Callable[[int], RankPool]
 COMMAND = [sys.executable, "-m", "tokenferry", "demo"]
 SMALL = Settings(
     steps=4, batch=3, length=16, hidden=16, intermediate=8, heads=2, warmup=1, checked_steps=4, sample_length=5

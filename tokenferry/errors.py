@@ -5,11 +5,22 @@ Every one is a ``RuntimeError``, which is what programs written for DeepEP catch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class TokenferryError(RuntimeError):
     """Base of everything that tokenferry raises on purpose."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Pickle as message and attributes: constructors take neither, and errors travel between processes."""
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[TokenferryError], args: tuple[Any, ...], attributes: dict[str, Any]) -> TokenferryError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ArgumentError(TokenferryError, ValueError, AssertionError):

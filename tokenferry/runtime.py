@@ -96,13 +96,15 @@ class Runtime:
     def scratch(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes]: memory of this rank alone, the same at every call."""
         if self._scratch is None:
-            self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(False):  # later calls may be outside of it
+                self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self._scratch
 
     def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
         """bfloat16 of this shape: rows that a low-latency combine may be given, the same until the shape changes."""
         if self._combine_rows is None or self._combine_rows.shape != shape:
-            self._combine_rows = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+            with torch.inference_mode(False):
+                self._combine_rows = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         return self._combine_rows
 
     def allocated_bytes(self) -> int:

@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -81,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(settings: Settings, num_ranks: int, output: Path | None) -> int:
     began = time.perf_counter()
-    with _pool(num_ranks) as pool:
+    with RankPool(num_ranks, num_threads=_THREADS) as pool:
         corpus = Corpus(settings)
         print(
             f"{num_ranks} ranks train a transformer of {settings.layers} layers on {corpus.train.numel():,} "
@@ -114,34 +109,6 @@ def _run(settings: Settings, num_ranks: int, output: Path | None) -> int:
         print(f"picture: {path}")
     print(f"total: {time.perf_counter() - began:.0f} s")
     return 0
-
-
-@contextmanager
-def _pool(num_ranks: int) -> Iterator[RankPool]:
-    """The ranks, started so that a Ctrl-C in the middle of it waits until all are there, and then stops them.
-
-    Processes inherit the signal mask: with SIGINT blocked, theirs do not print tracebacks of half-done imports. That
-    does not protect this process, where a thread of some library may take the signal; hence the handler.
-    """
-    held: list[int] = []
-    resource_tracker.ensure_running()  # started later, by the pool, it would unblock SIGINT
-    previous = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        pool = RankPool(num_ranks, num_threads=_THREADS)
-    except BaseException:
-        _receive_interrupts(previous)
-        raise
-    with pool:
-        _receive_interrupts(previous)
-        if held:
-            raise KeyboardInterrupt
-        yield pool
-
-
-def _receive_interrupts(handler: Any) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    signal.signal(signal.SIGINT, handler)
 
 
 def traffic(settings: Settings, tokens: list[list[int]]) -> list[list[float]]:
@@ -183,7 +150,7 @@ def _learned(report: Report, baselines: dict[str, float]) -> str:
     (_, before), (steps, after) = report.validation[0], report.validation[-1]
     known = ", ".join(f"{loss:.2f} {name}" for name, loss in baselines.items())
     return (
-        f"\nValidation loss, nats a character: {before:.2f} before training, {after:.2f} after {steps} steps."
+        f"\nValidation loss, nats a character: {before:.2f} at step 0, {after:.2f} at step {steps}."
         f"\nTo compare, models that count characters or pairs of them: {known}."
     )
 

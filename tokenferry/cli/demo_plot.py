@@ -113,7 +113,8 @@ def _draw_loss(axes: Any, report: Report, twin: Trace, baselines: dict[str, floa
     axes.set_xlabel("training step")
     axes.set_ylabel("cross entropy, nats per character")
     axes.set_xlim(0, right * 1.06)
-    axes.set_ylim(bottom=max(0.0, min(*losses, *validation) - 0.3))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=max(0.0, min(*losses, *validation, *baselines.values()) - 0.3))
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(loc="upper right", frameon=False, bbox_to_anchor=(1, 1))
@@ -124,13 +125,14 @@ def _draw_traffic(axes: Any, megabytes: list[list[float]]) -> None:
     away = [[float("nan") if a == b else megabytes[a][b] for b in ranks] for a in ranks]
     values = [megabytes[a][b] for a in ranks for b in ranks if a != b]
     high = max(values, default=1.0)
+    digits = 0 if high >= 10 else 1
     axes.imshow(away, cmap="Blues", vmin=0, vmax=high * 1.4, aspect="auto")
     axes.set_facecolor("#f3f4f6")
     if len(megabytes) <= 10:
         for a in ranks:
             for b in ranks:
                 shade = _MUTED if a == b else "white" if megabytes[a][b] > 0.7 * high else _INK
-                axes.text(b, a, f"{megabytes[a][b]:,.0f}", ha="center", va="center", color=shade, fontsize=10)
+                axes.text(b, a, f"{megabytes[a][b]:,.{digits}f}", ha="center", va="center", color=shade, fontsize=10)
     axes.set_title("Sent from rank to rank, MB")
     axes.set_xlabel("to rank (grey: stays on its rank)")
     axes.set_ylabel("from rank")
@@ -158,6 +160,7 @@ def _draw_load(figure: Any, settings: Settings, reports: list[Report]) -> None:
         )
         for rank in range(1, len(reports)):
             axes.axhline(rank * num_local - 0.5, color="white", linewidth=2.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(f"Expert load, layer {layer + 1}")
         axes.set_xlabel("training step")
         axes.tick_params(length=0)

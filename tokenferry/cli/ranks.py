@@ -8,8 +8,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 _GRACE_SECONDS = 5.0
+_COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
 
 class RankError(RuntimeError):
@@ -54,15 +59,23 @@ class RankPool:
         store = str(Path(self._directory.name) / "store")
         self._connections: list[Connection] = []
         self.processes = []
-        for rank in range(num_ranks):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, num_ranks, threads, store, theirs), daemon=True, name=f"rank-{rank}"
-            )
-            process.start()
-            theirs.close()
-            self._connections.append(ours)
-            self.processes.append(process)
+        try:
+            with _interrupts_held():
+                for rank in range(num_ranks):
+                    ours, theirs = context.Pipe()
+                    process = context.Process(
+                        target=_serve,
+                        args=(rank, num_ranks, threads, store, theirs),
+                        daemon=True,
+                        name=f"rank-{rank}",
+                    )
+                    process.start()
+                    theirs.close()
+                    self._connections.append(ours)
+                    self.processes.append(process)
+        except BaseException:
+            self.stop()
+            raise
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call ``function(rank, num_ranks, *args)`` on every rank.
@@ -129,12 +142,37 @@ class RankPool:
             self.stop()
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let a Ctrl-C wait until the block is done.
+
+    Processes inherit the signal mask: with SIGINT blocked, new ones print no tracebacks of half-done imports. That
+    does not protect this process, where a thread of some library may take the signal; hence the handler.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    resource_tracker.ensure_running()  # started later, by the first process, it would unblock SIGINT
+    previous = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, previous)
+    if held:
+        raise KeyboardInterrupt
+
+
 def _serve(rank: int, num_ranks: int, num_threads: int, store: str, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops everyone
-    signal.signal(signal.SIGTERM, _leave)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(num_threads)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=_COLLECTIVE_TIMEOUT
+    )
+    signal.signal(signal.SIGTERM, _leave)  # only now: a wait for the other ranks in C++ would not see it
     while True:
         try:
             function, args = connection.recv()

@@ -130,7 +130,8 @@ class Heap:
         own.words[: len(header)] = array("q", header)
         self._segments: list[Segment | None] = [None] * num_ranks
         self._segments[rank] = own
-        self._finalizer = weakref.finalize(self, _let_go, self._segments, rank, os.getpid())
+        self._creator = os.getpid()
+        self._finalizer = weakref.finalize(self, _let_go, self._segments, rank, self._creator)
 
     @property
     def handle(self) -> tuple[str, int]:
@@ -328,13 +329,18 @@ class Heap:
     def set_masked(self, ranks: Iterable[int], masked: bool) -> None:
         """Go on without some ranks, or with them again. Every rank has a view of its own.
 
-        A rank that was masked got no messages in the meantime: it is told the next one that it will get.
+        A rank that was masked got no messages in the meantime: it is told the next one that it will get. It will
+        never release those before, so that nothing may wait for it to.
         """
         for rank in ranks:
             if masked and rank != self.rank:
                 self._masked.add(rank)
             elif rank in self._masked:
                 self._masked.remove(rank)
+                self._in_flight = deque(
+                    sent._replace(readers=tuple(reader for reader in sent.readers if reader != rank))
+                    for sent in self._in_flight
+                )
                 fence()
                 self._segment(rank).words[self._first + self.rank * _LINE_WORDS] = self._next_message
 
@@ -363,9 +369,12 @@ class Heap:
     def fail(self) -> None:
         """Tell everyone that an operation failed here: no rank waits for this one any more."""
         if self._finalizer.alive:
+            fence()  # whoever sees this sees all that was published before
             self._own.words[_STATE_WORD] = State.FAILED
 
     def _check_usable(self) -> None:
+        if os.getpid() != self._creator:
+            raise BufferStateError("the Buffer belongs to the process that constructed it, not to a fork of it")
         if not self._finalizer.alive:
             raise BufferStateError("the Buffer was destroyed")
         if self._own.words[_STATE_WORD] != State.OPEN:
@@ -374,6 +383,7 @@ class Heap:
     def trouble(self, missing: Sequence[int]) -> tuple[list[int], str] | None:
         """Ranks because of which some of ``missing`` will never answer, and why."""
         states = {rank: self._segment(rank).words[_STATE_WORD] for rank in missing}
+        fence()  # the caller looks once more for what they published before
         dead = [rank for rank in missing if self._is_dead(rank)]
         gave_up = [rank for rank, state in states.items() if state == State.FAILED]
         closed = [rank for rank, state in states.items() if state == State.CLOSED]
@@ -396,6 +406,7 @@ class Heap:
 def _let_go(segments: list[Segment | None], rank: int, creator: int) -> None:
     own = segments[rank]
     if own is not None and os.getpid() == creator:
+        fence()
         if own.words[_STATE_WORD] == State.OPEN:
             own.words[_STATE_WORD] = State.CLOSED
         own.retire()

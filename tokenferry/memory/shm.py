@@ -7,7 +7,8 @@ A segment is *sparse*: its size is only an address range, and ``commit`` makes t
 out as an exception in ``commit``, not as a fatal signal in the middle of a copy.
 
 Its creator holds an advisory lock on it. The kernel drops the lock when the process ends, for whatever
-reason; that is how peers notice a death at once, also across PID namespaces.
+reason; that is how peers notice a death at once, also across PID namespaces. The lock has a file description of
+its own, which a forked child gives up: a child that outlives its parent must not hide its death.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import platform
 import secrets
 import threading
+import weakref
 
 import torch
 
@@ -59,7 +61,7 @@ class Segment:
         self.name = name
         self.size = size
         self.committed = 0
-        self.locked = False
+        self._lock_fd = -1
         self._linked = create
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
@@ -70,18 +72,19 @@ class Segment:
         try:
             if create:
                 os.ftruncate(self._fd, size)
-                self.locked = self._lock_for_life()
+                self._lock_for_life()
             elif os.fstat(self._fd).st_size < size:
                 raise HeapError(f"shared memory {name} has {os.fstat(self._fd).st_size} bytes, not {size}")
             self.map = mmap.mmap(self._fd, size)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             os.close(self._fd)
-            self.unlink()
+            self.retire()
             raise HeapError(f"cannot map {size} bytes of shared memory {name}: {error}") from error
         except HeapError:
             os.close(self._fd)
             raise
-        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+        with torch.inference_mode(False):  # else no later operation outside of inference mode could write to it
+            self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
         self.words = memoryview(self.map).cast("q")
 
     @staticmethod
@@ -89,12 +92,24 @@ class Segment:
         """Create a segment of ``size`` bytes under a fresh private name; no page is real yet."""
         return Segment(f"/tokenferry-{secrets.token_hex(12)}", size, create=True)
 
-    def _lock_for_life(self) -> bool:
+    @property
+    def locked(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._lock_fd >= 0
+
+    def _lock_for_life(self) -> None:
+        self._lock_fd = _posixshmem.shm_open(self.name, os.O_RDWR, mode=0o600)
+        _lock_holders.add(self)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # not every system locks shared memory: deaths then show by deadline
-            return False
-        return True
+            self.close_lock()
+
+    def close_lock(self) -> None:
+        """Close this process's hold on the lock; it is dropped when no process has one."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
     def creator_is_gone(self) -> bool:
         """Whether the process that created this segment, and locked it, has ended."""
@@ -130,9 +145,7 @@ class Segment:
     def retire(self) -> None:
         """End the creator's part: the name goes, and so does the lock."""
         self.unlink()
-        if self.locked:
-            self.locked = False
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self.close_lock()
 
     def close(self) -> None:
         """Let go of the segment; it is unmapped once no tensor refers to it.
@@ -142,3 +155,14 @@ class Segment:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+_lock_holders: weakref.WeakSet[Segment] = weakref.WeakSet()
+
+
+def _leave_locks_to_the_parent() -> None:
+    for segment in list(_lock_holders):
+        segment.close_lock()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)

@@ -139,6 +139,10 @@ def check_handle(party: Party, handle: object) -> DispatchHandle:
     sources = checked.recv_src_idx[:num_received]
     fits = len(sources) == num_received and not bool((sources < 0).any())
     require(fits, "handle.recv_src_idx", describe(checked.recv_src_idx), f"source tokens of {num_received} rows")
+    ascends = sources.diff() > 0
+    ends = checked.rank_prefix_matrix[:-1, party.rank].long()
+    ascends[ends[(ends > 0) & (ends < num_received)] - 1] = True  # from one source to the next
+    require(bool(ascends.all()), "handle.recv_src_idx", "tokens in disorder", "ascending tokens of each source")
     member = checked.is_token_in_rank
     sent = _rows_sent(checked, party.rank)
     require(
@@ -196,6 +200,7 @@ def dispatch(
     require(per_rank.tolist() == sent, "num_tokens_per_rank", per_rank.tolist(), f"{sent}, as in is_token_in_rank")
     expert_alignment = check_int("expert_alignment", expert_alignment, minimum=1)
     num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
+    require(num_worst_tokens < 1 << 31, "num_worst_tokens", num_worst_tokens, "less than 2^31")
     require(
         (topk_idx is None) == (topk_weights is None),
         "topk_weights",
@@ -325,7 +330,7 @@ def _signature(
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor [n, width] outside of autograd, with strides (width, 1) also where it has one column or no rows."""
-    packed = tensor.detach().contiguous()
+    packed = tensor.detach().resolve_neg().contiguous()
     return packed.as_strided(packed.shape, (packed.size(1), 1))
 
 

@@ -95,7 +95,7 @@ class Dispatch(Exchange):
             entry += count
         tokens = self._staged[low:high]
         for column, section in zip(self._plan.columns, sections[3:-1], strict=True):
-            take_rows(column, tokens, rows_of(payload, section, high - low, column.size(1)), first=low)
+            take_rows(column, tokens, rows_of(payload, section, high - low, column.size(1)))
         self.publish(offset, sections[-1], num_rows=high - low, ranges=ranges, bound=num_entries)
         return True
 
@@ -158,11 +158,12 @@ class Dispatch(Exchange):
             take_rows(rows, positions, output[start:end])
 
 
-def take_rows(source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, *, first: int = 0) -> None:
-    """``out = source[rows]`` for ascending ``rows``; one plain copy where they are a whole run from ``first``."""
+def take_rows(source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = source[rows]`` for ascending ``rows``; one plain copy where they are a run."""
     if not len(rows):
         return
-    if int(rows[-1]) - first + 1 == len(rows) and int(rows[0]) == first:
-        out.copy_(source[first : first + len(rows)])
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows):
+        out.copy_(source[first : last + 1])
     else:
         torch.index_select(source, 0, rows, out=out)

@@ -29,12 +29,13 @@ def quantise(x: torch.Tensor, round_scale: bool) -> tuple[torch.Tensor, torch.Te
     num_tokens, hidden = x.shape
     groups = x.float().view(num_tokens, hidden // GROUP, GROUP)
     amax = groups.abs().amax(2).clamp_(min=_SMALLEST_AMAX)
-    scale = amax * (1.0 / torch.tensor(_E4M3_MAX, dtype=torch.float32, device=x.device))
+    most = torch.tensor(_E4M3_MAX, dtype=torch.float32, device=x.device)
+    scale = amax * most.reciprocal()
     if round_scale:
         scale = round_up_to_power_of_two(scale)
         factor = scale.reciprocal()
     else:
-        factor = _E4M3_MAX / amax
+        factor = most / amax  # a Python number over a tensor would be rounded twice
     data = (groups * factor.unsqueeze(2)).clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return data.view(num_tokens, hidden), scale
 
