@@ -43,6 +43,11 @@ def make_buffer(**options: Any) -> Buffer:
     return Buffer(dist.group.WORLD, low_latency_mode=True, **{"timeout": TIMEOUT, **options})
 
 
+def factor_of(expert: int) -> float:
+    """What an expert multiplies its rows by."""
+    return float(2.0 ** (expert % 7 - 3))
+
+
 def _generator(case: Case, rank: int, salt: int) -> torch.Generator:
     return torch.Generator().manual_seed(((case.seed * 64 + rank) * 16 + salt) % 2**63)
 
@@ -114,7 +119,7 @@ class Scenario:
 
     def check_dispatch(self, result: tuple[Any, ...]) -> None:
         """Every row, scale, count and index, shapes and strides."""
-        received, count, handle, event, hook = result
+        received, count, handle, _, _ = result
         num_local, slab, hidden = self.case.local_experts, self.num_ranks * self.most, self.case.hidden
         assert len(result) == 5
         fp8 = self.case.format != "bf16"
@@ -156,12 +161,12 @@ class Scenario:
         else:
             data, scales = received
             if self.case.format == "ue8m0":
-                exponents = scales.contiguous().view(torch.uint8).int()[..., : self.case.hidden // 128]
-                scales = (exponents << 23).view(torch.float32)
+                exponents = torch.stack([scales >> 8 * byte & 0xFF for byte in range(4)], 3).flatten(2)
+                scales = (exponents[..., : self.case.hidden // 128] << 23).view(torch.float32)
             rows = data.float() * scales.repeat_interleave(128, 2)
         out = torch.full(rows.shape, float("nan"), dtype=torch.bfloat16)
         for expert, used in enumerate(count.tolist()):
-            factor = 2.0 ** (self.rank * self.case.local_experts + expert - 3)
+            factor = factor_of(self.rank * self.case.local_experts + expert)
             out[expert, :used] = (rows[expert, :used] * factor).to(torch.bfloat16)
         return out
 
@@ -172,7 +177,7 @@ class Scenario:
         if self.case.format != "bf16":
             x = oracle.dequantised(self.codes[self.rank], self.scales[self.rank])
         row_of = {
-            (expert, token): (x[token] * 2.0 ** (expert - 3)).to(torch.bfloat16)
+            (expert, token): (x[token] * factor_of(expert)).to(torch.bfloat16)
             for token, row in enumerate(self.ids.tolist())
             for expert in row
             if expert >= 0 and expert // self.case.local_experts not in self.masked

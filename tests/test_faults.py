@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -484,3 +485,119 @@ def outlive_the_group(rank: int, num_ranks: int) -> bool:
 
 def test_buffer_outlives_its_process_group(pool_of: Any) -> None:
     assert pool_of(2).run(outlive_the_group) == [True, True]
+
+
+def use_a_parents_buffer(rank: int, num_ranks: int) -> list[Any]:
+    buffer = make_buffer()
+    child = os.fork()
+    if child == 0:
+        refused = outcome(lambda: dispatch_once(buffer))["kind"] == "BufferStateError"
+        os._exit(0 if refused else 1)
+    status = os.waitpid(child, 0)[1]
+    result = outcome(lambda: dispatch_once(buffer))
+    dist.barrier()
+    buffer.destroy()
+    return [status, result["kind"]]
+
+
+def test_forked_child_cannot_use_the_buffer(pool_of: Any) -> None:
+    assert pool_of(2).run(use_a_parents_buffer) == [[0, None]] * 2
+
+
+def construct_in_inference_mode(rank: int, num_ranks: int) -> bool:
+    with torch.inference_mode():
+        buffer = make_buffer(num_rdma_bytes=128)
+        inside = dispatch_once(buffer)
+        scratch = buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True)
+    outside = dispatch_once(buffer)
+    scratch.fill_(1)
+    buffer.combine(outside[0], outside[4])
+    buffer.destroy()
+    return torch.equal(inside[0], outside[0])
+
+
+def test_buffer_made_in_inference_mode_works_outside_of_it(pool_of: Any) -> None:
+    assert all(pool_of(2).run(construct_in_inference_mode))
+
+
+def give_an_impossible_size(rank: int, num_ranks: int) -> list[str]:
+    made = outcome(lambda: make_buffer(num_nvl_bytes=1 << 63 if rank == 1 else 0))
+    return [made["kind"], made["text"]]
+
+
+def test_impossible_size_on_one_rank_fails_on_all(pool_of: Any) -> None:
+    for kind, text in pool_of(2).run(give_an_impossible_size):
+        assert kind == "TokenferryError"
+        assert "rank 1: cannot map" in text
+    assert segments() == []
+
+
+def give_unusable_counts(rank: int, num_ranks: int) -> list[Any]:
+    buffer = make_buffer()
+    topk_idx = torch.zeros(8, 1, dtype=torch.int64)
+    too_many = outcome(
+        lambda: dispatch_once(buffer, topk_idx=topk_idx, topk_weights=torch.ones(8, 1), num_worst_tokens=1 << 31)
+    )
+    received = dispatch_once(buffer)
+    disorder = received[4]._replace(recv_src_idx=received[4].recv_src_idx.clone().fill_(1))
+    disordered = outcome(lambda: buffer.combine(received[0], disorder))
+    again = outcome(lambda: buffer.combine(received[0], received[4]))
+    buffer.destroy()
+    return [too_many, disordered, again]
+
+
+def test_unusable_counts_are_refused_before_a_peer_is_touched(pool_of: Any) -> None:
+    for too_many, disordered, again in pool_of(2).run(give_unusable_counts):
+        assert too_many["kind"] == "ArgumentError"
+        assert "num_worst_tokens" in too_many["text"]
+        assert disordered["kind"] == "ArgumentError"
+        assert "recv_src_idx" in disordered["text"]
+        assert again["kind"] is None
+
+
+def dispatch_with_a_masked_rank(rank: int, num_ranks: int) -> list[Any]:
+    buffer = make_buffer(low_latency_mode=True, enable_shrink=True)
+    buffer.low_latency_update_mask_buffer((rank + 1) % num_ranks, True)
+    received = outcome(lambda: dispatch_once(buffer))
+    buffer.low_latency_clean_mask_buffer()
+    again = outcome(lambda: dispatch_once(buffer))
+    buffer.destroy()
+    return [received["kind"], received["text"], again["kind"]]
+
+
+def test_operations_of_all_ranks_refuse_to_go_on_without_one(pool_of: Any) -> None:
+    for rank, (kind, text, again) in enumerate(pool_of(3).run(dispatch_with_a_masked_rank)):
+        assert kind == "BufferStateError"
+        assert f"rank {(rank + 1) % 3} masked" in text
+        assert again is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        tokenferry.ArgumentError("x", 1, "2"),
+        tokenferry.PeerTimeoutError("dispatch", 3, [1, 2], "silent"),
+        tokenferry.CapacityError("combine", 4, [0], "full"),
+        tokenferry.HeapError("no room"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_can_be_pickled(error: tokenferry.TokenferryError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert copy.__dict__ == error.__dict__
+
+
+def do_nothing(rank: int, num_ranks: int) -> int:
+    return rank
+
+
+def test_pool_names_a_rank_that_ended_before_the_call() -> None:
+    with RankPool(2, 1) as pool:
+        pool.processes[1].kill()
+        pool.processes[1].join()
+        with pytest.raises(RankError) as caught:
+            pool.run(do_nothing)
+    assert caught.value.results[0] == 0
+    assert set(caught.value.failures) == {1}

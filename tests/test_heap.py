@@ -256,3 +256,55 @@ def test_fence_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     fence()
     fence()
     assert not any(lock.locked() for lock in shm._FENCE_LOCKS)
+
+
+def test_rank_taken_back_does_not_hold_what_it_missed() -> None:
+    with heaps_of(3) as (owner, missing, other):
+        send(owner, 40 << 10, 1)
+        assert receive(other, 0) == (1, True)
+        owner.set_masked([1], True)
+        owner.set_masked([1], False)
+        assert missing.next_message(0) is None
+        assert send(owner, 40 << 10, 2) == 0
+        assert receive(missing, 0) == (2, True)
+
+
+def test_child_that_outlives_its_parent_does_not_hide_its_death() -> None:
+    creator = Segment.create(4096)
+    peer = Segment(creator.name, 4096, create=False)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reading, 1)  # lives on past the parent's end of the lock
+        os._exit(0)
+    assert not peer.creator_is_gone()
+    creator.retire()
+    assert peer.creator_is_gone()
+    os.write(writing, b"x")
+    os.waitpid(child, 0)
+    for file in (reading, writing):
+        os.close(file)
+    creator.close()
+    peer.close()
+
+
+def test_segment_that_is_too_large_leaves_nothing_behind() -> None:
+    before = set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
+    for size in (1 << 60, 1 << 63, 1 << 70):
+        with pytest.raises(HeapError, match="cannot map"):
+            Segment.create(size)
+    if Path("/dev/shm").exists():
+        assert not {name for name in set(os.listdir("/dev/shm")) - before if str(name).startswith("tokenferry-")}
+
+
+def test_time_while_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(heap_module.time, "monotonic", lambda: clock[0])
+    waiter = heap_module._Waiter()
+    for _ in range(20):
+        clock[0] += 0.05
+        assert waiter.is_time_to_look()
+    assert waiter.seconds() == pytest.approx(1.0)
+    clock[0] += 1000  # SIGSTOP, a debugger, a suspended machine
+    assert waiter.is_time_to_look()
+    assert waiter.seconds() == pytest.approx(1.05)

@@ -111,7 +111,9 @@ def test_statistics_are_added_up(pool_of: PoolOf) -> None:
 
 def dispatch_twice(rank: int, num_ranks: int) -> None:
     """Two dispatches before either is combined, each combined twice, the later one first."""
-    scenarios = [Scenario(Case(seed=seed, tokens=(4, 1, 3), hidden=64 + 8 * seed), rank, num_ranks) for seed in (1, 2)]
+    scenarios = [
+        Scenario(Case(seed=seed, tokens=(4, 1, 3), hidden=64 + 8 * seed), rank, num_ranks) for seed in (1, 2)
+    ]
     with make_buffer() as buffer, poisoned_memory():
         results = [scenario.dispatch(buffer) for scenario in scenarios]
         for _ in range(2):

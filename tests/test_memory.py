@@ -16,7 +16,7 @@ PAGE = 4096
 
 def formula(num_ranks: int, tokens: int, row_bytes: int, ceiling: int) -> int:
     """docs/protocol.md, "Memory", without the padding of sections."""
-    control = -(-(128 + 2176 * num_ranks) // PAGE) * PAGE
+    control = -(-(128 + 2304 * num_ranks) // PAGE) * PAGE
     counts = 4 * (num_ranks + num_ranks * EXPERTS_PER_RANK + 1)
     return control + min(counts + tokens * (row_bytes + 8 * (num_ranks - 1)), ceiling, 32 << 20)
 

@@ -9,9 +9,10 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -91,7 +92,8 @@ class RankPool:
             RankError: it raised on a rank, or a rank ended.
         """
         for connection in self._connections:
-            connection.send((function, args))
+            with suppress(ConnectionError):  # its rank has ended, as is found out below
+                connection.send((function, args))
         waiting = {connection: rank for rank, connection in enumerate(self._connections)}
         results: list[Any] = [None] * self.num_ranks
         failures: dict[int, str] = {}
@@ -116,8 +118,9 @@ class RankPool:
         """End the processes."""
         for connection in self._connections:
             connection.close()
+        deadline = time.monotonic() + _GRACE_SECONDS
         for process in self.processes:
-            process.join(_GRACE_SECONDS if process.exitcode is None else 0)
+            process.join(max(0.0, deadline - time.monotonic()))
         for process in self.processes:
             if process.is_alive():
                 process.kill()
@@ -180,7 +183,9 @@ def _serve(rank: int, num_ranks: int, num_threads: int, store: str, connection: 
             break
         try:
             answer = (True, function(rank, num_ranks, *args))
-        except Exception:
+        except SystemExit:
+            raise
+        except BaseException:  # also what test frameworks raise past everyone
             answer = (False, traceback.format_exc())
         connection.send(answer)
     dist.destroy_process_group()

@@ -110,6 +110,8 @@ class Heap:
         self.may_mask = False
         self._peers = tuple(peer for peer in range(num_ranks) if peer != rank)
         self._masked: set[int] = set()
+        self._times_masked = [0] * num_ranks
+        self._masked_at = [0] * num_ranks
         self._inbox = _LINE_WORDS
         self._released = self._inbox + num_ranks * SLOTS * HEADER_WORDS
         self._first = self._released + num_ranks * _LINE_WORDS
@@ -326,20 +328,29 @@ class Heap:
         """The ranks that this rank goes on without."""
         return frozenset(self._masked)
 
+    def times_masked(self, rank: int) -> int:
+        """How often the rank has been masked."""
+        return self._times_masked[rank]
+
     def set_masked(self, ranks: Iterable[int], masked: bool) -> None:
         """Go on without some ranks, or with them again. Every rank has a view of its own.
 
-        A rank that was masked got no messages in the meantime: it is told the next one that it will get. It will
-        never release those before, so that nothing may wait for it to.
+        A rank that was masked got no messages in the meantime: it is told the next one that it will get.
         """
         for rank in ranks:
             if masked and rank != self.rank:
-                self._masked.add(rank)
-            elif rank in self._masked:
+                self._times_masked[rank] += 1
+                if rank not in self._masked:
+                    self._masked.add(rank)
+                    self._masked_at[rank] = self._next_message
+            elif not masked and rank in self._masked:
                 self._masked.remove(rank)
+                if self._masked_at[rank] == self._next_message:
+                    continue  # it got all there was
+                # What it was sent before may be overwritten by now: it shall not read that, and nothing waits for it.
                 self._in_flight = deque(
-                    sent._replace(readers=tuple(reader for reader in sent.readers if reader != rank))
-                    for sent in self._in_flight
+                    flight._replace(readers=tuple(reader for reader in flight.readers if reader != rank))
+                    for flight in self._in_flight
                 )
                 fence()
                 self._segment(rank).words[self._first + self.rank * _LINE_WORDS] = self._next_message
@@ -478,12 +489,14 @@ class _Waiter:
             self._sleep = min(self._sleep * 1.5, _LONGEST_SLEEP)
 
     def seconds(self) -> float:
-        """Since the last progress."""
+        """Spent waiting since the last progress."""
         return time.monotonic() - self._started
 
     def is_time_to_look(self) -> bool:
         """Whether the peers' health should be looked at now."""
-        due = time.monotonic() >= self._next_look
-        if due:
-            self._next_look = time.monotonic() + _HEALTH_INTERVAL
-        return due
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        self._started += now - self._next_look  # being late, this process was stopped, and its peers perhaps too
+        self._next_look = now + _HEALTH_INTERVAL
+        return True

@@ -28,6 +28,7 @@ from tokenferry.dataplane.cpu.dispatch import Dispatch
 from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
 from tokenferry.dataplane.cpu.low_latency import CombineReceive, DispatchReceive, PendingReceives, Receive
 from tokenferry.dataplane.cpu.pages import advise_huge_pages
+from tokenferry.errors import BufferStateError
 from tokenferry.memory.heap import Heap
 
 _CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ class CpuDataPlane:
     @contextmanager
     def dispatch(self, signature: Signature, plan: SendPlan) -> Iterator[DispatchExchange]:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
-        self._pending.finish()
+        self._begin_with_all()
         with self.heap.operation("dispatch") as operation:
             exchange = Dispatch(self.heap, operation, signature, plan)
             exchange.agree()
@@ -66,11 +67,18 @@ class CpuDataPlane:
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
-        self._pending.finish()
+        self._begin_with_all()
         with self.heap.operation("combine") as operation:
             exchange = Combine(self.heap, operation, signature, plan, outs)
             exchange.agree()
             exchange.pull_reduce()
+
+    def _begin_with_all(self) -> None:
+        """Finish what was sent before; an operation of all ranks reads the rings from where that ends."""
+        if self.heap.masked():
+            listed = ", ".join(str(rank) for rank in sorted(self.heap.masked()))
+            raise BufferStateError(f"rank {listed} masked: only low-latency operations go on without it")
+        self._pending.finish()
 
     def quantise(self, x: torch.Tensor, scale_format: str) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.quantise`."""

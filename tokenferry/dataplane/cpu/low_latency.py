@@ -55,10 +55,20 @@ class PendingReceives:
     def advance(self) -> bool:
         """Run those of the next receives that need no waiting; returns whether there was one."""
         advanced = False
-        while self._queue and self._queue[0].can_run():
+        while self._queue and not self._queue[0].waiting_for():
             self._queue.popleft().run()
             advanced = True
         return advanced
+
+    def discard(self, epoch: int) -> None:
+        """Release the messages that no operation up to ``epoch`` asks for: those of ranks masked in between."""
+        for peer in self._heap.active_peers():
+            wanted = (receive.operation.epoch for receive in self._queue if receive.asks(peer))
+            self._heap.next_message(peer, next(wanted, epoch))
+
+    def waiting_for(self) -> list[int]:
+        """The peers that the next receive waits for."""
+        return self._queue[0].waiting_for() if self._queue else []
 
 
 class Receive(ABC):
@@ -69,6 +79,8 @@ class Receive(ABC):
         self.operation = operation
         self.signature = signature
         self.is_finished = False
+        self._sent_to: dict[int, int] = {}
+        """For each peer that it was sent to, how often that had been masked."""
         self._earlier = earlier
 
     def send(self, num_rows: int, sizes: Sequence[int], ranges: dict[int, tuple[int, int]]) -> torch.Tensor:
@@ -83,8 +95,12 @@ class Receive(ABC):
             self._offset = self.heap.try_reserve(nbytes)
             if self._offset is not None:
                 return True, ()
-            # Peers may be waiting for room too, until this rank reads what they sent before.
-            return self._earlier.advance(), self.heap.readers_in_the_way() or self.heap.active_peers()
+            # Peers may be waiting for room too, until this rank reads what they sent before. A peer that did not
+            # send that is to blame, not those that wait for it like this rank.
+            advanced = self._earlier.advance()
+            self._earlier.discard(self.operation.epoch)
+            to_blame = self._earlier.waiting_for() or self.heap.readers_in_the_way() or self.heap.active_peers()
+            return advanced, to_blame
 
         self._survive(step)
         assert self._offset is not None
@@ -98,6 +114,7 @@ class Receive(ABC):
         for peer in self.heap.active_peers():
             head = Head(self.operation.epoch, 0, 1, self._offset, nbytes, num_rows, *ranges[peer], 0)
             fields[peer] = (*head, *self.signature)
+        self._sent_to = {peer: self.heap.times_masked(peer) for peer in fields}
         self.heap.publish(fields)
 
     def run(self) -> None:
@@ -109,9 +126,17 @@ class Receive(ABC):
         self.is_finished = True
         self.forget()
 
-    def can_run(self) -> bool:
-        """Whether all the messages it needs are here."""
-        return all(self._look_for_message(peer) is not None for peer in self.heap.active_peers())
+    def waiting_for(self) -> list[int]:
+        """The peers whose messages it needs and that are not here."""
+        return [peer for peer in self._senders() if self._look_for_message(peer) is None and peer in self._sent_to]
+
+    def asks(self, peer: int) -> bool:
+        """Whether it needs a message of this peer."""
+        return peer in self._senders()
+
+    def _senders(self) -> list[int]:
+        """The peers whose messages it needs. One that was masked in between is not asked again when taken back."""
+        return [peer for peer, times in self._sent_to.items() if self.heap.times_masked(peer) == times]
 
     def _gather(self) -> tuple[dict[int, Head], dict[int, int]]:
         heads: dict[int, Head] = {}
@@ -121,12 +146,12 @@ class Receive(ABC):
         def step() -> tuple[bool, Sequence[int]]:
             arrived = False
             missing = []
-            for peer in self.heap.active_peers():
+            for peer in self._senders():
                 if peer in heads:
                     continue
                 head = self._look_for_message(peer)
                 if head is None:
-                    missing.append(peer)
+                    missing += [peer] if peer in self._sent_to else []
                 else:
                     heads[peer] = head
                     waited[peer] = time.monotonic_ns() - started
@@ -143,6 +168,9 @@ class Receive(ABC):
         head, theirs = parse(message)
         reason = describe_difference(self.heap.rank, self.signature, peer, theirs)
         if head.epoch != self.operation.epoch:
+            if self.heap.may_mask:  # it went on without this rank for a while: nothing of this operation comes
+                del self._sent_to[peer]
+                return None
             reason = f"it is at operation {head.epoch} already"
         if reason:
             self.heap.fail()  # nobody has agreed to step back here
@@ -190,7 +218,9 @@ class DispatchReceive(Receive):
         sizes = [num_tokens * width for width in self._widths]
         payload = self.send(num_tokens, sizes, dict.fromkeys(range(heap.num_ranks), (0, num_tokens)))
         for column, width, section in zip(staged, self._widths, offsets(sizes)[:-1], strict=True):
-            rows_of(payload, section, num_tokens, width).copy_(column.view(torch.uint8))
+            rows_of(payload, section, num_tokens, width).view(column.dtype).copy_(column)
+        # The caller may overwrite its tensors as soon as they are sent.
+        self._own = self._rows_for_me(plan, staged)
         self.publish()
 
     def read(self, heads: dict[int, Head], waited: dict[int, int]) -> None:
@@ -200,29 +230,37 @@ class DispatchReceive(Receive):
         begin = torch.zeros(plan.num_local_experts, dtype=torch.int64, device=_CPU)
         for source in range(self.heap.num_ranks):
             if source == self.heap.rank:
-                ids, columns = plan.topk_idx, list(plan.columns)
+                experts, tokens, columns = self._own
             elif source in heads:
-                ids, *columns = self._message_of(source, heads[source], plan)
+                experts, tokens, columns = self._rows_for_me(plan, self._message_of(source, heads[source], plan))
             else:
                 plan.layout_range[:, source] = begin << 32
                 continue
-            local = ids - plan.first_expert
-            chosen = ((local >= 0) & (local < plan.num_local_experts)).nonzero()
-            experts = local[chosen[:, 0], chosen[:, 1]]
-            order = experts.argsort(stable=True)
-            experts, tokens = experts[order], chosen[order, 0]
             counts = torch.bincount(experts, minlength=plan.num_local_experts)
             first = counts.cumsum(0) - counts
             slots = begin[experts] + torch.arange(len(experts), device=_CPU) - first[experts]
             plan.recv_src_info[experts, slots] = tokens.to(torch.int32)
             for column, out in zip(columns, plan.recv_columns, strict=True):
-                indexable(out)[experts, slots] = indexable(column)[tokens]
+                indexable(out)[experts, slots] = column
             plan.layout_range[:, source] = (begin << 32) | counts
             begin += counts
         plan.recv_count.copy_(begin)
         if plan.recv_stats is not None:
             plan.recv_stats.add_(begin)
         add_waits(plan.wait_stats, waited)
+
+    @staticmethod
+    def _rows_for_me(
+        plan: LowLatencyDispatchPlan, staged: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """The rows of a source for the local experts, expert by expert: expert and token of each, and copies."""
+        ids, *columns = staged
+        local = ids - plan.first_expert
+        chosen = ((local >= 0) & (local < plan.num_local_experts)).nonzero()
+        experts = local[chosen[:, 0], chosen[:, 1]]
+        order = experts.argsort(stable=True)
+        experts, tokens = experts[order], chosen[order, 0]
+        return experts, tokens, [indexable(column)[tokens] for column in columns]
 
     def _message_of(self, source: int, head: Head, plan: LowLatencyDispatchPlan) -> list[torch.Tensor]:
         num_rows = head.num_rows
@@ -240,6 +278,7 @@ class DispatchReceive(Receive):
     def forget(self) -> None:
         """See :meth:`Receive.forget`."""
         self._plan = None
+        del self._own
 
 
 class CombineReceive(Receive):
@@ -309,8 +348,9 @@ class CombineReceive(Receive):
         plan = self._plan
         assert plan is not None
         num_tokens, num_topk = plan.topk_idx.shape
+        most = plan.src_info.size(1) // self.heap.num_ranks  # of the dispatch, whose T may have been larger
         rows: list[torch.Tensor] = []
-        where = torch.full((plan.num_experts * num_tokens,), _NOWHERE, dtype=torch.int64, device=_CPU)
+        where = torch.full((plan.num_experts * most,), _NOWHERE, dtype=torch.int64, device=_CPU)
         num_rows = 0
         for rank in range(self.heap.num_ranks):
             if rank == self.heap.rank:
@@ -320,7 +360,7 @@ class CombineReceive(Receive):
             else:
                 continue
             # Equal choices of a token have a row each: the first one stands for all.
-            at = experts.long() * num_tokens + tokens.long()
+            at = experts.long() * most + tokens.long()
             where.scatter_reduce_(0, at, num_rows + torch.arange(len(at), device=_CPU), "amin")
             rows.append(part)
             num_rows += len(at)
@@ -329,7 +369,7 @@ class CombineReceive(Receive):
         token = torch.arange(num_tokens, device=_CPU)
         for choice in range(num_topk):
             ids = plan.topk_idx[:, choice]
-            row = where[(ids.clamp(min=0) * num_tokens + token)]
+            row = where[ids.clamp(min=0) * most + token]
             have = ((ids >= 0) & (row < _NOWHERE)).nonzero().flatten()
             total[have] += plan.topk_weights[have, choice, None] * all_rows[row[have]].float()
         plan.out.copy_(total)
