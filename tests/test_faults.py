@@ -506,11 +506,11 @@ def test_forked_child_cannot_use_the_buffer(pool_of: Any) -> None:
 
 def construct_in_inference_mode(rank: int, num_ranks: int) -> bool:
     with torch.inference_mode():
-        buffer = make_buffer(num_rdma_bytes=128)
+        buffer = make_buffer(num_rdma_bytes=128, low_latency_mode=True)
         inside = dispatch_once(buffer)
-        scratch = buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True)
+        buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True)
     outside = dispatch_once(buffer)
-    scratch.fill_(1)
+    buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True).fill_(1)
     buffer.combine(outside[0], outside[4])
     buffer.destroy()
     return torch.equal(inside[0], outside[0])
@@ -595,6 +595,7 @@ def do_nothing(rank: int, num_ranks: int) -> int:
 
 def test_pool_names_a_rank_that_ended_before_the_call() -> None:
     with RankPool(2, 1) as pool:
+        assert pool.run(do_nothing) == [0, 1]
         pool.processes[1].kill()
         pool.processes[1].join()
         with pytest.raises(RankError) as caught:

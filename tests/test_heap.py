@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from tokenferry.errors import BufferStateError, HeapError, PeerTimeoutError
 from tokenferry.memory import heap as heap_module
+from tokenferry.memory import waiting
 from tokenferry.memory.heap import SLOTS, Heap
 from tokenferry.memory.shm import Segment, fence
 
@@ -260,13 +263,14 @@ def test_fence_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rank_taken_back_does_not_hold_what_it_missed() -> None:
     with heaps_of(3) as (owner, missing, other):
-        send(owner, 40 << 10, 1)
-        assert receive(other, 0) == (1, True)
+        send(owner, 20 << 10, 1)
         owner.set_masked([1], True)
+        send(owner, 20 << 10, 2)
         owner.set_masked([1], False)
-        assert missing.next_message(0) is None
-        assert send(owner, 40 << 10, 2) == 0
-        assert receive(missing, 0) == (2, True)
+        assert [receive(other, 0), receive(other, 0)] == [(1, True), (2, True)]
+        assert missing.next_message(0) is None, "what it was sent before may be overwritten by now"
+        assert send(owner, 60 << 10, 3) == 0
+        assert receive(missing, 0) == (3, True)
 
 
 def test_child_that_outlives_its_parent_does_not_hide_its_death() -> None:
@@ -275,17 +279,21 @@ def test_child_that_outlives_its_parent_does_not_hide_its_death() -> None:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.read(reading, 1)  # lives on past the parent's end of the lock
+        os.write(writing, b"x")
+        time.sleep(30)
         os._exit(0)
-    assert not peer.creator_is_gone()
-    creator.retire()
-    assert peer.creator_is_gone()
-    os.write(writing, b"x")
-    os.waitpid(child, 0)
-    for file in (reading, writing):
-        os.close(file)
-    creator.close()
-    peer.close()
+    try:
+        os.read(reading, 1)  # the child runs
+        assert not peer.creator_is_gone()
+        creator.retire()
+        assert peer.creator_is_gone()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for file in (reading, writing):
+            os.close(file)
+        creator.close()
+        peer.close()
 
 
 def test_segment_that_is_too_large_leaves_nothing_behind() -> None:
@@ -299,8 +307,8 @@ def test_segment_that_is_too_large_leaves_nothing_behind() -> None:
 
 def test_time_while_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(heap_module.time, "monotonic", lambda: clock[0])
-    waiter = heap_module._Waiter()
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
+    waiter = waiting.Waiter()
     for _ in range(20):
         clock[0] += 0.05
         assert waiter.is_time_to_look()

@@ -152,20 +152,26 @@ def test_events(pool_of: PoolOf) -> None:
     pool_of(2).run(use_events)
 
 
-def drop_outputs(rank: int, num_ranks: int, form: str, hooked: bool) -> None:
+def drop_outputs(rank: int, num_ranks: int, form: str, how: str) -> None:
     """The Buffer keeps no reference to what it has handed out, once it is received; hooks may live on."""
+    hooked = how != "no hook"
+
+    def receive(hook: Callable[[], None] | None) -> None:
+        if how == "received by a later operation":
+            scenario.dispatch(buffer)
+        elif hook is not None:
+            hook()
+
     scenario = Scenario(Case(format=form), rank, num_ranks)
     with make_buffer() as buffer:
         gc.disable()
         received, count, handle, _, hook = scenario.dispatch(buffer, return_recv_hook=hooked)
-        if hook is not None:
-            hook()
+        receive(hook)
         tensors = [count, *(received if isinstance(received, tuple) else [received])]
         combined, _, combine_hook = scenario.combine(
             buffer, (received, count, handle), return_recv_hook=hooked, zero_copy=False
         )
-        if combine_hook is not None:
-            combine_hook()
+        receive(combine_hook)
         tensors += [combined, *handle[:2]]
         del received, count, handle, combined
         for at in range(len(tensors)):
@@ -178,10 +184,10 @@ def drop_outputs(rank: int, num_ranks: int, form: str, hooked: bool) -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("how", ["no hook", "hook called", "received by a later operation"])
 @pytest.mark.parametrize("form", ["bf16", "ue8m0"])
-def test_no_references_to_outputs_are_kept(pool_of: PoolOf, form: str, hooked: bool) -> None:
-    pool_of(2).run(drop_outputs, form, hooked)
+def test_no_references_to_outputs_are_kept(pool_of: PoolOf, form: str, how: str) -> None:
+    pool_of(2).run(drop_outputs, form, how)
 
 
 def spoil_memory(rank: int, num_ranks: int) -> None:

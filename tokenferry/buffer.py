@@ -223,6 +223,8 @@ class Buffer(LowLatencyMethods):
             ArgumentError: the tensor does not fit.
         """
         runtime = self._live_runtime()
+        allowed = "False: without low_latency_mode there is no such memory"
+        require(self.low_latency_mode or not use_rdma_buffer, "use_rdma_buffer", use_rdma_buffer, allowed)
         whole = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         offset = check_int("offset", offset, minimum=0, multiple_of=dtype.itemsize)
         count = max(0, whole - offset) // dtype.itemsize if size is None else torch.Size(size).numel()

@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
     """
     cases = _cases(args)
     target = _target(args)
-    machine = describe_machine(args.device)
+    machine, commit = describe_machine(args.device), describe_commit()
     earlier = _earlier(args, machine)
     try:
         progress = _need("tqdm").tqdm
@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
         reports,
         machine,
         describe_versions(),
-        git=describe_commit(),
+        git=commit,
         command=describe_command(args.command_line),
         method={
             "boundary": _boundary(),

@@ -51,7 +51,7 @@ def draw(reports: Sequence[CaseReport], machine: Mapping[str, Any], path: Path) 
             figure = _panels(reports, "tokens of each rank", _tokens, _show_count)
             title = "Time per token"
         elif len(stages) > 1:
-            figure = _panels(reports, "stage ceiling", _stage, lambda value: show_stage(int(value)))
+            figure = _panels(reports, "stage ceiling, MiB", _stage, lambda value: f"{value / 2**20:g}")
             title = "Time per token over the stage"
         else:
             figure = _bars(reports)

@@ -38,6 +38,8 @@ class Signature(NamedTuple):
     scale_dtype: int
     handle: int
     """Checksum of the handle's rank_prefix_matrix; 0 without a handle."""
+    num_max_tokens: int = 0
+    """Low latency: most tokens of a rank."""
 
 
 class SendPlan(NamedTuple):

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
 from array import array
 from collections import deque
@@ -43,6 +42,7 @@ from tokenferry.errors import (
     StepBackError,
 )
 from tokenferry.memory.shm import Segment, fence
+from tokenferry.memory.waiting import Waiter
 
 MAGIC = 0x746F6B656E666572
 VERSION = 1
@@ -53,11 +53,6 @@ _LINE_WORDS = ALIGNMENT // 8
 _PAGE = 4096
 _SMALLEST_STAGE = 16 * _PAGE
 _SMALLEST_RESERVE = 64 << 20
-
-_SPINS = 32
-_FIRST_SLEEP = 20e-6
-_LONGEST_SLEEP = 1e-3
-_HEALTH_INTERVAL = 0.05
 
 
 class State(IntEnum):
@@ -450,14 +445,14 @@ class Operation:
             PeerLostError: a rank that it waits for is dead, has destroyed its Buffer or has given up.
             PeerTimeoutError: nothing happened for the heap's timeout.
         """
-        waiter = _Waiter()
+        waiter = Waiter()
         trouble: tuple[list[int], str] | None = None
         while True:
             progressed, missing = step()
             if not missing:
                 return
             if progressed:
-                waiter, trouble = _Waiter(), None
+                waiter, trouble = Waiter(), None
                 continue
             if trouble is not None:
                 raise PeerLostError(self.name, self.epoch, *trouble)
@@ -468,35 +463,3 @@ class Operation:
                     reason = f"no sign of life for {waiter.seconds():.1f} s"
                     raise PeerTimeoutError(self.name, self.epoch, missing, reason)
             waiter.pause()
-
-
-class _Waiter:
-    """Waits for shared memory to change: yields the core at first, then sleeps, longer each time."""
-
-    def __init__(self) -> None:
-        self._pauses = 0
-        self._sleep = _FIRST_SLEEP
-        self._started = time.monotonic()
-        self._next_look = self._started + _HEALTH_INTERVAL
-
-    def pause(self) -> None:
-        """Let others run, without the interpreter lock."""
-        self._pauses += 1
-        if self._pauses <= _SPINS:
-            os.sched_yield()
-        else:
-            time.sleep(self._sleep)
-            self._sleep = min(self._sleep * 1.5, _LONGEST_SLEEP)
-
-    def seconds(self) -> float:
-        """Spent waiting since the last progress."""
-        return time.monotonic() - self._started
-
-    def is_time_to_look(self) -> bool:
-        """Whether the peers' health should be looked at now."""
-        now = time.monotonic()
-        if now < self._next_look:
-            return False
-        self._started += now - self._next_look  # being late, this process was stopped, and its peers perhaps too
-        self._next_look = now + _HEALTH_INTERVAL
-        return True

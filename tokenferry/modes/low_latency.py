@@ -221,5 +221,6 @@ def _signature(operation: int, columns: list[torch.Tensor], num_topk: int, num_e
         num_experts=num_experts,
         scale_bytes=0 if scales is None else scales.size(1) * scales.element_size(),
         scale_dtype=0 if scales is None else dtype_code(scales.dtype),
-        handle=most,
+        handle=0,
+        num_max_tokens=most,
     )

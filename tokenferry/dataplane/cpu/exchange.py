@@ -60,10 +60,17 @@ class Head(NamedTuple):
 
 
 def parse(message: Message) -> tuple[Head, Signature]:
-    """The head of a message and its sender's signature."""
+    """The head of a message and its sender's signature.
+
+    Raises:
+        HeapError: the head cannot be one of a message.
+    """
     middle = len(Head._fields)
     end = middle + len(Signature._fields)
-    return Head._make(message.fields[:middle]), Signature._make(message.fields[middle:end])
+    head = Head._make(message.fields[:middle])
+    if min(head) < 0:
+        raise HeapError(f"rank {message.source} sent a malformed message: {head}")
+    return head, Signature._make(message.fields[middle:end])
 
 
 class Exchange(ABC):
