@@ -51,8 +51,6 @@ DISPATCH: dict[str, tuple[str, dict[str, Any]]] = {
     "experts not shared evenly": ("num_experts", {"num_experts": E + 1}),
     "no experts": ("num_experts", {"num_experts": 0}),
     "ue8m0 without round_scale": ("use_ue8m0", {"use_ue8m0": True}),
-    "round_scale without fp8": ("use_fp8", {"use_fp8": False, "round_scale": True}),
-    "ue8m0 without fp8": ("use_fp8", {"use_fp8": False, "round_scale": True, "use_ue8m0": True}),
     "event and hook": ("async_finish", {"async_finish": True, "return_recv_hook": True}),
     "received rows of another dtype": (
         "cumulative_local_expert_recv_stats",

@@ -75,7 +75,7 @@ class LowLatencyMethods:
             dispatch_wait_recv_cost_stats: int64 [R]; the time waited for each rank is added, in nanoseconds.
             use_fp8: quantise to float8_e4m3fn with a scale for 128 channels (formula: spec of DeepEP, and
                 :mod:`tokenferry.dataplane.cpu.fp8`).
-            round_scale: scales are powers of two.
+            round_scale: scales are powers of two. Without FP8 there are no scales, and the two flags mean nothing.
             use_ue8m0: scales are exponent bytes, four in an int32; needs ``round_scale``.
             async_finish: return an event.
             return_recv_hook: return a function that receives; outputs are set when it has been called. Excludes

@@ -75,7 +75,6 @@ def dispatch(
         f"a positive multiple of {step} elements",
     )
     require(round_scale or not use_ue8m0, "use_ue8m0", "True without round_scale", "round_scale=True with it")
-    require(use_fp8 or not (round_scale or use_ue8m0), "use_fp8", "False with a scale format", "use_fp8=True with it")
     ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
     per_expert = torch.bincount(ids[ids >= 0], minlength=num_experts)
     busiest = int(per_expert.max())
