@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -273,7 +274,7 @@ def test_rank_taken_back_does_not_hold_what_it_missed() -> None:
         assert receive(missing, 0) == (3, True)
 
 
-def test_child_that_outlives_its_parent_does_not_hide_its_death() -> None:
+def retire_with_a_child(rank: int, num_ranks: int) -> list[bool]:
     creator = Segment.create(4096)
     peer = Segment(creator.name, 4096, create=False)
     reading, writing = os.pipe()
@@ -284,9 +285,9 @@ def test_child_that_outlives_its_parent_does_not_hide_its_death() -> None:
         os._exit(0)
     try:
         os.read(reading, 1)  # the child runs
-        assert not peer.creator_is_gone()
+        before = peer.creator_is_gone()
         creator.retire()
-        assert peer.creator_is_gone()
+        return [before, peer.creator_is_gone()]
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -294,6 +295,10 @@ def test_child_that_outlives_its_parent_does_not_hide_its_death() -> None:
             os.close(file)
         creator.close()
         peer.close()
+
+
+def test_child_that_outlives_its_parent_does_not_hide_its_death(pool_of: Any) -> None:
+    assert pool_of(1).run(retire_with_a_child) == [[False, True]]
 
 
 def test_segment_that_is_too_large_leaves_nothing_behind() -> None:
