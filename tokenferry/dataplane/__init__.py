@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,6 +25,16 @@ class Layout(NamedTuple):
     """int32 [E]."""
     is_token_in_rank: torch.Tensor
     """bool [T, R]."""
+
+
+class OperationKind(IntEnum):
+    """What ranks call together; part of the signature by which they find out that they do not."""
+
+    DISPATCH = 1
+    CACHED_DISPATCH = 2
+    COMBINE = 3
+    LOW_LATENCY_DISPATCH = 4
+    LOW_LATENCY_COMBINE = 5
 
 
 class Signature(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokenferry.dataplane import DataPlane, Layout, ReducePlan, SendPlan, Signature
+from tokenferry.dataplane import DataPlane, Layout, OperationKind, ReducePlan, SendPlan, Signature
 from tokenferry.dtypes import dtype_code
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle
@@ -28,7 +28,6 @@ MAX_TOPK = 32
 ROW_ALIGNMENT = 16
 COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SCALE_DTYPES = (torch.float32, torch.int32)
-_DISPATCH, _CACHED_DISPATCH, _COMBINE = 1, 2, 3
 
 
 class Party(NamedTuple):
@@ -218,7 +217,7 @@ def dispatch(
         ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
         weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
     num_topk = 0 if ids is None else ids.size(1)
-    signature = _signature(_DISPATCH, rows, num_topk, num_experts, None)
+    signature = signature_of(OperationKind.DISPATCH, rows, num_topk, num_experts)
     payloads = [tensor for tensor in (rows.x, rows.scales, ids, weights) if tensor is not None]
     plan = SendPlan([_as_bytes(tensor) for tensor in payloads], member, per_expert, num_worst_tokens)
     with party.plane.dispatch(signature, plan) as exchange:
@@ -261,7 +260,7 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     no_counts = torch.empty(0, dtype=torch.int32, device=party.device)
     plan = SendPlan([_as_bytes(tensor) for tensor in payloads], known.is_token_in_rank, no_counts, 0)
     num_received, num_rows = int(known.rank_prefix_matrix[-1, party.rank]), known.recv_src_idx.numel()
-    with party.plane.dispatch(_signature(_CACHED_DISPATCH, rows, 0, 0, known), plan) as exchange:
+    with party.plane.dispatch(signature_of(OperationKind.CACHED_DISPATCH, rows, handle=known), plan) as exchange:
         outputs = [party.plane.empty_rows(num_rows, tensor.size(1), tensor.dtype) for tensor in payloads]
         recv_src_idx = torch.empty(num_received, dtype=torch.int32, device=party.device)
         exchange.pull([_as_bytes(output) for output in outputs], recv_src_idx)
@@ -296,7 +295,7 @@ def combine(
     ]
     plan = ReducePlan(columns, biases, known.rank_prefix_matrix, known.recv_src_idx, known.is_token_in_rank)
     outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
-    signature = _signature(_COMBINE, Rows(columns[0], None), num_topk, 0, known)
+    signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk, handle=known)
     party.plane.pull_reduce(signature, plan, outs)
     return outs[0], outs[1] if topk_weights is not None else None
 
@@ -312,9 +311,16 @@ def unpack_bias(bias: object) -> tuple[object, object]:
     raise ArgumentError("bias", type(bias).__name__, "None, one tensor, or a tuple of two")
 
 
-def _signature(
-    operation: int, rows: Rows, num_topk: int, num_experts: int, handle: DispatchHandle | None
+def signature_of(
+    operation: OperationKind,
+    rows: Rows,
+    num_topk: int = 0,
+    num_experts: int = 0,
+    *,
+    handle: DispatchHandle | None = None,
+    num_max_tokens: int = 0,
 ) -> Signature:
+    """What all ranks must agree on when they call ``operation`` with such rows."""
     scales = rows.scales
     return Signature(
         operation=operation,
@@ -325,6 +331,7 @@ def _signature(
         scale_bytes=0 if scales is None else scales.size(1) * scales.element_size(),
         scale_dtype=0 if scales is None else dtype_code(scales.dtype),
         handle=_checksum(handle),
+        num_max_tokens=num_max_tokens,
     )
 
 

@@ -15,14 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, Pending, Signature
-from tokenferry.dtypes import dtype_code
+from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, OperationKind, Pending
 from tokenferry.errors import ArgumentError
-from tokenferry.modes.intranode import Party, check_num_experts, check_topk_idx
+from tokenferry.modes.intranode import Party, Rows, check_num_experts, check_topk_idx, signature_of
 from tokenferry.validation import check_int, check_tensor, describe, require
 
 GROUP = 128
-_DISPATCH, _COMBINE = 4, 5
 
 
 class LowLatencyHandle(NamedTuple):
@@ -112,7 +110,13 @@ def dispatch(
         recv_stats=_check_stats(party, "cumulative_local_expert_recv_stats", recv_stats, num_local, torch.int32),
         wait_stats=_check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
     )
-    signature = _signature(_DISPATCH, columns, ids.size(1), num_experts, most)
+    signature = signature_of(
+        OperationKind.LOW_LATENCY_DISPATCH,
+        Rows(columns[0], columns[1] if use_fp8 else None),
+        ids.size(1),
+        num_experts,
+        num_max_tokens=most,
+    )
     pending = plane.low_latency_dispatch(signature, plan)
     return Dispatched(recv_x, recv_scales, count, handle, _receive_once(pending))
 
@@ -158,7 +162,9 @@ def combine(
         out=result.detach(),
         wait_stats=_check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
     )
-    signature = _signature(_COMBINE, [rows[0]], ids.size(1), num_experts, most)
+    signature = signature_of(
+        OperationKind.LOW_LATENCY_COMBINE, Rows(rows[0], None), ids.size(1), num_experts, num_max_tokens=most
+    )
     return result, _receive_once(party.plane.low_latency_combine(signature, plan))
 
 
@@ -208,18 +214,3 @@ def _check_stats(party: Party, name: str, stats: object, length: int, dtype: tor
     checked = check_tensor(name, stats, shape=(length,), dtypes=(dtype,), device=party.device, contiguous=True)
     require(not checked.requires_grad, name, describe(checked), "a tensor that does not require a gradient")
     return checked
-
-
-def _signature(operation: int, columns: list[torch.Tensor], num_topk: int, num_experts: int, most: int) -> Signature:
-    scales = columns[1] if len(columns) > 1 else None
-    return Signature(
-        operation=operation,
-        dtype=dtype_code(columns[0].dtype),
-        row_bytes=columns[0].size(1) * columns[0].element_size(),
-        num_topk=num_topk,
-        num_experts=num_experts,
-        scale_bytes=0 if scales is None else scales.size(1) * scales.element_size(),
-        scale_dtype=0 if scales is None else dtype_code(scales.dtype),
-        handle=0,
-        num_max_tokens=most,
-    )

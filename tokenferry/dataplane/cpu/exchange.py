@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from tokenferry.config import align_up
-from tokenferry.dataplane import Signature
+from tokenferry.dataplane import OperationKind, Signature
 from tokenferry.dtypes import describe_dtype
 from tokenferry.errors import CapacityError, HeapError, MismatchError, StepBackError
 from tokenferry.memory.heap import Heap, Message, Operation
@@ -23,14 +23,6 @@ MESSAGE_BYTES = 8 << 20
 """Most bytes of one message; with fewer, hand-overs cost more than the cache saves (docs/performance.md)."""
 STAGE_BYTES = 32 << 20
 """Most stage an operation asks for."""
-
-OPERATION_NAMES = {
-    1: "dispatch",
-    2: "cached dispatch",
-    3: "combine",
-    4: "low_latency_dispatch",
-    5: "low_latency_combine",
-}
 
 
 class Status(IntEnum):
@@ -242,7 +234,8 @@ def describe_difference(rank: int, signature: Signature, other_rank: int, other:
 
 def _describe(name: str, value: int) -> str:
     if name == "operation":
-        return OPERATION_NAMES.get(value, str(value))
+        known = value in OperationKind.__members__.values()
+        return OperationKind(value).name.lower() if known else str(value)
     return describe_dtype(value) if name.endswith("dtype") else str(value)
 
 
