@@ -150,7 +150,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def processes_of_group(group: int) -> list[str]:
     """The command lines of living processes of a process group."""
-    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    command = ["ps", "-ww", "-eo", "pgid=,stat=,args="]  # -ww: lines of any length, whatever COLUMNS says
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=2) for line in listed.splitlines()]
     return [row[2] for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
 
