@@ -107,6 +107,16 @@ def poisoned_memory() -> Iterator[set[int]]:
         yield addresses
 
 
+@contextmanager
+def filled_memory() -> Iterator[None]:
+    """Let every fresh tensor start as NaN, or as the largest integer: torch's own way, on any device."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def generator(case: Case, rank: int, salt: int) -> torch.Generator:
     """A generator for one of the random tensors of a rank."""
     return torch.Generator().manual_seed(((case.seed * 64 + rank) * 16 + salt) % 2**63)
@@ -165,7 +175,7 @@ def choices(case: Case, rank: int, num_ranks: int) -> torch.Tensor:
     return ids
 
 
-def make_inputs(case: Case, rank: int, num_ranks: int) -> oracle.Inputs:
+def make_inputs(case: Case, rank: int, num_ranks: int, device: str = "cpu") -> oracle.Inputs:
     """What a rank brings to the dispatch of a case."""
     ids = choices(case, rank, num_ranks)
     num_tokens = ids.size(0)
@@ -173,19 +183,19 @@ def make_inputs(case: Case, rank: int, num_ranks: int) -> oracle.Inputs:
     scales = None
     if case.scales is not None:
         values = random_bytes((num_tokens, case.scale_columns), case.scales, generator(case, rank, 3))
-        scales = laid_out(values, case.scale_layout)
+        scales = laid_out(values.to(device), case.scale_layout)
     weights = torch.randn(ids.shape, generator=generator(case, rank, 4))
-    return oracle.Inputs(laid_out(x, case.x_layout), scales, ids, weights)
+    return oracle.Inputs(laid_out(x.to(device), case.x_layout), scales, ids.to(device), weights.to(device))
 
 
 class Scenario:
     """A case on one rank: its inputs, what the oracle says, and the calls with their checks."""
 
-    def __init__(self, case: Case, rank: int, num_ranks: int) -> None:
-        self.case, self.rank, self.num_ranks = case, rank, num_ranks
+    def __init__(self, case: Case, rank: int, num_ranks: int, device: str = "cpu") -> None:
+        self.case, self.rank, self.num_ranks, self.device = case, rank, num_ranks, device
         self.num_experts = num_ranks * case.local_experts
         self.inputs = [make_inputs(case, peer, num_ranks) for peer in range(num_ranks)]
-        self.given = self.inputs[rank]
+        self.given = make_inputs(case, rank, num_ranks, device)
         self.wanted = oracle.dispatch(self.inputs, self.num_experts, rank, case.alignment)
         self.num_rows = oracle.num_received(self.inputs, self.num_experts)
         self.rows_of = [
@@ -199,6 +209,8 @@ class Scenario:
             torch.randn(shape, generator=generator(case, rank, 7 + i)).to(case.combine_dtype)
             for i in range(num_biases)
         ]
+        self.own_rows = self.rows_of[rank].to(device)
+        self.own_weights = self.weights_of[rank].to(device)
         self.wanted_combined = oracle.combine(self.inputs, self.num_experts, rank, self.rows_of, self.biases)
         self.wanted_weights = oracle.combine(self.inputs, self.num_experts, rank, self.weights_of)
 
@@ -213,13 +225,14 @@ class Scenario:
     @property
     def bias(self) -> Any:
         """What to pass as ``bias``."""
+        biases = [bias.to(self.device) for bias in self.biases]
         match self.case.bias:
             case "one":
-                return self.biases[0]
+                return biases[0]
             case "two":
-                return tuple(self.biases)
+                return tuple(biases)
             case "second":
-                return (None, self.biases[0])
+                return (None, biases[0])
         return None
 
     def layout_arguments(self, buffer: Buffer) -> dict[str, Any]:
@@ -245,8 +258,7 @@ class Scenario:
         """A combine of this scenario's rows, with top-k weights or without."""
         padding = len(handle[3]) - self.num_rows[self.rank]
         rows, weight_rows = (
-            torch.cat([t, t.new_full((padding, t.size(1)), torch.nan)])
-            for t in (self.rows_of[self.rank], self.weights_of[self.rank])
+            torch.cat([t, t.new_full((padding, t.size(1)), torch.nan)]) for t in (self.own_rows, self.own_weights)
         )
         return buffer.combine(rows, handle, weight_rows if weights else None, bias=self.bias, **options)
 
@@ -314,13 +326,15 @@ class Scenario:
 
     def check_all(self, buffer: Buffer) -> None:
         """Every kind of call on this scenario, each against the oracle."""
-        with poisoned_memory() as poisoned:
+        poisoning = poisoned_memory if self.device == "cpu" else filled_memory
+        with poisoning() as poisoned:
             result = self.dispatch(buffer)
         handle = result[4]
         self.check_dispatch(result)
-        outputs = [*(result[0] if isinstance(result[0], tuple) else (result[0],)), *result[1:3]]
-        assert all(output.data_ptr() in poisoned for output in outputs if output.numel())
-        with poisoned_memory():
+        if poisoned is not None:
+            outputs = [*(result[0] if isinstance(result[0], tuple) else (result[0],)), *result[1:3]]
+            assert all(output.data_ptr() in poisoned for output in outputs if output.numel())
+        with poisoning():
             self.check_cached(buffer.dispatch(self.x, handle=handle))
             result = self.dispatch(buffer, topk=False)
             self.check_dispatch(result, topk=False)
@@ -336,10 +350,10 @@ class Scenario:
         self.check_handle(handle)
 
 
-def check_case(rank: int, num_ranks: int, case: Case, num_nvl_bytes: int = 0) -> None:
+def check_case(rank: int, num_ranks: int, case: Case, num_nvl_bytes: int = 0, device: str = "cpu") -> None:
     """Run every kind of call on one case, on a Buffer of its own."""
-    with Buffer(dist.group.WORLD, num_nvl_bytes, timeout=TIMEOUT) as buffer:
-        Scenario(case, rank, num_ranks).check_all(buffer)
+    with Buffer(dist.group.WORLD, num_nvl_bytes, timeout=TIMEOUT, device=device) as buffer:
+        Scenario(case, rank, num_ranks, device).check_all(buffer)
 
 
 def check_small_stage(rank: int, num_ranks: int, case: Case, num_nvl_bytes: int) -> None:
@@ -348,9 +362,9 @@ def check_small_stage(rank: int, num_ranks: int, case: Case, num_nvl_bytes: int)
         check_works(buffer, case)
 
 
-def check_works(buffer: Buffer, case: Case | None = None) -> None:
+def check_works(buffer: Buffer, case: Case | None = None, device: str = "cpu") -> None:
     """A dispatch and a combine with fresh counts on any Buffer."""
-    scenario = Scenario(case or Case(), buffer.rank, buffer.group_size)
+    scenario = Scenario(case or Case(), buffer.rank, buffer.group_size, device)
     result = scenario.dispatch(buffer)
     scenario.check_dispatch(result)
     scenario.check_combine(scenario.combine(buffer, result[4]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from tokenferry.cli.ranks import RankError, RankPool
+
+os.environ.setdefault("TOKENFERRY_DEVICE", "cpu")  # tests of GPUs name theirs
 
 
 class SessionPool(RankPool):

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,14 +25,20 @@ from tokenferry.errors import ArgumentError, BufferStateError, TokenferryError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import DispatchHandle
 from tokenferry.modes import intranode
-from tokenferry.modes.intranode import Party
 from tokenferry.rendezvous import Rendezvous, meet
 from tokenferry.runtime import Runtime
+from tokenferry.streams import CommStream, check_events
 from tokenferry.topology import Topology, node_key
 from tokenferry.validation import check_int, require
 
+if TYPE_CHECKING:
+    from tokenferry.runtime_cuda import CudaRuntime
+
+AnyRuntime: TypeAlias = "Runtime | CudaRuntime"
+
 logger = logging.getLogger("tokenferry")
 
+DEVICE_VARIABLE = "TOKENFERRY_DEVICE"
 TIMEOUT_VARIABLE = "TOKENFERRY_TIMEOUT"
 DEFAULT_TIMEOUT = 100.0
 """Seconds."""
@@ -64,6 +70,8 @@ class Buffer(LowLatencyMethods):
         comm: an mpi4py communicator, used where ``group`` is None.
         timeout: seconds to wait for a peer that makes no progress; by default the environment variable
             ``TOKENFERRY_TIMEOUT``, else 100.
+        device: where the tensors of this rank live: a GPU (its memory is what moves then) or ``"cpu"``; by default the
+            environment variable ``TOKENFERRY_DEVICE``, else the current GPU if there is one. All ranks alike.
         node: name of the node this rank is on; by default found as :func:`tokenferry.topology.node_key` says.
 
     Raises:
@@ -91,9 +99,10 @@ class Buffer(LowLatencyMethods):
         enable_shrink: bool = False,
         comm: Any | None = None,
         timeout: float | None = None,
+        device: torch.device | str | int | None = None,
         node: str | int | None = None,
     ) -> None:
-        self.runtime: Runtime | None = None
+        self.runtime: AnyRuntime | None = None
         num_nvl_bytes = check_int("num_nvl_bytes", num_nvl_bytes, minimum=0, multiple_of=ALIGNMENT)
         num_rdma_bytes = check_int("num_rdma_bytes", num_rdma_bytes, minimum=0, multiple_of=ALIGNMENT)
         seconds = _timeout_seconds(timeout)
@@ -116,12 +125,14 @@ class Buffer(LowLatencyMethods):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         stage_limit = max(num_nvl_bytes, num_rdma_bytes if low_latency_mode else 0)
-        runtime = functools.partial(Runtime, stage_limit=stage_limit, timeout=seconds, may_mask=enable_shrink)
-        self.runtime = _construct_runtime(rendezvous, runtime, node)
+        chosen = _choose_device(device)
+        make = _runtime_maker(chosen, group, stage_limit, seconds, enable_shrink)
+        self.runtime = _construct_runtime(rendezvous, make, node)
         logger.info(
-            "Buffer of rank %d of %d: CPU shared memory, stage up to %d bytes, timeout %g s",
+            "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s",
             self.rank,
             self.group_size,
+            chosen,
             num_nvl_bytes,
             seconds,
         )
@@ -157,7 +168,7 @@ class Buffer(LowLatencyMethods):
         assert topology is not None
         return topology
 
-    def _live_runtime(self) -> Runtime:
+    def _live_runtime(self) -> AnyRuntime:
         if self.runtime is None:
             raise BufferStateError("the Buffer was destroyed")
         return self.runtime
@@ -195,10 +206,10 @@ class Buffer(LowLatencyMethods):
 
     # Streams and memory.
 
-    def get_comm_stream(self) -> torch.cpu.Stream:
+    def get_comm_stream(self) -> torch.cuda.Stream | torch.cpu.Stream:
         """The stream that operations run on; CPU ranks have a single one."""
-        self._live_runtime()
-        return torch.cpu.current_stream()
+        comm = self._live_runtime().comm
+        return comm.stream if isinstance(comm, CommStream) else torch.cpu.current_stream()
 
     def get_local_buffer_tensor(
         self,
@@ -260,15 +271,12 @@ class Buffer(LowLatencyMethods):
         Raises:
             ArgumentError: an argument is not allowed.
         """
-        party = self._begin(previous_event, async_finish, allocate_on_comm_stream)
-        result = intranode.layout(party, topk_idx, num_experts)
-        return (
-            result.num_tokens_per_rank,
-            None,
-            result.num_tokens_per_expert,
-            result.is_token_in_rank,
-            _event(async_finish),
-        )
+        event = check_events(previous_event, async_finish, allocate_on_comm_stream)
+        runtime = self._live_runtime()
+        with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
+            result = intranode.layout(runtime.party(), topk_idx, num_experts)
+            done = turn.finish((topk_idx,), result)
+        return result.num_tokens_per_rank, None, result.num_tokens_per_expert, result.is_token_in_rank, done
 
     def dispatch(
         self,
@@ -327,34 +335,42 @@ class Buffer(LowLatencyMethods):
             CapacityError: ``num_worst_tokens`` is too small on some rank; raised on every rank.
             PeerTimeoutError, PeerLostError: ranks did not take part.
         """
-        check_config(config, Buffer.get_dispatch_config(self.group_size))
-        party = self._begin(previous_event, async_finish, allocate_on_comm_stream)
+        num_sms = check_config(config, Buffer.get_dispatch_config(self.group_size)).num_sms
+        event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         if handle is not None:
             for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
                 require(value is None, name, "a tensor beside handle", "None: the handle has the routes already")
             require(num_worst_tokens == 0, "num_worst_tokens", num_worst_tokens, "0 beside handle")
-            received = intranode.cached_dispatch(party, x, handle)
-        else:
-            received = intranode.dispatch(
-                party,
-                x,
-                num_tokens_per_rank,
-                is_token_in_rank,
-                num_tokens_per_expert,
-                topk_idx,
-                topk_weights,
-                expert_alignment,
-                num_worst_tokens,
+        runtime = self._live_runtime()
+        with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
+            party = runtime.party(num_sms)
+            if handle is not None:
+                received = intranode.cached_dispatch(party, x, handle)
+                read = (*_as_tuple(x), *handle)
+            else:
+                received = intranode.dispatch(
+                    party,
+                    x,
+                    num_tokens_per_rank,
+                    is_token_in_rank,
+                    num_tokens_per_expert,
+                    topk_idx,
+                    topk_weights,
+                    expert_alignment,
+                    num_worst_tokens,
+                )
+                counts = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
+                read = (*_as_tuple(x), *counts, topk_idx, topk_weights)
+            written = (
+                received.x,
+                received.scales,
+                received.topk_idx,
+                received.topk_weights,
+                *(received.handle or ()),
             )
+            done = turn.finish(read, written)
         rows: _Rows = received.x if received.scales is None else (received.x, received.scales)
-        return (
-            rows,
-            received.topk_idx,
-            received.topk_weights,
-            received.num_per_expert,
-            received.handle,
-            _event(async_finish),
-        )
+        return rows, received.topk_idx, received.topk_weights, received.num_per_expert, received.handle, done
 
     def combine(
         self,
@@ -388,33 +404,50 @@ class Buffer(LowLatencyMethods):
             MismatchError: ranks called different operations or disagree on shapes; raised on every rank.
             PeerTimeoutError, PeerLostError: ranks did not take part.
         """
-        check_config(config, Buffer.get_combine_config(self.group_size))
-        party = self._begin(previous_event, async_finish, allocate_on_comm_stream)
-        combined, weights = intranode.combine(party, x, handle, topk_weights, bias)
-        return combined, weights, _event(async_finish)
+        num_sms = check_config(config, Buffer.get_combine_config(self.group_size)).num_sms
+        event = check_events(previous_event, async_finish, allocate_on_comm_stream)
+        runtime = self._live_runtime()
+        with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
+            combined, weights = intranode.combine(runtime.party(num_sms), x, handle, topk_weights, bias)
+            done = turn.finish((x, *handle, topk_weights, *_as_tuple(bias)), (combined, weights))
+        return combined, weights, done
 
     @staticmethod
     def _unpack_bias(bias: object) -> tuple[object, object]:
         return intranode.unpack_bias(bias)
 
-    def _begin(self, previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> Party:
-        """Check the life cycle and the event arguments; make the work ahead wait for ``previous_event``."""
-        party = self._live_runtime().party()
-        if previous_event is not None and not isinstance(previous_event, EventOverlap):
-            raise ArgumentError("previous_event", type(previous_event).__name__, "an EventOverlap or None")
-        event = None if previous_event is None else previous_event.event
-        if allocate_on_comm_stream:
-            require(
-                event is not None, "allocate_on_comm_stream", "True without a previous_event", "one that has an event"
-            )
-            require(async_finish, "allocate_on_comm_stream", "True without async_finish", "async_finish=True with it")
-        if event is not None:
-            event.current_stream_wait()
-        return party
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
-def _event(async_finish: bool) -> EventOverlap:
-    return EventOverlap(EventHandle() if async_finish else None)
+def _choose_device(device: torch.device | str | int | None) -> torch.device:
+    """The device that the caller, the environment or the machine names."""
+    name = "device" if device is not None else DEVICE_VARIABLE
+    if device is None:
+        device = os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(name, repr(device), "a torch.device on the CPU or a GPU") from error
+    require(chosen.type in ("cpu", "cuda"), name, repr(device), "a torch.device on the CPU or a GPU")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    require(torch.cuda.is_available(), name, repr(device), "cpu: torch finds no GPU")
+    return chosen if chosen.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _runtime_maker(
+    device: torch.device, group: dist.ProcessGroup | None, stage_limit: int, timeout: float, may_mask: bool
+) -> Callable[[int, int], AnyRuntime]:
+    """What constructs the runtime of a rank, from the rank and their number."""
+    if device.type == "cpu":
+        return functools.partial(Runtime, stage_limit=stage_limit, timeout=timeout, may_mask=may_mask)
+    if group is None:
+        raise ArgumentError("group", None, "a torch.distributed process group on GPUs (device='cpu' takes comm=)")
+    from tokenferry.runtime_cuda import CudaRuntime
+
+    return functools.partial(CudaRuntime, group=group, device=device, stage_limit=stage_limit, timeout=timeout)
 
 
 def _timeout_seconds(timeout: float | None) -> float:
@@ -433,14 +466,14 @@ def _note_ignored(**is_set: bool) -> None:
     for name, given in is_set.items():
         if given and name not in _noted:
             _noted.add(name)
-            logger.info("%s has no meaning for CPU ranks inside one node and is ignored", name)
+            logger.info("%s has no meaning inside one node and is ignored", name)
 
 
 def _construct_runtime(
-    rendezvous: Rendezvous, make: Callable[[int, int], Runtime], node: str | int | None
-) -> Runtime:
+    rendezvous: Rendezvous, make: Callable[[int, int], AnyRuntime], node: str | int | None
+) -> AnyRuntime:
     """Create, exchange and open the heaps; if that fails on one rank, it fails on all."""
-    runtime: Runtime | None = None
+    runtime: AnyRuntime | None = None
     handle, failure = bytearray(), ""
     try:
         runtime = make(rendezvous.rank, rendezvous.num_ranks)

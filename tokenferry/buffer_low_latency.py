@@ -17,6 +17,7 @@ from tokenferry.validation import check_int, check_tensor, require
 
 if TYPE_CHECKING:
     from tokenferry.runtime import Runtime
+    from tokenferry.runtime_cuda import CudaRuntime
 
 Hook = Callable[[], None]
 
@@ -34,7 +35,7 @@ class LowLatencyMethods:
     group_size: int
     rank: int
 
-    def _live_runtime(self) -> Runtime:
+    def _live_runtime(self) -> Runtime | CudaRuntime:
         raise NotImplementedError
 
     @staticmethod

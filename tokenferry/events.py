@@ -13,20 +13,28 @@ from tokenferry.errors import ArgumentError
 class EventHandle:
     """A point in the current stream, recorded at construction.
 
+    Args:
+        stream: another stream to record instead of the current one.
+
     Where CUDA is not in use by this process there are no streams: work is done when a call returns, and
     so the handle stands for a point that has already passed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self._event: torch.cuda.Event | None = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record(torch.cuda.current_stream())
+            self._event.record(stream if stream is not None else torch.cuda.current_stream())
 
     def current_stream_wait(self) -> None:
         """Make the current stream wait for the recorded point."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
+
+    def stream_wait(self, stream: torch.cuda.Stream) -> None:
+        """Make a stream wait for the recorded point."""
+        if self._event is not None:
+            stream.wait_event(self._event)
 
 
 class EventOverlap:

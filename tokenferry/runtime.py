@@ -1,4 +1,4 @@
-"""The life cycle under a Buffer: construct (local), sync (with the peers' handles), destroy (local)."""
+"""The life cycle under a Buffer on CPU ranks: construct (local), sync (with the peers' handles), destroy (local)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tokenferry.dataplane.cpu import CpuDataPlane
 from tokenferry.errors import BufferStateError, TokenferryError
 from tokenferry.memory.heap import Heap
 from tokenferry.modes.intranode import Party
+from tokenferry.streams import NoStream
 from tokenferry.topology import Topology
 
 DEFAULT_STAGE_BYTES = 32 << 20
@@ -35,6 +36,7 @@ class Runtime:
     def __init__(self, rank: int, num_ranks: int, stage_limit: int, timeout: float, may_mask: bool = False) -> None:
         self.device = torch.device("cpu")
         self.topology: Topology | None = None
+        self.comm = NoStream()
         self._rank = rank
         self._num_ranks = num_ranks
         self._heap = Heap(rank, num_ranks, stage_limit or DEFAULT_STAGE_BYTES, timeout)
@@ -79,8 +81,11 @@ class Runtime:
         """Whether the runtime is synced, not destroyed, and no operation has failed on it."""
         return self._plane is not None and self._heap.is_open()
 
-    def party(self) -> Party:
+    def party(self, num_sms: int = 0) -> Party:
         """What an operation needs to run.
+
+        Args:
+            num_sms: without meaning here.
 
         Raises:
             BufferStateError: not synced.

@@ -3,7 +3,7 @@
 Legend of dims: T tokens of this rank, R ranks, E experts, K choices, M received rows, W bytes of one column.
 
 A *column* is one kind of payload that travels with a token: its hidden row, its scales, its top-k ids, its
-weights. Dispatch moves columns as opaque bytes; combine sums them.
+weights. Dispatch moves columns as they are, and then makes expert ids local; combine sums columns.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import torch
+
+from tokenferry.handles import DispatchHandle
 
 
 class Layout(NamedTuple):
@@ -48,7 +50,7 @@ class Signature(NamedTuple):
     scale_bytes: int
     scale_dtype: int
     handle: int
-    """Checksum of the handle's rank_prefix_matrix; 0 without a handle."""
+    """Checksum of the handle's rank_prefix_matrix; 0 without a handle, or where values are not at hand."""
     num_max_tokens: int = 0
     """Low latency: most tokens of a rank."""
 
@@ -56,28 +58,64 @@ class Signature(NamedTuple):
 class SendPlan(NamedTuple):
     """What a rank brings to a dispatch."""
 
-    columns: Sequence[torch.Tensor]
-    """uint8 [T, W], contiguous: the rows, then the other payloads."""
+    rows: torch.Tensor
+    """uint8 [T, W], contiguous."""
+    scales: torch.Tensor | None
+    """uint8 [T, W_s], contiguous."""
+    topk_idx: torch.Tensor | None
+    """int64 [T, K], contiguous: global expert ids or -1. None: no choices travel."""
+    topk_weights: torch.Tensor | None
+    """float32 [T, K], contiguous. None exactly where topk_idx is."""
     is_token_in_rank: torch.Tensor
     """bool [T, R]."""
-    num_tokens_per_expert: torch.Tensor
-    """int32 [E]; [0] if the counts are known from a handle."""
+    num_tokens_per_rank: torch.Tensor | None
+    """int32 [R]; None with a handle."""
+    num_tokens_per_expert: torch.Tensor | None
+    """int32 [E]; None with a handle."""
     num_worst_tokens: int
     """Rows of the outputs if the caller fixed them, else 0."""
+    handle: DispatchHandle | None
+    """Routes known from an earlier dispatch (cached dispatch), else None."""
+    num_sms: int = 0
+    """SMs that the operation may use, where there are any; 0: the data plane chooses."""
+
+
+class Outputs(NamedTuple):
+    """Where received rows go; M' = :attr:`DispatchExchange.num_rows`. All contiguous."""
+
+    rows: torch.Tensor
+    """uint8 [M', W]; not set past the last received row."""
+    scales: torch.Tensor | None
+    """uint8 [M', W_s]; not set past the last received row."""
+    topk_idx: torch.Tensor | None
+    """int64 [M', K]: local ids or -1; -1 in rows past the last received."""
+    topk_weights: torch.Tensor | None
+    """float32 [M', K]: 0 where the id is -1."""
+    recv_src_idx: torch.Tensor | None
+    """int32 [M']; -1 in rows past the last received. None with a handle."""
 
 
 class DispatchExchange(Protocol):
-    """A dispatch in progress: all ranks have agreed, rows have not moved yet."""
+    """A dispatch in progress: all ranks have agreed, rows have not moved yet.
 
+    The tensors are for the new handle. With a handle they are not read, and may be its own.
+    """
+
+    num_rows: int
+    """Rows that the outputs must have: those of the handle, else num_worst_tokens, else as many as are received."""
+    num_received_per_expert: list[int]
+    """(token, choice) pairs for each local expert; empty with a handle or with num_worst_tokens."""
     rank_prefix_matrix: torch.Tensor
     """int32 [R, R], inclusive down the source axis."""
-    num_received_per_expert: list[int]
-    """(token, choice) pairs for each local expert; empty if num_tokens_per_expert was."""
+    channel_prefix_matrix: torch.Tensor
+    """int32 [R, 1]; rows that this rank sends to each rank."""
+    recv_channel_prefix_matrix: torch.Tensor
+    """int32 [R, 1]; zeros."""
     send_head: torch.Tensor
     """int32 [T, R]; position of a token among those for the rank, or -1."""
 
-    def pull(self, columns: Sequence[torch.Tensor], recv_src_idx: torch.Tensor) -> None:
-        """Fill the outputs: uint8 [M, W] for every column, and int32 [M]."""
+    def pull(self, outputs: Outputs) -> None:
+        """Fill the outputs."""
 
 
 class ReducePlan(NamedTuple):
@@ -87,12 +125,10 @@ class ReducePlan(NamedTuple):
     """[at least M, width], contiguous, floating: the rows, then the weights."""
     biases: Sequence[torch.Tensor]
     """[T, width of column 0]; added to column 0 before any row."""
-    rank_prefix_matrix: torch.Tensor
-    """int32 [R, R]."""
-    recv_src_idx: torch.Tensor
-    """int32 [at least M]."""
-    is_token_in_rank: torch.Tensor
-    """bool [T, R]."""
+    handle: DispatchHandle
+    """Of the dispatch that brought the rows."""
+    num_sms: int = 0
+    """As in :class:`SendPlan`."""
 
 
 class LowLatencyDispatchPlan(NamedTuple):
@@ -149,6 +185,10 @@ class Pending(Protocol):
 class DataPlane(Protocol):
     """The operations of one device, over the heap it was made with."""
 
+    values_at_hand: bool
+    """Whether reading a tensor's values costs the host nothing. Modes check values only then; elsewhere the data
+    plane finds bad values itself, and raises at the next point where the host waits."""
+
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
         """Counts and membership of int64 [T, K] expert ids (-1: no choice). No communication."""
 
@@ -186,8 +226,3 @@ class DataPlane(Protocol):
 
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised output tensor [num_rows, width]."""
-
-    def localise(
-        self, topk_idx: torch.Tensor, topk_weights: torch.Tensor, first_expert: int, num_local_experts: int
-    ) -> None:
-        """Turn global expert ids into local ones in place: -1, with weight 0, where the expert is not local."""

@@ -1,5 +1,7 @@
 """Dispatch and combine inside a node: check the arguments, agree on the counts, allocate, pull.
 
+Values of tensors are checked only where the data plane has them at hand; shapes and the like always.
+
 Formulas: row of token t of source s on rank r = ``rank_prefix_matrix[s - 1][r] + #{t' < t going to r}``;
 ``y[t] = bias_0[t] + bias_1[t] + sum over ranks r that have t, ascending, of x_r[row of (me, t) on r]``.
 
@@ -15,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokenferry.dataplane import DataPlane, Layout, OperationKind, ReducePlan, SendPlan, Signature
+from tokenferry.dataplane import DataPlane, Layout, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.dtypes import dtype_code
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle
@@ -37,6 +39,8 @@ class Party(NamedTuple):
     rank: int
     num_ranks: int
     device: torch.device
+    num_sms: int = 0
+    """SMs that an operation may use; 0: the data plane chooses."""
 
 
 class Received(NamedTuple):
@@ -51,7 +55,7 @@ class Received(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows that a dispatch moves, checked."""
+    """The rows that a dispatch moves."""
 
     x: torch.Tensor
     """[T, H], contiguous."""
@@ -60,7 +64,7 @@ class Rows(NamedTuple):
 
 
 def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_experts: int) -> torch.Tensor:
-    """Return checked expert ids [T, K], every one -1 or in [0, E)."""
+    """Return expert ids [T, K], checked to be -1 or in [0, E) where values are at hand."""
     ids = check_tensor(
         "topk_idx",
         topk_idx,
@@ -70,7 +74,7 @@ def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_e
         contiguous=True,
     )
     require(ids.size(1) <= MAX_TOPK, "topk_idx", f"{ids.size(1)} choices a token", f"at most {MAX_TOPK}")
-    if ids.numel():
+    if party.plane.values_at_hand and ids.numel():
         low, high = (int(bound) for bound in ids.aminmax())
         allowed = f"expert ids from 0 to {num_experts - 1}, or -1 for no choice"
         require(low >= -1, "topk_idx", f"the value {low}", allowed)
@@ -134,23 +138,28 @@ def check_handle(party: Party, handle: object) -> DispatchHandle:
         check_tensor(f"handle.{name}", value, shape=shapes[name][0], dtypes=shapes[name][1], device=device)
         for name, value in zip(names, handle, strict=True)
     )
-    num_received = int(checked.rank_prefix_matrix[-1, party.rank])
-    sources = checked.recv_src_idx[:num_received]
+    if party.plane.values_at_hand:
+        _check_routes(checked, party.rank)
+    return checked
+
+
+def _check_routes(handle: DispatchHandle, rank: int) -> None:
+    num_received = int(handle.rank_prefix_matrix[-1, rank])
+    sources = handle.recv_src_idx[:num_received]
     fits = len(sources) == num_received and not bool((sources < 0).any())
-    require(fits, "handle.recv_src_idx", describe(checked.recv_src_idx), f"source tokens of {num_received} rows")
+    require(fits, "handle.recv_src_idx", describe(handle.recv_src_idx), f"source tokens of {num_received} rows")
     ascends = sources.diff() > 0
-    ends = checked.rank_prefix_matrix[:-1, party.rank].long()
+    ends = handle.rank_prefix_matrix[:-1, rank].long()
     ascends[ends[(ends > 0) & (ends < num_received)] - 1] = True  # from one source to the next
     require(bool(ascends.all()), "handle.recv_src_idx", "tokens in disorder", "ascending tokens of each source")
-    member = checked.is_token_in_rank
-    sent = _rows_sent(checked, party.rank)
+    member = handle.is_token_in_rank
+    sent = _rows_sent(handle, rank)
     require(
         member.sum(0).tolist() == sent,
         "handle.is_token_in_rank",
         f"{member.sum(0).tolist()} tokens for the ranks",
         f"{sent}, as in handle.rank_prefix_matrix",
     )
-    return checked
 
 
 def _rows_sent(handle: DispatchHandle, rank: int) -> list[int]:
@@ -159,8 +168,8 @@ def _rows_sent(handle: DispatchHandle, rank: int) -> list[int]:
     return [int(count) for count in sent]
 
 
-def _checksum(handle: DispatchHandle | None) -> int:
-    if handle is None:
+def _checksum(party: Party, handle: DispatchHandle) -> int:
+    if not party.plane.values_at_hand:
         return 0
     return zlib.crc32(str(handle.rank_prefix_matrix.tolist()).encode())
 
@@ -195,8 +204,9 @@ def dispatch(
         "num_tokens_per_expert", num_tokens_per_expert, shape=(None,), dtypes=int32, device=device, contiguous=True
     )
     num_experts = check_num_experts(party, "num_tokens_per_expert", per_expert.numel())
-    sent = member.sum(0).tolist()
-    require(per_rank.tolist() == sent, "num_tokens_per_rank", per_rank.tolist(), f"{sent}, as in is_token_in_rank")
+    if party.plane.values_at_hand:
+        given, sent = per_rank.tolist(), member.sum(0).tolist()
+        require(given == sent, "num_tokens_per_rank", given, f"{sent}, as in is_token_in_rank")
     expert_alignment = check_int("expert_alignment", expert_alignment, minimum=1)
     num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
     require(num_worst_tokens < 1 << 31, "num_worst_tokens", num_worst_tokens, "less than 2^31")
@@ -214,40 +224,40 @@ def dispatch(
     )
     ids = weights = None
     if topk_idx is not None:
-        ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
+        ids = _packed(check_topk_idx(party, topk_idx, num_tokens, num_experts))
         weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
+        weights = _packed(weights)
     num_topk = 0 if ids is None else ids.size(1)
-    signature = signature_of(OperationKind.DISPATCH, rows, num_topk, num_experts)
-    payloads = [tensor for tensor in (rows.x, rows.scales, ids, weights) if tensor is not None]
-    plan = SendPlan([_as_bytes(tensor) for tensor in payloads], member, per_expert, num_worst_tokens)
-    with party.plane.dispatch(signature, plan) as exchange:
-        num_received = int(exchange.rank_prefix_matrix[-1, party.rank])
-        num_rows = num_worst_tokens or num_received
-        outputs = [party.plane.empty_rows(num_rows, tensor.size(1), tensor.dtype) for tensor in payloads]
+    plan = SendPlan(
+        *_as_bytes(rows),
+        topk_idx=ids,
+        topk_weights=weights,
+        is_token_in_rank=member,
+        num_tokens_per_rank=per_rank,
+        num_tokens_per_expert=per_expert,
+        num_worst_tokens=num_worst_tokens,
+        handle=None,
+        num_sms=party.num_sms,
+    )
+    with party.plane.dispatch(signature_of(OperationKind.DISPATCH, rows, num_topk, num_experts), plan) as exchange:
+        num_rows = exchange.num_rows
+        received = _empty_rows(party, rows, num_rows)
+        recv_ids = recv_weights = None
+        if ids is not None:
+            recv_ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
+            recv_weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
         recv_src_idx = torch.empty(num_rows, dtype=torch.int32, device=device)
-        exchange.pull([_as_bytes(output) for output in outputs], recv_src_idx)
-    recv_src_idx[num_received:].fill_(-1)
-    remaining = iter(outputs)
-    recv_x = next(remaining)
-    recv_scales = None if rows.scales is None else next(remaining)
-    recv_ids = recv_weights = None
-    if ids is not None:
-        recv_ids, recv_weights = next(remaining), next(remaining)
-        recv_ids[num_received:].fill_(-1)
-        recv_weights[num_received:].fill_(0.0)
-        num_local = num_experts // ranks
-        party.plane.localise(recv_ids[:num_received], recv_weights[:num_received], party.rank * num_local, num_local)
+        exchange.pull(Outputs(*_as_bytes(received), recv_ids, recv_weights, recv_src_idx))
     handle = DispatchHandle(
         rank_prefix_matrix=exchange.rank_prefix_matrix,
-        channel_prefix_matrix=per_rank.clone().view(ranks, 1),
-        recv_channel_prefix_matrix=torch.zeros((ranks, 1), dtype=torch.int32, device=device),
+        channel_prefix_matrix=exchange.channel_prefix_matrix,
+        recv_channel_prefix_matrix=exchange.recv_channel_prefix_matrix,
         recv_src_idx=recv_src_idx,
         is_token_in_rank=member,
         send_head=exchange.send_head,
     )
-    counts = exchange.num_received_per_expert
-    aligned = [] if num_worst_tokens else [-(-count // expert_alignment) * expert_alignment for count in counts]
-    return Received(recv_x, recv_scales, recv_ids, recv_weights, aligned, handle)
+    aligned = [-(-count // expert_alignment) * expert_alignment for count in exchange.num_received_per_expert]
+    return Received(received.x, received.scales, recv_ids, recv_weights, aligned, handle)
 
 
 def cached_dispatch(party: Party, x: object, handle: object) -> Received:
@@ -256,15 +266,22 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     known = check_handle(party, handle)
     num_tokens = known.is_token_in_rank.size(0)
     require(rows.x.size(0) == num_tokens, "x", f"{rows.x.size(0)} rows", f"the {num_tokens} rows of the handle")
-    payloads = [tensor for tensor in (rows.x, rows.scales) if tensor is not None]
-    no_counts = torch.empty(0, dtype=torch.int32, device=party.device)
-    plan = SendPlan([_as_bytes(tensor) for tensor in payloads], known.is_token_in_rank, no_counts, 0)
-    num_received, num_rows = int(known.rank_prefix_matrix[-1, party.rank]), known.recv_src_idx.numel()
-    with party.plane.dispatch(signature_of(OperationKind.CACHED_DISPATCH, rows, handle=known), plan) as exchange:
-        outputs = [party.plane.empty_rows(num_rows, tensor.size(1), tensor.dtype) for tensor in payloads]
-        recv_src_idx = torch.empty(num_received, dtype=torch.int32, device=party.device)
-        exchange.pull([_as_bytes(output) for output in outputs], recv_src_idx)
-    return Received(outputs[0], outputs[1] if rows.scales is not None else None, None, None, None, None)
+    plan = SendPlan(
+        *_as_bytes(rows),
+        topk_idx=None,
+        topk_weights=None,
+        is_token_in_rank=known.is_token_in_rank,
+        num_tokens_per_rank=None,
+        num_tokens_per_expert=None,
+        num_worst_tokens=0,
+        handle=known,
+        num_sms=party.num_sms,
+    )
+    signature = signature_of(OperationKind.CACHED_DISPATCH, rows, handle=_checksum(party, known))
+    with party.plane.dispatch(signature, plan) as exchange:
+        received = _empty_rows(party, rows, exchange.num_rows)
+        exchange.pull(Outputs(*_as_bytes(received), None, None, None))
+    return Received(received.x, received.scales, None, None, None, None)
 
 
 def combine(
@@ -293,9 +310,9 @@ def combine(
         for i, given in enumerate(unpack_bias(bias))
         if given is not None
     ]
-    plan = ReducePlan(columns, biases, known.rank_prefix_matrix, known.recv_src_idx, known.is_token_in_rank)
+    plan = ReducePlan(columns, biases, known, party.num_sms)
     outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
-    signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk, handle=known)
+    signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk, handle=_checksum(party, known))
     party.plane.pull_reduce(signature, plan, outs)
     return outs[0], outs[1] if topk_weights is not None else None
 
@@ -317,7 +334,7 @@ def signature_of(
     num_topk: int = 0,
     num_experts: int = 0,
     *,
-    handle: DispatchHandle | None = None,
+    handle: int = 0,
     num_max_tokens: int = 0,
 ) -> Signature:
     """What all ranks must agree on when they call ``operation`` with such rows."""
@@ -330,8 +347,17 @@ def signature_of(
         num_experts=num_experts,
         scale_bytes=0 if scales is None else scales.size(1) * scales.element_size(),
         scale_dtype=0 if scales is None else dtype_code(scales.dtype),
-        handle=_checksum(handle),
+        handle=handle,
         num_max_tokens=num_max_tokens,
+    )
+
+
+def _empty_rows(party: Party, rows: Rows, num_rows: int) -> Rows:
+    """Unset outputs of ``num_rows`` rows for such rows."""
+    x, scales = rows
+    return Rows(
+        party.plane.empty_rows(num_rows, x.size(1), x.dtype),
+        None if scales is None else party.plane.empty_rows(num_rows, scales.size(1), scales.dtype),
     )
 
 
@@ -341,6 +367,7 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
     return packed.as_strided(packed.shape, (packed.size(1), 1))
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, bytes of a row] of a [n, width] tensor."""
-    return _packed(tensor).view(torch.uint8)
+def _as_bytes(rows: Rows) -> Rows:
+    """The same memory as uint8 [n, bytes of a row]."""
+    x, scales = rows
+    return Rows(_packed(x).view(torch.uint8), None if scales is None else _packed(scales).view(torch.uint8))

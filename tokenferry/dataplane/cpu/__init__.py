@@ -37,6 +37,8 @@ _CPU = torch.device("cpu")
 class CpuDataPlane:
     """The operations of CPU ranks over a heap in shared memory; see :class:`tokenferry.dataplane.DataPlane`."""
 
+    values_at_hand = True
+
     def __init__(self, heap: Heap) -> None:
         self.heap = heap
         self._pending = PendingReceives(heap)
@@ -112,15 +114,6 @@ class CpuDataPlane:
         rows = torch.empty((num_rows, width), dtype=dtype, device=_CPU)
         advise_huge_pages(rows)
         return rows
-
-    def localise(
-        self, topk_idx: torch.Tensor, topk_weights: torch.Tensor, first_expert: int, num_local_experts: int
-    ) -> None:
-        """See :meth:`tokenferry.dataplane.DataPlane.localise`."""
-        topk_idx.sub_(first_expert)
-        elsewhere = (topk_idx < 0) | (topk_idx >= num_local_experts)
-        topk_idx.masked_fill_(elsewhere, -1)
-        topk_weights.masked_fill_(elsewhere, 0.0)
 
 
 class _Finish(NamedTuple):

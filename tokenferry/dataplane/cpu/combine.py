@@ -48,10 +48,10 @@ class Combine(Exchange):
         self._plan = plan
         self._outs = outs
         self._bytes = [column.view(torch.uint8) for column in plan.columns]
-        ends = plan.rank_prefix_matrix[:, self.rank].tolist()
+        ends = plan.handle.rank_prefix_matrix[:, self.rank].tolist()
         self._starts = [0, *ends[:-1]]
         self._ends = ends
-        member = plan.is_token_in_rank
+        member = plan.handle.is_token_in_rank
         self._num_tokens = member.size(0)
         self._tokens = [member[:, rank].nonzero().flatten() for rank in range(self.num_ranks)]
         self._done_tokens = 0
@@ -59,7 +59,8 @@ class Combine(Exchange):
         self._plan_rounds()
 
     def _plan_rounds(self) -> None:
-        sources = [self._plan.recv_src_idx[self._starts[s] : self._ends[s]] for s in range(self.num_ranks)]
+        recv_src_idx = self._plan.handle.recv_src_idx
+        sources = [recv_src_idx[self._starts[s] : self._ends[s]] for s in range(self.num_ranks)]
         num_remote = sum(len(sources[peer]) for peer in self.peers)
         row_bytes = sum(column.size(1) for column in self._bytes)
         fixed_bytes = 128 * len(self._bytes)

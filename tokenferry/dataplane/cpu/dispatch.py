@@ -14,11 +14,9 @@ Legend of dims: T tokens of this rank, R ranks, E experts, M received rows, W by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from tokenferry.dataplane import SendPlan, Signature
+from tokenferry.dataplane import Outputs, SendPlan, Signature
 from tokenferry.dataplane.cpu.exchange import Exchange, ints_of, offsets, rows_of
 from tokenferry.errors import CapacityError, HeapError
 from tokenferry.memory.heap import Heap, Operation
@@ -29,12 +27,14 @@ _CPU = torch.device("cpu")
 class Dispatch(Exchange):
     """One dispatch of one rank; see :class:`tokenferry.dataplane.DispatchExchange`."""
 
-    rank_prefix_matrix: torch.Tensor
+    num_rows: int
     num_received_per_expert: list[int]
+    rank_prefix_matrix: torch.Tensor
 
     def __init__(self, heap: Heap, operation: Operation, signature: Signature, plan: SendPlan) -> None:
         super().__init__(heap, operation, signature)
         self._plan = plan
+        self._columns = columns_of(plan)
         member = plan.is_token_in_rank
         num_tokens = member.size(0)
         self.send_head = member.cumsum(0, dtype=torch.int32).sub_(1).masked_fill_(~member, -1)
@@ -45,20 +45,18 @@ class Dispatch(Exchange):
         position = torch.empty(num_tokens, dtype=torch.int32, device=_CPU)
         position[self._staged] = torch.arange(len(self._staged), dtype=torch.int32, device=_CPU)
         self._positions = [position[tokens] for tokens in self._tokens]
-        sent = [len(tokens) for tokens in self._tokens]
-        self._counts = torch.cat(
-            [
-                torch.tensor(sent, dtype=torch.int32, device=_CPU),
-                plan.num_tokens_per_expert,
-                torch.tensor([plan.num_worst_tokens], dtype=torch.int32, device=_CPU),
-            ]
-        )
+        sent = torch.tensor([len(tokens) for tokens in self._tokens], dtype=torch.int32, device=_CPU)
+        self.channel_prefix_matrix = sent.view(-1, 1)
+        self.recv_channel_prefix_matrix = torch.zeros_like(self.channel_prefix_matrix)
+        worst = torch.tensor([plan.num_worst_tokens], dtype=torch.int32, device=_CPU)
+        per_expert = sent[:0] if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert
+        self._counts = torch.cat([sent, per_expert, worst])
         self._plan_rounds()
 
     def _plan_rounds(self) -> None:
         num_staged = len(self._staged)
-        row_bytes = sum(column.size(1) for column in self._plan.columns) + 8 * len(self.peers)
-        fixed_bytes = self._sections(len(self._counts), 0, 0)[-1] + 128 * (len(self._plan.columns) + 2)
+        row_bytes = sum(column.size(1) for column in self._columns) + 8 * len(self.peers)
+        fixed_bytes = self._sections(len(self._counts), 0, 0)[-1] + 128 * (len(self._columns) + 2)
         room = self.message_room(fixed_bytes + num_staged * row_bytes, fixed_bytes + row_bytes)
         step = (room - fixed_bytes) // row_bytes
         self._bounds = [*range(0, max(num_staged, 1), step), num_staged]
@@ -71,7 +69,7 @@ class Dispatch(Exchange):
 
     def _sections(self, num_counts: int, num_entries: int, num_rows: int) -> list[int]:
         sizes = [4 * num_counts, 4 * num_entries, 4 * num_entries]
-        return offsets(sizes + [num_rows * column.size(1) for column in self._plan.columns])
+        return offsets(sizes + [num_rows * column.size(1) for column in self._columns])
 
     def stage_round(self, this: int) -> bool:
         """See :meth:`Exchange.stage_round`."""
@@ -94,7 +92,7 @@ class Dispatch(Exchange):
             ranges[rank] = (entry, count)
             entry += count
         tokens = self._staged[low:high]
-        for column, section in zip(self._plan.columns, sections[3:-1], strict=True):
+        for column, section in zip(self._columns, sections[3:-1], strict=True):
             take_rows(column, tokens, rows_of(payload, section, high - low, column.size(1)))
         self.publish(offset, sections[-1], num_rows=high - low, ranges=ranges, bound=num_entries)
         return True
@@ -104,10 +102,13 @@ class Dispatch(Exchange):
         super().check_agreement()
         counts = torch.stack([self._counts_of(rank) for rank in range(self.num_ranks)])
         self.rank_prefix_matrix = counts[:, : self.num_ranks].cumsum(0, dtype=torch.int32)
-        experts = counts[:, self.num_ranks : -1].sum(0).tolist()
-        num_local = len(experts) // self.num_ranks
-        self.num_received_per_expert = experts[self.rank * num_local : (self.rank + 1) * num_local]
+        worst, handle = self._plan.num_worst_tokens, self._plan.handle
+        per_expert = counts[:, self.num_ranks : -1].sum(0).tolist()
+        num_local = len(per_expert) // self.num_ranks
+        self._experts = range(self.rank * num_local, (self.rank + 1) * num_local)
+        self.num_received_per_expert = [] if worst else [per_expert[expert] for expert in self._experts]
         needed = self.rank_prefix_matrix[-1].tolist()
+        self.num_rows = (worst or needed[self.rank]) if handle is None else len(handle.recv_src_idx)
         given = counts[:, -1].tolist()
         full = [rank for rank in range(self.num_ranks) if given[rank] and given[rank] < needed[rank]]
         if full:
@@ -118,20 +119,25 @@ class Dispatch(Exchange):
     def _counts_of(self, rank: int) -> torch.Tensor:
         return self._counts if rank == self.rank else ints_of(self.payload(rank), 0, len(self._counts))
 
-    def pull(self, columns: Sequence[torch.Tensor], recv_src_idx: torch.Tensor) -> None:
+    def pull(self, outputs: Outputs) -> None:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
-        self._outputs = columns
-        self._recv_src_idx = recv_src_idx
+        self._outputs = columns_of(outputs)
+        self._recv_src_idx = outputs.recv_src_idx
         ends = self.rank_prefix_matrix[:, self.rank].tolist()
         self._filled = [0, *ends[:-1]]
         self._ends = ends
         self._first_round = set(self.peers)
         own = self._tokens[self.rank]
         start, end = self._filled[self.rank], ends[self.rank]
-        recv_src_idx[start:end] = own
-        for column, output in zip(self._plan.columns, columns, strict=True):
+        if self._recv_src_idx is not None:
+            self._recv_src_idx[start:end] = own
+            self._recv_src_idx[ends[-1] :].fill_(-1)
+        for column, output in zip(self._columns, self._outputs, strict=True):
             take_rows(column, own, output[start:end])
         self.drive()
+        if outputs.topk_idx is not None and outputs.topk_weights is not None:
+            outputs.topk_idx[ends[-1] :].fill_(-1)
+            localise(outputs.topk_idx, outputs.topk_weights, self._experts)
 
     def read(self) -> bool:
         """See :meth:`Exchange.read`."""
@@ -152,10 +158,25 @@ class Dispatch(Exchange):
             raise HeapError(f"rank {peer} sent a message that contradicts its counts: {head}")
         payload = self.payload(peer)
         positions = ints_of(payload, sections[2] + 4 * head.start, head.length)
-        self._recv_src_idx[start:end] = ints_of(payload, sections[1] + 4 * head.start, head.length)
+        if self._recv_src_idx is not None:
+            self._recv_src_idx[start:end] = ints_of(payload, sections[1] + 4 * head.start, head.length)
         for output, section in zip(self._outputs, sections[3:-1], strict=True):
             rows = rows_of(payload, section, head.num_rows, output.size(1))
             take_rows(rows, positions, output[start:end])
+
+
+def columns_of(payloads: SendPlan | Outputs) -> list[torch.Tensor]:
+    """uint8 [n, W]: the rows, then the other payloads that travel, in the order of both messages and outputs."""
+    tensors = (payloads.rows, payloads.scales, payloads.topk_idx, payloads.topk_weights)
+    return [tensor.view(torch.uint8) for tensor in tensors if tensor is not None]
+
+
+def localise(topk_idx: torch.Tensor, topk_weights: torch.Tensor, experts: range) -> None:
+    """Turn global expert ids into local ones in place: -1, with weight 0, where the expert is not in ``experts``."""
+    topk_idx.sub_(experts.start)
+    elsewhere = (topk_idx < 0) | (topk_idx >= len(experts))
+    topk_idx.masked_fill_(elsewhere, -1)
+    topk_weights.masked_fill_(elsewhere, 0.0)
 
 
 def take_rows(source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:

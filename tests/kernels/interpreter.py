@@ -1,0 +1,266 @@
+"""Triton's interpreter made fit for the simulator. ``install`` changes it once per process, in three ways:
+
+*Speed.* Stock, every launch and every call of a helper patches ``triton.language`` anew; here it is patched once.
+
+*Programs.* Program ids, memory operations and barriers of a thread that has a ``Program`` go through that program;
+other threads, and so ordinary launches, keep the stock behaviour.
+
+*Numbers.* The interpreter holds bfloat16 and float8 as bit patterns, truncates where a GPU rounds to nearest even,
+does not saturate float8, and adds the bit patterns of bfloat16 as integers. Here conversions agree with the GPU's,
+arithmetic is done in float32 and rounded back, and a reduction over such a type is an error.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.runtime import interpreter as stock
+
+ACQUIRING = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
+RELEASING = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
+
+NARROW = {
+    tl.bfloat16: (torch.bfloat16, np.uint16),
+    tl.float8e4nv: (torch.float8_e4m3fn, np.uint8),
+    tl.float8e5: (torch.float8_e5m2, np.uint8),
+}
+"""Types that the interpreter holds as bit patterns."""
+
+BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
+COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
+
+Perform = Callable[[], stock.TensorHandle]
+
+
+class Program(Protocol):
+    """One program of a grid. Addresses are those of the elements that the mask lets through."""
+
+    index: tuple[int, int, int]
+    grid: tuple[int, int, int]
+
+    def load(self, addresses: np.ndarray, *, is_volatile: bool, perform: Perform) -> stock.TensorHandle: ...
+
+    def store(self, addresses: np.ndarray, values: np.ndarray, *, is_scalar: bool) -> None: ...
+
+    def atomic(
+        self, addresses: np.ndarray, itemsize: int, *, acquires: bool, releases: bool, perform: Perform
+    ) -> stock.TensorHandle: ...
+
+    def barrier(self) -> None: ...
+
+
+class _Running(threading.local):
+    program: Program | None = None
+
+
+running = _Running()
+"""``running.program``: the program that the calling thread executes."""
+
+_is_installed = False
+
+
+def install() -> None:
+    """Change the interpreter; a second call does nothing."""
+    global _is_installed
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported")
+    if not _is_installed:
+        _is_installed = True
+        _patch_language_once()
+        _ask_programs()
+        _repair_numbers()
+
+
+def callable_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
+    """A function without arguments that runs one program of a launch; tensors become pointers, as at a launch."""
+    function = kernel.rewrite()
+    stock._patch_lang(kernel.fn)
+    known = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    bound = stock.inspect.getcallargs(kernel.fn, *args, **known)
+    converted = {name: v if _is_constexpr(kernel, name) else stock._implicit_cvt(v) for name, v in bound.items()}
+    return lambda: function(**converted)
+
+
+def read_words(addresses: np.ndarray, itemsize: int) -> np.ndarray:
+    """What memory holds at ``addresses``, as unsigned integers."""
+    dtype = np.dtype(f"u{itemsize}")
+    every = np.ones(addresses.shape, dtype=bool)
+    return stock._interpreter.load(addresses, every, np.zeros(addresses.shape, dtype), dtype)
+
+
+def write_words(addresses: np.ndarray, values: np.ndarray) -> None:
+    """Put ``values``, of any type, to ``addresses``."""
+    stock._interpreter.store(addresses, values, np.ones(addresses.shape, dtype=bool))
+
+
+def _is_constexpr(kernel: Any, name: str) -> bool:
+    return "constexpr" in str(kernel.fn.__annotations__.get(name, ""))
+
+
+class _NothingToRestore:
+    def restore(self) -> None:
+        pass
+
+
+def _patch_language_once() -> None:
+    patch_language = stock._patch_lang
+    patched: set[frozenset[int]] = set()
+
+    def patch_language_once(function: Any) -> _NothingToRestore:
+        visible = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if visible not in patched:
+            patch_language(function)
+            # Stock, int(array of one element): a warning of numpy 2.3, an error of 2.4.
+            tl.tensor.__index__ = lambda tensor: int(tensor.handle.data.item())
+            patched.add(visible)
+        return _NothingToRestore()
+
+    stock._patch_lang = patch_language_once
+
+
+def _ask_programs() -> None:
+    """Let the program of the calling thread, if it has one, decide about its memory operations."""
+    builder = stock.InterpreterBuilder
+    stock_index, stock_grid = builder.create_get_program_id, builder.create_get_num_programs
+    stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
+    stock_rmw, stock_cas = builder.create_atomic_rmw, builder.create_atomic_cas
+
+    def program_id(self, axis):
+        program = running.program
+        return stock_index(self, axis) if program is None else self.get_int32(program.index[axis])
+
+    def num_programs(self, axis):
+        program = running.program
+        return stock_grid(self, axis) if program is None else self.get_int32(program.grid[axis])
+
+    def load(self, pointers, mask, other, cache_modifier, eviction_policy, is_volatile):
+        def perform():
+            return stock_load(self, pointers, mask, other, cache_modifier, eviction_policy, is_volatile)
+
+        if running.program is None:
+            return perform()
+        return running.program.load(pointers.data[mask.data], is_volatile=is_volatile, perform=perform)
+
+    def store(self, pointers, value, mask, cache_modifier, eviction_policy):
+        if running.program is None:
+            return stock_store(self, pointers, value, mask, cache_modifier, eviction_policy)
+        is_scalar = pointers.data.size == 1
+        return running.program.store(pointers.data[mask.data], value.data[mask.data], is_scalar=is_scalar)
+
+    def atomic(addresses, value, sem, perform):
+        if running.program is None:
+            return perform()
+        acquires, releases = sem in ACQUIRING, sem in RELEASING
+        return running.program.atomic(
+            addresses, value.data.itemsize, acquires=acquires, releases=releases, perform=perform
+        )
+
+    def rmw(self, operation, pointers, value, mask, sem, scope):
+        def perform():
+            return stock_rmw(self, operation, pointers, value, mask, sem, scope)
+
+        return atomic(pointers.data[mask.data], value, sem, perform)
+
+    def cas(self, pointers, expected, value, sem, scope):
+        def perform():
+            return stock_cas(self, pointers, expected, value, sem, scope)
+
+        return atomic(pointers.data.reshape(-1), value, sem, perform)
+
+    def barrier(self):
+        if running.program is not None:
+            running.program.barrier()
+
+    builder.create_get_program_id, builder.create_get_num_programs = program_id, num_programs
+    builder.create_masked_load, builder.create_masked_store = load, store
+    builder.create_atomic_rmw, builder.create_atomic_cas = rmw, cas
+    builder.create_barrier = barrier
+
+
+def _to_float32(bits: np.ndarray, dtype: tl.dtype) -> np.ndarray:
+    if dtype not in NARROW:
+        return bits.astype(np.float32)
+    signed = np.dtype(f"i{bits.itemsize}")
+    return torch.from_numpy(np.array(bits, order="C").view(signed)).view(NARROW[dtype][0]).float().numpy()
+
+
+def _from_float32(values: np.ndarray, dtype: tl.dtype) -> np.ndarray:
+    """Round to nearest even; float8 saturates, as the GPU's conversions do."""
+    narrow, bits = NARROW[dtype]
+    tensor = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
+    if dtype == tl.float8e4nv:
+        tensor = tensor.clamp(-448, 448)
+    elif dtype == tl.float8e5:
+        tensor = torch.where(tensor.isinf(), tensor, tensor.clamp(-57344, 57344))
+    signed = torch.int8 if narrow.itemsize == 1 else torch.int16
+    return tensor.to(narrow).view(signed).numpy().view(bits)
+
+
+def _repair_numbers() -> None:
+    _repair_casts()
+    _repair_arithmetic()
+    _refuse_reductions()
+
+
+def _repair_casts() -> None:
+    builder = stock.InterpreterBuilder
+    stock_cast, stock_float_cast = builder.cast_impl, builder.create_fp_to_fp
+
+    def cast(self, source, target_type):
+        source_type, target = source.dtype.scalar, target_type.scalar
+        if source_type not in NARROW and target not in NARROW:
+            return stock_cast(self, source, target_type)
+        values = _to_float32(source.data, source_type)
+        converted = _from_float32(values, target) if target in NARROW else values.astype(stock._get_np_dtype(target))
+        return stock.TensorHandle(converted, target)
+
+    def float_cast(self, source, target_type, rounding_mode):
+        if rounding_mode == ir.ROUNDING_MODE.RTZ:
+            return stock_float_cast(self, source, target_type, rounding_mode)
+        return cast(self, source, target_type)
+
+    builder.cast_impl, builder.create_fp_to_fp = cast, float_cast
+
+
+def _repair_arithmetic() -> None:
+    builder = stock.InterpreterBuilder
+    stock_binary, stock_dot = builder.binary_op, builder.create_dot
+
+    def widened(handle):
+        dtype = handle.dtype.scalar
+        return stock.TensorHandle(_to_float32(handle.data, dtype), tl.float32) if dtype in NARROW else handle
+
+    def binary(self, left, right, operation):
+        dtype = left.dtype.scalar
+        if dtype not in NARROW or operation in BITWISE:
+            return stock_binary(self, left, right, operation)
+        result = operation(widened(left).data, widened(right).data)
+        if operation in COMPARISONS:
+            return stock.TensorHandle(result, tl.int1)
+        return stock.TensorHandle(_from_float32(result, dtype), dtype)
+
+    def dot(self, a, b, accumulator, *options):
+        return stock_dot(self, widened(a), widened(b), accumulator, *options)
+
+    builder.binary_op, builder.create_dot = binary, dot
+
+
+def _refuse_reductions() -> None:
+    def refusing(reduce):
+        def refuse(self, values, *args, **kwargs):
+            first = values[0] if isinstance(values, tuple) else values
+            if first.dtype.scalar in NARROW:
+                raise TypeError(f"the interpreter cannot reduce {first.dtype.scalar}: cast to float32 first")
+            return reduce(self, values, *args, **kwargs)
+
+        return refuse
+
+    stock.ReduceOps.sum = refusing(stock.ReduceOps.sum)
+    stock.ReduceOps.min_max = refusing(stock.ReduceOps.min_max)

@@ -1,0 +1,85 @@
+"""Kernels with a fault put in, to see that a test finds it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="mutants-")
+"""Holds the sources, which the interpreter reads when a kernel first runs, until the process ends."""
+
+
+def mutated_module(
+    module: ModuleType, old: str, new: str, count: int = 1, *, entry: ModuleType | None = None
+) -> ModuleType:
+    """A fresh copy of a module with ``old`` replaced by ``new`` in its source.
+
+    The other modules of the same package are imported anew too, so that those that import from ``module`` see the
+    fault; ``sys.modules`` is afterwards as before, and nobody else meets the copies.
+
+    Args:
+        module: The module to change; it lies in a package.
+        old: Source text that occurs exactly ``count`` times.
+        new: What stands there instead.
+        count: Occurrences of ``old``.
+        entry: The module to return, of the same package: say, the kernels that call the changed helper. Default:
+            ``module``.
+
+    Returns:
+        The copy of ``entry``.
+    """
+    source = Path(module.__file__).read_text()
+    if source.count(old) != count:
+        raise ValueError(f"{old!r} occurs {source.count(old)} times in {module.__name__}, not {count}")
+    folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
+    path = folder / Path(module.__file__).name
+    path.write_text(source.replace(old, new))
+    with _forgotten(module.__package__), _found_at(module.__name__, path):
+        return importlib.import_module((entry or module).__name__)
+
+
+class _Finder:
+    """Finds one module at another place."""
+
+    def __init__(self, name: str, path: Path):
+        self.name = name
+        self.path = path
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, self.path) if name == self.name else None
+
+
+@contextmanager
+def _found_at(name: str, path: Path) -> Iterator[None]:
+    finder = _Finder(name, path)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+@contextmanager
+def _forgotten(package: str) -> Iterator[None]:
+    """A package and its modules are not imported yet, for a while."""
+    kept = _take_out(package)
+    parent_name, _, name = package.rpartition(".")
+    parent = sys.modules.get(parent_name)
+    try:
+        yield
+    finally:
+        _take_out(package)
+        sys.modules.update(kept)
+        if parent is not None:
+            setattr(parent, name, kept[package])
+
+
+def _take_out(package: str) -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name == package or name.startswith(package + ".")]
+    return {name: sys.modules.pop(name) for name in names}

@@ -1,0 +1,268 @@
+"""The ranks of a node under the simulator: heaps, tables, and the host's launches through the package's own code."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tests import oracle
+from tests.cases import Case, make_inputs, same
+from tests.kernels.simulator import Simulator
+from tokenferry.config import align_up
+from tokenferry.dataplane import OperationKind, Outputs, SendPlan
+from tokenferry.dataplane.cuda import programs
+from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.handles import DispatchHandle
+
+LIST_CAPACITY = 512
+KERNELS = {"layout": "_LAYOUT", "notify": "_NOTIFY", "dispatch": "_DISPATCH"}
+ALL_MODULES = ("layout", "notify", "dispatch", "combine")
+
+
+class _Address:
+    """A pointer argument."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self._address = address
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class _Simulated:
+    """Stands for :class:`tokenferry.dataplane.cuda.launch.Kernel`: launches go to the simulator."""
+
+    def __init__(self, simulator: Simulator, kernel: Any, original: Any) -> None:
+        self._simulator = simulator
+        self._kernel = kernel
+        self._types = original._types
+
+    def variant(self, num_warps: int, **constants: Any) -> Any:
+        return _Launcher(self._simulator, self._kernel, self._types, constants)
+
+
+class _Launcher:
+    def __init__(self, simulator: Simulator, kernel: Any, types: Any, constants: dict[str, Any]) -> None:
+        self._rest = (simulator, kernel, types, constants)
+
+    def launch(self, grid: int, stream: int, arguments: Any) -> None:
+        simulator, kernel, types, constants = self._rest
+        given = [
+            value if dtype is None else _Address(value, dtype) for value, dtype in zip(arguments, types, strict=True)
+        ]
+        simulator.launch(stream, kernel, (grid,), *given, **constants)
+
+
+class World:
+    """R ranks. Every tensor that a rank exposes is either readable by all peers, or staged, as ``direct`` says.
+
+    Args:
+        monkeypatch: puts the simulated kernels in the place of the compiled ones.
+        num_ranks: R.
+        seed: of the scheduler.
+        direct: by rank, whether peers can read the rank's tensors.
+        stage_bytes: size of each stage.
+        modules: kernels' modules by name, to run mutants.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: Any,
+        num_ranks: int,
+        seed: int,
+        *,
+        direct: tuple[bool, ...] = (True,),
+        stage_bytes: int = 1 << 14,
+        modules: dict[str, ModuleType] | None = None,
+        max_steps: int = 400_000,
+    ) -> None:
+        self.num_ranks = num_ranks
+        self.simulator = Simulator(seed, max_steps=max_steps)
+        for name in ALL_MODULES:
+            module = (modules or {}).get(name) or getattr(programs, f"{name}_kernels")
+            kernel = getattr(module, name)
+            if name == "combine":
+                simulated = {k: _Simulated(self.simulator, kernel, v) for k, v in programs._COMBINE.items()}
+                monkeypatch.setattr(programs, "_COMBINE", simulated)
+            else:
+                original = getattr(programs, KERNELS[name])
+                monkeypatch.setattr(programs, KERNELS[name], _Simulated(self.simulator, kernel, original))
+        monkeypatch.setattr(programs, "_TOKENS_PER_BLOCK", 16)
+        self.direct = [direct[rank % len(direct)] for rank in range(num_ranks)]
+        self.stage = align_up(words.CONTROL_BYTES + num_ranks * LIST_CAPACITY * 4)
+        self.half = stage_bytes // 2
+        self.heaps = [torch.full((self.stage + stage_bytes,), 0xCD, dtype=torch.uint8) for _ in range(num_ranks)]
+        self.states = [torch.zeros(words.STATE_WORDS, dtype=torch.int64) for _ in range(num_ranks)]
+        self.ready = [torch.tensor([1, 1], dtype=torch.int32) for _ in range(num_ranks)]
+        # Region 1 of every rank is all of this process's memory: it begins at address 0, as far as peers can tell.
+        self.regions = [torch.zeros(num_ranks, words.MAX_REGIONS, dtype=torch.int64) for _ in range(num_ranks)]
+        self.status = [torch.zeros(words.STATUS_WORDS, dtype=torch.int64) for _ in range(num_ranks)]
+        self.counts = [torch.zeros(words.HOST_WORDS, dtype=torch.int64) for _ in range(num_ranks)]
+        self.sums = [torch.zeros(1 << 12, dtype=torch.int32) for _ in range(num_ranks)]
+        self.table = torch.tensor([heap.data_ptr() for heap in self.heaps])
+        self.base = min(heap.data_ptr() for heap in self.heaps) & ~((1 << 43) - 1) or 1 << 12
+        for rank in range(num_ranks):
+            self.heaps[rank][: words.CONTROL_BYTES] = 0
+            released = self.heaps[rank][words.RELEASED.value : words.MESSAGES.value].view(torch.int64)
+            released.fill_(words.RELEASED_AT_START)
+            self.regions[rank][:, 1] = self.base
+        self.kept: list[Any] = []
+
+    def context(self, rank: int) -> tuple[int, ...]:
+        tensors = (self.table, self.states[rank], self.ready[rank], self.regions[rank], self.status[rank])
+        return tuple(tensor.data_ptr() for tensor in tensors)
+
+    def place(self, rank: int, tensor: torch.Tensor | None) -> int:
+        if tensor is None or not tensor.numel():
+            return 0
+        if not self.direct[rank]:
+            return -1
+        return 1 << words.PLACE_SHIFT.value | (tensor.data_ptr() - self.base)
+
+    def code(self, rank: int) -> int:
+        return int(self.status[rank][words.CODE.value])
+
+    def run(self) -> None:
+        self.simulator.run()
+
+
+class Rank:
+    """One rank's calls on a case; launches are only queued."""
+
+    def __init__(self, world: World, case: Case, rank: int, num_sms: int = 4) -> None:
+        self.world, self.case, self.rank, self.num_sms = world, case, rank, num_sms
+        self.num_ranks = world.num_ranks
+        self.num_experts = self.num_ranks * case.local_experts
+        self.inputs = [make_inputs(case, peer, self.num_ranks) for peer in range(self.num_ranks)]
+        self.given = self.inputs[rank]
+        self.x = self.given.x.contiguous().clone()
+        self.scales = None if self.given.scales is None else self.given.scales.contiguous()
+        self.wanted = oracle.dispatch(self.inputs, self.num_experts, rank)
+        self.num_rows = oracle.num_received(self.inputs, self.num_experts)
+        world.kept.append(self)
+
+    def _plan(self, num_worst_tokens: int, handle: DispatchHandle | None) -> SendPlan:
+        return SendPlan(
+            rows=self.x.view(torch.uint8),
+            scales=None if self.scales is None else self.scales.view(torch.uint8),
+            topk_idx=None if handle else self.given.topk_idx,
+            topk_weights=None if handle else self.given.topk_weights,
+            is_token_in_rank=self.member,
+            num_tokens_per_rank=None if handle else self.per_rank,
+            num_tokens_per_expert=None if handle else self.per_expert,
+            num_worst_tokens=num_worst_tokens,
+            handle=handle,
+        )
+
+    def layout(self) -> None:
+        ranks, world = self.num_ranks, self.world
+        counts = torch.full((ranks + self.num_experts,), -7, dtype=torch.int32)
+        self.member = torch.full((self.given.topk_idx.size(0), ranks), 3, dtype=torch.uint8)
+        programs.layout(
+            self.rank, self.given.topk_idx, world.sums[self.rank], counts, self.member,
+            world.states[self.rank], self.num_experts, ranks,
+        )  # fmt: skip
+        self.per_rank, self.per_expert = counts[:ranks], counts[ranks:]
+
+    def notify(self, num_worst_tokens: int = 0, signature: int = 42) -> None:
+        ranks, num_tokens = self.num_ranks, self.given.topk_idx.size(0)
+        self.prefix = torch.full((ranks, ranks), -7, dtype=torch.int32)
+        self.channels = torch.full((2, ranks), -7, dtype=torch.int32)
+        self.send_head = torch.full((num_tokens, ranks), -7, dtype=torch.int32)
+        self.plan = plan = self._plan(num_worst_tokens, None)
+        columns = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
+        programs.notify(
+            self.rank, self.world.context(self.rank), self.world.counts[self.rank].data_ptr(), plan,
+            (self.send_head, self.prefix, self.channels),
+            tuple(self.world.place(self.rank, column) for column in columns), signature, self.case.local_experts,
+            LIST_CAPACITY, self.rank, OperationKind.DISPATCH, 1 << 40, num_worst_tokens == 0, ranks,
+        )  # fmt: skip
+
+    def pull(self, num_rows: int, handle: DispatchHandle | None = None, signature: int = 42) -> None:
+        plan = self._plan(0, handle) if handle else self.plan
+        num_topk = 0 if handle else self.given.topk_idx.size(1)
+        self.out = Outputs(
+            torch.full((num_rows, plan.rows.size(1)), 0xAB, dtype=torch.uint8),
+            None if plan.scales is None else torch.full((num_rows, plan.scales.size(1)), 0xAB, dtype=torch.uint8),
+            torch.full((num_rows, num_topk), 777),
+            torch.full((num_rows, num_topk), torch.nan),
+            handle.recv_src_idx if handle else torch.full((num_rows,), -9, dtype=torch.int32),
+        )
+        places = (0, 0, 0, 0)
+        if handle:
+            places = (self.world.place(self.rank, plan.rows), self.world.place(self.rank, plan.scales), 0, 0)
+        kind = OperationKind.CACHED_DISPATCH if handle else OperationKind.DISPATCH
+        programs.dispatch(
+            self.rank, self.world.context(self.rank), plan, self.out, self.out.recv_src_idx,
+            handle.rank_prefix_matrix if handle else self.prefix, places, signature, num_rows, LIST_CAPACITY,
+            (self.world.stage, self.world.half), self.rank, kind, 1 << 40, self.num_ranks, self.num_sms, False,
+        )  # fmt: skip
+        self.world.kept.append((plan, self.out))
+
+    def handle(self) -> DispatchHandle:
+        channels = self.channels.view(2, self.num_ranks, 1)
+        return DispatchHandle(
+            self.prefix, channels[0], channels[1], self.out.recv_src_idx, self.member, self.send_head
+        )
+
+    def combine(self, handle: DispatchHandle, *, weights: bool = True, signature: int = 43) -> None:
+        width = self.case.combine_bytes // self.case.combine_dtype.itemsize
+        self.rows_of = [self._randn(peer, width).to(self.case.combine_dtype) for peer in range(self.num_ranks)]
+        self.weights_of = [self._randn(peer, self.case.num_topk) for peer in range(self.num_ranks)]
+        num_tokens, num_rows = self.given.x.size(0), len(handle.recv_src_idx)
+        given = [self.rows_of[self.rank], self.weights_of[self.rank]][: 1 + weights]
+        columns = [torch.cat([t, t.new_full((num_rows - len(t), t.size(1)), torch.nan)]) for t in given]
+        self.outs = [torch.full((num_tokens, c.size(1)), torch.nan, dtype=c.dtype) for c in columns]
+        num_biases = {"none": 0, "two": 2}.get(self.case.bias, 1)
+        self.biases = [torch.randn(num_tokens, width).to(self.case.combine_dtype) for _ in range(num_biases)]
+        places = [self.world.place(self.rank, column) for column in columns]
+        programs.combine(
+            self.rank, self.world.context(self.rank), columns, self.outs, self.biases, handle,
+            (places[0], places[1] if weights else 0), signature, (self.world.stage, self.world.half), self.rank,
+            OperationKind.COMBINE, 1 << 40, self.num_ranks, self.num_sms, False,
+        )  # fmt: skip
+        self.world.kept.append((columns, handle))
+
+    def _randn(self, peer: int, width: int) -> torch.Tensor:
+        return torch.randn(
+            self.num_rows[peer], width, generator=torch.Generator().manual_seed(1000 * self.case.seed + peer)
+        )
+
+    def check_layout(self) -> None:
+        assert self.per_rank.tolist() == self.wanted.channel_prefix_matrix.flatten().tolist()
+        assert self.per_expert.tolist() == oracle.choices_of_experts(self.given.topk_idx, self.num_experts)
+        assert self.member.tolist() == self.wanted.is_token_in_rank.int().tolist()
+
+    def check_counts(self) -> None:
+        counts = self.world.counts[self.rank]
+        assert counts[words.HOST_DONE.value] > 0
+        assert counts[words.HOST_ROWS.value] == self.num_rows[self.rank]
+        first = words.HOST_EXPERTS.value
+        assert counts[first : first + self.case.local_experts].tolist() == self.wanted.num_per_expert
+
+    def check_dispatch(self, *, cached: bool = False) -> None:
+        count, out = self.num_rows[self.rank], self.out
+        same(out.rows[:count], self.wanted.x.view(torch.uint8), "rows")
+        if out.scales is not None:
+            same(out.scales[:count], self.wanted.scales.contiguous().view(torch.uint8), "scales")
+        if cached:
+            return
+        same(out.topk_idx[:count], self.wanted.topk_idx, "ids")
+        same(out.topk_weights[:count], self.wanted.topk_weights, "weights")
+        same(out.recv_src_idx[:count], self.wanted.recv_src_idx, "recv_src_idx")
+        assert (out.topk_idx[count:] == -1).all()
+        assert (out.topk_weights[count:] == 0).all()
+        assert (out.recv_src_idx[count:] == -1).all()
+        handle = self.handle()
+        for name in ("rank_prefix_matrix", "channel_prefix_matrix", "recv_channel_prefix_matrix", "send_head"):
+            same(getattr(handle, name), getattr(self.wanted, name), name)
+
+    def check_combine(self) -> None:
+        wanted = oracle.combine(self.inputs, self.num_experts, self.rank, self.rows_of, self.biases)
+        same(self.outs[0], wanted, "combined")
+        if len(self.outs) > 1:
+            wanted = oracle.combine(self.inputs, self.num_experts, self.rank, self.weights_of)
+            same(self.outs[1], wanted, "combined weights")

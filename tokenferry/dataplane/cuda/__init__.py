@@ -1,0 +1,307 @@
+"""The data plane of CUDA ranks: rows are pulled over NVLink, from the tensors where they lie into their final rows.
+
+Dispatch is two kernels, ``notify`` and ``dispatch``; a cached dispatch and a combine are one. The kernels agree,
+wait, signal and release among themselves (``kernels/``); the host launches them, waits only where the shape of an
+output depends on counts, and looks for reported errors whenever it is here.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from tokenferry.dataplane import (
+    DispatchExchange,
+    Layout,
+    LowLatencyCombinePlan,
+    LowLatencyDispatchPlan,
+    OperationKind,
+    Outputs,
+    Pending,
+    ReducePlan,
+    SendPlan,
+    Signature,
+)
+from tokenferry.dataplane.cuda import programs
+from tokenferry.dataplane.cuda.exchange import CudaDispatch
+from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.dataplane.cuda.status import Status
+from tokenferry.errors import ArgumentError, TokenferryError
+from tokenferry.memory.direct import Regions
+from tokenferry.memory.symm import SymmetricHeap
+
+DEFAULT_NUM_SMS = 16
+_NANOSECONDS = 1_000_000_000
+
+
+class Queue(Protocol):
+    """Where the work goes: a stream."""
+
+    @property
+    def handle(self) -> int:
+        """The stream's address for the driver."""
+
+    def start(self) -> None:
+        """Make it wait for what the operation depends on; called before the first launch of every operation."""
+
+
+class CudaDataPlane:
+    """The operations of one CUDA rank; see :class:`tokenferry.dataplane.DataPlane`.
+
+    Args:
+        heap: attached.
+        regions: attached, and with the heap as region 0.
+        queue: of all launches.
+        timeout: seconds that a kernel waits for a peer.
+    """
+
+    values_at_hand = False
+
+    def __init__(self, heap: SymmetricHeap, regions: Regions, queue: Queue, timeout: float) -> None:
+        self.heap = heap
+        self.rank = heap.rank
+        self.num_ranks = heap.num_ranks
+        self.status = Status(heap.rank, heap.num_ranks, timeout)
+        self._regions = regions
+        self._queue = queue
+        self._timeout = min(int(timeout * _NANOSECONDS), 1 << 60)
+        device = heap.device
+        self._device = device
+        with torch.inference_mode(False):
+            self._state = torch.zeros(words.STATE_WORDS, dtype=torch.int64, device=device)
+            most_counts = self.num_ranks * (1 + words.MAX_LOCAL_EXPERTS)
+            self._sums = torch.zeros(most_counts, dtype=torch.int32, device=device)
+            self._heap_table = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
+            self._region_table = torch.zeros_like(regions.table, device=device, pin_memory=False)
+            self._ready = torch.zeros_like(regions.ready, device=device, pin_memory=False)
+        self._tables_stream = torch.cuda.Stream(device)
+        torch.cuda.synchronize(device)
+        self._context = tuple(
+            tensor.data_ptr()
+            for tensor in (self._heap_table, self._state, self._ready, self._region_table, self.status.words)
+        )
+        self._can_bulk = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._half = heap.stage_bytes // 2 // 128 * 128
+
+    # Before every operation.
+
+    def _enter(self) -> None:
+        self.status.check()
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._regions.poll():
+            with torch.cuda.stream(self._tables_stream):
+                self._region_table.copy_(self._regions.table, non_blocking=True)
+                self._ready.copy_(self._regions.ready, non_blocking=True)
+            self._tables_stream.synchronize()
+        self._regions.acknowledge()
+
+    def _place(self, tensor: torch.Tensor | None) -> int:
+        """Where peers find a tensor, in one word."""
+        if tensor is None or tensor.numel() == 0:
+            return 0
+        if self.num_ranks == 1:
+            return -1
+        region, offset = self._regions.expose(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        return region << words.PLACE_SHIFT.value | offset if region >= 0 else -1
+
+    def _aligned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, copied if it does not begin on 16 bytes or is not packed."""
+        if tensor.data_ptr() % 16 == 0 and tensor.is_contiguous():
+            return tensor
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return copy.copy_(tensor)
+
+    def _check_stage(self, record_bytes: int) -> None:
+        if record_bytes > self._half:
+            given = f"a stage of {self.heap.stage_bytes} bytes"
+            raise ArgumentError("num_nvl_bytes", given, f"at least {2 * record_bytes} bytes for rows of this size")
+
+    def empty(self, count: int) -> torch.Tensor:
+        """int32 [count], unset."""
+        return torch.empty(count, dtype=torch.int32, device=self._device)
+
+    def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`tokenferry.dataplane.DataPlane.empty_rows`."""
+        return torch.empty((num_rows, width), dtype=dtype, device=self._device)
+
+    # High throughput.
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
+        """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
+        self.status.check()
+        ranks, num_tokens = self.num_ranks, topk_idx.size(0)
+        limit = ranks * words.MAX_LOCAL_EXPERTS
+        if num_experts > limit:
+            raise ArgumentError("num_experts", num_experts, f"at most {limit} on a GPU with {ranks} ranks")
+        counts = self.empty(ranks + num_experts)
+        member = torch.empty((num_tokens, ranks), dtype=torch.bool, device=self._device)
+        self._queue.start()
+        programs.layout(self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, ranks)
+        return Layout(counts[:ranks], counts[ranks:], member)
+
+    @contextmanager
+    def dispatch(self, signature: Signature, plan: SendPlan) -> Iterator[DispatchExchange]:
+        """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
+        self._enter()
+        if plan.handle is None and plan.num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
+            raise ArgumentError(
+                "num_worst_tokens",
+                "0 while a CUDA graph is captured: the host would have to wait for the counts",
+                "num_worst_tokens > 0, or a cached dispatch (handle=...)",
+            )
+        plan = plan._replace(rows=self._aligned(plan.rows))
+        self._check_stage(programs.dispatch_record(plan))
+        exchange = CudaDispatch(self, signature, plan)
+        exchange.notify()
+        try:
+            yield exchange
+        except BaseException:
+            exchange.abandon()
+            raise
+
+    def notify(
+        self,
+        signature: Signature,
+        plan: SendPlan,
+        prefix: torch.Tensor,
+        channels: torch.Tensor,
+        send_head: torch.Tensor,
+    ) -> None:
+        """Launch the exchange of counts."""
+        assert plan.num_tokens_per_rank is not None
+        assert plan.num_tokens_per_expert is not None
+        num_tokens = plan.rows.size(0)
+        num_local = plan.num_tokens_per_expert.numel() // self.num_ranks
+        limit = self.heap.list_capacity
+        if num_tokens > limit:
+            raise ArgumentError("x", f"{num_tokens} tokens", f"at most {limit} on a GPU with {self.num_ranks} ranks")
+        if num_local > words.MAX_LOCAL_EXPERTS:
+            raise ArgumentError(
+                "num_tokens_per_expert", f"{num_local} experts a rank", f"at most {words.MAX_LOCAL_EXPERTS}"
+            )
+        host_waits = plan.num_worst_tokens == 0
+        if host_waits:
+            self.status.arm()
+        self._queue.start()
+        programs.notify(
+            self._queue.handle,
+            self._context,
+            (self.status.counts if host_waits else self.status.unread).data_ptr(),
+            plan,
+            (send_head, prefix, channels),
+            self._send_places(plan),
+            _number(signature),
+            num_local,
+            limit,
+            self.rank,
+            signature.operation,
+            self._timeout,
+            host_waits,
+            self.num_ranks,
+        )
+
+    def _send_places(self, plan: SendPlan) -> tuple[int, ...]:
+        return tuple(self._place(column) for column in (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights))
+
+    def wait_for_counts(self, plan: SendPlan) -> tuple[int, list[int]]:
+        """Wait for the counts of a dispatch: rows that come, pairs of every local expert."""
+        assert plan.num_tokens_per_expert is not None
+        num_local = plan.num_tokens_per_expert.numel() // self.num_ranks
+        try:
+            return self.status.wait_for_counts(num_local, torch.cuda.current_stream(self._device).query)
+        except ArgumentError:
+            with torch.cuda.stream(self._tables_stream):
+                self._state[words.BAD_INPUT.value].zero_()
+            self._tables_stream.synchronize()
+            raise
+
+    def pull(
+        self, signature: Signature, plan: SendPlan, prefix: torch.Tensor, outputs: Outputs, num_rows: int
+    ) -> None:
+        """Launch the pull of a dispatch."""
+        self._queue.start()
+        cached = plan.handle is not None
+        src_idx = plan.handle.recv_src_idx if plan.handle is not None else outputs.recv_src_idx
+        assert src_idx is not None
+        programs.dispatch(
+            self._queue.handle,
+            self._context,
+            plan,
+            outputs,
+            src_idx,
+            prefix,
+            self._send_places(plan) if cached else (0, 0, 0, 0),
+            _number(signature),
+            num_rows,
+            self.heap.list_capacity,
+            (self.heap.stage, self._half),
+            self.rank,
+            signature.operation,
+            self._timeout,
+            self.num_ranks,
+            plan.num_sms or DEFAULT_NUM_SMS,
+            self._can_bulk,
+        )
+
+    def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
+        self._enter()
+        columns = [self._aligned(column) for column in plan.columns]
+        biases = [self._aligned(bias) for bias in plan.biases]
+        self._check_stage(programs.combine_record(columns) * self.num_ranks)
+        places = [self._place(column) for column in columns]
+        self._queue.start()
+        programs.combine(
+            self._queue.handle,
+            self._context,
+            columns,
+            outs,
+            biases,
+            plan.handle,
+            (places[0], places[1] if len(places) > 1 else 0),
+            _number(signature),
+            (self.heap.stage, self._half),
+            self.rank,
+            signature.operation,
+            self._timeout,
+            self.num_ranks,
+            plan.num_sms or DEFAULT_NUM_SMS,
+            self._can_bulk,
+        )
+
+    # Low latency: not on CUDA yet.
+
+    def quantise(self, x: torch.Tensor, scale_format: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Not there on CUDA."""
+        raise _no_low_latency()
+
+    def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
+        """Not there on CUDA."""
+        raise _no_low_latency()
+
+    def low_latency_combine(self, signature: Signature, plan: LowLatencyCombinePlan) -> Pending:
+        """Not there on CUDA."""
+        raise _no_low_latency()
+
+    def set_masked(self, rank: int, masked: bool) -> None:
+        """Not there on CUDA."""
+        raise _no_low_latency()
+
+    def masked(self) -> frozenset[int]:
+        """See :meth:`tokenferry.dataplane.DataPlane.masked`."""
+        return frozenset()
+
+
+def _no_low_latency() -> TokenferryError:
+    return TokenferryError("the low-latency operations run on CPU ranks only in this version (device='cpu')")
+
+
+def _number(signature: Signature) -> int:
+    """A signature in one word."""
+    words_of = ",".join(str(int(value)) for value in signature).encode()
+    return zlib.crc32(words_of) << 31 | zlib.adler32(words_of) & 0x7FFFFFFF

@@ -1,0 +1,67 @@
+"""One dispatch on a GPU: exchange the counts, then pull."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tokenferry.dataplane import Outputs, SendPlan, Signature
+
+if TYPE_CHECKING:
+    from tokenferry.dataplane.cuda import CudaDataPlane
+
+
+class CudaDispatch:
+    """See :class:`tokenferry.dataplane.DispatchExchange`."""
+
+    def __init__(self, plane: CudaDataPlane, signature: Signature, plan: SendPlan) -> None:
+        self._plane = plane
+        self._signature = signature
+        self._plan = plan
+        self._is_open = False
+        self.num_rows = 0
+        self.num_received_per_expert: list[int] = []
+        handle = plan.handle
+        if handle is not None:
+            self.num_rows = handle.recv_src_idx.numel()
+            self.rank_prefix_matrix = handle.rank_prefix_matrix
+            self.channel_prefix_matrix = handle.channel_prefix_matrix
+            self.recv_channel_prefix_matrix = handle.recv_channel_prefix_matrix
+            self.send_head = handle.send_head
+            return
+        num_tokens, ranks = plan.is_token_in_rank.shape
+        small = plane.empty(ranks * ranks + 2 * ranks + num_tokens * ranks)
+        self.rank_prefix_matrix, self._channels, heads = small.split((ranks * ranks, 2 * ranks, num_tokens * ranks))
+        self.rank_prefix_matrix = self.rank_prefix_matrix.view(ranks, ranks)
+        self.channel_prefix_matrix, self.recv_channel_prefix_matrix = self._channels.view(2, ranks, 1).unbind()
+        self.send_head = heads.view(num_tokens, ranks)
+
+    def notify(self) -> None:
+        """Tell the ranks what comes and learn the counts, from the host's side if outputs depend on them."""
+        plan = self._plan
+        if plan.handle is not None:
+            return
+        self._plane.notify(self._signature, plan, self.rank_prefix_matrix, self._channels, self.send_head)
+        self._is_open = True
+        if plan.num_worst_tokens:
+            self.num_rows = plan.num_worst_tokens
+            return
+        try:
+            self.num_rows, self.num_received_per_expert = self._plane.wait_for_counts(plan)
+        except BaseException:
+            self._is_open = False
+            raise
+
+    def pull(self, outputs: Outputs) -> None:
+        """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
+        self._is_open = False
+        self._plane.pull(self._signature, self._plan, self.rank_prefix_matrix, outputs, self.num_rows)
+
+    def abandon(self) -> None:
+        """After an error on this host alone: take part in what was announced, and receive nothing."""
+        if self._is_open:
+            nothing = self._plan.rows[:0]
+            none = torch.empty(0, dtype=torch.int32, device=nothing.device)
+            self.num_rows = 0
+            self.pull(Outputs(nothing, self._plan.scales, self._plan.topk_idx, self._plan.topk_weights, none))

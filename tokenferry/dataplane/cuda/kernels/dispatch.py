@@ -1,0 +1,346 @@
+"""Dispatch in plain Triton: every rank pulls its rows, from the tensors where they lie or from the owners' stages."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.dataplane.cuda.kernels.rounds import (
+    is_staged,
+    lower_bound,
+    publish_round,
+    release_round,
+    rounds_of,
+    tokens_of,
+    wait_for_half,
+    wait_for_round,
+)
+from tokenferry.dataplane.cuda.kernels.sync import (
+    column_address,
+    finish,
+    first_mismatch,
+    message_word,
+    now,
+    publish_all,
+    report,
+    report_mismatches,
+    wait_all_published,
+)
+from tokenferry.dataplane.cuda.kernels.words import (
+    BAD_HANDLE,
+    EPOCH,
+    FAILED,
+    LISTS,
+    MISMATCH,
+    SKIPPED,
+    STAGED,
+    UNKNOWN_REGION,
+)
+
+
+@triton.jit
+def copy_rows(source, source_stride, from_rows, target, target_stride, to_rows, live, WORDS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Rows of 4-byte words between two addresses; strides in bytes, all divisible by ALIGN."""
+    here = (source + from_rows.to(tl.int64) * source_stride).to(tl.pointer_type(tl.int32))
+    there = (target + to_rows.to(tl.int64) * target_stride).to(tl.pointer_type(tl.int32))
+    here = tl.multiple_of(here, [ALIGN])
+    there = tl.multiple_of(there, [ALIGN])
+    for start in tl.static_range(0, WORDS, BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        wanted = live[:, None] & (word < WORDS)[None, :]
+        tl.store(there[:, None] + word[None, :], tl.load(here[:, None] + word[None, :], mask=wanted), mask=wanted)
+
+
+@triton.jit
+def stage_dispatch(
+    heap, state, status, x, scales, ids, weights, num_tokens, rank, epoch, operation, timeout, stage, half, worker,
+    workers,
+    WORDS: tl.constexpr, SCALE_WORDS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
+    BLOCK: tl.constexpr, SMALL: tl.constexpr,
+):  # fmt: skip
+    """Copy all tokens into the stage, round by round; one program's part."""
+    SCALES_AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
+    IDS_AT: tl.constexpr = SCALES_AT + (SCALE_WORDS * 4 + 15) // 16 * 16
+    WEIGHTS_AT: tl.constexpr = IDS_AT + (K * 8 + 15) // 16 * 16
+    RECORD: tl.constexpr = WEIGHTS_AT + (K * 4 + 15) // 16 * 16
+    per_round = half // RECORD
+    own = tl.load(heap + rank) + stage
+    alive = True
+    for this in range(rounds_of(num_tokens, per_round)):
+        if alive:
+            alive = wait_for_half(
+                heap, state, status, rank, this, per_round, operation, epoch, now() + timeout, False, R
+            )
+        if alive:
+            target = own + (this % 2) * half
+            first = this * per_round
+            end = tl.minimum(first + per_round, num_tokens)
+            for start in range(first + worker * RT, end, workers * RT):
+                t = start + tl.arange(0, RT)
+                live = t < end
+                copy_rows(x.to(tl.int64), WORDS * 4, t, target, RECORD, t - first, live, WORDS, 16, BLOCK)
+                if SCALE_WORDS > 0:
+                    copy_rows(
+                        scales.to(tl.int64), SCALE_WORDS * 4, t, target + SCALES_AT, RECORD, t - first, live,
+                        SCALE_WORDS, 4, SMALL,
+                    )  # fmt: skip
+                if K > 0:
+                    copy_rows(ids.to(tl.int64), K * 8, t, target + IDS_AT, RECORD, t - first, live, 2 * K, 4, SMALL)
+                    copy_rows(
+                        weights.to(tl.int64), K * 4, t, target + WEIGHTS_AT, RECORD, t - first, live, K, 4, SMALL
+                    )
+            publish_round(heap, state, rank, this, epoch, workers, R)
+
+
+@triton.jit
+def localise(
+    ids_from, weights_from, ids_stride, weights_stride, from_rows, out_ids, out_weights, to_rows, live, first_expert,
+    num_local,
+    K: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """Rows of choices: global ids become local ones, -1 with weight 0 where the expert is not local."""
+    k = tl.arange(0, KB)
+    wanted = live[:, None] & (k < K)[None, :]
+    at = (ids_from + from_rows.to(tl.int64) * ids_stride).to(tl.pointer_type(tl.int64))
+    weights_at = (weights_from + from_rows.to(tl.int64) * weights_stride).to(tl.pointer_type(tl.float32))
+    expert = tl.load(at[:, None] + k[None, :], mask=wanted, other=-1) - first_expert
+    weight = tl.load(weights_at[:, None] + k[None, :], mask=wanted, other=0.0)
+    here = (expert >= 0) & (expert < num_local)
+    place = to_rows.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(out_ids + place, tl.where(here, expert, -1), mask=wanted)
+    tl.store(out_weights + place, tl.where(here, weight, 0.0), mask=wanted)
+
+
+@triton.jit
+def fill_tail(out_ids, out_weights, src_idx, start, end, worker, workers, K: tl.constexpr, KB: tl.constexpr, RT: tl.constexpr):  # fmt: skip
+    """Mark the rows past the last received one."""
+    k = tl.arange(0, KB)
+    for row in range(start + worker * RT, end, workers * RT):
+        i = row + tl.arange(0, RT)
+        live = i < end
+        tl.store(src_idx + i, tl.full([RT], -1, tl.int32), mask=live)
+        if K > 0:
+            wanted = live[:, None] & (k < K)[None, :]
+            place = i.to(tl.int64)[:, None] * K + k[None, :]
+            tl.store(out_ids + place, tl.full([RT, KB], -1, tl.int64), mask=wanted)
+            tl.store(out_weights + place, tl.zeros([RT, KB], tl.float32), mask=wanted)
+
+
+@triton.jit
+def list_of(heap, src_idx, rank, source, start, list_capacity, CACHED: tl.constexpr):
+    """The ids of the tokens that come from a source."""
+    if CACHED:
+        return src_idx + start
+    else:
+        own = tl.load(heap + rank)
+        return (own + LISTS + source * list_capacity * 4).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def staged_rounds(heap, rank, per_round, R: tl.constexpr):
+    """Rounds in which all staged sources pass; 0 if there is none."""
+    rounds = tl.zeros((), tl.int64)
+    for source in range(R):
+        if is_staged(heap, rank, source):
+            rounds = tl.maximum(rounds, rounds_of(tokens_of(heap, rank, source), per_round))
+    return rounds
+
+
+@triton.jit
+def pull_source(
+    heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids, out_weights, src_idx, prefix,
+    num_rows, first_expert, num_local, list_capacity, rank, source, epoch, operation, timeout, stage, half,
+    this, worker, workers,
+    CACHED: tl.constexpr, WORDS: tl.constexpr, SCALE_WORDS: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
+    R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
+):  # fmt: skip
+    """One program's part of the rows that come from one source in one round."""
+    SCALES_AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
+    IDS_AT: tl.constexpr = SCALES_AT + (SCALE_WORDS * 4 + 15) // 16 * 16
+    WEIGHTS_AT: tl.constexpr = IDS_AT + (K * 8 + 15) // 16 * 16
+    RECORD: tl.constexpr = WEIGHTS_AT + (K * 4 + 15) // 16 * 16
+    start = tl.load(prefix + (source - 1) * R + rank, mask=source > 0, other=0)
+    end = tl.load(prefix + source * R + rank)
+    start = tl.minimum(tl.maximum(start, 0), num_rows)
+    end = tl.minimum(tl.maximum(end, start), num_rows)
+    count = (end - start).to(tl.int64)
+    tokens = list_of(heap, src_idx, rank, source, start, list_capacity, CACHED)
+    num_tokens = tokens_of(heap, rank, source)
+    staged = is_staged(heap, rank, source)
+    per_round = half // RECORD
+    low = tl.zeros((), tl.int64)
+    high = tl.where(this == 0, count, 0)
+    first = tl.zeros((), tl.int64)
+    alive = True
+    if staged:
+        first = this * per_round
+        low = lower_bound(tokens, tl.zeros((), tl.int64), count, first)
+        high = lower_bound(tokens, low, count, first + per_round)
+        if first < num_tokens:
+            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, now() + timeout)
+    if alive & (low < high):
+        base = tl.load(heap + source) + stage + (this % 2) * half
+        own = source == rank
+        rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0))
+        rows_at = tl.where(own, x.to(tl.int64), rows_at)
+        unknown = rows_at == 0
+        if SCALE_WORDS > 0:
+            scales_at = tl.where(staged, base + SCALES_AT, column_address(heap, regions, rank, source, 1))
+            scales_at = tl.where(own, scales.to(tl.int64), scales_at)
+            unknown = unknown | (scales_at == 0)
+        if K > 0:
+            ids_at = tl.where(staged, base + IDS_AT, column_address(heap, regions, rank, source, 2))
+            ids_at = tl.where(own, ids.to(tl.int64), ids_at)
+            weights_at = tl.where(staged, base + WEIGHTS_AT, column_address(heap, regions, rank, source, 3))
+            weights_at = tl.where(own, weights.to(tl.int64), weights_at)
+            unknown = unknown | (ids_at == 0) | (weights_at == 0)
+        if unknown:
+            report(status, UNKNOWN_REGION, operation, epoch)
+            high = low
+        for at in range(low + worker * RT, high, workers * RT):
+            i = at + tl.arange(0, RT)
+            live = i < high
+            t = tl.load(tokens + i, mask=live, other=0)
+            wrong = live & ((t < 0) | (t >= num_tokens))
+            if tl.max(wrong.to(tl.int32)) > 0:
+                report(status, BAD_HANDLE, operation, epoch)
+            live = live & (t >= 0) & (t < num_tokens)
+            row = start + i
+            slot = t - first
+            copy_rows(
+                rows_at, tl.where(staged, RECORD, WORDS * 4), slot, out_x.to(tl.int64), WORDS * 4, row, live,
+                WORDS, 16, BLOCK,
+            )  # fmt: skip
+            if SCALE_WORDS > 0:
+                copy_rows(
+                    scales_at, tl.where(staged, RECORD, SCALE_WORDS * 4), slot, out_scales.to(tl.int64),
+                    SCALE_WORDS * 4, row, live, SCALE_WORDS, 4, SMALL,
+                )  # fmt: skip
+            if K > 0:
+                localise(
+                    ids_at, weights_at, tl.where(staged, RECORD, K * 8), tl.where(staged, RECORD, K * 4), slot,
+                    out_ids, out_weights, row, live, first_expert, num_local, K, KB,
+                )  # fmt: skip
+            if not CACHED:
+                tl.store(src_idx + row, t, mask=live)
+    return alive
+
+
+@triton.jit
+def agree(
+    heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation, timeout,
+    CACHED: tl.constexpr, NUM_COLUMNS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Whether this operation goes on: everyone is there and means the same."""
+    deadline = now() + timeout
+    if CACHED:
+        if tl.program_id(0) == 0:
+            publish_all(
+                heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation,
+                deadline, NUM_COLUMNS, R,
+            )  # fmt: skip
+    going = wait_all_published(heap, state, status, rank, epoch, 1, operation, deadline, R)
+    if going:
+        if CACHED:
+            if first_mismatch(heap, rank, signature, R) >= 0:
+                going = False
+                if tl.program_id(0) == 0:
+                    report_mismatches(heap, status, rank, signature, operation, epoch, R)
+                    report(status, MISMATCH, operation, epoch)
+        elif tl.load(state + SKIPPED) == epoch:
+            going = False
+    return going
+
+
+@triton.jit(
+    do_not_specialize=[
+        "place_rows", "place_scales", "place_ids", "place_weights", "signature", "num_tokens", "num_rows",
+        "first_expert", "num_local", "list_capacity", "stage", "half", "num_stagers", "rank", "operation", "timeout",
+    ]
+)  # fmt: skip
+def dispatch(
+    heap,
+    state,
+    ready,
+    regions,
+    status,
+    x,
+    scales,
+    ids,
+    weights,
+    out_x,
+    out_scales,
+    out_ids,
+    out_weights,
+    src_idx,
+    prefix,
+    place_rows: tl.int64,
+    place_scales: tl.int64,
+    place_ids: tl.int64,
+    place_weights: tl.int64,
+    signature: tl.int64,
+    num_tokens: tl.int64,
+    num_rows: tl.int64,
+    first_expert: tl.int32,
+    num_local: tl.int32,
+    list_capacity: tl.int64,
+    stage: tl.int64,
+    half: tl.int64,
+    num_stagers: tl.int32,
+    rank: tl.int32,
+    operation: tl.int64,
+    timeout: tl.int64,
+    CACHED: tl.constexpr,
+    WORDS: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+    K: tl.constexpr,
+    KB: tl.constexpr,
+    R: tl.constexpr,
+    RT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SMALL: tl.constexpr,
+):
+    """Rows, scales and choices into their final places. Not cached, the message went out with ``notify``."""
+    RECORD: tl.constexpr = (
+        (WORDS * 4 + 15) // 16 + (SCALE_WORDS * 4 + 15) // 16 + (K * 8 + 15) // 16 + (K * 4 + 15) // 16
+    ) * 16
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    epoch = tl.load(state + EPOCH) + 1
+    if tl.load(state + FAILED) == 0:
+        places = (place_rows, place_scales, place_ids, place_weights)
+        going = agree(
+            heap, state, ready, status, rank, epoch, signature, num_tokens, num_tokens, places, operation, timeout,
+            CACHED, 4, R,
+        )  # fmt: skip
+        staged = tl.zeros((), tl.int32)
+        received = tl.zeros((), tl.int64)
+        if going:
+            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
+            received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+        stagers = tl.where(staged != 0, num_stagers, 0)
+        if pid < stagers:
+            stage_dispatch(
+                heap, state, status, x, scales, ids, weights, num_tokens, rank, epoch, operation, timeout, stage,
+                half, pid, stagers, WORDS, SCALE_WORDS, K, R, RT, BLOCK, SMALL,
+            )  # fmt: skip
+        else:
+            worker = pid - stagers
+            workers = programs - stagers
+            if not CACHED:
+                fill_tail(out_ids, out_weights, src_idx, received, num_rows, worker, workers, K, KB, RT)
+            if going:
+                by_rounds = staged_rounds(heap, rank, half // RECORD, R)
+                alive = True
+                for this in range(tl.maximum(by_rounds, 1)):
+                    for step in range(R):
+                        if alive:
+                            alive = pull_source(
+                                heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids,
+                                out_weights, src_idx, prefix, num_rows, first_expert, num_local, list_capacity, rank,
+                                (rank + 1 + step) % R, epoch, operation, timeout, stage, half, this, worker, workers,
+                                CACHED, WORDS, SCALE_WORDS, K, KB, R, RT, BLOCK, SMALL,
+                            )  # fmt: skip
+                    if this < by_rounds:
+                        release_round(heap, state, rank, this, epoch, workers, R)
+        finish(heap, state, status, rank, epoch, staged, operation, timeout, R)

@@ -1,0 +1,228 @@
+"""The exchange of counts before a dispatch: tell every rank what is coming, learn what comes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.dataplane.cuda.kernels.sync import (
+    close_operation,
+    message_word,
+    must_stage,
+    now,
+    progress,
+    report,
+    report_missing,
+    signal,
+    wait_at_least,
+    wait_released,
+    word,
+    write_message,
+)
+from tokenferry.dataplane.cuda.kernels.words import (
+    ALL,
+    BAD_COUNTS,
+    BAD_INPUT,
+    CAPACITY,
+    COUNTS,
+    DETAIL,
+    EPOCH,
+    EXPERTS,
+    EXPERTS_BYTES,
+    FAILED,
+    HOST_DONE,
+    HOST_EXPERTS,
+    HOST_ROWS,
+    LINE,
+    LISTS,
+    MISMATCH,
+    NUM_WORST,
+    PEER_PROBLEM,
+    PROBLEM,
+    PUBLISHED,
+    SIGNATURE,
+    SKIPPED,
+)
+
+
+@triton.jit
+def send_list(target, member, send_head, num_tokens, reader, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the ascending ids of the tokens that go to ``reader``; return how many."""
+    count = tl.zeros((), tl.int32)
+    for start in range(0, num_tokens, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        inside = t < num_tokens
+        goes = (tl.load(member + t * R + reader, mask=inside, other=0) != 0).to(tl.int32)
+        position = count + tl.cumsum(goes, 0) - goes
+        tl.store(target + position, t.to(tl.int32), mask=goes != 0)
+        tl.store(send_head + t * R + reader, tl.where(goes != 0, position, -1), mask=inside)
+        count += tl.sum(goes)
+    return count
+
+
+@triton.jit
+def copy_words(target, source, count, BLOCK: tl.constexpr):
+    """int32 words from one array to another."""
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(target + i, tl.load(source + i, mask=i < count, other=0), mask=i < count)
+
+
+@triton.jit
+def tell(
+    heap, state, ready, status, member, per_rank, per_expert, send_head, places, signature, num_tokens, num_worst,
+    num_local, list_capacity, rank, reader, epoch, operation, deadline,
+    NUM_COLUMNS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One rank's message, counts and list for one reader."""
+    if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, deadline):
+        base = tl.load(heap + reader)
+        staged = must_stage(ready, places, NUM_COLUMNS, R)
+        problem = tl.load(state + BAD_INPUT)
+        write_message(
+            heap, rank, reader, signature, num_tokens, num_tokens, num_worst, problem, staged, places, NUM_COLUMNS
+        )
+        r = tl.arange(0, RB)
+        counts = tl.load(per_rank + r, mask=r < R, other=0)
+        tl.store(message_word(base, rank, COUNTS) + r, counts.to(tl.int64), mask=r < R)
+        experts = (base + EXPERTS + rank * EXPERTS_BYTES).to(tl.pointer_type(tl.int32))
+        copy_words(experts, per_expert + reader * num_local, num_local, 256)
+        ids = (base + LISTS + rank * list_capacity * 4).to(tl.pointer_type(tl.int32))
+        sent = send_list(ids, member, send_head, num_tokens, reader, R, BLOCK)
+        if sent != tl.sum(tl.where(r == reader, counts, 0)):
+            tl.store(status + DETAIL + reader, sent.to(tl.int64))
+            report(status, BAD_COUNTS, operation, epoch)
+        tl.debug_barrier()
+        signal(word(base, PUBLISHED + rank * LINE), progress(epoch, 1))
+
+
+@triton.jit
+def judge(heap, state, status, host, prefix, rank, epoch, operation, signature, R: tl.constexpr, RB: tl.constexpr):
+    """Compare what all ranks said and write the prefix matrix; return a code, 0 if the ranks agree."""
+    own = tl.load(heap + rank)
+    r = tl.arange(0, RB)
+    inside = r < R
+    ends = tl.zeros([RB], tl.int64)
+    for source in range(R):
+        ends += tl.load(message_word(own, source, COUNTS) + r, mask=inside, other=0)
+        tl.store(prefix + source * R + r, ends.to(tl.int32), mask=inside)
+    received = tl.sum(tl.where(r == rank, ends, 0))
+    tl.store(host + HOST_ROWS, received)
+    code = tl.zeros((), tl.int32)
+    for source in range(R):
+        total = tl.sum(tl.where(r == source, ends, 0))
+        worst = tl.load(message_word(own, source, NUM_WORST))
+        if (worst > 0) & (worst < total):
+            tl.store(status + DETAIL + source, total)
+            code = CAPACITY
+    for source in range(R):
+        if tl.load(message_word(own, source, PROBLEM)) != 0:
+            tl.store(status + DETAIL + source, 1)
+            code = PEER_PROBLEM
+    for source in range(R):
+        if tl.load(message_word(own, source, SIGNATURE)) != signature:
+            tl.store(status + DETAIL + source, 1)
+            code = MISMATCH
+    return code
+
+
+@triton.jit
+def add_experts(heap, host, rank, num_local, R: tl.constexpr):
+    """Sum the sources' counts of each local expert, for the host."""
+    own = tl.load(heap + rank)
+    for start in range(0, num_local, 256):
+        e = start + tl.arange(0, 256)
+        total = tl.zeros([256], tl.int32)
+        for source in range(R):
+            counts = (own + EXPERTS + source * EXPERTS_BYTES).to(tl.pointer_type(tl.int32))
+            total += tl.load(counts + e, mask=e < num_local, other=0)
+        tl.store(host + HOST_EXPERTS + e, total.to(tl.int64), mask=e < num_local)
+
+
+@triton.jit
+def listen(
+    heap, state, status, host, prefix, signature, num_local, rank, epoch, operation, timeout,
+    HOST_WAITS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """Wait for the messages of all ranks, and tell the host what they amount to."""
+    own = tl.load(heap + rank)
+    alive = True
+    deadline = now() + timeout
+    for source in range(R):
+        there = wait_at_least(word(own, PUBLISHED + source * LINE), progress(epoch, 1), deadline)
+        if not there:
+            report_missing(state, status, operation, epoch, source)
+        alive = alive & there
+    if alive:
+        code = judge(heap, state, status, host, prefix, rank, epoch, operation, signature, R, RB)
+        if code == 0:
+            add_experts(heap, host, rank, num_local, R)
+        else:
+            tl.store(state + SKIPPED, epoch)
+            report(status, code, operation, epoch)
+            if HOST_WAITS:  # no second kernel will come
+                close_operation(heap, state, status, rank, epoch, 0, operation, now() + timeout, R)
+    tl.debug_barrier()
+    tl.atomic_xchg(host + HOST_DONE, epoch, sem="release", scope="sys")
+
+
+@triton.jit(
+    do_not_specialize=[
+        "place_rows", "place_scales", "place_ids", "place_weights", "signature", "num_tokens", "num_worst",
+        "num_local", "list_capacity", "rank", "operation", "timeout",
+    ]
+)  # fmt: skip
+def notify(
+    heap,
+    state,
+    ready,
+    status,
+    host,
+    member,
+    per_rank,
+    per_expert,
+    send_head,
+    prefix,
+    channels,
+    place_rows: tl.int64,
+    place_scales: tl.int64,
+    place_ids: tl.int64,
+    place_weights: tl.int64,
+    signature: tl.int64,
+    num_tokens: tl.int64,
+    num_worst: tl.int64,
+    num_local: tl.int32,
+    list_capacity: tl.int64,
+    rank: tl.int32,
+    operation: tl.int64,
+    timeout: tl.int64,
+    HOST_WAITS: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    R: tl.constexpr,
+    RB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Programs 0 to R - 1 each tell one rank; program R listens, and writes the matrices of the handle.
+
+    ``channels``: int32 [2, R]: rows that this rank sends to each rank, then zeros.
+    """
+    pid = tl.program_id(0)
+    epoch = tl.load(state + EPOCH) + 1
+    if tl.load(state + FAILED) == 0:
+        if pid < R:
+            places = (place_rows, place_scales, place_ids, place_weights)
+            tell(
+                heap, state, ready, status, member, per_rank, per_expert, send_head, places, signature, num_tokens,
+                num_worst, num_local, list_capacity, rank, (rank + pid) % R, epoch, operation, now() + timeout,
+                NUM_COLUMNS, R, RB, BLOCK,
+            )  # fmt: skip
+        else:
+            r = tl.arange(0, RB)
+            tl.store(channels + r, tl.load(per_rank + r, mask=r < R, other=0), mask=r < R)
+            tl.store(channels + R + r, tl.zeros([RB], tl.int32), mask=r < R)
+            listen(
+                heap, state, status, host, prefix, signature, num_local, rank, epoch, operation, timeout,
+                HOST_WAITS, R, RB,
+            )  # fmt: skip
+    elif pid == R:
+        tl.atomic_xchg(host + HOST_DONE, epoch, sem="release", scope="sys")

@@ -1,0 +1,101 @@
+"""The stage: rows of an owner pass through it in rounds over token ranges, double-buffered. Scalar code, as in sync.
+
+Round k holds the tokens from k * B to (k + 1) * B, in the half of the stage that k's parity names. B is the same on
+all ranks: it follows from the size of the stage and the bytes of a token's record. An owner fills a half when every
+reader has released the round before the last; a reader releases a round when all its programs are through. All
+waits are for earlier rounds only, so there is no circle of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.dataplane.cuda.kernels.sync import (
+    is_last,
+    message_word,
+    progress,
+    release_all,
+    signal,
+    wait_published,
+    wait_released,
+    word,
+)
+from tokenferry.dataplane.cuda.kernels.words import (
+    LINE,
+    NUM_TOKENS,
+    PUBLISHED,
+    ROUND_ARRIVED,
+    STAGE_ARRIVED,
+    STAGED,
+)
+
+
+@triton.jit
+def rounds_of(num_tokens, per_round):
+    """Rounds in which so many tokens pass."""
+    return (num_tokens + per_round - 1) // per_round
+
+
+@triton.jit
+def is_staged(heap, rank, source):
+    """Whether a peer's rows come through its stage; own rows never do."""
+    return (source != rank) & (tl.load(message_word(tl.load(heap + rank), source, STAGED)) != 0)
+
+
+@triton.jit
+def tokens_of(heap, rank, source):
+    """Tokens of a rank, as its message says."""
+    return tl.load(message_word(tl.load(heap + rank), source, NUM_TOKENS))
+
+
+@triton.jit
+def lower_bound(tokens, start, end, value):
+    """The first index from ``start`` to ``end`` of ascending ``tokens`` whose token is not below ``value``."""
+    low = start
+    high = end
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(tokens + middle) < value
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def wait_for_half(heap, state, status, rank, this, per_round, operation, epoch, deadline, BY_READER: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """Before round ``this`` is staged: every reader that takes part in the round before the last has released it."""
+    alive = True
+    if this >= 2:
+        for reader in range(R):
+            takes_part = reader != rank
+            if BY_READER:
+                takes_part = takes_part & (this - 2 < rounds_of(tokens_of(heap, rank, reader), per_round))
+            if takes_part:
+                there = wait_released(
+                    heap, state, status, rank, reader, progress(epoch, this - 1), operation, epoch, deadline
+                )
+                alive = alive & there
+    return alive
+
+
+@triton.jit
+def publish_round(heap, state, rank, this, epoch, num_stagers, R: tl.constexpr):
+    """After a program's part of a round is staged; the last one tells the readers."""
+    if is_last(state + STAGE_ARRIVED + this % 2, num_stagers):
+        for reader in range(R):
+            if reader != rank:
+                signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, this + 2))
+
+
+@triton.jit
+def wait_for_round(heap, state, status, rank, source, this, operation, epoch, deadline):
+    """Wait until round ``this`` of a staged source is there."""
+    return wait_published(heap, state, status, rank, source, progress(epoch, this + 2), operation, epoch, deadline)
+
+
+@triton.jit
+def release_round(heap, state, rank, this, epoch, num_readers, R: tl.constexpr):
+    """After a program has read its part of a round; the last one tells the owners."""
+    if is_last(state + ROUND_ARRIVED + this % 2, num_readers):
+        release_all(heap, rank, epoch, this + 1, R)

@@ -1,0 +1,247 @@
+"""Waiting and signalling between GPUs, and the steps that every operation shares. All scalar code: plain Triton
+kernels and Gluon kernels call the same functions.
+
+Whoever signals first calls ``tl.debug_barrier()``: a release orders only what its own thread has seen, and the
+compiler puts no barrier before it. Every wait ends at a deadline of the device's clock, in nanoseconds.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.dataplane.cuda.kernels.words import (
+    ALL,
+    ARRIVED,
+    AT_EPOCH,
+    CODE,
+    COLUMNS,
+    DETAIL,
+    EPOCH,
+    EPOCH_SHIFT,
+    FAILED,
+    LINE,
+    MESSAGE_BYTES,
+    MESSAGES,
+    NUM_ROWS,
+    NUM_TOKENS,
+    NUM_WORST,
+    OPERATION,
+    PLACE_MASK,
+    PLACE_SHIFT,
+    PROBLEM,
+    PUBLISHED,
+    REGIONS,
+    RELEASED,
+    SIGNATURE,
+    STAGED,
+    TIMED_OUT,
+)
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def now():
+    """Nanoseconds of the device's clock; the interpreter has none, and so no deadlines."""
+    if INTERPRET:
+        return tl.zeros((), tl.int64)
+    else:
+        return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
+def word(base, offset):
+    """The int64 word at a byte offset from an address."""
+    return (base + offset).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def message_word(base, source, index):
+    """A word of the message of ``source`` in the heap at ``base``."""
+    return word(base, MESSAGES + source * MESSAGE_BYTES + index * 8)
+
+
+@triton.jit
+def progress(epoch, step):
+    """The value of a progress word."""
+    return (epoch << EPOCH_SHIFT) | step
+
+
+@triton.jit
+def wait_at_least(flag, value, deadline):
+    """Wait until a progress word in own memory has reached ``value``; False if the deadline passed first."""
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    while (seen < value) & (now() < deadline):
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    return seen >= value
+
+
+@triton.jit
+def signal(flag, value):
+    """Let a peer see ``value``, and before it all that this program stored before its last barrier."""
+    tl.atomic_xchg(flag, value, sem="release", scope="sys")
+
+
+@triton.jit
+def report(status, code, operation, epoch):
+    """Tell the host what went wrong; details first."""
+    tl.store(status + OPERATION, operation)
+    tl.store(status + AT_EPOCH, epoch)
+    tl.debug_barrier()
+    tl.atomic_xchg(status + CODE, code, sem="release", scope="sys")
+
+
+@triton.jit
+def report_missing(state, status, operation, epoch, missing):
+    """Tell the host that a rank did not come, and every later operation that there is nothing to wait for."""
+    tl.store(state + FAILED, 1)
+    tl.store(status + DETAIL + missing, 1)
+    report(status, TIMED_OUT, operation, epoch)
+
+
+@triton.jit
+def wait_released(heap, state, status, rank, reader, value, operation, epoch, deadline):
+    """Wait until ``reader`` is as far as ``value`` with this rank's rows."""
+    own = tl.load(heap + rank)
+    there = wait_at_least(word(own, RELEASED + reader * LINE), value, deadline)
+    if not there:
+        report_missing(state, status, operation, epoch, reader)
+    return there
+
+
+@triton.jit
+def wait_published(heap, state, status, rank, source, value, operation, epoch, deadline):
+    """Wait until ``source`` is as far as ``value`` with its rows."""
+    own = tl.load(heap + rank)
+    there = wait_at_least(word(own, PUBLISHED + source * LINE), value, deadline)
+    if not there:
+        report_missing(state, status, operation, epoch, source)
+    return there
+
+
+@triton.jit
+def write_message(
+    heap, rank, reader, signature, num_tokens, num_rows, num_worst, problem, staged, places, NUM_COLUMNS: tl.constexpr
+):
+    """Write this rank's message to one reader; the caller signals. ``places``: where each column lies."""
+    base = tl.load(heap + reader)
+    tl.store(message_word(base, rank, SIGNATURE), signature)
+    tl.store(message_word(base, rank, NUM_TOKENS), num_tokens)
+    tl.store(message_word(base, rank, NUM_ROWS), num_rows)
+    tl.store(message_word(base, rank, NUM_WORST), num_worst)
+    tl.store(message_word(base, rank, PROBLEM), problem)
+    tl.store(message_word(base, rank, STAGED), staged)
+    for column in tl.static_range(NUM_COLUMNS):
+        tl.store(message_word(base, rank, COLUMNS + column), places[column])
+
+
+@triton.jit
+def must_stage(ready, places, NUM_COLUMNS: tl.constexpr, R: tl.constexpr):
+    """Whether some column lies where a peer cannot see it yet."""
+    staged = tl.zeros((), tl.int32)
+    if R > 1:
+        for column in tl.static_range(NUM_COLUMNS):
+            place = places[column]
+            seen = tl.load(ready + (place >> PLACE_SHIFT), mask=place >= 0, other=0)
+            staged = staged | (seen == 0).to(tl.int32)
+    return staged
+
+
+@triton.jit
+def column_address(heap, regions, rank, source, column):
+    """Where a column of a source lies that is not staged; 0 if the region is not known here."""
+    own = tl.load(heap + rank)
+    place = tl.load(message_word(own, source, COLUMNS + column))
+    region = place >> PLACE_SHIFT
+    known = (region >= 0) & (region < REGIONS)
+    base = tl.load(regions + source * REGIONS + region, mask=known, other=0)
+    return tl.where(base == 0, 0, base + (place & PLACE_MASK))
+
+
+@triton.jit
+def publish_all(
+    heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation, deadline,
+    NUM_COLUMNS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The message and its flag for every rank: the first step of an operation whose counts are known."""
+    staged = must_stage(ready, places, NUM_COLUMNS, R)
+    alive = True
+    for step in range(R):
+        reader = (rank + step) % R
+        if alive:
+            alive = wait_released(
+                heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, deadline
+            )
+        if alive:
+            write_message(
+                heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
+            )  # fmt: skip
+            tl.debug_barrier()
+            signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))
+
+
+@triton.jit
+def wait_all_published(heap, state, status, rank, epoch, step, operation, deadline, R: tl.constexpr):
+    """Wait for every source; every one that does not come is reported."""
+    alive = True
+    for source in range(R):
+        there = wait_published(heap, state, status, rank, source, progress(epoch, step), operation, epoch, deadline)
+        alive = alive & there
+    return alive
+
+
+@triton.jit
+def first_mismatch(heap, rank, signature, R: tl.constexpr):
+    """The first source whose signature differs from this rank's, or -1."""
+    own = tl.load(heap + rank)
+    found = tl.full((), -1, tl.int32)
+    for source in range(R):
+        theirs = tl.load(message_word(own, source, SIGNATURE))
+        found = tl.where((found < 0) & (theirs != signature), source, found)
+    return found
+
+
+@triton.jit
+def report_mismatches(heap, status, rank, signature, operation, epoch, R: tl.constexpr):
+    """Tell the host whose signatures differ from this rank's."""
+    own = tl.load(heap + rank)
+    for source in range(R):
+        theirs = tl.load(message_word(own, source, SIGNATURE))
+        tl.store(status + DETAIL + source, (theirs != signature).to(tl.int64))
+
+
+@triton.jit
+def release_all(heap, rank, epoch, step, R: tl.constexpr):
+    """Tell every owner how far this rank is with its rows."""
+    tl.debug_barrier()
+    for index in range(R):
+        owner = (rank + index) % R
+        signal(word(tl.load(heap + owner), RELEASED + rank * LINE), progress(epoch, step))
+
+
+@triton.jit
+def close_operation(heap, state, status, rank, epoch, staged, operation, deadline, R: tl.constexpr):
+    """The end of an operation, by its last program: release; wait for readers of direct rows; count."""
+    release_all(heap, rank, epoch, ALL, R)
+    if (staged == 0) & (tl.load(state + FAILED) == 0):
+        for reader in range(R):
+            wait_released(heap, state, status, rank, reader, progress(epoch, ALL), operation, epoch, deadline)
+    tl.store(state + EPOCH, epoch)
+
+
+@triton.jit
+def is_last(counter, total):
+    """Count this program in; True for the last of ``total``, which leaves the counter at 0."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == total - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def finish(heap, state, status, rank, epoch, staged, operation, timeout, R: tl.constexpr):
+    """The end of an operation, called by every program when its reads and stores are done."""
+    if is_last(state + ARRIVED, tl.num_programs(0).to(tl.int64)):
+        close_operation(heap, state, status, rank, epoch, staged, operation, now() + timeout, R)

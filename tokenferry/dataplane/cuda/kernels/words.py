@@ -1,0 +1,104 @@
+"""Where the control words of a rank's heap lie, and what they mean. Shared by the host and the kernels.
+
+Every rank's heap starts with words that its *peers* write and it alone reads::
+
+    published[s]   how far source s is with the operation, written by s
+    released[r]    how far reader r is with this rank's rows, written by r
+    message[s]     what s says about the operation, written by s before ``published``
+    experts[s]     (token, choice) pairs that s sends to each local expert
+    list[s]        ascending ids of the tokens that s sends here
+
+then the stage follows, written by its owner and read by all. The hazard of each word:
+    message, experts, list   rewritten only when the reader has released the previous operation
+    published                written after everything it speaks of (release, system scope)
+    released                 written after the last read of the owner's rows (release, system scope)
+
+Both progress words are ``epoch << 20 | step`` and only grow; nothing is ever reset. Step 1 of ``published``: the
+message is there; step k + 2: rounds 0 to k are staged. Step k + 1 of ``released``: rounds 0 to k are read; step
+ALL: everything is.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+LINE_BYTES = 128
+MAX_RANKS = 32
+MAX_LOCAL_EXPERTS = 1024
+MAX_REGIONS = 256
+"""Regions of one owner that peers can have open."""
+
+_PUBLISHED = 0
+_RELEASED = _PUBLISHED + MAX_RANKS * LINE_BYTES
+_MESSAGES = _RELEASED + MAX_RANKS * LINE_BYTES
+_MESSAGE_BYTES = 1024
+_EXPERTS = _MESSAGES + MAX_RANKS * _MESSAGE_BYTES
+_LISTS = _EXPERTS + MAX_RANKS * MAX_LOCAL_EXPERTS * 4
+CONTROL_BYTES = _LISTS
+"""Bytes before the lists."""
+
+PUBLISHED = tl.constexpr(_PUBLISHED)
+RELEASED = tl.constexpr(_RELEASED)
+MESSAGES = tl.constexpr(_MESSAGES)
+MESSAGE_BYTES = tl.constexpr(_MESSAGE_BYTES)
+EXPERTS = tl.constexpr(_EXPERTS)
+EXPERTS_BYTES = tl.constexpr(MAX_LOCAL_EXPERTS * 4)
+LISTS = tl.constexpr(_LISTS)
+LINE = tl.constexpr(LINE_BYTES)
+REGIONS = tl.constexpr(MAX_REGIONS)
+
+EPOCH_SHIFT = tl.constexpr(20)
+ALL = tl.constexpr((1 << 20) - 1)
+RELEASED_AT_START = (1 << 20) - 1
+"""What ``released`` words hold before the first operation, whose epoch is 1."""
+
+# Where a column lies, in one word: region and byte offset in it; negative where no peer can see it.
+PLACE_SHIFT = tl.constexpr(44)
+PLACE_MASK = tl.constexpr((1 << 44) - 1)
+
+# Words of a message.
+SIGNATURE = tl.constexpr(0)
+NUM_TOKENS = tl.constexpr(1)
+NUM_ROWS = tl.constexpr(2)
+NUM_WORST = tl.constexpr(3)
+PROBLEM = tl.constexpr(4)
+STAGED = tl.constexpr(5)
+COLUMNS = tl.constexpr(16)
+COUNTS = tl.constexpr(32)
+
+# Words of a rank's own state, in its device memory.
+EPOCH = tl.constexpr(0)
+FAILED = tl.constexpr(1)
+BAD_INPUT = tl.constexpr(2)
+SKIPPED = tl.constexpr(3)
+ARRIVED = tl.constexpr(4)
+STAGE_ARRIVED = tl.constexpr(6)
+"""Two counters, for even and odd rounds: a program may be one round ahead, never two."""
+ROUND_ARRIVED = tl.constexpr(8)
+"""Likewise."""
+LAYOUT_ARRIVED = tl.constexpr(10)
+STATE_WORDS = 16
+
+# Words of the status, in pinned host memory.
+CODE = tl.constexpr(0)
+OPERATION = tl.constexpr(1)
+AT_EPOCH = tl.constexpr(2)
+DETAIL = tl.constexpr(4)
+STATUS_WORDS = 4 + MAX_RANKS
+
+# Codes.
+OK = tl.constexpr(0)
+TIMED_OUT = tl.constexpr(1)
+MISMATCH = tl.constexpr(2)
+CAPACITY = tl.constexpr(3)
+PEER_PROBLEM = tl.constexpr(4)
+BAD_EXPERT = tl.constexpr(5)
+BAD_COUNTS = tl.constexpr(6)
+BAD_HANDLE = tl.constexpr(7)
+UNKNOWN_REGION = tl.constexpr(8)
+
+# Words that notify leaves in pinned host memory.
+HOST_DONE = tl.constexpr(0)
+HOST_ROWS = tl.constexpr(1)
+HOST_EXPERTS = tl.constexpr(2)
+HOST_WORDS = 2 + MAX_LOCAL_EXPERTS

@@ -1,0 +1,53 @@
+"""Compile kernels ahead of their first launch, and launch them with as little host work as possible.
+
+A launch through ``kernel[grid](...)`` binds, specialises and looks up every time. Here a variant is compiled once for
+its constexpr parameters, whatever the values of the others, and launched with addresses and plain integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Variant(NamedTuple):
+    """A compiled kernel."""
+
+    run: Any
+    function: Any
+    metadata: Any
+    constants: tuple[None, ...]
+
+    def launch(self, grid: int, stream: int, arguments: Sequence[int]) -> None:
+        """Queue ``grid`` programs with addresses and integers, in the order of the kernel's parameters."""
+        self.run(grid, 1, 1, stream, self.function, self.metadata, None, None, None, *arguments, *self.constants)
+
+
+class Kernel:
+    """A kernel and its compiled variants.
+
+    Args:
+        kernel: a ``triton.jit`` or ``gluon.jit`` function whose constexpr parameters come last.
+        types: dtype of what each pointer parameter points to, or None for an integer, in order.
+    """
+
+    def __init__(self, kernel: Any, types: Sequence[torch.dtype | None]) -> None:
+        self._kernel = kernel
+        self._types = tuple(types)
+        self._variants: dict[tuple[object, ...], Variant] = {}
+
+    def variant(self, num_warps: int, **constants: object) -> Variant:
+        """The variant for these constexpr parameters; compiled at the first call."""
+        key = (num_warps, *constants.values())
+        found = self._variants.get(key)
+        if found is None:
+            found = self._variants[key] = self._compile(num_warps, constants)
+        return found
+
+    def _compile(self, num_warps: int, constants: dict[str, object]) -> Variant:
+        values = [1 if dtype is None else dtype for dtype in self._types]
+        compiled = self._kernel.warmup(*values, **constants, grid=(1,), num_warps=num_warps)
+        run = compiled.run  # loads the module
+        return Variant(run, compiled.function, compiled.packed_metadata, (None,) * len(constants))

@@ -1,0 +1,121 @@
+"""What kernels tell the host through pinned memory, as exceptions."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from tokenferry.dataplane import OperationKind
+from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.errors import (
+    ArgumentError,
+    BufferStateError,
+    CapacityError,
+    MismatchError,
+    PeerTimeoutError,
+    TokenferryError,
+)
+
+_NAMES = {
+    OperationKind.DISPATCH: "dispatch",
+    OperationKind.CACHED_DISPATCH: "dispatch",
+    OperationKind.COMBINE: "combine",
+}
+_LOOK_EVERY = 1.0
+"""Seconds between two looks at the health of the device while waiting for it."""
+
+
+class Status:
+    """The words that kernels write for the host of one Buffer.
+
+    Attributes:
+        words: int64 in pinned memory; see :mod:`tokenferry.dataplane.cuda.kernels.words`.
+        counts: likewise, what ``notify`` leaves for a waiting host.
+        unread: likewise, where ``notify`` writes when no host waits.
+    """
+
+    def __init__(self, rank: int, num_ranks: int, timeout: float) -> None:
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._timeout = timeout
+        self.failed = False
+        with torch.inference_mode(False):
+            self.words = torch.zeros(words.STATUS_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
+            self.counts = torch.zeros(words.HOST_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
+            self.unread = torch.zeros(words.HOST_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
+        self._words = self.words.numpy()
+        self._counts = self.counts.numpy()
+
+    def check(self) -> None:
+        """Raise what an earlier operation reported, once.
+
+        Raises:
+            BufferStateError: a peer did not come to an earlier operation.
+            TokenferryError: what happened since the last check.
+        """
+        if self.failed:
+            raise BufferStateError("an earlier operation failed on this Buffer: destroy it and build a new one")
+        if self._words[words.CODE.value]:
+            raise self._take()
+
+    def arm(self) -> None:
+        """Before ``notify`` is launched for a host that will wait."""
+        self._counts[words.HOST_DONE.value] = 0
+
+    def wait_for_counts(self, num_local: int, is_alive: Callable[[], object]) -> tuple[int, list[int]]:
+        """Wait, without the interpreter's lock, until ``notify`` is done.
+
+        Args:
+            num_local: experts of this rank.
+            is_alive: raises if the device has failed.
+
+        Returns:
+            The rows that come, and the (token, choice) pairs of each local expert.
+
+        Raises:
+            TokenferryError: what ``notify`` reported.
+        """
+        counts, done = self._counts, words.HOST_DONE.value
+        look_at = time.monotonic() + _LOOK_EVERY
+        while not counts[done]:
+            os.sched_yield()
+            if time.monotonic() > look_at:
+                is_alive()
+                look_at += _LOOK_EVERY
+        if self._words[words.CODE.value]:
+            raise self._take()
+        first = words.HOST_EXPERTS.value
+        return int(counts[words.HOST_ROWS.value]), counts[first : first + num_local].tolist()
+
+    def _take(self) -> TokenferryError:
+        code = int(self._words[words.CODE.value])
+        kind = OperationKind(int(self._words[words.OPERATION.value]))
+        epoch = int(self._words[words.AT_EPOCH.value])
+        first = words.DETAIL.value
+        details = self._words[first : first + self._num_ranks].tolist()
+        self._words[:] = 0
+        if code == words.TIMED_OUT.value:
+            self.failed = True
+        return self._error(code, _NAMES[kind], epoch, details)
+
+    def _error(self, code: int, name: str, epoch: int, details: list[int]) -> TokenferryError:
+        ranks = [rank for rank, detail in enumerate(details) if detail]
+        if code == words.TIMED_OUT.value:
+            return PeerTimeoutError(name, epoch, ranks, f"no sign of life for {self._timeout:.1f} s")
+        if code == words.MISMATCH.value:
+            return MismatchError(name, epoch, ranks, "called another operation, or with other shapes, than this rank")
+        if code == words.CAPACITY.value:
+            needs = ", ".join(str(details[rank]) for rank in ranks)
+            return CapacityError(name, epoch, ranks, f"num_worst_tokens: too small for the {needs} rows it receives")
+        if code == words.PEER_PROBLEM.value and self._rank not in ranks:
+            return MismatchError(name, epoch, ranks, "gave expert ids out of range")
+        if code in (words.PEER_PROBLEM.value, words.BAD_EXPERT.value):
+            return ArgumentError("topk_idx", "an expert id out of range", "-1, or ids below the number of experts")
+        if code == words.BAD_COUNTS.value:
+            return ArgumentError("num_tokens_per_rank", "other counts", "those of is_token_in_rank")
+        if code == words.BAD_HANDLE.value:
+            return ArgumentError("handle", f"routes that do not fit ({name}, epoch {epoch})", "the dispatch's handle")
+        return TokenferryError(f"{name} (epoch {epoch}): a kernel reported code {code}")

@@ -1,0 +1,88 @@
+"""The symmetric heap of CUDA ranks: control words, lists and a stage in every rank's device memory.
+
+It lies in torch's symmetric memory: every rank allocates the same number of bytes, and a rendezvous of the group
+gives each rank the addresses of all of them. What the words mean: :mod:`tokenferry.dataplane.cuda.kernels.words`.
+
+The heap does not grow: a rendezvous is collective. So a heap takes ``LIST_BYTES`` for the lists of tokens and its
+stage at once; the stage is only needed for memory that peers cannot open.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tokenferry.config import ALIGNMENT, align_up
+from tokenferry.errors import HeapError
+
+LIST_BYTES = 8 << 20
+"""For the ids of the tokens that peers send: LIST_BYTES / 4 / R tokens a rank."""
+SMALLEST_STAGE = 2 << 20
+
+
+class SymmetricHeap:
+    """The heap of one rank.
+
+    Args:
+        rank: this rank in the group.
+        num_ranks: ranks of the group.
+        control_bytes: bytes in front of the lists.
+        stage_bytes: bytes of the stage, equal on all ranks.
+        device: the CUDA device of this rank.
+
+    Attributes:
+        size: bytes of the whole heap.
+        list_capacity: tokens that one rank can send.
+        stage: byte offset of the stage.
+        stage_bytes: its size.
+        addresses: where the heaps of all ranks begin in this process; empty before :meth:`attach`.
+        bytes: uint8 [size], the own heap.
+
+    Raises:
+        HeapError: the device has no memory for it.
+    """
+
+    def __init__(self, rank: int, num_ranks: int, control_bytes: int, stage_bytes: int, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.device = device
+        self.list_capacity = LIST_BYTES // 4 // num_ranks
+        self.stage = align_up(control_bytes + LIST_BYTES)
+        self.stage_bytes = align_up(max(stage_bytes, SMALLEST_STAGE))
+        self.size = self.stage + self.stage_bytes
+        self.addresses: tuple[int, ...] = ()
+        self._memory: Any = symmetric_memory
+        self._peers: Any = None
+        try:
+            with torch.inference_mode(False):
+                self.bytes = symmetric_memory.empty(self.size, dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            raise HeapError(f"no symmetric memory of {self.size} bytes on {device}: {error}") from error
+        self.bytes[: self.stage].zero_()
+        torch.cuda.synchronize(device)
+
+    def words(self, offset: int, count: int) -> torch.Tensor:
+        """int64 [count] over bytes of the own heap."""
+        return self.bytes[offset : offset + 8 * count].view(torch.int64)
+
+    def attach(self, group: Any) -> None:
+        """Learn where the heaps of all ranks are. Collective over ``group``, the process group of the Buffer.
+
+        Raises:
+            HeapError: the GPUs cannot reach each other's memory.
+        """
+        try:
+            self._peers = self._memory.rendezvous(self.bytes, group.group_name)
+        except RuntimeError as error:
+            raise HeapError(f"the ranks cannot map each other's memory on {self.device}: {error}") from error
+        self.addresses = tuple(int(address) for address in self._peers.buffer_ptrs)
+        if any(address % ALIGNMENT for address in self.addresses):
+            raise HeapError(f"symmetric memory is not aligned to {ALIGNMENT} bytes: {self.addresses}")
+
+    def close(self) -> None:
+        """Let go of all memory. Local; may be called again."""
+        self._peers = None
+        self.bytes = torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,168 @@
+"""The life cycle under a Buffer on a GPU; see :mod:`tokenferry.runtime`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.dataplane.cuda import CudaDataPlane
+from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.errors import BufferStateError, HeapError, TokenferryError
+from tokenferry.memory.direct import Regions
+from tokenferry.memory.driver import Driver
+from tokenferry.memory.symm import SymmetricHeap
+from tokenferry.modes.intranode import Party
+from tokenferry.runtime import DEFAULT_STAGE_BYTES
+from tokenferry.streams import CommStream
+from tokenferry.topology import Topology
+
+
+class CudaRuntime:
+    """The heap, the regions and the data plane of one rank on a GPU.
+
+    Args:
+        rank: this rank.
+        num_ranks: ranks of the group.
+        group: the process group, of any backend.
+        device: the GPU of this rank.
+        stage_limit: ceiling for the stage in bytes; 0 for the default.
+        timeout: seconds to wait for a peer that makes no progress.
+
+    Raises:
+        HeapError: the GPU or the host has no memory for the heap.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        *,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        stage_limit: int,
+        timeout: float,
+    ) -> None:
+        if num_ranks > words.MAX_RANKS:
+            raise TokenferryError(f"{num_ranks} ranks share this node: at most {words.MAX_RANKS} can on GPUs")
+        self.device = device
+        self.topology: Topology | None = None
+        self.comm = CommStream(device)
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._group = group
+        self._timeout = timeout
+        self._plane: CudaDataPlane | None = None
+        self._scratch: torch.Tensor | None = None
+        self._destroyed = False
+        stage = min(stage_limit or DEFAULT_STAGE_BYTES, DEFAULT_STAGE_BYTES) if _can_share() else stage_limit
+        self._regions = Regions(rank, num_ranks, Driver())
+        try:
+            self._heap = SymmetricHeap(rank, num_ranks, words.CONTROL_BYTES, stage or DEFAULT_STAGE_BYTES, device)
+        except BaseException:
+            self._regions.close()
+            raise
+        released = self._heap.words(words.RELEASED.value, words.MAX_RANKS * words.LINE_BYTES // 8)
+        released.fill_(words.RELEASED_AT_START)
+        torch.cuda.synchronize(device)
+
+    def get_local_ipc_handle(self) -> bytearray:
+        """What the peers need to know of this rank's memory."""
+        return bytearray(json.dumps([*self._regions.handle, self._heap.size]).encode())
+
+    def sync(self, node_keys: Sequence[str], ipc_handles: Sequence[bytes | bytearray]) -> None:
+        """Map the peers' heaps and mailboxes. Collective.
+
+        Args:
+            node_keys: :func:`tokenferry.topology.node_key` of every rank.
+            ipc_handles: :meth:`get_local_ipc_handle` of every rank.
+
+        Raises:
+            BufferStateError: called before.
+            TokenferryError: the ranks are on several nodes.
+            HeapError: a peer's memory cannot be mapped.
+        """
+        if self._plane is not None:
+            raise BufferStateError("sync() was called before")
+        topology = Topology.from_keys(self._rank, node_keys)
+        if topology.num_nodes > 1:
+            raise TokenferryError(
+                f"the {topology.num_ranks} ranks are on {topology.num_nodes} nodes: this version moves tokens inside "
+                "one node only (TOKENFERRY_NODE overrides what counts as a node)"
+            )
+        offers = [json.loads(bytes(handle)) for handle in ipc_handles]
+        sizes = sorted({int(size) for _, _, size in offers})
+        if len(sizes) > 1:
+            raise HeapError(f"the ranks want heaps of {sizes} bytes: num_nvl_bytes must be equal on all ranks")
+        self._regions.attach([(str(name), int(size)) for name, size, _ in offers])
+        self._heap.attach(self._group)
+        self._regions.set_heap(self._heap.addresses, self._heap.size)
+        self.topology = topology
+        self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout)
+
+    def hide(self) -> None:
+        """Take the name of the mailbox away, once every rank has synced."""
+        self._regions.unlink()
+
+    def is_available(self) -> bool:
+        """Whether the runtime is synced, not destroyed, and no operation has failed on it."""
+        return self._plane is not None and not self._destroyed and not self._plane.status.failed
+
+    def party(self, num_sms: int = 0) -> Party:
+        """What an operation needs to run.
+
+        Raises:
+            BufferStateError: not synced.
+        """
+        if self._plane is None:
+            raise BufferStateError("the Buffer is not synced")
+        return Party(self._plane, self._rank, self._num_ranks, self.device, num_sms)
+
+    def local_stage(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes]: the head of this rank's stage.
+
+        Raises:
+            HeapError: the stage is smaller.
+        """
+        if nbytes > self._heap.stage_bytes:
+            raise HeapError(f"the stage has {self._heap.stage_bytes} bytes, not {nbytes}")
+        return self._heap.bytes[self._heap.stage : self._heap.stage + nbytes]
+
+    def scratch(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes]: memory of this rank alone, the same at every call."""
+        if self._scratch is None:
+            with torch.inference_mode(False):
+                self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self._scratch
+
+    def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
+        """Not there on CUDA."""
+        raise TokenferryError("the low-latency operations run on CPU ranks only in this version (device='cpu')")
+
+    def allocated_bytes(self) -> int:
+        """Bytes of device memory that the heap takes."""
+        return self._heap.size
+
+    def destroy(self) -> None:
+        """Let go of all memory. Local: no peer is waited for. May be called again."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        with contextlib.suppress(RuntimeError):  # the device may have failed
+            self.comm.stream.synchronize()
+        self._plane = None
+        self._regions.close()
+        self._heap.close()
+        self._scratch = None
+
+
+def _can_share() -> bool:
+    """Whether ordinary tensors can be opened by other processes, as far as the allocator's settings tell."""
+    settings = " ".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        settings += str(torch._C._accelerator_getAllocatorSettings())
+    return "expandable_segments:True" not in settings.replace(" ", "")

@@ -1,0 +1,155 @@
+"""The stream that operations run on, and what makes it wait for the caller's and the caller's for it.
+
+Legend: ``cur``, the stream that is current when an operation is called; ``comm``, the stream of the operations.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+
+import torch
+from torch.utils import deterministic
+
+from tokenferry.errors import ArgumentError
+from tokenferry.events import EventHandle, EventOverlap
+from tokenferry.validation import require
+
+
+def check_events(previous_event: object, async_finish: bool, allocate_on_comm_stream: bool) -> EventHandle | None:
+    """Return the event to wait for, if there is one, of valid event arguments."""
+    if previous_event is not None and not isinstance(previous_event, EventOverlap):
+        raise ArgumentError("previous_event", type(previous_event).__name__, "an EventOverlap or None")
+    event = None if previous_event is None else previous_event.event
+    if allocate_on_comm_stream:
+        name = "allocate_on_comm_stream"
+        require(event is not None, name, "True without a previous_event", "one that has an event")
+        require(async_finish, name, "True without async_finish", "async_finish=True with it")
+    return event
+
+
+class CommStream:
+    """The communication stream of a Buffer on a GPU, and the turns that its operations take on it.
+
+    Outputs come from ``cur``'s memory where ``comm`` waits for all of ``cur``, and from ``comm``'s own where it
+    waits for one event only: memory that work on ``cur`` behind that event still uses is never handed out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.lock = threading.RLock()
+        self._entry = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._exit = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._waiting_for: torch.cuda.Stream | None = None
+
+    @property
+    def handle(self) -> int:
+        """The stream's address for the driver."""
+        return int(self.stream.cuda_stream)
+
+    def start(self) -> None:
+        """Make ``comm`` wait for what is queued on ``cur``; called before every launch.
+
+        The first call of an operation waits; later ones only where torch fills fresh memory, on ``cur``.
+        """
+        if self._waiting_for is not None:
+            self._entry.record(self._waiting_for)
+            self.stream.wait_event(self._entry)
+            if not (torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory):
+                self._waiting_for = None
+
+    def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> Turn:
+        """One operation's turn on the stream, a context manager."""
+        return Turn(self, event, async_finish, allocate_on_comm_stream)
+
+
+class Turn:
+    """See :meth:`CommStream.turn`."""
+
+    def __init__(
+        self, comm: CommStream, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool
+    ) -> None:
+        self._comm = comm
+        self._event = event
+        self._async = async_finish
+        self._on_comm = allocate_on_comm_stream or event is not None
+
+    def __enter__(self) -> Turn:
+        comm = self._comm
+        comm.lock.acquire()
+        self._device = torch.cuda.current_device()
+        if self._device != comm.device.index:
+            torch.cuda.set_device(comm.device)
+        self._cur = torch.cuda.current_stream(comm.device)
+        if self._event is not None:
+            self._event.stream_wait(comm.stream)
+            comm._waiting_for = None
+        elif self._cur != comm.stream:
+            comm._waiting_for = self._cur
+        if self._on_comm:
+            torch.cuda.set_stream(comm.stream)
+        return self
+
+    def finish(self, tensors: Iterable[torch.Tensor | None], outputs: Iterable[torch.Tensor | None]) -> EventOverlap:
+        """End the operation: the event of it, or ``cur`` waits.
+
+        Args:
+            tensors: what the operation reads.
+            outputs: what it returns.
+        """
+        comm = self._comm
+        if self._on_comm and self._cur != comm.stream:
+            for output in outputs:
+                if output is not None:
+                    output.record_stream(self._cur)
+        if self._async:
+            for tensor in (*tensors, *(() if self._on_comm else outputs)):
+                if tensor is not None:
+                    tensor.record_stream(comm.stream)
+            return EventOverlap(EventHandle(comm.stream))
+        if self._cur != comm.stream:
+            comm._exit.record(comm.stream)
+            self._cur.wait_event(comm._exit)
+        return EventOverlap()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._on_comm:
+            torch.cuda.set_stream(self._cur)
+        if self._device != self._comm.device.index:
+            torch.cuda.set_device(self._device)
+        self._comm._waiting_for = None
+        self._comm.lock.release()
+
+
+class NoStream:
+    """Stands for :class:`CommStream` on CPU ranks: work is done when a call returns."""
+
+    def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> NoTurn:
+        """One operation's turn, a context manager."""
+        return NoTurn(event, async_finish)
+
+
+class NoTurn:
+    """See :meth:`NoStream.turn`."""
+
+    def __init__(self, event: EventHandle | None, async_finish: bool) -> None:
+        self._event = event
+        self._async = async_finish
+
+    def __enter__(self) -> NoTurn:
+        if self._event is not None:
+            self._event.current_stream_wait()
+        return self
+
+    def finish(self, tensors: Iterable[torch.Tensor | None], outputs: Iterable[torch.Tensor | None]) -> EventOverlap:
+        """End the operation: an event that has passed, or none."""
+        return EventOverlap(EventHandle() if self._async else None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
