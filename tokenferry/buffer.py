@@ -70,8 +70,8 @@ class Buffer(LowLatencyMethods):
         comm: an mpi4py communicator, used where ``group`` is None.
         timeout: seconds to wait for a peer that makes no progress; by default the environment variable
             ``TOKENFERRY_TIMEOUT``, else 100.
-        device: where the tensors of this rank live: a GPU (its memory is what moves then) or ``"cpu"``; by default the
-            environment variable ``TOKENFERRY_DEVICE``, else the current GPU if there is one. All ranks alike.
+        device: where the tensors of this rank live, a GPU or ``"cpu"``, for all ranks alike; by default the
+            environment variable ``TOKENFERRY_DEVICE``, else the current GPU if there is one.
         node: name of the node this rank is on; by default found as :func:`tokenferry.topology.node_key` says.
 
     Raises:
@@ -118,6 +118,7 @@ class Buffer(LowLatencyMethods):
         rendezvous = meet(group, comm)
         self.rank = rendezvous.rank
         self.group_size = rendezvous.num_ranks
+        self._all_gather = rendezvous.all_gather
         self.group = group if group is not None else comm
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
@@ -411,6 +412,32 @@ class Buffer(LowLatencyMethods):
             combined, weights = intranode.combine(runtime.party(num_sms), x, handle, topk_weights, bias)
             done = turn.finish((x, *handle, topk_weights, *_as_tuple(bias)), (combined, weights))
         return combined, weights, done
+
+    def warmup(
+        self,
+        hidden: int,
+        num_topk: int,
+        num_experts: int,
+        dtype: torch.dtype = torch.bfloat16,
+        scale_bytes: int = 0,
+        combine_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Compile what operations on such tensors need, on all ranks, before any of them waits for another.
+
+        Collective, like construction. Without it the first operation compiles, for seconds, while its peers wait.
+        Required before a CUDA graph is captured, unless the same operations ran before. Nothing to do on CPU ranks.
+
+        Args:
+            hidden: elements of a row.
+            num_topk: choices of a token.
+            num_experts: experts of all ranks, a multiple of the ranks.
+            dtype: of the rows that are dispatched.
+            scale_bytes: bytes of a row's scales; 0 for none.
+            combine_dtype: of the rows that are combined; by default ``dtype``, or bfloat16 where that has one byte.
+        """
+        party = self._live_runtime().party()
+        intranode.warm(party, hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
+        self._all_gather(None)
 
     @staticmethod
     def _unpack_bias(bias: object) -> tuple[object, object]:

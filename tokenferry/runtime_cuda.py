@@ -72,7 +72,8 @@ class CudaRuntime:
 
     def get_local_ipc_handle(self) -> bytearray:
         """What the peers need to know of this rank's memory."""
-        return bytearray(json.dumps([*self._regions.handle, self._heap.size]).encode())
+        gpu = str(torch.cuda.get_device_properties(self.device).uuid)
+        return bytearray(json.dumps([*self._regions.handle, self._heap.size, gpu]).encode())
 
     def sync(self, node_keys: Sequence[str], ipc_handles: Sequence[bytes | bytearray]) -> None:
         """Map the peers' heaps and mailboxes. Collective.
@@ -95,14 +96,16 @@ class CudaRuntime:
                 "one node only (TOKENFERRY_NODE overrides what counts as a node)"
             )
         offers = [json.loads(bytes(handle)) for handle in ipc_handles]
-        sizes = sorted({int(size) for _, _, size in offers})
+        sizes = sorted({int(size) for _, _, size, _ in offers})
         if len(sizes) > 1:
             raise HeapError(f"the ranks want heaps of {sizes} bytes: num_nvl_bytes must be equal on all ranks")
-        self._regions.attach([(str(name), int(size)) for name, size, _ in offers])
+        self._regions.attach([(str(name), int(size)) for name, size, _, _ in offers])
         self._heap.attach(self._group)
         self._regions.set_heap(self._heap.addresses, self._heap.size)
         self.topology = topology
-        self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout)
+        gpus = [gpu for _, _, _, gpu in offers]
+        most = _resident_programs(self.device, gpus.count(gpus[self._rank]))
+        self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most)
 
     def hide(self) -> None:
         """Take the name of the mailbox away, once every rank has synced."""
@@ -158,6 +161,15 @@ class CudaRuntime:
         self._regions.close()
         self._heap.close()
         self._scratch = None
+
+
+def _resident_programs(device: torch.device, num_sharing: int) -> int:
+    """Programs of one operation that surely run at a time, with ``num_sharing`` ranks on the GPU.
+
+    Kernels wait for each other: one that is not resident would be waited for in vain.
+    """
+    num_sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return num_sms if num_sharing == 1 else max(num_sms // (num_sharing + 1), 2)
 
 
 def _can_share() -> bool:

@@ -38,7 +38,7 @@ class CommStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self.lock = threading.RLock()
         self._entry = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._exit = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -57,7 +57,7 @@ class CommStream:
         if self._waiting_for is not None:
             self._entry.record(self._waiting_for)
             self.stream.wait_event(self._entry)
-            if not (torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory):
+            if not (torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory):  # type: ignore[attr-defined]
                 self._waiting_for = None
 
     def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> Turn:

@@ -8,6 +8,8 @@ import torch
 
 from tokenferry.errors import ArgumentError
 
+_STRIDED = torch.strided
+
 
 def require(condition: bool, name: str, given: object, allowed: str) -> None:
     """Raise :class:`ArgumentError` unless ``condition`` holds."""
@@ -42,6 +44,17 @@ def check_tensor(
     Raises:
         ArgumentError: naming ``name``, the given value and what is allowed.
     """
+    if (
+        isinstance(value, torch.Tensor)
+        and value.layout is _STRIDED
+        and not value.is_nested
+        and value.device == device
+        and (not value.is_quantized if dtypes is None else value.dtype in dtypes)
+        and _fits(value.shape, shape)
+        and (not contiguous or value.is_contiguous())
+    ):
+        return value
+    # Slow: find out what is wrong; on another device of the same type nothing is.
     if not isinstance(value, torch.Tensor):
         raise ArgumentError(name, type(value).__name__, "a torch.Tensor")
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
@@ -49,9 +62,7 @@ def check_tensor(
     wanted = ""
     if value.device.type != device.type:
         wanted = f"a tensor on {device.type}"
-    elif value.dim() != len(shape) or any(
-        want is not None and have != want for have, want in zip(value.shape, shape, strict=True)
-    ):
+    elif not _fits(value.shape, shape):
         wanted = "shape [" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
     elif dtypes is not None and value.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
@@ -62,8 +73,19 @@ def check_tensor(
     return value
 
 
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for have, want in zip(shape, wanted):  # noqa: B905 (strict= costs as much as the loop)
+        if have != want and want is not None:
+            return False
+    return True
+
+
 def check_int(name: str, value: object, *, minimum: int, multiple_of: int = 1) -> int:
     """Return ``value`` as an int of at least ``minimum`` and divisible by ``multiple_of``, or raise."""
+    if type(value) is int and value >= minimum and value % multiple_of == 0:
+        return value
     allowed = f"an int >= {minimum}" + (f", a multiple of {multiple_of}" if multiple_of > 1 else "")
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ArgumentError(name, repr(value), allowed)

@@ -38,10 +38,10 @@ class _Simulated:
     def __init__(self, simulator: Simulator, kernel: Any, original: Any) -> None:
         self._simulator = simulator
         self._kernel = kernel
-        self._types = original._types
+        self.types = original.types
 
     def variant(self, num_warps: int, **constants: Any) -> Any:
-        return _Launcher(self._simulator, self._kernel, self._types, constants)
+        return _Launcher(self._simulator, self._kernel, self.types, constants)
 
 
 class _Launcher:

@@ -202,6 +202,12 @@ class DataPlane(Protocol):
         with one rounding at the end.
         """
 
+    def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:
+        """Make ready for dispatches of such plans, and combines of such columns: what takes long the first time.
+
+        Only dtypes and widths count, not the number of rows.
+        """
+
     def quantise(self, x: torch.Tensor, scale_format: str) -> tuple[torch.Tensor, torch.Tensor]:
         """FP8 rows and scales of [T, H]; ``scale_format`` is "plain", "rounded" or "ue8m0"."""
 

@@ -73,7 +73,8 @@ def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_e
         device=party.device,
         contiguous=True,
     )
-    require(ids.size(1) <= MAX_TOPK, "topk_idx", f"{ids.size(1)} choices a token", f"at most {MAX_TOPK}")
+    if ids.size(1) > MAX_TOPK:
+        raise ArgumentError("topk_idx", f"{ids.size(1)} choices a token", f"at most {MAX_TOPK}")
     if party.plane.values_at_hand and ids.numel():
         low, high = (int(bound) for bound in ids.aminmax())
         allowed = f"expert ids from 0 to {num_experts - 1}, or -1 for no choice"
@@ -85,7 +86,8 @@ def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_e
 def check_num_experts(party: Party, name: str, num_experts: int) -> int:
     """Return the number of experts if the ranks can share them evenly."""
     count = check_int(name, num_experts, minimum=1)
-    require(count % party.num_ranks == 0, name, f"{count} experts", f"a multiple of the {party.num_ranks} ranks")
+    if count % party.num_ranks != 0:
+        raise ArgumentError(name, f"{count} experts", f"a multiple of the {party.num_ranks} ranks")
     return count
 
 
@@ -99,28 +101,53 @@ def check_rows(party: Party, x: object) -> Rows:
     """Return the checked input of a dispatch: a tensor, or a tuple of one-byte data and scales."""
     scales: torch.Tensor | None = None
     if isinstance(x, tuple):
-        require(len(x) == 2, "x", f"a tuple of {len(x)}", "a tensor, or a tuple (data, scales)")
+        if len(x) != 2:
+            raise ArgumentError("x", f"a tuple of {len(x)}", "a tensor, or a tuple (data, scales)")
         x, given_scales = x
         data = check_tensor("x[0]", x, shape=(None, None), device=party.device)
-        require(data.element_size() == 1, "x[0]", describe(data), "one-byte elements beside scales")
+        if data.element_size() != 1:
+            raise ArgumentError("x[0]", describe(data), "one-byte elements beside scales")
         scales = check_tensor(
             "x[1]", given_scales, shape=(data.size(0), None), dtypes=_SCALE_DTYPES, device=party.device
         )
     else:
         data = check_tensor("x", x, shape=(None, None), device=party.device)
-    require(not data.dtype.is_complex, "x", describe(data), "a real dtype")
-    row_bytes = data.size(1) * data.element_size()
-    require(
-        row_bytes > 0 and row_bytes % ROW_ALIGNMENT == 0,
-        "x",
-        f"rows of {row_bytes} bytes",
-        f"rows of a positive multiple of {ROW_ALIGNMENT} bytes",
-    )
+    if data.dtype.is_complex:
+        raise ArgumentError("x", describe(data), "a real dtype")
+    _check_row_bytes(data)
     return Rows(_packed(data), None if scales is None else _packed(scales))
+
+
+def _check_row_bytes(rows: torch.Tensor) -> None:
+    row_bytes = rows.size(1) * rows.element_size()
+    if row_bytes == 0 or row_bytes % ROW_ALIGNMENT != 0:
+        allowed = f"rows of a positive multiple of {ROW_ALIGNMENT} bytes"
+        raise ArgumentError("x", f"rows of {row_bytes} bytes", allowed)
+
+
+class _OwnHandle(DispatchHandle):
+    """A handle as :func:`dispatch` made it, of which the shapes are known. What is made of it is a plain one."""
+
+    fits: tuple[int, torch.device, torch.Size] | None = None
+    """Ranks, device and shape of the caller's membership tensor."""
+
+    def __reduce__(self) -> tuple[type[DispatchHandle], tuple[torch.Tensor, ...]]:
+        """Copy and pickle as a plain handle: copies may end on another device."""
+        return DispatchHandle, tuple(self)
 
 
 def check_handle(party: Party, handle: object) -> DispatchHandle:
     """Return the handle as a :class:`DispatchHandle` if it fits this group."""
+    if type(handle) is _OwnHandle and handle.fits == (party.num_ranks, party.device, handle.is_token_in_rank.shape):
+        checked: DispatchHandle = handle
+    else:
+        checked = _check_elements(party, handle)
+    if party.plane.values_at_hand:
+        _check_routes(checked, party.rank)
+    return checked
+
+
+def _check_elements(party: Party, handle: object) -> DispatchHandle:
     names = DispatchHandle._fields
     if not isinstance(handle, (tuple, list)) or len(handle) != len(names):
         given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
@@ -134,13 +161,10 @@ def check_handle(party: Party, handle: object) -> DispatchHandle:
         "is_token_in_rank": ((None, ranks), (torch.bool,)),
         "send_head": ((None, ranks), int32),
     }
-    checked = DispatchHandle._make(
+    return DispatchHandle._make(
         check_tensor(f"handle.{name}", value, shape=shapes[name][0], dtypes=shapes[name][1], device=device)
         for name, value in zip(names, handle, strict=True)
     )
-    if party.plane.values_at_hand:
-        _check_routes(checked, party.rank)
-    return checked
 
 
 def _check_routes(handle: DispatchHandle, rank: int) -> None:
@@ -216,12 +240,9 @@ def dispatch(
         "only one of topk_idx and topk_weights",
         "both or none",
     )
-    require(
-        num_worst_tokens == 0 or topk_idx is not None,
-        "num_worst_tokens",
-        f"{num_worst_tokens} without topk_idx",
-        "0, or top-k tensors with it (they mark the unused rows)",
-    )
+    if num_worst_tokens and topk_idx is None:
+        allowed = "0, or top-k tensors with it (they mark the unused rows)"
+        raise ArgumentError("num_worst_tokens", f"{num_worst_tokens} without topk_idx", allowed)
     ids = weights = None
     if topk_idx is not None:
         ids = _packed(check_topk_idx(party, topk_idx, num_tokens, num_experts))
@@ -248,7 +269,7 @@ def dispatch(
             recv_weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
         recv_src_idx = torch.empty(num_rows, dtype=torch.int32, device=device)
         exchange.pull(Outputs(*_as_bytes(received), recv_ids, recv_weights, recv_src_idx))
-    handle = DispatchHandle(
+    handle = _OwnHandle(
         rank_prefix_matrix=exchange.rank_prefix_matrix,
         channel_prefix_matrix=exchange.channel_prefix_matrix,
         recv_channel_prefix_matrix=exchange.recv_channel_prefix_matrix,
@@ -256,6 +277,7 @@ def dispatch(
         is_token_in_rank=member,
         send_head=exchange.send_head,
     )
+    handle.fits = (ranks, device, member.shape)
     aligned = [-(-count // expert_alignment) * expert_alignment for count in exchange.num_received_per_expert]
     return Received(received.x, received.scales, recv_ids, recv_weights, aligned, handle)
 
@@ -265,7 +287,8 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     rows = check_rows(party, x)
     known = check_handle(party, handle)
     num_tokens = known.is_token_in_rank.size(0)
-    require(rows.x.size(0) == num_tokens, "x", f"{rows.x.size(0)} rows", f"the {num_tokens} rows of the handle")
+    if rows.x.size(0) != num_tokens:
+        raise ArgumentError("x", f"{rows.x.size(0)} rows", f"the {num_tokens} rows of the handle")
     plan = SendPlan(
         *_as_bytes(rows),
         topk_idx=None,
@@ -291,9 +314,7 @@ def combine(
     known = check_handle(party, handle)
     num_rows, num_tokens = known.recv_src_idx.numel(), known.is_token_in_rank.size(0)
     rows = check_tensor("x", x, shape=(num_rows, None), dtypes=COMBINE_DTYPES, device=party.device)
-    row_bytes = rows.size(1) * rows.element_size()
-    allowed = f"rows of a positive multiple of {ROW_ALIGNMENT} bytes"
-    require(row_bytes > 0 and row_bytes % ROW_ALIGNMENT == 0, "x", f"rows of {row_bytes} bytes", allowed)
+    _check_row_bytes(rows)
     columns = [_packed(rows)]
     num_topk = 0
     if topk_weights is not None:
@@ -301,15 +322,15 @@ def combine(
             "topk_weights", topk_weights, shape=(num_rows, None), dtypes=(torch.float32,), device=party.device
         )
         num_topk = weights.size(1)
-        require(0 < num_topk <= MAX_TOPK, "topk_weights", describe(weights), f"1 to {MAX_TOPK} columns")
+        if not 0 < num_topk <= MAX_TOPK:
+            raise ArgumentError("topk_weights", describe(weights), f"1 to {MAX_TOPK} columns")
         columns.append(_packed(weights))
-    biases = [
-        check_tensor(
-            f"bias[{i}]", given, shape=(num_tokens, rows.size(1)), dtypes=(rows.dtype,), device=party.device
-        ).detach()
-        for i, given in enumerate(unpack_bias(bias))
-        if given is not None
-    ]
+    biases = []
+    for name, given in zip(("bias[0]", "bias[1]"), unpack_bias(bias), strict=True):
+        if given is not None:
+            shape = (num_tokens, rows.size(1))
+            addend = check_tensor(name, given, shape=shape, dtypes=(rows.dtype,), device=party.device)
+            biases.append(addend.detach() if addend.requires_grad else addend)
     plan = ReducePlan(columns, biases, known, party.num_sms)
     outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
     signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk, handle=_checksum(party, known))
@@ -338,17 +359,17 @@ def signature_of(
     num_max_tokens: int = 0,
 ) -> Signature:
     """What all ranks must agree on when they call ``operation`` with such rows."""
-    scales = rows.scales
+    x, scales = rows
     return Signature(
-        operation=operation,
-        dtype=dtype_code(rows.x.dtype),
-        row_bytes=rows.x.size(1) * rows.x.element_size(),
-        num_topk=num_topk,
-        num_experts=num_experts,
-        scale_bytes=0 if scales is None else scales.size(1) * scales.element_size(),
-        scale_dtype=0 if scales is None else dtype_code(scales.dtype),
-        handle=handle,
-        num_max_tokens=num_max_tokens,
+        operation,
+        dtype_code(x.dtype),
+        x.size(1) * x.element_size(),
+        num_topk,
+        num_experts,
+        0 if scales is None else scales.size(1) * scales.element_size(),
+        0 if scales is None else dtype_code(scales.dtype),
+        handle,
+        num_max_tokens,
     )
 
 
@@ -363,11 +384,54 @@ def _empty_rows(party: Party, rows: Rows, num_rows: int) -> Rows:
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor [n, width] outside of autograd, with strides (width, 1) also where it has one column or no rows."""
+    if tensor.stride() == (tensor.size(1), 1) and not (tensor.requires_grad or tensor.is_neg()):
+        return tensor
     packed = tensor.detach().resolve_neg().contiguous()
     return packed.as_strided(packed.shape, (packed.size(1), 1))
 
 
 def _as_bytes(rows: Rows) -> Rows:
-    """The same memory as uint8 [n, bytes of a row]."""
+    """The same memory as uint8 [n, bytes of a row]; for packed rows."""
     x, scales = rows
-    return Rows(_packed(x).view(torch.uint8), None if scales is None else _packed(scales).view(torch.uint8))
+    return Rows(x.view(torch.uint8), None if scales is None else scales.view(torch.uint8))
+
+
+def warm(
+    party: Party,
+    hidden: int,
+    num_topk: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    scale_bytes: int,
+    combine_dtype: torch.dtype | None,
+) -> None:
+    """Make ready for such operations; see :meth:`tokenferry.Buffer.warmup`."""
+    hidden = check_int("hidden", hidden, minimum=1)
+    num_topk = check_int("num_topk", num_topk, minimum=0)
+    scale_bytes = check_int("scale_bytes", scale_bytes, minimum=0, multiple_of=4)
+    num_experts = check_num_experts(party, "num_experts", num_experts)
+    wide = combine_dtype or (dtype if dtype.itemsize > 1 else torch.bfloat16)
+    require(wide in COMBINE_DTYPES, "combine_dtype", wide, "one of " + ", ".join(map(str, COMBINE_DTYPES)))
+
+    def none(width: int, of: torch.dtype) -> torch.Tensor:
+        return torch.empty((0, width), dtype=of, device=party.device)
+
+    ranks = party.num_ranks
+    scales = none(scale_bytes, torch.uint8) if scale_bytes else None
+    fresh = SendPlan(
+        rows=none(hidden * dtype.itemsize, torch.uint8),
+        scales=scales,
+        topk_idx=none(num_topk, topk_idx_t) if num_topk else None,
+        topk_weights=none(num_topk, torch.float32) if num_topk else None,
+        is_token_in_rank=none(ranks, torch.bool),
+        num_tokens_per_rank=None,
+        num_tokens_per_expert=None,
+        num_worst_tokens=0,
+        handle=None,
+    )
+    empty = torch.empty(0, dtype=torch.int32, device=party.device)
+    handle = DispatchHandle(empty, empty, empty, empty, fresh.is_token_in_rank, empty)
+    cached = fresh._replace(topk_idx=None, topk_weights=None, handle=handle)
+    rows = none(hidden, wide)
+    reduces = [[rows], [rows, none(num_topk, torch.float32)]] if num_topk else [[rows]]
+    party.plane.warm([fresh, cached], reduces, num_experts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -19,7 +19,6 @@ from tokenferry.dataplane import (
     Layout,
     LowLatencyCombinePlan,
     LowLatencyDispatchPlan,
-    OperationKind,
     Outputs,
     Pending,
     ReducePlan,
@@ -57,17 +56,21 @@ class CudaDataPlane:
         regions: attached, and with the heap as region 0.
         queue: of all launches.
         timeout: seconds that a kernel waits for a peer.
+        most_programs: programs of a kernel that surely run at a time.
     """
 
     values_at_hand = False
 
-    def __init__(self, heap: SymmetricHeap, regions: Regions, queue: Queue, timeout: float) -> None:
+    def __init__(
+        self, heap: SymmetricHeap, regions: Regions, queue: Queue, timeout: float, most_programs: int
+    ) -> None:
         self.heap = heap
         self.rank = heap.rank
         self.num_ranks = heap.num_ranks
         self.status = Status(heap.rank, heap.num_ranks, timeout)
         self._regions = regions
         self._queue = queue
+        self._most_programs = most_programs
         self._timeout = min(int(timeout * _NANOSECONDS), 1 << 60)
         device = heap.device
         self._device = device
@@ -78,7 +81,7 @@ class CudaDataPlane:
             self._heap_table = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
             self._region_table = torch.zeros_like(regions.table, device=device, pin_memory=False)
             self._ready = torch.zeros_like(regions.ready, device=device, pin_memory=False)
-        self._tables_stream = torch.cuda.Stream(device)
+        self._tables_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
         self._context = tuple(
             tensor.data_ptr()
@@ -89,8 +92,23 @@ class CudaDataPlane:
 
     # Before every operation.
 
+    def _check(self) -> None:
+        with self._forgiving():
+            self.status.check()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Forget bad input once it has been reported."""
+        try:
+            yield
+        except ArgumentError:
+            with torch.cuda.stream(self._tables_stream):
+                self._state[words.BAD_INPUT.value].zero_()
+            self._tables_stream.synchronize()
+            raise
+
     def _enter(self) -> None:
-        self.status.check()
+        self._check()
         if torch.cuda.is_current_stream_capturing():
             return
         if self._regions.poll():
@@ -133,7 +151,7 @@ class CudaDataPlane:
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
-        self.status.check()
+        self._check()
         ranks, num_tokens = self.num_ranks, topk_idx.size(0)
         limit = ranks * words.MAX_LOCAL_EXPERTS
         if num_experts > limit:
@@ -212,13 +230,8 @@ class CudaDataPlane:
         """Wait for the counts of a dispatch: rows that come, pairs of every local expert."""
         assert plan.num_tokens_per_expert is not None
         num_local = plan.num_tokens_per_expert.numel() // self.num_ranks
-        try:
+        with self._forgiving():
             return self.status.wait_for_counts(num_local, torch.cuda.current_stream(self._device).query)
-        except ArgumentError:
-            with torch.cuda.stream(self._tables_stream):
-                self._state[words.BAD_INPUT.value].zero_()
-            self._tables_stream.synchronize()
-            raise
 
     def pull(
         self, signature: Signature, plan: SendPlan, prefix: torch.Tensor, outputs: Outputs, num_rows: int
@@ -244,7 +257,7 @@ class CudaDataPlane:
             signature.operation,
             self._timeout,
             self.num_ranks,
-            plan.num_sms or DEFAULT_NUM_SMS,
+            min(plan.num_sms or DEFAULT_NUM_SMS, self._most_programs),
             self._can_bulk,
         )
 
@@ -270,9 +283,13 @@ class CudaDataPlane:
             signature.operation,
             self._timeout,
             self.num_ranks,
-            plan.num_sms or DEFAULT_NUM_SMS,
+            min(plan.num_sms or DEFAULT_NUM_SMS, self._most_programs),
             self._can_bulk,
         )
+
+    def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.warm`."""
+        programs.warm(plans, reduces, num_experts, self.num_ranks, self._can_bulk)
 
     # Low latency: not on CUDA yet.
 

@@ -32,10 +32,11 @@ class CudaDispatch:
             return
         num_tokens, ranks = plan.is_token_in_rank.shape
         small = plane.empty(ranks * ranks + 2 * ranks + num_tokens * ranks)
-        self.rank_prefix_matrix, self._channels, heads = small.split((ranks * ranks, 2 * ranks, num_tokens * ranks))
-        self.rank_prefix_matrix = self.rank_prefix_matrix.view(ranks, ranks)
-        self.channel_prefix_matrix, self.recv_channel_prefix_matrix = self._channels.view(2, ranks, 1).unbind()
-        self.send_head = heads.view(num_tokens, ranks)
+        matrix, head = ranks * ranks, ranks * ranks + 2 * ranks
+        self.rank_prefix_matrix = small[:matrix].view(ranks, ranks)
+        self._channels = small[matrix:head].view(2, ranks, 1)
+        self.channel_prefix_matrix, self.recv_channel_prefix_matrix = self._channels.unbind()
+        self.send_head = small[head:].view(num_tokens, ranks)
 
     def notify(self) -> None:
         """Tell the ranks what comes and learn the counts, from the host's side if outputs depend on them."""

@@ -28,6 +28,9 @@ class Variant(NamedTuple):
 class Kernel:
     """A kernel and its compiled variants.
 
+    Attributes:
+        types: as given.
+
     Args:
         kernel: a ``triton.jit`` or ``gluon.jit`` function whose constexpr parameters come last.
         types: dtype of what each pointer parameter points to, or None for an integer, in order.
@@ -35,7 +38,7 @@ class Kernel:
 
     def __init__(self, kernel: Any, types: Sequence[torch.dtype | None]) -> None:
         self._kernel = kernel
-        self._types = tuple(types)
+        self.types = tuple(types)
         self._variants: dict[tuple[object, ...], Variant] = {}
 
     def variant(self, num_warps: int, **constants: object) -> Variant:
@@ -47,7 +50,7 @@ class Kernel:
         return found
 
     def _compile(self, num_warps: int, constants: dict[str, object]) -> Variant:
-        values = [1 if dtype is None else dtype for dtype in self._types]
+        values = [1 if dtype is None else dtype for dtype in self.types]
         compiled = self._kernel.warmup(*values, **constants, grid=(1,), num_warps=num_warps)
         run = compiled.run  # loads the module
         return Variant(run, compiled.function, compiled.packed_metadata, (None,) * len(constants))

@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane import Outputs, SendPlan
+from tokenferry.dataplane.cuda.kernels import bulk_combine as bulk_combine_kernels
+from tokenferry.dataplane.cuda.kernels import bulk_dispatch as bulk_dispatch_kernels
 from tokenferry.dataplane.cuda.kernels import combine as combine_kernels
 from tokenferry.dataplane.cuda.kernels import dispatch as dispatch_kernels
 from tokenferry.dataplane.cuda.kernels import layout as layout_kernels
 from tokenferry.dataplane.cuda.kernels import notify as notify_kernels
-from tokenferry.dataplane.cuda.launch import Kernel
+from tokenferry.dataplane.cuda.kernels.bulk import SHARED_BYTES
+from tokenferry.dataplane.cuda.launch import Kernel, Variant
 from tokenferry.handles import DispatchHandle
 
 _I8, _I32, _I64, _F32 = torch.uint8, torch.int32, torch.int64, torch.float32
@@ -36,7 +39,17 @@ _COMBINE = {
     )
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 }
+_BULK_DISPATCH = Kernel(bulk_dispatch_kernels.dispatch, _DISPATCH.types)
+_BULK_COMBINE = {
+    dtype: Kernel(bulk_combine_kernels.combine, _COMBINE[dtype].types)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+}
 _TOKENS_PER_BLOCK = 256
+_FEWEST_SLOTS = 4
+_BEHIND = 3
+"""Slots of a ring that are being written to global memory, or wait for it."""
+_MOST_SUMS = 64
+"""Float32 sums that a thread keeps in registers."""
 
 
 def _power_of_two(number: int) -> int:
@@ -80,7 +93,13 @@ def layout(
 ) -> None:
     """Launch ``layout``."""
     num_tokens, num_topk = topk_idx.shape
-    variant = _LAYOUT.variant(
+    variant = _layout(num_topk, num_experts, num_ranks)
+    addresses = [tensor.data_ptr() for tensor in (topk_idx, sums, counts, member, state)]
+    variant.launch(_layout_programs(num_tokens), stream, (*addresses, num_tokens, num_experts))
+
+
+def _layout(num_topk: int, num_experts: int, num_ranks: int) -> Variant:
+    return _LAYOUT.variant(
         8,
         R=num_ranks,
         K=num_topk,
@@ -88,8 +107,6 @@ def layout(
         EB=_power_of_two(num_experts),
         BLOCK=_TOKENS_PER_BLOCK,
     )
-    addresses = [tensor.data_ptr() for tensor in (topk_idx, sums, counts, member, state)]
-    variant.launch(_layout_programs(num_tokens), stream, (*addresses, num_tokens, num_experts))
 
 
 def _layout_programs(num_tokens: int) -> int:
@@ -116,15 +133,7 @@ def notify(
     heap, state, ready, _, status = context
     send_head, prefix, channels = results
     num_tokens = plan.rows.size(0)
-    block = min(max(_power_of_two(num_tokens), 128), 4096)
-    variant = _NOTIFY.variant(
-        min(block // 128, 16),
-        HOST_WAITS=host_waits,
-        NUM_COLUMNS=4,
-        R=num_ranks,
-        RB=_power_of_two(num_ranks),
-        BLOCK=block,
-    )
+    variant = _notify(host_waits, num_ranks)
     addresses = [
         _address(tensor)
         for tensor in (
@@ -138,6 +147,12 @@ def notify(
     ]
     numbers = (signature, num_tokens, plan.num_worst_tokens, num_local, list_capacity, rank, operation, timeout)
     variant.launch(num_ranks + 1, stream, (heap, state, ready, status, host, *addresses, *places, *numbers))
+
+
+def _notify(host_waits: bool, num_ranks: int) -> Variant:
+    return _NOTIFY.variant(
+        8, HOST_WAITS=host_waits, NUM_COLUMNS=4, R=num_ranks, RB=_power_of_two(num_ranks), BLOCK=1024
+    )
 
 
 def dispatch(
@@ -160,21 +175,8 @@ def dispatch(
     can_bulk: bool,
 ) -> None:
     """Launch ``dispatch``."""
-    num_topk, scale_words = _width(plan.topk_idx), _width(plan.scales) // 4
-    row_words = plan.rows.size(1) // 4
     num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.numel() // num_ranks
-    variant = _DISPATCH.variant(
-        8,
-        CACHED=plan.handle is not None,
-        WORDS=row_words,
-        SCALE_WORDS=scale_words,
-        K=num_topk,
-        KB=_power_of_two(num_topk),
-        R=num_ranks,
-        RT=4,
-        BLOCK=min(_power_of_two(row_words), 1024),
-        SMALL=min(_power_of_two(max(scale_words, 2 * num_topk)), 256),
-    )
+    variant = (_bulk_dispatch(plan, num_ranks) if can_bulk else None) or _plain_dispatch(plan, num_ranks)
     own = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
     out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights, src_idx, prefix)
     numbers = (
@@ -192,6 +194,48 @@ def dispatch(
     )
     addresses = [_address(tensor) for tensor in (*own, *out)]
     variant.launch(max(num_sms, 2), stream, (*context, *addresses, *places, *numbers))
+
+
+def _plain_dispatch(plan: SendPlan, num_ranks: int) -> Variant:
+    num_topk, scale_words = _width(plan.topk_idx), _width(plan.scales) // 4
+    row_words = plan.rows.size(1) // 4
+    return _DISPATCH.variant(
+        8,
+        CACHED=plan.handle is not None,
+        WORDS=row_words,
+        SCALE_WORDS=scale_words,
+        K=num_topk,
+        KB=_power_of_two(num_topk),
+        R=num_ranks,
+        RT=4,
+        BLOCK=min(_power_of_two(row_words), 1024),
+        SMALL=min(_power_of_two(max(scale_words, 2 * num_topk)), 256),
+    )
+
+
+def _bulk_dispatch(plan: SendPlan, num_ranks: int) -> Variant | None:
+    """The variant by the bulk-copy engine, or None if a few rows do not fit shared memory."""
+    row_bytes, scale_bytes, num_topk = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
+    slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk)
+    room = SHARED_BYTES - bulk_dispatch_kernels.TABLE_BYTES - 1024
+    for num_warps in (4, 2, 1) if row_bytes <= 2048 else (2, 1):
+        slots = min(room // (num_warps * slot), 16)
+        if slots >= _FEWEST_SLOTS:
+            return _BULK_DISPATCH.variant(
+                num_warps,
+                CACHED=plan.handle is not None,
+                ROW=row_bytes,
+                SCALES=scale_bytes,
+                K=num_topk,
+                R=num_ranks,
+                W=num_warps,
+                SLOT=slot,
+                SLOTS=slots,
+                LAG=slots - _BEHIND,
+                LANES=2 if row_bytes >= 4096 and row_bytes % 32 == 0 else 1,
+                TABLE=bulk_dispatch_kernels.TABLE_BYTES,
+            )
+    return None
 
 
 def combine(
@@ -214,22 +258,8 @@ def combine(
     """Launch ``combine``."""
     rows = columns[0]
     weights = columns[1] if len(columns) > 1 else None
-    num_topk = _width(weights)
-    item = rows.element_size()
-    variant = _COMBINE[rows.dtype].variant(
-        8,
-        WIDTH=rows.size(1),
-        ITEM=item,
-        ACC=tl.float64 if rows.dtype == torch.float64 else tl.float32,
-        K=num_topk,
-        KB=_power_of_two(num_topk),
-        BIAS_0=len(biases) > 0,
-        BIAS_1=len(biases) > 1,
-        R=num_ranks,
-        RT=2,
-        BLOCK=min(_power_of_two(rows.size(1)), 4096 // item),
-        SMALL=_power_of_two(num_topk),
-    )
+    variant = _bulk_combine(columns, len(biases), num_ranks) if can_bulk else None
+    variant = variant or _plain_combine(columns, len(biases), num_ranks)
     tensors = (
         rows,
         weights,
@@ -243,3 +273,68 @@ def combine(
     )
     numbers = (signature, outs[0].size(0), rows.size(0), *stage, max(num_sms // 2, 1), rank, operation, timeout)
     variant.launch(max(num_sms, 2), stream, (*context, *(_address(tensor) for tensor in tensors), *places, *numbers))
+
+
+def _plain_combine(columns: Sequence[torch.Tensor], num_biases: int, num_ranks: int) -> Variant:
+    rows = columns[0]
+    num_topk = columns[1].size(1) if len(columns) > 1 else 0
+    item = rows.element_size()
+    return _COMBINE[rows.dtype].variant(
+        8,
+        WIDTH=rows.size(1),
+        ITEM=item,
+        ACC=tl.float64 if rows.dtype == torch.float64 else tl.float32,
+        K=num_topk,
+        KB=_power_of_two(num_topk),
+        BIAS_0=num_biases > 0,
+        BIAS_1=num_biases > 1,
+        R=num_ranks,
+        RT=2,
+        BLOCK=min(_power_of_two(rows.size(1)), 4096 // item),
+        SMALL=_power_of_two(num_topk),
+    )
+
+
+def _bulk_combine(columns: Sequence[torch.Tensor], num_biases: int, num_ranks: int) -> Variant | None:
+    """The variant by the bulk-copy engine, or None if rows do not fit registers and shared memory."""
+    rows = columns[0]
+    kernel = _BULK_COMBINE.get(rows.dtype)
+    item, row_bytes = rows.element_size(), rows.size(1) * rows.element_size()
+    num_warps = 4 if _power_of_two(rows.size(1)) <= 128 * _MOST_SUMS else 8
+    # The ring is the larger of two allocations, and so the first.
+    block = max(_power_of_two(rows.size(1)), 512 * num_warps // item)
+    slots = min((SHARED_BYTES - bulk_combine_kernels.EXTRA_BYTES) // (block * item), 14)
+    if kernel is None or slots < _FEWEST_SLOTS or block > 32 * num_warps * _MOST_SUMS:
+        return None
+    return kernel.variant(
+        num_warps,
+        WIDTH=rows.size(1),
+        ITEM=item,
+        K=columns[1].size(1) if len(columns) > 1 else 0,
+        BIAS_0=num_biases > 0,
+        BIAS_1=num_biases > 1,
+        R=num_ranks,
+        W=num_warps,
+        BLOCK=block,
+        SLOTS=slots,
+        LAG=slots - _BEHIND,
+        LANES=next(lanes for lanes in (4, 2, 1) if row_bytes % (16 * lanes) == 0),
+    )
+
+
+def warm(
+    plans: Sequence[SendPlan],
+    reduces: Sequence[Sequence[torch.Tensor]],
+    num_experts: int,
+    num_ranks: int,
+    can_bulk: bool,
+) -> None:
+    """Compile what dispatches of such plans and combines of such columns launch, and what comes before."""
+    for host_waits in (True, False):
+        _notify(host_waits, num_ranks)
+    for plan in plans:
+        if plan.topk_idx is not None:
+            _layout(plan.topk_idx.size(1), num_experts, num_ranks)
+        _ = (_bulk_dispatch(plan, num_ranks) if can_bulk else None) or _plain_dispatch(plan, num_ranks)
+    for columns in reduces:
+        _ = (_bulk_combine(columns, 0, num_ranks) if can_bulk else None) or _plain_combine(columns, 0, num_ranks)

@@ -16,7 +16,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_half,
     wait_for_round,
 )
-from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, now, report
+from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, now, report, zero
 from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, EPOCH, FAILED, NUM_ROWS, STAGED, UNKNOWN_REGION
 
 
@@ -31,7 +31,7 @@ def stage_combine(
     WEIGHTS_AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
     per_round = half // (RECORD * R)
     own = tl.load(heap + rank) + stage
-    rounds = tl.zeros((), tl.int64)
+    rounds = zero().to(tl.int64)
     for reader in range(R):
         if reader != rank:
             rounds = tl.maximum(rounds, rounds_of(tokens_of(heap, rank, reader), per_round))
@@ -144,7 +144,7 @@ def check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COL
 @triton.jit
 def any_staged(heap, rank, R: tl.constexpr):
     """Whether some peer's rows come through its stage."""
-    found = tl.zeros((), tl.int32)
+    found = zero()
     for source in range(R):
         found = found | is_staged(heap, rank, source).to(tl.int32)
     return found != 0
@@ -208,7 +208,7 @@ def combine(
             True, 2, R,
         )  # fmt: skip
         fits = False
-        staged = tl.zeros((), tl.int32)
+        staged = zero()
         if going:
             fits = check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS, R)
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)

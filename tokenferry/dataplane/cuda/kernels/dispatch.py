@@ -25,6 +25,7 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     report,
     report_mismatches,
     wait_all_published,
+    zero,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
     BAD_HANDLE,
@@ -39,7 +40,10 @@ from tokenferry.dataplane.cuda.kernels.words import (
 
 
 @triton.jit
-def copy_rows(source, source_stride, from_rows, target, target_stride, to_rows, live, WORDS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def copy_rows(
+    source, source_stride, from_rows, target, target_stride, to_rows, live, WORDS: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Rows of 4-byte words between two addresses; strides in bytes, all divisible by ALIGN."""
     here = (source + from_rows.to(tl.int64) * source_stride).to(tl.pointer_type(tl.int32))
     there = (target + to_rows.to(tl.int64) * target_stride).to(tl.pointer_type(tl.int32))
@@ -112,7 +116,10 @@ def localise(
 
 
 @triton.jit
-def fill_tail(out_ids, out_weights, src_idx, start, end, worker, workers, K: tl.constexpr, KB: tl.constexpr, RT: tl.constexpr):  # fmt: skip
+def fill_tail(
+    out_ids, out_weights, src_idx, start, end, worker, workers, K: tl.constexpr, KB: tl.constexpr,
+    RT: tl.constexpr,
+):  # fmt: skip
     """Mark the rows past the last received one."""
     k = tl.arange(0, KB)
     for row in range(start + worker * RT, end, workers * RT):
@@ -139,7 +146,7 @@ def list_of(heap, src_idx, rank, source, start, list_capacity, CACHED: tl.conste
 @triton.jit
 def staged_rounds(heap, rank, per_round, R: tl.constexpr):
     """Rounds in which all staged sources pass; 0 if there is none."""
-    rounds = tl.zeros((), tl.int64)
+    rounds = zero().to(tl.int64)
     for source in range(R):
         if is_staged(heap, rank, source):
             rounds = tl.maximum(rounds, rounds_of(tokens_of(heap, rank, source), per_round))
@@ -168,13 +175,13 @@ def pull_source(
     num_tokens = tokens_of(heap, rank, source)
     staged = is_staged(heap, rank, source)
     per_round = half // RECORD
-    low = tl.zeros((), tl.int64)
+    low = zero().to(tl.int64)
     high = tl.where(this == 0, count, 0)
-    first = tl.zeros((), tl.int64)
+    first = zero().to(tl.int64)
     alive = True
     if staged:
         first = this * per_round
-        low = lower_bound(tokens, tl.zeros((), tl.int64), count, first)
+        low = lower_bound(tokens, zero().to(tl.int64), count, first)
         high = lower_bound(tokens, low, count, first + per_round)
         if first < num_tokens:
             alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, now() + timeout)
@@ -313,8 +320,8 @@ def dispatch(
             heap, state, ready, status, rank, epoch, signature, num_tokens, num_tokens, places, operation, timeout,
             CACHED, 4, R,
         )  # fmt: skip
-        staged = tl.zeros((), tl.int32)
-        received = tl.zeros((), tl.int64)
+        staged = zero()
+        received = zero().to(tl.int64)
         if going:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
             received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)

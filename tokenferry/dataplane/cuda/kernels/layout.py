@@ -49,8 +49,8 @@ def layout(
             tl.store(member + t * R + rank, hit.to(tl.uint8), mask=t < num_tokens)
             tl.atomic_add(sums + rank, tl.sum(hit), sem="relaxed", scope="gpu")
     if is_last(state + LAYOUT_ARRIVED, tl.num_programs(0).to(tl.int64)):
-        for start in range(0, R + num_experts, EB):
-            i = start + bins
+        for first in range(0, R + num_experts, EB):
+            i = first + bins
             inside = i < R + num_experts
             tl.store(counts + i, tl.load(sums + i, mask=inside, other=0), mask=inside)
             tl.store(sums + i, tl.zeros([EB], tl.int32), mask=inside)

@@ -18,6 +18,7 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     wait_released,
     word,
     write_message,
+    zero,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
     ALL,
@@ -48,7 +49,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
 @triton.jit
 def send_list(target, member, send_head, num_tokens, reader, R: tl.constexpr, BLOCK: tl.constexpr):
     """Write the ascending ids of the tokens that go to ``reader``; return how many."""
-    count = tl.zeros((), tl.int32)
+    count = zero()
     for start in range(0, num_tokens, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = t < num_tokens
@@ -108,7 +109,7 @@ def judge(heap, state, status, host, prefix, rank, epoch, operation, signature, 
         tl.store(prefix + source * R + r, ends.to(tl.int32), mask=inside)
     received = tl.sum(tl.where(r == rank, ends, 0))
     tl.store(host + HOST_ROWS, received)
-    code = tl.zeros((), tl.int32)
+    code = zero()
     for source in range(R):
         total = tl.sum(tl.where(r == source, ends, 0))
         worst = tl.load(message_word(own, source, NUM_WORST))

@@ -63,7 +63,10 @@ def lower_bound(tokens, start, end, value):
 
 
 @triton.jit
-def wait_for_half(heap, state, status, rank, this, per_round, operation, epoch, deadline, BY_READER: tl.constexpr, R: tl.constexpr):  # fmt: skip
+def wait_for_half(
+    heap, state, status, rank, this, per_round, operation, epoch, deadline, BY_READER: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
     """Before round ``this`` is staged: every reader that takes part in the round before the last has released it."""
     alive = True
     if this >= 2:

@@ -42,10 +42,16 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def zero():
+    """An int32 that loops and branches can carry on from, made so that Gluon, too, sees a scalar."""
+    return tl.program_id(0) * 0
+
+
+@triton.jit
 def now():
     """Nanoseconds of the device's clock; the interpreter has none, and so no deadlines."""
     if INTERPRET:
-        return tl.zeros((), tl.int64)
+        return zero().to(tl.int64)
     else:
         return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], tl.int64, is_pure=False, pack=1)
 
@@ -139,7 +145,7 @@ def write_message(
 @triton.jit
 def must_stage(ready, places, NUM_COLUMNS: tl.constexpr, R: tl.constexpr):
     """Whether some column lies where a peer cannot see it yet."""
-    staged = tl.zeros((), tl.int32)
+    staged = zero()
     if R > 1:
         for column in tl.static_range(NUM_COLUMNS):
             place = places[column]
@@ -195,7 +201,7 @@ def wait_all_published(heap, state, status, rank, epoch, step, operation, deadli
 def first_mismatch(heap, rank, signature, R: tl.constexpr):
     """The first source whose signature differs from this rank's, or -1."""
     own = tl.load(heap + rank)
-    found = tl.full((), -1, tl.int32)
+    found = zero() - 1
     for source in range(R):
         theirs = tl.load(message_word(own, source, SIGNATURE))
         found = tl.where((found < 0) & (theirs != signature), source, found)

@@ -1,0 +1,197 @@
+"""Compile the kernels for one architecture, without a GPU: ``python -m tests.compile_kernels 90 FOLDER``.
+
+The variants are those that :mod:`tokenferry.dataplane.cuda.programs` would launch. For each launch in ``LAUNCHES``
+the folder receives ``NAME.ptx`` and ``NAME.json``: what ptxas says about it, and how many variants there are after
+other values of its integers. A process of its own, since compilers may abort.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+from tokenferry.dataplane import OperationKind, Outputs, SendPlan
+from tokenferry.dataplane.cuda import launch, programs
+from tokenferry.handles import DispatchHandle
+
+TOKENS, ROWS, NUM_SMS = 4096, 8192, 16
+CONTEXT, STAGE, TIMEOUT = (0,) * 5, (1 << 20, 1 << 25), 10**10
+BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NUMBERS = (1, 16, 17, 2**33)
+"""Values of integer parameters that Triton would make variants of, unless told not to."""
+
+
+def layout(ranks: int, topk: int) -> None:
+    ids, counts = torch.empty(TOKENS, topk, dtype=torch.int64), torch.empty(ranks + 64, dtype=torch.int32)
+    member, state = torch.empty(TOKENS, ranks, dtype=torch.bool), torch.empty(16, dtype=torch.int64)
+    programs.layout(0, ids, counts, counts, member, state, 64, ranks)
+
+
+def plan_of(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, cached: bool = False) -> SendPlan:
+    handle = handle_of(ranks) if cached else None
+    return SendPlan(
+        rows=torch.empty(TOKENS, row_bytes, dtype=torch.uint8),
+        scales=torch.empty(TOKENS, scale_bytes, dtype=torch.uint8) if scale_bytes else None,
+        topk_idx=torch.empty(TOKENS, topk, dtype=torch.int64) if topk else None,
+        topk_weights=torch.empty(TOKENS, topk) if topk else None,
+        is_token_in_rank=torch.empty(TOKENS, ranks, dtype=torch.bool),
+        num_tokens_per_rank=None if cached else torch.empty(ranks, dtype=torch.int32),
+        num_tokens_per_expert=None if cached else torch.empty(64, dtype=torch.int32),
+        num_worst_tokens=0,
+        handle=handle,
+    )
+
+
+def handle_of(ranks: int) -> DispatchHandle:
+    prefix, channel = torch.empty(ranks, ranks, dtype=torch.int32), torch.empty(ranks, 1, dtype=torch.int32)
+    head, src_idx = torch.empty(TOKENS, ranks, dtype=torch.int32), torch.empty(ROWS, dtype=torch.int32)
+    member = torch.empty(TOKENS, ranks, dtype=torch.bool)
+    return DispatchHandle(prefix, channel, channel, src_idx, member, head)
+
+
+def notify(ranks: int) -> None:
+    handle = handle_of(ranks)
+    results = (handle.send_head, handle.rank_prefix_matrix, handle.channel_prefix_matrix)
+    places, kind = (0,) * 4, OperationKind.DISPATCH
+    programs.notify(
+        0, CONTEXT, 0, plan_of(ranks, 16, 8), results, places, 0, 64 // ranks, TOKENS, 0, kind, TIMEOUT, True, ranks
+    )
+
+
+def dispatch(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, cached: bool = False) -> None:
+    plan, handle = plan_of(ranks, row_bytes, topk, scale_bytes, cached=cached), handle_of(ranks)
+    outputs = Outputs(
+        torch.empty(ROWS, row_bytes, dtype=torch.uint8),
+        torch.empty(ROWS, scale_bytes, dtype=torch.uint8) if scale_bytes else None,
+        torch.empty(ROWS, topk, dtype=torch.int64) if topk else None,
+        torch.empty(ROWS, topk) if topk else None,
+        handle.recv_src_idx,
+    )
+    kind = OperationKind.CACHED_DISPATCH if cached else OperationKind.DISPATCH
+    programs.dispatch(
+        0, CONTEXT, plan, outputs, handle.recv_src_idx, handle.rank_prefix_matrix, (0,) * 4, 0, ROWS, TOKENS, STAGE,
+        0, kind, TIMEOUT, ranks, NUM_SMS, False,
+    )  # fmt: skip
+
+
+def combine(ranks: int, dtype: torch.dtype, row_bytes: int, topk: int = 8, biases: int = 0) -> None:
+    width = row_bytes // dtype.itemsize
+    columns, outs = (
+        [torch.empty(count, width, dtype=dtype), *[torch.empty(count, topk)] * (topk > 0)] for count in (ROWS, TOKENS)
+    )
+    programs.combine(
+        0, CONTEXT, columns, outs, [outs[0]] * biases, handle_of(ranks), (0, 0), 0, STAGE, 0, OperationKind.COMBINE,
+        TIMEOUT, ranks, NUM_SMS, False,
+    )  # fmt: skip
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "layout": lambda: layout(8, 8),
+    "notify": lambda: notify(8),
+    "dispatch 2 ranks": lambda: dispatch(2, 14336, 8),
+    "dispatch 8 ranks": lambda: dispatch(8, 14336, 8),
+    "dispatch fp8": lambda: dispatch(8, 7168, 8, 56 * 4),
+    "dispatch 16 bytes": lambda: dispatch(8, 16, 1),
+    "dispatch without choices": lambda: dispatch(8, 14336, 0),
+    "dispatch cached": lambda: dispatch(8, 14336, 0, cached=True),
+    "combine bf16 2 ranks": lambda: combine(2, BFLOAT16, 14336),
+    "combine bf16": lambda: combine(8, BFLOAT16, 14336),
+    "combine bf16 biases": lambda: combine(8, BFLOAT16, 14336, 0, 2),
+    "combine fp16": lambda: combine(8, FLOAT16, 14336),
+    "combine fp32": lambda: combine(8, FLOAT32, 28672),
+    "combine fp64": lambda: combine(8, FLOAT64, 14336),
+    "combine 16 bytes": lambda: combine(8, BFLOAT16, 16),
+}
+"""One launch each, by name: the kernel's, then the case."""
+
+
+class _Driver:
+    """Stands for the driver of a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+    def is_active(self) -> bool:
+        return True
+
+
+class _Recorder:
+    """Compiles as ``launch.Kernel._compile`` does, but loads nothing."""
+
+    def __init__(self) -> None:
+        self.compiled: list[Any] = []
+        self.num_variants = 0
+
+    def compile(self, kernel: launch.Kernel, num_warps: int, constants: dict[str, object]) -> launch.Variant:
+        before = _count_variants(kernel._kernel)
+        for number in NUMBERS:
+            values = [number if dtype is None else dtype for dtype in kernel.types]
+            compiled = kernel._kernel.warmup(*values, **constants, grid=(1,), num_warps=num_warps)
+        self.compiled.append(compiled)
+        self.num_variants += _count_variants(kernel._kernel) - before
+        return launch.Variant(lambda *_: None, None, None, (None,) * len(constants))
+
+
+def _count_variants(kernel: Any) -> int:
+    return sum(len(caches[0]) for caches in kernel.device_caches.values())
+
+
+def _ptxas(ptx: str, capability: int) -> str:
+    """What ptxas tells of a kernel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
+        return subprocess.run(
+            [*command, file.name, "-o", "/dev/null"], check=True, capture_output=True, text=True
+        ).stderr
+
+
+def compile_one(queue: Callable[[], None], capability: int) -> tuple[str, dict[str, int]]:
+    """PTX and figures of the kernel that ``queue`` launches."""
+    recorder = _Recorder()
+    with mock.patch.object(launch.Kernel, "_compile", lambda *given: recorder.compile(*given)), torch.device("meta"):
+        queue()
+    (compiled,) = recorder.compiled
+    ptx = compiled.asm["ptx"]
+    said = _ptxas(ptx, capability)
+    patterns = {"registers": r"Used (\d+) registers", "stack": r"(\d+) bytes stack", "spills": r"(\d+) bytes spill s"}
+    found = {name: int(number) for name, pattern in patterns.items() for number in re.findall(pattern, said)}
+    return ptx, found | {"variants": recorder.num_variants, "dynamic_shared": compiled.metadata.shared}
+
+
+def main(arguments: Sequence[str]) -> None:
+    capability, folder = int(arguments[0]), Path(arguments[1])
+    triton.runtime.driver.set_active(_Driver(capability))
+    for name, queue in LAUNCHES.items():
+        ptx, found = compile_one(queue, capability)
+        (folder / f"{name}.ptx").write_text(ptx)
+        (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

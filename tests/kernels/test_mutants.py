@@ -1,0 +1,403 @@
+"""The protocol of the kernels: right under stress, and no step of it can be left out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tests.cases import Case
+from tests.kernels.mutants import mutated_module
+from tests.kernels.world import ALL_MODULES, Rank, World
+from tokenferry.dataplane.cuda import programs
+from tokenferry.dataplane.cuda.kernels import combine, dispatch, layout, notify, rounds, sync, words
+
+Modules = dict[str, ModuleType]
+
+SIZES = ((11, 6), (7, 12), (0, 9), (13, 1))
+STAGE = 512
+"""Rounds of 5 tokens in a dispatch of ``SIZES`` and of 4 rows in a combine, with two ranks."""
+SLOW = 0.01
+DIRECT = {"direct": (True,), "staged": (False,), "mixed": (True, False)}
+MISMATCH = words.MISMATCH.value
+HOSTS = 100
+"""Added to a rank: the queue of what its host does while its kernels run."""
+
+
+@triton.jit
+def overwrite(target, count, BLOCK: tl.constexpr):
+    """What the owner of a tensor may do with it as soon as an operation is over."""
+    i = tl.arange(0, BLOCK)
+    tl.store(target + i, tl.full([BLOCK], 0xEE, tl.uint8), mask=i < count)
+
+
+@triton.jit
+def wait_for_counts(counts, copy, COUNT: tl.constexpr):
+    """What a host does that waits for counts."""
+    while tl.atomic_add(counts, 0, sem="acquire", scope="sys") == 0:
+        pass
+    i = tl.arange(0, COUNT)
+    tl.store(copy + i, tl.load(counts + i))
+
+
+class Calls:
+    """One dispatch and what follows it on all ranks, each call only queued; ``check`` when all have run."""
+
+    def __init__(self, world: World, number: int, seed: int, *, routing: str = "random", num_sms: int = 4) -> None:
+        sizes = SIZES[(number + seed) % len(SIZES)]
+        case = Case(
+            tokens=(*sizes, 5), row_bytes=16, num_topk=2, local_experts=2, combine_bytes=16, routing=routing,
+            seed=10 * seed + number,
+        )  # fmt: skip
+        self.world = world
+        self.cached: dict[int, Any] = {}
+        self.is_combined = False
+        self.ranks = [Rank(world, case, rank, num_sms) for rank in range(world.num_ranks)]
+        self.worst = max(self.ranks[0].num_rows) + 1 + seed % 3
+        for rank in self.ranks:
+            given = rank.given  # the oracle's, not to be overwritten
+            rank.given = replace(given, topk_idx=given.topk_idx.clone(), topk_weights=given.topk_weights.clone())
+
+    def dispatch(self) -> None:
+        for rank in self.ranks:
+            rank.layout()
+            rank.notify(self.worst)
+            rank.pull(self.worst)
+
+    def dispatch_cached(self) -> None:
+        for rank in self.ranks:
+            first = rank.out
+            rank.pull(self.worst, rank.handle(), signature=44)
+            self.cached[rank.rank], rank.out = rank.out, first
+
+    def overwrite(self) -> None:
+        """What the dispatches have read."""
+        for rank in self.ranks:
+            for tensor in (rank.x, rank.given.topk_idx, rank.given.topk_weights):
+                self._overwrite(rank.rank, tensor)
+
+    def combine(self, signatures: tuple[int, ...] = (43,)) -> None:
+        self.is_combined = True
+        for rank in self.ranks:
+            rank.combine(rank.handle(), signature=signatures[rank.rank % len(signatures)])
+            columns, _ = self.world.kept[-1]
+            for tensor in columns:
+                self._overwrite(rank.rank, tensor)
+
+    def check(self) -> None:
+        for rank in self.ranks:
+            rank.given = rank.inputs[rank.rank]
+            rank.check_layout()
+            rank.check_dispatch()
+            if self.is_combined:
+                rank.check_combine()
+            if rank.rank in self.cached:
+                rank.out = self.cached[rank.rank]
+                rank.check_dispatch(cached=True)
+
+    def _overwrite(self, rank: int, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if size:
+            flat = tensor.view(torch.uint8).flatten()
+            block = triton.next_power_of_2(size)
+            self.world.simulator.launch(rank, overwrite, (1,), flat, size, BLOCK=block)
+
+
+class Paces(random.Random):
+    """Choices of a scheduler to whom one program of every other launch is slow."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._slow: dict[Any, int] = {}
+
+    def choices(self, programs: Any, weights: Any) -> Any:
+        return super().choices(programs, [w * self._pace(p) for p, w in zip(programs, weights, strict=True)])
+
+    def _pace(self, program: Any) -> float:
+        if program.launch not in self._slow:
+            self._slow[program.launch] = self.randrange(2 * program.grid[0])
+        return SLOW if program.index[0] == self._slow[program.launch] else 1
+
+
+def disturb(monkeypatch: Any, world: World, seed: int) -> None:
+    """Let programs be uneven, every launch begin late by a random number of steps, and one of the ranks always."""
+    source, launch = random.Random(seed), world.simulator.launch
+    slow = source.randrange(world.num_ranks + 1)
+
+    def delayed(rank: int, *args: Any, **kwargs: Any) -> None:
+        delay = source.choice((0, 0, source.randrange(200))) + 100 * (rank == slow)
+        launch(rank, *args, delay=delay, **kwargs)
+
+    monkeypatch.setattr(world.simulator, "launch", delayed)
+    world.simulator.random = Paces(seed)
+
+
+def repeated(
+    monkeypatch: Any,
+    seed: int,
+    modules: Modules | None = None,
+    *,
+    direct: str,
+    length: int = 2,
+    num_ranks: int = 2,
+    stage_bytes: int = STAGE,
+    num_sms: int = 4,
+    combines: bool = True,
+    routing: str = "random",
+) -> None:
+    """Pairs of dispatch and combine in a row, one of them with a cached dispatch; tensors are overwritten at once."""
+    world = World(
+        monkeypatch, num_ranks, seed, direct=DIRECT[direct], stage_bytes=stage_bytes, modules=modules,
+        max_steps=8000 * length * (num_ranks - 1),
+    )  # fmt: skip
+    disturb(monkeypatch, world, seed)
+    monkeypatch.setattr(programs, "_TOKENS_PER_BLOCK", 4)
+    calls = [Calls(world, number, seed, routing=routing, num_sms=num_sms) for number in range(length)]
+    for number, call in enumerate(calls):
+        call.dispatch()
+        if combines and number == 0:
+            call.dispatch_cached()
+        call.overwrite()
+        if combines:
+            call.combine()
+    world.run()
+    for call in calls:
+        call.check()
+    assert [world.code(rank) for rank in range(num_ranks)] == [0] * num_ranks
+
+
+def alternating(monkeypatch: Any, seed: int, modules: Modules | None = None) -> None:
+    """Cached dispatches of different sizes through stages, right behind each other."""
+    world = World(monkeypatch, 2, seed, direct=(False,), stage_bytes=256, modules=modules, max_steps=20_000)
+    disturb(monkeypatch, world, seed)
+    calls = [Calls(world, number, seed, routing="one_rank") for number in range(2)]
+    for call in calls:
+        call.dispatch()
+    for call in calls * 2:
+        call.dispatch_cached()
+    world.run()
+    for call in calls:
+        call.check()
+    assert [world.code(rank) for rank in range(2)] == [0, 0]
+
+
+def counted(monkeypatch: Any, seed: int, modules: Modules | None = None) -> None:
+    """A host reads the counts of a dispatch as soon as it may."""
+    world = World(monkeypatch, 2, seed, modules=modules, max_steps=5000)
+    disturb(monkeypatch, world, seed)
+    calls = Calls(world, 0, seed)
+    before = world.counts
+    for rank in calls.ranks:
+        rank.layout()
+        rank.notify()
+    world.counts = [torch.full((8,), -7, dtype=torch.int64) for _ in before]
+    for rank, counts in enumerate(before):
+        world.simulator.launch(HOSTS + rank, wait_for_counts, (1,), counts, world.counts[rank], COUNT=8)
+    world.run()
+    for rank in calls.ranks:
+        rank.check_counts()
+
+
+def refused(monkeypatch: Any, seed: int, modules: Modules | None = None, *, host_waits: bool = True) -> None:
+    """Ranks that mean different dispatches, then different combines; what follows each is as if nothing was."""
+    world = World(monkeypatch, 2, seed, direct=(True, False), stage_bytes=STAGE, modules=modules, max_steps=10_000)
+    disturb(monkeypatch, world, seed)
+    calls, after = (Calls(world, number, seed) for number in range(2))
+    for rank in calls.ranks:
+        rank.layout()
+        rank.notify(0 if host_waits else calls.worst, signature=rank.rank)
+        if not host_waits:
+            rank.pull(calls.worst)
+    after.dispatch()
+    after.overwrite()
+    if not host_waits:
+        after.combine((1, 2))
+    outs = [rank.outs for rank in after.ranks if not host_waits]
+    after.combine()
+    world.run()
+    after.check()
+    for rank in calls.ranks:
+        assert world.code(rank.rank) == MISMATCH
+        assert host_waits or (rank.out.topk_idx == -1).all()
+        assert all(out.isnan().all() for refused_outs in outs for out in refused_outs)
+
+
+def _repeated(direct: str, **options: Any) -> Callable[..., None]:
+    return lambda *given: repeated(*given, direct=direct, **options)
+
+
+SCENARIOS: dict[str, Callable[..., None]] = {
+    "direct": _repeated("direct"),
+    "staged": _repeated("staged"),
+    "mixed": _repeated("mixed"),
+    "one way": _repeated("direct", routing="one_rank"),
+    "mixed, one way": _repeated("mixed", routing="one_rank"),
+    "dispatches": _repeated("staged", routing="sparse", stage_bytes=4096, combines=False, length=4),
+    "many rounds": _repeated("staged", stage_bytes=256, length=1),
+    "staged, 3 ranks": _repeated("staged", num_ranks=3),
+    "alternating": alternating,
+    "counted": counted,
+    "refused": refused,
+    "refused, no host waits": lambda *given: refused(*given, host_waits=False),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: ``old`` replaced by ``new`` in ``module``, to be found in one of the scenarios."""
+
+    module: ModuleType
+    old: str
+    new: str
+    scenario: str
+    count: int = 1
+
+    def modules(self) -> Modules:
+        entries = {"layout": layout, "notify": notify, "dispatch": dispatch, "combine": combine}
+        return {
+            name: mutated_module(self.module, self.old, self.new, self.count, entry=entries[name])
+            for name in ALL_MODULES
+        }
+
+
+WAIT_RELEASED_BEFORE = """alive = wait_released(
+                heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, deadline
+            )"""
+WRITE_MESSAGE = """write_message(
+                heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
+            )  # fmt: skip
+            """
+SIGNAL_MESSAGE = "signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))"
+SIGNAL_LIST = "        tl.debug_barrier()\n        signal(word(base, PUBLISHED + rank * LINE), progress(epoch, 1))\n"
+WAIT_FOR_READERS = """if (staged == 0) & (tl.load(state + FAILED) == 0):
+        for reader"""
+LAST_STAGER = "if is_last(state + STAGE_ARRIVED + this % 2, num_stagers):"
+LAST_READER = "if is_last(state + ROUND_ARRIVED + this % 2, num_readers):"
+LIST = """        sent = send_list(ids, member, send_head, num_tokens, reader, R, BLOCK)
+        if sent != tl.sum(tl.where(r == reader, counts, 0)):
+            tl.store(status + DETAIL + reader, sent.to(tl.int64))
+            report(status, BAD_COUNTS, operation, epoch)
+"""
+HOST_DONE = """tl.debug_barrier()
+    tl.atomic_xchg(host + HOST_DONE, epoch, sem="release", scope="sys")"""
+
+MUTANTS = {
+    # Waiting and signalling.
+    "signal relaxed": Mutant(sync, 'xchg(flag, value, sem="release"', 'xchg(flag, value, sem="relaxed"', "staged"),
+    "wait relaxed": Mutant(sync, 'sem="acquire"', 'sem="relaxed"', "staged", 2),
+    "wait for any step": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "epoch << EPOCH_SHIFT", "staged"),
+    "wait for any epoch": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "step", "direct"),
+    "wait for just this step": Mutant(sync, "while (seen < value)", "while (seen != value)", "staged"),
+    # The message.
+    "message over an unread one": Mutant(sync, WAIT_RELEASED_BEFORE, "alive = True", "alternating"),
+    "message after its flag": Mutant(
+        sync,
+        WRITE_MESSAGE + "tl.debug_barrier()\n            " + SIGNAL_MESSAGE,
+        SIGNAL_MESSAGE + "\n            " + WRITE_MESSAGE,
+        "direct",
+    ),
+    "nobody waits for messages": Mutant(sync, "progress(epoch, step), operation", "0, operation", "direct"),
+    "messages of the previous epoch": Mutant(
+        sync, "progress(epoch, step), operation", "progress(epoch - 1, step), operation", "direct"
+    ),
+    "one message is not waited for": Mutant(
+        sync, "for source in range(R):\n        there", "for source in range(R - 1):\n        there", "direct"
+    ),
+    "list over an unread one": Mutant(notify, "progress(epoch - 1, ALL)", "0", "dispatches"),
+    "list after its flag": Mutant(notify, LIST + SIGNAL_LIST, SIGNAL_LIST + LIST, "dispatches"),
+    "no barrier after the list": Mutant(notify, SIGNAL_LIST, SIGNAL_LIST.partition("\n")[2], "direct"),
+    "nobody listens": Mutant(notify, "progress(epoch, 1), deadline", "0, deadline", "direct"),
+    "counts after their flag": Mutant(
+        notify, "    if alive:\n        code", "    " + HOST_DONE + "\n    if alive:\n        code", "counted"
+    ),
+    "no barrier after the counts": Mutant(notify, "    " + HOST_DONE, HOST_DONE.partition("\n")[2], "counted"),
+    "counts relaxed": Mutant(notify, HOST_DONE, HOST_DONE.replace("release", "relaxed"), "counted"),
+    # The end of an operation.
+    "no barrier before counting": Mutant(sync, "    tl.debug_barrier()\n    last", "    last", "staged"),
+    "counting relaxed": Mutant(sync, '"acq_rel"', '"relaxed"', "staged"),
+    "counting does not release": Mutant(sync, '"acq_rel"', '"acquire"', "staged"),
+    "counting does not acquire": Mutant(sync, '"acq_rel"', '"release"', "direct"),
+    "ended by the last but one": Mutant(
+        sync, "tl.num_programs(0).to(tl.int64))", "tl.num_programs(0).to(tl.int64) - 1)", "one way"
+    ),
+    "counter stays": Mutant(sync, "tl.store(counter, 0)", "tl.store(counter, tl.where(total > 1, 1, 0))", "direct"),
+    "release before the reads": Mutant(
+        sync,
+        "    if is_last(state + ARRIVED",
+        "    release_all(heap, rank, epoch, ALL, R)\n    if is_last(state + ARRIVED",
+        "one way",
+    ),
+    "owner does not wait for its readers": Mutant(
+        sync, WAIT_FOR_READERS, WAIT_FOR_READERS.replace("staged == 0", "staged < 0"), "one way"
+    ),
+    "epoch stays": Mutant(sync, "tl.store(state + EPOCH, epoch)", "pass", "direct"),
+    "counts of tokens stay": Mutant(
+        layout, "tl.store(sums + i, tl.zeros([EB], tl.int32), mask=inside)", "pass", "direct"
+    ),
+    "all rows are direct": Mutant(sync, "(seen == 0).to(tl.int32)", "(seen < 0).to(tl.int32)", "mixed"),
+    # Rounds.
+    "half is not free": Mutant(rounds, "if this >= 2:", "if this < 0:", "staged"),
+    "half of the round before is free": Mutant(
+        rounds, "progress(epoch, this - 1)", "progress(epoch, this - 2)", "many rounds"
+    ),
+    "waits for who does not take part": Mutant(rounds, "if BY_READER:", "if False:", "staged, 3 ranks"),
+    "round published by the first": Mutant(rounds, LAST_STAGER, "if True:", "staged"),
+    "round published early": Mutant(
+        rounds, "* LINE), progress(epoch, this + 2)", "* LINE), progress(epoch, this + 3)", "staged"
+    ),
+    "round is not waited for": Mutant(
+        rounds, "source, progress(epoch, this + 2)", "source, progress(epoch, this + 1)", "staged"
+    ),
+    "one counter of stagers": Mutant(rounds, "STAGE_ARRIVED + this % 2", "STAGE_ARRIVED", "staged"),
+    "round released by the first": Mutant(rounds, LAST_READER, "if True:", "many rounds"),
+    "round released early": Mutant(rounds, "epoch, this + 1, R)", "epoch, this + 2, R)", "many rounds"),
+    "one counter of readers": Mutant(rounds, "ROUND_ARRIVED + this % 2", "ROUND_ARRIVED", "many rounds"),
+    "round is not released": Mutant(rounds, "release_all(heap, rank, epoch, this + 1, R)", "pass", "staged"),
+    "dispatch in one half": Mutant(dispatch, "(this % 2) * half", "0 * half", "staged", 2),
+    "combine in one half": Mutant(combine, "(this % 2) * half", "0 * half", "staged", 2),
+    "combine does not wait for rounds": Mutant(
+        combine, "if alive & is_staged(", "if (rank < 0) & is_staged(", "staged"
+    ),
+    # Refusals.
+    "refused dispatch stays open": Mutant(notify, "if HOST_WAITS:", "if False:", "refused"),
+    "refused dispatch goes on": Mutant(notify, "tl.store(state + SKIPPED, epoch)", "pass", "refused, no host waits"),
+    "refused combine goes on": Mutant(
+        dispatch, "if first_mismatch(heap, rank, signature, R) >= 0:", "if rank < 0:", "refused, no host waits"
+    ),
+}
+
+
+def finds(monkeypatch: Any, mutant: Mutant, seed: int) -> bool:
+    """Whether a seed shows the fault: wrong results or status, a deadlock or a late load."""
+    try:
+        SCENARIOS[mutant.scenario](monkeypatch, seed, mutant.modules())
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_fault_is_found(monkeypatch: Any, name: str) -> None:
+    assert any(finds(monkeypatch, MUTANTS[name], seed) for seed in range(4))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_right_protocol_passes(monkeypatch: Any, scenario: str, seed: int) -> None:
+    SCENARIOS[scenario](monkeypatch, seed)
+
+
+@pytest.mark.parametrize("direct", DIRECT)
+@pytest.mark.parametrize("seed", range(2))
+def test_repeated_operations(monkeypatch: Any, direct: str, seed: int) -> None:
+    repeated(
+        monkeypatch, seed, direct=direct, length=3, num_ranks=3, stage_bytes=(STAGE, 1024)[seed % 2],
+        num_sms=(5, 2, 3)[seed % 3],
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""The kernels as the compiler makes them for each architecture, without a GPU: see :mod:`tests.compile_kernels`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+CAPABILITIES = (80, 90, 100)
+NAMES = (
+    "layout",
+    "notify",
+    "dispatch 2 ranks",
+    "dispatch 8 ranks",
+    "dispatch fp8",
+    "dispatch 16 bytes",
+    "dispatch without choices",
+    "dispatch cached",
+    "combine bf16 2 ranks",
+    "combine bf16",
+    "combine bf16 biases",
+    "combine fp16",
+    "combine fp32",
+    "combine fp64",
+    "combine 16 bytes",
+)
+"""Those of ``compile_kernels.LAUNCHES``."""
+
+MOST_SPILLED = 128
+"""Bytes: divisions of 64-bit integers are calls, around which a few registers are saved."""
+
+ACCESS = re.compile(r"(@%p\d+ )?(st\.global|ld\.global\.v\d)\.\S+")
+RELEASE = re.compile(r"(@%p\d+ )?atom\.\S*(release|acq_rel)\S*")
+BARRIER = re.compile(r"bar(rier)?\.(cta\.)?sync")
+
+
+class Compiled:
+    """The kernels of one architecture, once their process has made them."""
+
+    def __init__(self, capability: int, folder: Path) -> None:
+        self.folder = folder
+        self._output = folder / "output"
+        command = [sys.executable, "-m", "tests.compile_kernels", str(capability), str(folder)]
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+
+    def wait(self) -> None:
+        assert self._process.wait() == 0, self._output.read_text()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def ptx(self, name: str) -> str:
+        return (self.folder / f"{name}.ptx").read_text()
+
+    def figures(self, name: str) -> dict[str, int]:
+        return json.loads((self.folder / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One process for each architecture, all at work."""
+    compiled = {capability: Compiled(capability, tmp_path_factory.mktemp("ptx")) for capability in CAPABILITIES}
+    yield compiled
+    for process in compiled.values():
+        process.end()
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES, ids="sm_{}".format)
+def compiled(request: pytest.FixtureRequest, processes: dict[int, Compiled]) -> Compiled:
+    processes[request.param].wait()
+    return processes[request.param]
+
+
+def instructions(ptx: str) -> list[str]:
+    """In the order of the text, without comments, labels and directives."""
+    lines = (re.sub(r"//.*", "", line).strip() for line in ptx.splitlines())
+    return [line for line in lines if line.endswith(";") and not line.startswith(".")]
+
+
+def accesses(ptx: str) -> set[str]:
+    """Plain loads from global memory and stores to it, such as ``ld.v4.b32``."""
+    return {f"{name}{width}" for name, width in re.findall(r"\b(ld|st)\.global((?:\.v\d)?\.b\d+)\b", ptx)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_variant_serves_all_values(compiled: Compiled, name: str) -> None:
+    assert compiled.figures(name)["variants"] == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registers_suffice(compiled: Compiled, name: str) -> None:
+    figures = compiled.figures(name)
+    assert figures["spills"] <= MOST_SPILLED
+    assert figures["stack"] <= MOST_SPILLED // 2
+    assert ".local" not in compiled.ptx(name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.partition(" ")[0] in ("dispatch", "combine")])
+def test_rows_move_by_16_bytes(compiled: Compiled, name: str) -> None:
+    found = accesses(compiled.ptx(name))
+    if "16 bytes" in name:  # fewer words than threads
+        assert "st.v4.b32" not in found
+        return
+    assert {"ld.v4.b32", "st.v4.b32"} <= found or {"ld.v2.b64", "st.v2.b64"} <= found
+    assert not found & {"ld.b8", "st.b8", "ld.b16", "st.b16", "ld.v2.b16", "st.v2.b16"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "layout"])
+def test_peers_are_waited_for_and_signalled_at_system_scope(compiled: Compiled, name: str) -> None:
+    ptx = compiled.ptx(name)
+    assert "ld.global.sys.acquire.b64" in ptx
+    assert re.search(r"atom\.global\.sys\.release\.exch\.b64|st\.release\.sys", ptx)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_other_thread_is_between_a_barrier_and_a_release(compiled: Compiled, name: str) -> None:
+    """From a release back to the last barrier in the text, nobody but the releasing thread (by its predicate) stores.
+
+    Nor does anybody load several words, as those who read rows do.
+    """
+    since: set[str | None] = set()
+    num_releases = 0
+    for instruction in instructions(compiled.ptx(name)):
+        if BARRIER.match(instruction):
+            since.clear()
+        elif access := ACCESS.match(instruction):
+            since.add(access[1])
+        elif release := RELEASE.match(instruction):
+            num_releases += 1
+            assert release[1] is not None
+            assert since <= {release[1]}, instruction
+    assert num_releases

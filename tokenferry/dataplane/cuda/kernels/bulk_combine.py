@@ -1,0 +1,322 @@
+"""Combine by the bulk-copy engine (sm_90 and newer): the same protocol and parameters as in plain Triton.
+
+The rows of a program's tokens pass through one ring of slots, source after source, LAG rows ahead of the sum. All warps
+sum together; the first one asks for rows. A slot without a row (the source does not have the token) announces nothing.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from tokenferry.dataplane.cuda.kernels.bulk import (
+    announce,
+    fence_before_loads,
+    init_barrier,
+    load_bulk,
+    load_shared,
+    load_shared_long,
+    shared_base,
+    store_shared,
+    store_shared_long,
+    wait_parity,
+)
+from tokenferry.dataplane.cuda.kernels.combine import any_staged, check_sources, place_of
+from tokenferry.dataplane.cuda.kernels.dispatch import agree
+from tokenferry.dataplane.cuda.kernels.rounds import (
+    is_staged,
+    lower_bound,
+    publish_round,
+    release_round,
+    rounds_of,
+    tokens_of,
+    wait_for_half,
+    wait_for_round,
+)
+from tokenferry.dataplane.cuda.kernels.sync import finish, message_word, now, zero
+from tokenferry.dataplane.cuda.kernels.words import EPOCH, FAILED, STAGED
+
+EXTRA_BYTES = 16384
+"""Shared memory behind the ring: the table, the barriers and windows of weights."""
+ENTRY = gl.constexpr(64)
+ROWS_AT = gl.constexpr(0)
+ROWS_STEP = gl.constexpr(8)
+WEIGHTS_AT = gl.constexpr(16)
+WEIGHTS_STEP = gl.constexpr(24)
+BY_TOKEN = gl.constexpr(32)
+BARS = gl.constexpr(32 * 64)
+"""Behind the table's entries for 32 sources."""
+SKIPS = gl.constexpr(32 * 64 + 256)
+WINDOWS = gl.constexpr(32 * 64 + 512)
+WINDOW = gl.constexpr(160)
+"""Bytes for 32 weights wherever they begin."""
+MAX_SLOTS = 32
+
+
+@gluon.jit
+def prepare(
+    heap, regions, prefix, x, weights, rank, this, per_round, stage, half, table, first_thread,
+    RECORD: gl.constexpr, AT: gl.constexpr, ROW: gl.constexpr, K: gl.constexpr, R: gl.constexpr,
+):  # fmt: skip
+    """Write the table of a round."""
+    for source in range(R):
+        base, step, staged, _ = place_of(
+            heap, regions, prefix, x, rank, source, this, per_round, stage, half, 0, RECORD, 0, ROW, R
+        )
+        entry = table + source * ENTRY
+        none = first_thread.to(gl.int64) * 0
+        store_shared_long(entry + ROWS_AT, base + none, first_thread)
+        store_shared_long(entry + ROWS_STEP, step.to(gl.int64) + none, first_thread)
+        store_shared_long(entry + BY_TOKEN, staged.to(gl.int64) + none, first_thread)
+        if K > 0:
+            base, step, staged, _ = place_of(
+                heap, regions, prefix, weights, rank, source, this, per_round, stage, half, 1, RECORD, AT, K * 4, R
+            )
+            store_shared_long(entry + WEIGHTS_AT, base + none, first_thread)
+            store_shared_long(entry + WEIGHTS_STEP, step.to(gl.int64) + none, first_thread)
+
+
+@gluon.jit
+def ask(
+    head, source, token, slot_at, extra, ring, tid,
+    ROW: gl.constexpr, K: gl.constexpr, SLOT: gl.constexpr, LANES: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of one item: a token's row of one source, if there is one (``head`` is not negative)."""
+    PIECE: gl.constexpr = ROW // LANES
+    entry = extra + source * ENTRY
+    live = (head >= 0).to(gl.int32) + tid * 0
+    index = gl.where(load_shared_long(entry + BY_TOKEN) != 0, token, head).to(gl.int64)
+    rows_at = load_shared_long(entry + ROWS_AT) + index * load_shared_long(entry + ROWS_STEP)
+    total = live * ROW
+    if K > 0:
+        at = load_shared_long(entry + WEIGHTS_AT) + index * load_shared_long(entry + WEIGHTS_STEP)
+        skip = (at & 15).to(gl.int32)
+        size = (skip + K * 4 + 15) & -16
+        total += live * size
+        store_shared(extra + SKIPS + slot_at * 8, skip, (tid == 0).to(gl.int32))
+    bar = extra + BARS + slot_at * 8
+    announce(bar, total, (tid == 0).to(gl.int32))
+    load_bulk(
+        ring + slot_at * SLOT + tid * PIECE, rows_at + tid * PIECE, tid * 0 + PIECE, bar,
+        live * (tid < LANES).to(gl.int32),
+    )  # fmt: skip
+    if K > 0:
+        load_bulk(extra + WINDOWS + slot_at * WINDOW, at & -16, size, bar, live * (tid == LANES).to(gl.int32))
+
+
+@gluon.jit
+def head_of(send_head, source, token, end, R: gl.constexpr):
+    """The number of a token's row among those of its source, or -1."""
+    return tl.load(send_head + token.to(tl.int64) * R + source, mask=token < end, other=-1)
+
+
+@gluon.jit
+def stage_rows(
+    heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage, half, worker,
+    workers, tid, cols,
+    WIDTH: gl.constexpr, ITEM: gl.constexpr, K: gl.constexpr, R: gl.constexpr,
+):  # fmt: skip
+    """Copy the rows of every peer's tokens into the stage, round by round; one program's part."""
+    AT: gl.constexpr = (WIDTH * ITEM + 15) // 16 * 16
+    RECORD: gl.constexpr = AT + (K * 4 + 15) // 16 * 16
+    per_round = half // (RECORD * R)
+    own = tl.load(heap + rank) + stage
+    rounds = zero().to(tl.int64)
+    for reader in range(R):
+        if reader != rank:
+            rounds = tl.maximum(rounds, rounds_of(tokens_of(heap, rank, reader), per_round))
+    alive = True
+    for this in range(rounds):
+        if alive:
+            alive = wait_for_half(
+                heap, state, status, rank, this, per_round, operation, epoch, now() + timeout, True, R
+            )
+        if alive:
+            first = this * per_round
+            for step in range(R - 1):
+                reader = (rank + 1 + step) % R
+                start = tl.load(prefix + (reader - 1) * R + rank, mask=reader > 0, other=0).to(tl.int64)
+                end = tl.load(prefix + reader * R + rank).to(tl.int64)
+                start = tl.minimum(tl.maximum(start, 0), num_rows)
+                end = tl.minimum(tl.maximum(end, start), num_rows)
+                low = lower_bound(src_idx, start, end, first)
+                high = lower_bound(src_idx, low, end, first + per_round)
+                target = own + (this % 2) * half + reader.to(tl.int64) * per_round * RECORD
+                for row in range(low + worker, high, workers):
+                    slot = tl.load(src_idx + row) - first
+                    fits = (slot >= 0) & (slot < per_round)
+                    there = (target + slot * RECORD).to(gl.pointer_type(x.dtype.element_ty))
+                    there = gl.multiple_of(there, 16)
+                    wanted = (cols < WIDTH) & fits
+                    gl.store(there + cols, gl.load(x + row * WIDTH + cols, mask=wanted), mask=wanted)
+                    if K > 0:
+                        there = (target + slot * RECORD + AT).to(gl.pointer_type(gl.float32))
+                        wanted = (tid < K) & fits
+                        gl.store(there + tid, gl.load(weights + row * K + tid, mask=wanted), mask=wanted)
+            gl.thread_barrier()
+            publish_round(heap, state, rank, this, epoch, workers, R)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "place_rows", "place_weights", "signature", "num_tokens", "num_rows", "stage", "half", "num_stagers", "rank",
+        "operation", "timeout",
+    ]
+)  # fmt: skip
+def combine(
+    heap,
+    state,
+    ready,
+    regions,
+    status,
+    x,
+    weights,
+    out,
+    out_weights,
+    bias_0,
+    bias_1,
+    prefix,
+    src_idx,
+    send_head,
+    place_rows: tl.int64,
+    place_weights: tl.int64,
+    signature: tl.int64,
+    num_tokens: tl.int64,
+    num_rows: tl.int64,
+    stage: tl.int64,
+    half: tl.int64,
+    num_stagers: tl.int32,
+    rank: tl.int32,
+    operation: tl.int64,
+    timeout: tl.int64,
+    WIDTH: gl.constexpr,
+    ITEM: gl.constexpr,
+    K: gl.constexpr,
+    BIAS_0: gl.constexpr,
+    BIAS_1: gl.constexpr,
+    R: gl.constexpr,
+    W: gl.constexpr,
+    BLOCK: gl.constexpr,
+    SLOTS: gl.constexpr,
+    LAG: gl.constexpr,
+    LANES: gl.constexpr,
+):
+    """As :func:`tokenferry.dataplane.cuda.kernels.combine.combine`, for rows that are added in float32."""
+    ROW: gl.constexpr = WIDTH * ITEM
+    SLOT: gl.constexpr = BLOCK * ITEM
+    AT: gl.constexpr = (ROW + 15) // 16 * 16
+    RECORD: gl.constexpr = AT + (K * 4 + 15) // 16 * 16
+    NUM_COLUMNS: gl.constexpr = 2 if K > 0 else 1
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
+    ROWS: gl.constexpr = gl.BlockedLayout([16 // ITEM], [32], [W], [0])
+    memory = gl.allocate_shared_memory(out.dtype.element_ty, [SLOTS, BLOCK], LINE)
+    rest = gl.allocate_shared_memory(gl.int32, [4096], LINE)
+    anchor = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(anchor.index(0), count=1)
+    tid = gl.arange(0, 32 * W, ONE)
+    cols = gl.arange(0, BLOCK, ROWS)
+    ring = shared_base(tid)
+    extra = ring + SLOTS * SLOT
+    first_thread = (tid == 0).to(gl.int32)
+    for index in gl.static_range(SLOTS):
+        init_barrier(extra + BARS + index * 8, first_thread)
+    gl.thread_barrier()
+    pid = gl.program_id(0)
+    epoch = tl.load(state + EPOCH) + 1
+    if tl.load(state + FAILED) == 0:
+        places = (place_rows, place_weights)
+        going = agree(
+            heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation, timeout,
+            True, 2, R,
+        )  # fmt: skip
+        fits = False
+        staged = zero()
+        if going:
+            fits = check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS, R)
+            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
+        stagers = tl.where(staged != 0, num_stagers, 0)
+        if pid < stagers:
+            stage_rows(
+                heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage,
+                half, pid, stagers, tid, cols, WIDTH, ITEM, K, R,
+            )  # fmt: skip
+        elif fits:
+            worker = pid - stagers
+            workers = gl.num_programs(0) - stagers
+            by_rounds = any_staged(heap, rank, R)
+            per_round = half // (RECORD * R)
+            rounds = tl.where(by_rounds, rounds_of(num_tokens, per_round), 1)
+            alive = True
+            slot_at = zero()
+            use_at = zero()
+            parity = zero()
+            for this in range(rounds):
+                if by_rounds:
+                    for source in range(R):
+                        if alive & is_staged(heap, rank, source):
+                            alive = wait_for_round(
+                                heap, state, status, rank, source, this, operation, epoch, now() + timeout
+                            )
+                if alive:
+                    first = tl.where(by_rounds, this * per_round, 0)
+                    end = tl.where(by_rounds, tl.minimum(first + per_round, num_tokens), num_tokens)
+                    mine = tl.maximum((end - first - worker + workers - 1) // workers, 0)
+                    prepare(
+                        heap, regions, prefix, x.to(tl.int64), weights.to(tl.int64), rank, this, per_round, stage,
+                        half, extra, first_thread, RECORD, AT, ROW, K, R,
+                    )  # fmt: skip
+                    gl.thread_barrier()
+                    fence_before_loads(tid)
+                    # ``ahead_*``: the item that is asked for next, LAG items before it is summed.
+                    ahead_source = zero()
+                    ahead_token = (first + worker).to(tl.int32)
+                    stop = end.to(tl.int32)
+                    there = zero().to(tl.int64)
+                    head = head_of(send_head, ahead_source, ahead_token, stop, R)
+                    for _ in range(LAG):
+                        if ahead_token < stop:
+                            ask(head, ahead_source, ahead_token, slot_at, extra, ring, tid, ROW, K, SLOT, LANES)
+                            slot_at = tl.where(slot_at == SLOTS - 1, 0, slot_at + 1)
+                        there = (there << 1) | (head >= 0).to(tl.int64)
+                        ahead_token = tl.where(ahead_source == R - 1, ahead_token + workers, ahead_token)
+                        ahead_source = tl.where(ahead_source == R - 1, 0, ahead_source + 1)
+                        head = head_of(send_head, ahead_source, ahead_token, stop, R)
+                    for n in range(mine):
+                        t = first + worker + n * workers
+                        place = t * WIDTH + cols
+                        inside = cols < WIDTH
+                        total = gl.zeros([BLOCK], gl.float32, ROWS)
+                        sums = gl.zeros([32 * W], gl.float32, ONE)
+                        if BIAS_0:
+                            total += gl.load(bias_0 + place, mask=inside, other=0.0).to(gl.float32)
+                        if BIAS_1:
+                            total += gl.load(bias_1 + place, mask=inside, other=0.0).to(gl.float32)
+                        for _ in range(R):
+                            if ahead_token < stop:
+                                ask(head, ahead_source, ahead_token, slot_at, extra, ring, tid, ROW, K, SLOT, LANES)
+                                slot_at = tl.where(slot_at == SLOTS - 1, 0, slot_at + 1)
+                            there = (there << 1) | (head >= 0).to(tl.int64)
+                            ahead_token = tl.where(ahead_source == R - 1, ahead_token + workers, ahead_token)
+                            ahead_source = tl.where(ahead_source == R - 1, 0, ahead_source + 1)
+                            head = head_of(send_head, ahead_source, ahead_token, stop, R)
+                            wait_parity(extra + BARS + use_at * 8, parity + tid * 0)
+                            if ((there >> LAG) & 1) != 0:
+                                total += memory.index(use_at).load(ROWS).to(gl.float32)
+                                if K > 0:
+                                    at = extra + WINDOWS + use_at * WINDOW + load_shared(extra + SKIPS + use_at * 8)
+                                    value = load_shared(at + gl.where(tid < K, tid, 0) * 4)
+                                    sums += value.to(gl.float32, bitcast=True)
+                            parity = tl.where(use_at == SLOTS - 1, parity ^ 1, parity)
+                            use_at = tl.where(use_at == SLOTS - 1, 0, use_at + 1)
+                            gl.thread_barrier()
+                        gl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+                        if K > 0:
+                            gl.store(out_weights + t * K + tid, sums, mask=tid < K)
+                    if by_rounds:
+                        release_round(heap, state, rank, this, epoch, workers, R)
+        finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
+    memory._keep_alive()
+    rest._keep_alive()

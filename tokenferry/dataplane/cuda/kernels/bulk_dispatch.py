@@ -1,0 +1,479 @@
+"""Dispatch by the bulk-copy engine (sm_90 and newer): the same protocol and parameters as in plain Triton.
+
+Every warp moves whole rows through its ring of slots, LAG rows behind those it asks for. Sources take turns row by
+row, so that the links are busy from the first row to the last. With a row come its small columns: a window of 16-byte
+granules around each, of which the warp's lanes then write what is wanted. Per-source facts lie in a table in shared
+memory, made anew for every round.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tokenferry.dataplane.cuda.kernels.bulk import (
+    announce,
+    fence_before_loads,
+    init_barrier,
+    keep,
+    load_bulk,
+    load_shared,
+    load_shared_long,
+    reserve,
+    shared_base,
+    store_bulk,
+    store_shared,
+    store_shared_long,
+    wait_parity,
+    wait_stores,
+    wait_stores_read,
+)
+from tokenferry.dataplane.cuda.kernels.dispatch import agree, staged_rounds
+from tokenferry.dataplane.cuda.kernels.rounds import (
+    is_staged,
+    lower_bound,
+    publish_round,
+    release_round,
+    rounds_of,
+    tokens_of,
+    wait_for_half,
+    wait_for_round,
+)
+from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, now, report, zero
+from tokenferry.dataplane.cuda.kernels.words import (
+    AT_EPOCH,
+    BAD_HANDLE,
+    CODE,
+    EPOCH,
+    FAILED,
+    LISTS,
+    OPERATION,
+    STAGED,
+    UNKNOWN_REGION,
+)
+
+ENTRY = gl.constexpr(128)
+"""Bytes of a table entry: int64 words as below."""
+ROWS_AT = gl.constexpr(0)
+"""Where the row of token 0 would lie; the column's step behind it: bytes from token to token. So for all columns."""
+SCALES_AT = gl.constexpr(16)
+IDS_AT = gl.constexpr(32)
+WEIGHTS_AT = gl.constexpr(48)
+STEP = gl.constexpr(8)
+LIST_AT = gl.constexpr(64)
+COUNT = gl.constexpr(72)
+START = gl.constexpr(80)
+TOKENS = gl.constexpr(88)
+TABLE_BYTES = 32 * 128
+"""Entries for as many sources as ranks can share a node."""
+SLOT_HEADER = 16
+"""int32: whether there is a row, its number in the output, its token, and how far its small columns lie in windows."""
+
+
+def window(nbytes: int) -> int:
+    """Bytes of shared memory for a small column of so many bytes, wherever it begins."""
+    return 0 if nbytes == 0 else (nbytes + 15) // 16 * 16 + 16
+
+
+def slot_bytes(row_bytes: int, scale_bytes: int, num_topk: int) -> int:
+    """Bytes of a slot."""
+    small = window(scale_bytes) + window(8 * num_topk) + window(4 * num_topk)
+    return (SLOT_HEADER + row_bytes + small + 127) // 128 * 128
+
+
+@gluon.jit
+def put(table, source, field, value, lane0):
+    """Write a word of a table entry."""
+    at = table + source * ENTRY + field
+    store_shared_long(at, value + lane0.to(gl.int64) * 0, lane0)
+
+
+@gluon.jit
+def put_column(table, source, field, at, step, first, lane0):
+    """Write where a column lies."""
+    put(table, source, field, at - first * step, lane0)
+    put(table, source, field + STEP, step, lane0)
+
+
+@gluon.jit
+def prepare_source(
+    heap, state, regions, status, x, scales, ids, weights, src_idx, prefix, num_rows, list_capacity, rank, source,
+    epoch, operation, timeout, stage, half, this, table, lane0,
+    CACHED: gl.constexpr, ROW: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr, R: gl.constexpr,
+    RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr, WEIGHTS_OFF: gl.constexpr,
+):  # fmt: skip
+    """Wait for a source's round, and write its table entry."""
+    start = tl.load(prefix + (source - 1) * R + rank, mask=source > 0, other=0)
+    end = tl.load(prefix + source * R + rank)
+    start = tl.minimum(tl.maximum(start, 0), num_rows)
+    end = tl.minimum(tl.maximum(end, start), num_rows)
+    count = (end - start).to(tl.int64)
+    tokens = src_idx + start
+    if not CACHED:
+        own_heap = tl.load(heap + rank)
+        tokens = (own_heap + LISTS + source * list_capacity * 4).to(tl.pointer_type(tl.int32))
+    num_tokens = tokens_of(heap, rank, source)
+    staged = is_staged(heap, rank, source)
+    low = zero().to(tl.int64)
+    high = tl.where(this == 0, count, 0)
+    first = zero().to(tl.int64)
+    alive = True
+    if staged:
+        per_round = half // RECORD
+        first = this * per_round
+        low = lower_bound(tokens, zero().to(tl.int64), count, first)
+        high = lower_bound(tokens, low, count, first + per_round)
+        if first < num_tokens:
+            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, now() + timeout)
+    base = tl.load(heap + source) + stage + (this % 2) * half
+    own = source == rank
+    rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0))
+    rows_at = tl.where(own, x.to(tl.int64), rows_at)
+    unknown = rows_at == 0
+    put_column(table, source, ROWS_AT, rows_at, tl.where(staged, RECORD, ROW), first, lane0)
+    if SCALES > 0:
+        scales_at = tl.where(staged, base + SCALES_OFF, column_address(heap, regions, rank, source, 1))
+        scales_at = tl.where(own, scales.to(tl.int64), scales_at)
+        unknown = unknown | (scales_at == 0)
+        put_column(table, source, SCALES_AT, scales_at, tl.where(staged, RECORD, SCALES), first, lane0)
+    if K > 0:
+        ids_at = tl.where(staged, base + IDS_OFF, column_address(heap, regions, rank, source, 2))
+        ids_at = tl.where(own, ids.to(tl.int64), ids_at)
+        weights_at = tl.where(staged, base + WEIGHTS_OFF, column_address(heap, regions, rank, source, 3))
+        weights_at = tl.where(own, weights.to(tl.int64), weights_at)
+        unknown = unknown | (ids_at == 0) | (weights_at == 0)
+        put_column(table, source, IDS_AT, ids_at, tl.where(staged, RECORD, K * 8), first, lane0)
+        put_column(table, source, WEIGHTS_AT, weights_at, tl.where(staged, RECORD, K * 4), first, lane0)
+    if unknown & (low < high):
+        report(status, UNKNOWN_REGION, operation, epoch)
+        high = low
+    if not alive:
+        high = low
+    put(table, source, LIST_AT, tokens.to(tl.int64) + low * 4, lane0)
+    put(table, source, COUNT, high - low, lane0)
+    put(table, source, START, start + low, lane0)
+    put(table, source, TOKENS, num_tokens, lane0)
+    return alive, high - low
+
+
+@gluon.jit
+def copy_window(target, source, nwords, lane, on, WORDS: gl.constexpr):
+    """Words from shared to global memory, a few a lane."""
+    for word in gl.static_range(0, WORDS, 32):
+        inside = (word + lane < nwords) & on
+        value = load_shared(source + (word + lane) * 4)
+        gl.store((target + (word + lane).to(gl.int64) * 4).to(gl.pointer_type(gl.int32)), value, mask=inside)
+
+
+@gluon.jit
+def entry_of(table, item, items, rank, STAGE: gl.constexpr, R: gl.constexpr):
+    """The table entry of an item, its number among those of the source, and whether there is such a row."""
+    source = (rank + 1 + item % R) % R
+    index = item // R
+    if STAGE:
+        source = item * 0
+        index = item
+    entry = table + source * ENTRY
+    live = (index < load_shared_long(entry + COUNT).to(gl.int32)) & (item < items)
+    return entry, index, live
+
+
+@gluon.jit
+def token_of(table, item, items, first, rank, STAGE: gl.constexpr, R: gl.constexpr):
+    """The token of an item; -1 if there is none, -2 if its owner has no such token."""
+    entry, index, live = entry_of(table, item, items, rank, STAGE, R)
+    if STAGE:
+        return gl.where(live, first + index, -1)
+    else:
+        lists = (load_shared_long(entry + LIST_AT) + index.to(gl.int64) * 4).to(gl.pointer_type(gl.int32))
+        token = gl.load(lists, mask=live, other=-1)
+        wrong = live & ((token < 0) | (token >= load_shared_long(entry + TOKENS).to(gl.int32)))
+        return gl.where(wrong, -2, token)
+
+
+@gluon.jit
+def column_of(entry, field, token):
+    """Where a token's part of a column lies."""
+    return load_shared_long(entry + field) + token.to(gl.int64) * load_shared_long(entry + field + STEP)
+
+
+@gluon.jit
+def granules(at, NBYTES: gl.constexpr):
+    """The window around some bytes: where it begins, how far in they lie, and its size."""
+    skip = (at & 15).to(gl.int32)
+    return at & -16, skip, (skip + NBYTES + 15) & -16
+
+
+@gluon.jit
+def move_rows(
+    table, bars, ring, tid, lane, warp, rank, items, first, slot_at, use_at, parity, worker, workers, target, out_scales,
+    out_ids, out_weights, src_idx, first_expert, num_local,
+    STAGE: gl.constexpr, CACHED: gl.constexpr, ROW: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr,
+    R: gl.constexpr, RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr,
+    WEIGHTS_OFF: gl.constexpr, W: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, LAG: gl.constexpr,
+    LANES: gl.constexpr,
+):  # fmt: skip
+    """One program's part of ``items`` rows, the sources by turns.
+
+    STAGE: the only source is this rank from token ``first`` on, and rows go in order into records at ``target``.
+
+    Returns:
+        The next slot to load into, the next to use, and the parity of its phase; whether some token was wrong.
+    """
+    SMALL_SCALES: gl.constexpr = 16 + ROW
+    SMALL_IDS: gl.constexpr = SMALL_SCALES + ((SCALES + 15) // 16 * 16 + 16 if SCALES > 0 else 0)
+    SMALL_WEIGHTS: gl.constexpr = SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16
+    STRIDE: gl.constexpr = RECORD if STAGE else ROW
+    PIECE: gl.constexpr = ROW // LANES
+    lane0 = (lane == 0).to(gl.int32)
+    moves = (lane < LANES).to(gl.int32)
+    step = workers * W
+    iterations = gl.maximum((items - worker * W + step - 1) // step, 0)
+    item = worker * W + warp
+    token = token_of(table, item, items, first, rank, STAGE, R)
+    wrong = tid < 0
+    for i in range(iterations + LAG):
+        if i < iterations:
+            entry, index, live = entry_of(table, item, items, rank, STAGE, R)
+            wrong = wrong | (token == -2)
+            live = live & (token >= 0)
+            on = live.to(gl.int32)
+            slot = ring + slot_at * SLOT
+            bar = bars + slot_at * 8
+            wait_stores_read(tid, SLOTS - LAG - 1)
+            row = load_shared_long(entry + START).to(gl.int32) + index
+            rows_at = column_of(entry, ROWS_AT, token)
+            total = on * ROW
+            skips = tid * 0
+            if SCALES > 0:
+                scales_from, skip, scales_size = granules(column_of(entry, SCALES_AT, token), SCALES)
+                total += on * scales_size
+                skips = skip
+            if K > 0:
+                ids_from, skip, ids_size = granules(column_of(entry, IDS_AT, token), K * 8)
+                skips = skips | (skip << 8)
+                weights_from, skip, weights_size = granules(column_of(entry, WEIGHTS_AT, token), K * 4)
+                skips = skips | (skip << 16)
+                total += on * (ids_size + weights_size)
+            store_shared(slot, on, lane0)
+            store_shared(slot + 4, row, lane0)
+            store_shared(slot + 8, token, lane0)
+            store_shared(slot + 12, skips, lane0)
+            announce(bar, total, lane0)
+            load_bulk(slot + 16 + lane * PIECE, rows_at + lane * PIECE, tid * 0 + PIECE, bar, moves * on)
+            if SCALES > 0:
+                load_bulk(slot + SMALL_SCALES, scales_from, scales_size, bar, on * (lane == 4).to(gl.int32))
+            if K > 0:
+                load_bulk(slot + SMALL_IDS, ids_from, ids_size, bar, on * (lane == 5).to(gl.int32))
+                load_bulk(slot + SMALL_WEIGHTS, weights_from, weights_size, bar, on * (lane == 6).to(gl.int32))
+            slot_at = tl.where(slot_at == SLOTS - 1, 0, slot_at + 1)
+            item += step
+            token = token_of(table, item, items, first, rank, STAGE, R)
+        if i >= LAG:
+            slot = ring + use_at * SLOT
+            wait_parity(bars + use_at * 8, parity + tid * 0)
+            live = load_shared(slot) != 0
+            row = load_shared(slot + 4).to(gl.int64)
+            store_bulk(
+                target + row * STRIDE + lane * PIECE, slot + 16 + lane * PIECE, tid * 0 + PIECE,
+                moves * live.to(gl.int32),
+            )  # fmt: skip
+            skips = load_shared(slot + 12)
+            if SCALES > 0:
+                there = out_scales + row * SCALES
+                if STAGE:
+                    there = target + row * RECORD + SCALES_OFF
+                copy_window(there, slot + SMALL_SCALES + (skips & 15), SCALES // 4, lane, live, SCALES // 4)
+            if K > 0:
+                ids_slot = slot + SMALL_IDS + ((skips >> 8) & 15)
+                weights_slot = slot + SMALL_WEIGHTS + ((skips >> 16) & 15)
+                if STAGE:
+                    copy_window(target + row * RECORD + IDS_OFF, ids_slot, 2 * K, lane, live, 2 * K)
+                    copy_window(target + row * RECORD + WEIGHTS_OFF, weights_slot, K, lane, live, K)
+                else:
+                    mine = live & (lane < K)
+                    expert = load_shared_long(ids_slot + gl.where(lane < K, lane, 0) * 8) - first_expert
+                    weight = load_shared(weights_slot + gl.where(lane < K, lane, 0) * 4)
+                    here = (expert >= 0) & (expert < num_local)
+                    spot = row * K + lane
+                    gl.store(out_ids + spot, gl.where(here, expert, -1), mask=mine)
+                    weights_there = (out_weights.to(gl.int64) + spot * 4).to(gl.pointer_type(gl.int32))
+                    gl.store(weights_there, gl.where(here, weight, 0), mask=mine)
+            if not STAGE:
+                if not CACHED:
+                    gl.store(src_idx + row, load_shared(slot + 8), mask=live & (lane == 0))
+            parity = tl.where(use_at == SLOTS - 1, parity ^ 1, parity)
+            use_at = tl.where(use_at == SLOTS - 1, 0, use_at + 1)
+    return slot_at, use_at, parity, wrong
+
+
+@gluon.jit
+def complain(status, operation, epoch, wrong, tid):
+    """Tell the host of tokens that their owner does not have."""
+    here = tid * 0
+    gl.store(status + OPERATION + here, here + operation, mask=wrong)
+    gl.store(status + AT_EPOCH + here, here + epoch, mask=wrong)
+    gl.store(status + CODE + here, here.to(gl.int64) + BAD_HANDLE, mask=wrong)
+
+
+@gluon.jit
+def fill_tail(out_ids, out_weights, src_idx, start, end, worker, workers, tid, K: gl.constexpr, W: gl.constexpr):
+    """Mark the rows past the last received one."""
+    for row in range(start + worker, end, workers):
+        gl.store(src_idx + row + tid, tid * 0 - 1, mask=tid == 0)
+        if K > 0:
+            gl.store(out_ids + row * K + tid, (tid * 0 - 1).to(gl.int64), mask=tid < K)
+            gl.store(out_weights + row * K + tid, tid.to(gl.float32) * 0, mask=tid < K)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "place_rows", "place_scales", "place_ids", "place_weights", "signature", "num_tokens", "num_rows",
+        "first_expert", "num_local", "list_capacity", "stage", "half", "num_stagers", "rank", "operation", "timeout",
+    ]
+)  # fmt: skip
+def dispatch(
+    heap,
+    state,
+    ready,
+    regions,
+    status,
+    x,
+    scales,
+    ids,
+    weights,
+    out_x,
+    out_scales,
+    out_ids,
+    out_weights,
+    src_idx,
+    prefix,
+    place_rows: tl.int64,
+    place_scales: tl.int64,
+    place_ids: tl.int64,
+    place_weights: tl.int64,
+    signature: tl.int64,
+    num_tokens: tl.int64,
+    num_rows: tl.int64,
+    first_expert: tl.int32,
+    num_local: tl.int32,
+    list_capacity: tl.int64,
+    stage: tl.int64,
+    half: tl.int64,
+    num_stagers: tl.int32,
+    rank: tl.int32,
+    operation: tl.int64,
+    timeout: tl.int64,
+    CACHED: gl.constexpr,
+    ROW: gl.constexpr,
+    SCALES: gl.constexpr,
+    K: gl.constexpr,
+    R: gl.constexpr,
+    W: gl.constexpr,
+    SLOT: gl.constexpr,
+    SLOTS: gl.constexpr,
+    LAG: gl.constexpr,
+    LANES: gl.constexpr,
+    TABLE: gl.constexpr,
+):
+    """As :func:`tokenferry.dataplane.cuda.kernels.dispatch.dispatch`. ROW, SCALES, SLOT: bytes; W warps."""
+    SCALES_OFF: gl.constexpr = (ROW + 15) // 16 * 16
+    IDS_OFF: gl.constexpr = SCALES_OFF + (SCALES + 15) // 16 * 16
+    WEIGHTS_OFF: gl.constexpr = IDS_OFF + (K * 8 + 15) // 16 * 16
+    RECORD: gl.constexpr = WEIGHTS_OFF + (K * 4 + 15) // 16 * 16
+    LAY: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
+    memory = reserve()
+    tid = gl.arange(0, 32 * W, LAY)
+    warp = tid // 32
+    lane = tid % 32
+    table = shared_base(tid)
+    bars = table + TABLE + warp * (SLOTS * 8)
+    ring = table + TABLE + ((W * SLOTS * 8 + 127) // 128) * 128 + warp * (SLOTS * SLOT)
+    lane0 = (lane == 0).to(gl.int32)
+    for slot in gl.static_range(SLOTS):
+        init_barrier(bars + slot * 8, lane0)
+    gl.thread_barrier()
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    epoch = gl.load(state + EPOCH) + 1
+    if gl.load(state + FAILED) == 0:
+        places = (place_rows, place_scales, place_ids, place_weights)
+        going = agree(
+            heap, state, ready, status, rank, epoch, signature, num_tokens, num_tokens, places, operation, timeout,
+            CACHED, 4, R,
+        )  # fmt: skip
+        staged = zero()
+        received = zero().to(tl.int64)
+        if going:
+            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
+            received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+        stagers = tl.where(staged != 0, num_stagers, 0)
+        slot_at = zero()
+        use_at = zero()
+        parity = zero()
+        if pid < stagers:
+            per_round = half // RECORD
+            own = tl.load(heap + rank) + stage
+            alive = True
+            for this in range(rounds_of(num_tokens, per_round)):
+                if alive:
+                    alive = wait_for_half(
+                        heap, state, status, rank, this, per_round, operation, epoch, now() + timeout, False, R
+                    )
+                if alive:
+                    first = this * per_round
+                    count = tl.minimum(per_round, num_tokens - first)
+                    none = zero().to(tl.int64)
+                    gl.thread_barrier()
+                    put_column(table, 0, ROWS_AT, x.to(tl.int64), none + ROW, none, lane0)
+                    put_column(table, 0, SCALES_AT, scales.to(tl.int64), none + SCALES, none, lane0)
+                    put_column(table, 0, IDS_AT, ids.to(tl.int64), none + K * 8, none, lane0)
+                    put_column(table, 0, WEIGHTS_AT, weights.to(tl.int64), none + K * 4, none, lane0)
+                    put(table, 0, COUNT, count, lane0)
+                    put(table, 0, START, none, lane0)
+                    gl.thread_barrier()
+                    fence_before_loads(tid)
+                    slot_at, use_at, parity, _ = move_rows(
+                        table, bars, ring, tid, lane, warp, rank, count.to(tl.int32), first.to(tl.int32), slot_at,
+                        use_at, parity, pid, stagers, own + (this % 2) * half, out_scales.to(tl.int64), out_ids,
+                        out_weights, src_idx, first_expert, num_local, True, CACHED, ROW, SCALES, K, R, RECORD,
+                        SCALES_OFF, IDS_OFF, WEIGHTS_OFF, W, SLOT, SLOTS, LAG, LANES,
+                    )  # fmt: skip
+                    wait_stores(tid)
+                    gl.thread_barrier()
+                    publish_round(heap, state, rank, this, epoch, stagers, R)
+        else:
+            worker = pid - stagers
+            workers = programs - stagers
+            if not CACHED:
+                fill_tail(out_ids, out_weights, src_idx, received, num_rows, worker, workers, tid, K, W)
+            if going:
+                by_rounds = staged_rounds(heap, rank, half // RECORD, R)
+                alive = True
+                for this in range(tl.maximum(by_rounds, 1)):
+                    if alive:
+                        gl.thread_barrier()
+                        most = zero().to(tl.int64)
+                        for source in range(R):
+                            there, count = prepare_source(
+                                heap, state, regions, status, x, scales, ids, weights, src_idx, prefix, num_rows,
+                                list_capacity, rank, source, epoch, operation, timeout, stage, half, this, table,
+                                lane0, CACHED, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF, WEIGHTS_OFF,
+                            )  # fmt: skip
+                            alive = alive & there
+                            most = tl.maximum(most, count)
+                        gl.thread_barrier()
+                        fence_before_loads(tid)
+                        slot_at, use_at, parity, wrong = move_rows(
+                            table, bars, ring, tid, lane, warp, rank, (most * R).to(tl.int32), zero(), slot_at,
+                            use_at, parity, worker, workers, out_x.to(tl.int64), out_scales.to(tl.int64), out_ids,
+                            out_weights, src_idx, first_expert, num_local, False, CACHED, ROW, SCALES, K, R, RECORD,
+                            SCALES_OFF, IDS_OFF, WEIGHTS_OFF, W, SLOT, SLOTS, LAG, LANES,
+                        )  # fmt: skip
+                        complain(status, operation, epoch, wrong, tid)
+                        if this < by_rounds:
+                            release_round(heap, state, rank, this, epoch, workers, R)
+                wait_stores(tid)
+        finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
+    keep(memory)
