@@ -46,7 +46,7 @@ def check_cases(rank: int, num_ranks: int, cases: list[Case], bulk: bool, num_nv
     """Every call on each case, on one Buffer."""
     with Buffer(dist.group.WORLD, num_nvl_bytes, timeout=TIMEOUT, device="cuda") as buffer:
         plane = buffer.runtime.party().plane
-        plane._can_bulk = plane._can_bulk and bulk
+        plane._target = plane._target._replace(can_bulk=plane._target.can_bulk and bulk)
         for case in cases:
             try:
                 Scenario(case, rank, num_ranks, "cuda").check_all(buffer)

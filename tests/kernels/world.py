@@ -80,6 +80,7 @@ class World:
         max_steps: int = 400_000,
     ) -> None:
         self.num_ranks = num_ranks
+        self.target = programs.Target(num_ranks, False, 0)
         self.simulator = Simulator(seed, max_steps=max_steps)
         for name in ALL_MODULES:
             module = (modules or {}).get(name) or getattr(programs, f"{name}_kernels")
@@ -91,6 +92,8 @@ class World:
                 original = getattr(programs, KERNELS[name])
                 monkeypatch.setattr(programs, KERNELS[name], _Simulated(self.simulator, kernel, original))
         monkeypatch.setattr(programs, "_TOKENS_PER_BLOCK", 16)
+        for variants in (programs._layout, programs._notify, programs._dispatch, programs._combine):
+            variants.cache_clear()
         self.direct = [direct[rank % len(direct)] for rank in range(num_ranks)]
         self.stage = align_up(words.CONTROL_BYTES + num_ranks * LIST_CAPACITY * 4)
         self.half = stage_bytes // 2
@@ -163,7 +166,7 @@ class Rank:
         self.member = torch.full((self.given.topk_idx.size(0), ranks), 3, dtype=torch.uint8)
         programs.layout(
             self.rank, self.given.topk_idx, world.sums[self.rank], counts, self.member,
-            world.states[self.rank], self.num_experts, ranks,
+            world.states[self.rank], self.num_experts, world.target,
         )  # fmt: skip
         self.per_rank, self.per_expert = counts[:ranks], counts[ranks:]
 
@@ -178,7 +181,7 @@ class Rank:
             self.rank, self.world.context(self.rank), self.world.counts[self.rank].data_ptr(), plan,
             (self.send_head, self.prefix, self.channels),
             tuple(self.world.place(self.rank, column) for column in columns), signature, self.case.local_experts,
-            LIST_CAPACITY, self.rank, OperationKind.DISPATCH, 1 << 40, num_worst_tokens == 0, ranks,
+            LIST_CAPACITY, self.rank, OperationKind.DISPATCH, 1 << 40, num_worst_tokens == 0, self.world.target,
         )  # fmt: skip
 
     def pull(self, num_rows: int, handle: DispatchHandle | None = None, signature: int = 42) -> None:
@@ -198,7 +201,7 @@ class Rank:
         programs.dispatch(
             self.rank, self.world.context(self.rank), plan, self.out, self.out.recv_src_idx,
             handle.rank_prefix_matrix if handle else self.prefix, places, signature, num_rows, LIST_CAPACITY,
-            (self.world.stage, self.world.half), self.rank, kind, 1 << 40, self.num_ranks, self.num_sms, False,
+            (self.world.stage, self.world.half), self.rank, kind, 1 << 40, self.world.target, self.num_sms,
         )  # fmt: skip
         self.world.kept.append((plan, self.out))
 
@@ -222,7 +225,7 @@ class Rank:
         programs.combine(
             self.rank, self.world.context(self.rank), columns, self.outs, self.biases, handle,
             (places[0], places[1] if weights else 0), signature, (self.world.stage, self.world.half), self.rank,
-            OperationKind.COMBINE, 1 << 40, self.num_ranks, self.num_sms, False,
+            OperationKind.COMBINE, 1 << 40, self.world.target, self.num_sms,
         )  # fmt: skip
         self.world.kept.append((columns, handle))
 

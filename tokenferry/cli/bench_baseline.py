@@ -29,11 +29,12 @@ class Routes(NamedTuple):
 
 
 class TorchDistributed:
-    """Dispatch and combine over the default process group."""
+    """Dispatch and combine over a process group, by default the default one."""
 
-    def __init__(self) -> None:
-        self.rank = dist.get_rank()
-        self.num_ranks = dist.get_world_size()
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.rank = dist.get_rank(group)
+        self.num_ranks = dist.get_world_size(group)
+        self._group = group
 
     def dispatch(
         self,
@@ -62,7 +63,7 @@ class TorchDistributed:
         # One collective tells every rank both its rows and its experts' choices.
         counts = torch.cat([num_tokens_per_rank.unsqueeze(1), num_tokens_per_expert.view(-1, num_local)], dim=1)
         incoming = torch.empty_like(counts)
-        dist.all_to_all_single(incoming, counts)
+        dist.all_to_all_single(incoming, counts, group=self._group)
         routes = Routes(
             tokens=[member.nonzero().flatten() for member in is_token_in_rank.unbind(1)],
             sent=num_tokens_per_rank.tolist(),
@@ -87,7 +88,7 @@ class TorchDistributed:
     def combine(self, x: torch.Tensor, routes: Routes, num_tokens: int) -> torch.Tensor:
         """Send rows [M, H] back and sum them for every token; returns [T, H]."""
         back = self._exchange([x.view(torch.uint8)], routes.sent, routes.received)[0].view(x.dtype)
-        total = torch.zeros(num_tokens, x.size(1), dtype=torch.float32)
+        total = torch.zeros(num_tokens, x.size(1), dtype=torch.float32, device=x.device)
         # Rank by rank: the float32 copy of the rows stays small.
         for tokens, rows in zip(routes.tokens, torch.split(back, routes.sent), strict=True):
             total.index_add_(0, tokens, rows.float())
@@ -98,7 +99,7 @@ class TorchDistributed:
     ) -> list[torch.Tensor]:
         outputs = [part.new_empty(sum(incoming), part.size(1)) for part in parts]
         works = [
-            dist.all_to_all_single(output, part, incoming, outgoing, async_op=True)
+            dist.all_to_all_single(output, part, incoming, outgoing, group=self._group, async_op=True)
             for output, part in zip(outputs, parts, strict=True)
         ]
         for work in works:

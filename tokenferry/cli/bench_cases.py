@@ -34,6 +34,8 @@ MODES = {
     "combine": "combine",
     "pair": "chained pair",
 }
+CUDA_MODES = {**MODES, "cached-pair": "cached pair"}
+"""Modes on GPUs."""
 CHAINED_PAIRS = 4
 """Pairs of dispatch and combine that follow each other without a barrier in one timed stretch."""
 
@@ -89,7 +91,7 @@ class Case:
     """One line of the benchmark."""
 
     mode: str
-    """A key of :data:`MODES`."""
+    """A key of :data:`MODES`, or on GPUs of :data:`CUDA_MODES`."""
     device: str
     ranks: int
     tokens: int
@@ -126,6 +128,7 @@ class Case:
             "cached": row + scales,
             "combine": returned,
             "pair": row + scales + choices + returned,
+            "cached-pair": row + scales + returned,
         }[self.mode]
 
 
@@ -164,16 +167,16 @@ class RankResult(NamedTuple):
 
 def random_choices(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Uniform routing: int64 [T, K] distinct experts and float32 [T, K] weights that sum to 1."""
-    generator = torch.Generator().manual_seed(case.seed + rank)
-    scores = torch.rand(case.tokens, case.experts, generator=generator)
+    generator = torch.Generator(case.device).manual_seed(case.seed + rank)
+    scores = torch.rand(case.tokens, case.experts, generator=generator, device=case.device)
     best = scores.topk(case.topk, dim=1)
     return best.indices, best.values.softmax(dim=1)
 
 
 def random_rows(case: Case, rank: int) -> list[torch.Tensor]:
     """Normal rows [T, H]; as fp8, each block of 128 scaled to the format's largest value, and the scales."""
-    generator = torch.Generator().manual_seed(case.seed + case.ranks + rank)
-    rows = torch.randn(case.tokens, case.hidden, generator=generator)
+    generator = torch.Generator(case.device).manual_seed(case.seed + case.ranks + rank)
+    rows = torch.randn(case.tokens, case.hidden, generator=generator, device=case.device)
     if case.dtype != "fp8":
         return [rows.to(DTYPES[case.dtype])]
     blocks = rows.view(case.tokens, -1, SCALE_BLOCK)
@@ -205,7 +208,7 @@ def count_traffic(is_token_in_rank: torch.Tensor, rank: int, row_bytes: int) -> 
 
 
 def tokenferry_calls(case: Case, work: Workload, buffer: Buffer) -> dict[str, Call]:
-    """The modes by tokenferry."""
+    """The modes by tokenferry, those of GPUs too."""
     x = work.columns[0] if len(work.columns) == 1 else (work.columns[0], work.columns[1])
 
     def layout() -> Result:
@@ -242,12 +245,24 @@ def tokenferry_calls(case: Case, work: Workload, buffer: Buffer) -> dict[str, Ca
         back = returned if case.dtype == "fp8" else there.tensors[0]
         return Result([buffer.combine(back, new_handle)[0]], [])
 
-    return {"layout": layout, "dispatch": lambda: fresh()[0], "cached": cached, "combine": combine, "pair": pair}
+    def cached_pair() -> Result:
+        there = cached()
+        back = returned if case.dtype == "fp8" else there.tensors[0]
+        return Result([buffer.combine(back, handle)[0]], [])
+
+    return {
+        "layout": layout,
+        "dispatch": lambda: fresh()[0],
+        "cached": cached,
+        "combine": combine,
+        "pair": pair,
+        "cached-pair": cached_pair,
+    }
 
 
-def baseline_calls(case: Case, work: Workload) -> dict[str, Call]:
-    """The modes by ``torch.distributed``; it has none for the layout."""
-    plain = TorchDistributed()
+def baseline_calls(case: Case, work: Workload, group: dist.ProcessGroup | None = None) -> dict[str, Call]:
+    """The modes by ``torch.distributed`` over a group, by default the default one; it has none for the layout."""
+    plain = TorchDistributed(group)
 
     def fresh() -> tuple[Result, Routes]:
         tensors, counts, routes = plain.dispatch(
@@ -274,7 +289,18 @@ def baseline_calls(case: Case, work: Workload) -> dict[str, Call]:
         back = returned if case.dtype == "fp8" else there.tensors[0]
         return Result([plain.combine(back, new_routes, case.tokens)], [])
 
-    return {"dispatch": lambda: fresh()[0], "cached": cached, "combine": combine, "pair": pair}
+    def cached_pair() -> Result:
+        there = cached()
+        back = returned if case.dtype == "fp8" else there.tensors[0]
+        return Result([plain.combine(back, routes, case.tokens)], [])
+
+    return {
+        "dispatch": lambda: fresh()[0],
+        "cached": cached,
+        "combine": combine,
+        "pair": pair,
+        "cached-pair": cached_pair,
+    }
 
 
 def run_case(rank: int, num_ranks: int, case: Case, budget: Budget, with_baseline: bool) -> RankResult:
@@ -291,7 +317,7 @@ def run_case(rank: int, num_ranks: int, case: Case, budget: Budget, with_baselin
         BenchError: the two contenders do not agree bit for bit.
     """
     clock = CLOCKS[case.device]()
-    with Buffer(dist.group.WORLD, case.num_nvl_bytes) as buffer:
+    with Buffer(dist.group.WORLD, case.num_nvl_bytes, device=case.device) as buffer:
         work = prepare(case, rank, buffer)
         calls = {OURS: tokenferry_calls(case, work, buffer)[case.mode]}
         if with_baseline and case.mode != "layout":
@@ -314,7 +340,7 @@ def check_agreement(case: Case, rank: int, ours: Result, theirs: Result) -> None
         same_kind = mine.dtype == other.dtype and mine.shape == other.shape
         equal &= same_kind and torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
     if not equal:
-        raise BenchError(f"{MODES[case.mode]}: rank {rank} got other results from {OURS} than from {BASELINE}")
+        raise BenchError(f"{CUDA_MODES[case.mode]}: rank {rank} got other results from {OURS} than from {BASELINE}")
 
 
 def _time(clock: Clock, calls: dict[str, Call], repeats: int, budget: Budget) -> dict[str, list[float]]:

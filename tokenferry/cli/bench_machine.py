@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from tokenferry.version import __version__
 
 IDENTITY = ("device", "cpu", "cores", "memory_bytes")
 """Entries of :func:`describe_machine` that must agree for two results to be comparable."""
+
+GPU_IDENTITY = ("gpu", "gpus", "ranks", "ranks_share_gpus")
+"""Entries of :func:`describe_gpus` that must agree too."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = "tokenferry"
@@ -35,6 +39,42 @@ def describe_machine(device: str) -> dict[str, Any]:
 def describe_versions() -> dict[str, str]:
     """The versions of python, torch and tokenferry."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "tokenferry": __version__}
+
+
+def describe_device(index: int) -> dict[str, Any]:
+    """A GPU as JSON and the versions under it; for a rank, because it makes torch start CUDA."""
+    properties = torch.cuda.get_device_properties(index)
+    versions = {
+        "triton": _version("triton"),
+        "cuda": str(torch.version.cuda),
+        "driver": _driver_version(),
+        "nccl": _nccl_version(),
+    }
+    return {
+        "gpu": properties.name,
+        "gpu_sms": properties.multi_processor_count,
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "versions": versions,
+    }
+
+
+def describe_gpus(devices: Sequence[Mapping[str, Any]], num_gpus: int) -> dict[str, Any]:
+    """The GPUs of a run as JSON: those of :func:`describe_device`, and how the ranks are on them.
+
+    Args:
+        devices: :func:`describe_device` of every rank.
+        num_gpus: GPUs that torch finds on the machine.
+    """
+    names = sorted({device["gpu"] for device in devices})
+    first = {name: value for name, value in devices[0].items() if name.startswith("gpu")}
+    return {
+        **first,
+        "gpu": " and ".join(names),
+        "gpus": min(num_gpus, len(devices)),
+        "ranks": len(devices),
+        "ranks_share_gpus": len(devices) > num_gpus,
+    }
 
 
 def describe_commit() -> dict[str, Any] | None:
@@ -82,6 +122,27 @@ def _large_pages() -> dict[str, str]:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = setting.read_text().partition("[")[2].partition("]")[0] if setting.exists() else "unknown"
     return {"kernel": chosen, "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "0")}
+
+
+def _driver_version() -> str:
+    module = Path("/sys/module/nvidia/version")
+    if module.exists():
+        return module.read_text().strip()
+    listed = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return listed.splitlines()[0].strip() if listed else "unknown"
+
+
+def _nccl_version() -> str:
+    if not hasattr(torch._C, "_nccl_version"):
+        return "none"
+    return ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _git(*arguments: str) -> str | None:

@@ -16,13 +16,13 @@ from tokenferry.cli.bench_cases import BASELINE, MODES, OURS
 from tokenferry.cli.bench_report import CaseReport, show_stage, show_time
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
 
-_COLORS = {OURS: "#0b6e99", BASELINE: "#d9822b"}
+COLORS = {OURS: "#0b6e99", BASELINE: "#d9822b"}
 _MARKERS = {OURS: "o", BASELINE: "s"}
-_HEAD_INCHES = 1.25
+HEAD_INCHES = 1.25
 _MOST_SPREAD = 1.3
 """Where bars of spread are cut off, in units of the longest median: one disturbed case must not flatten the rest."""
 _DASHES = ("-", "--", ":", "-.")
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,11 +44,11 @@ def draw(reports: Sequence[CaseReport], machine: Mapping[str, Any], path: Path) 
         machine: :func:`tokenferry.cli.bench_machine.describe_machine`.
         path: of the file.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         tokens = {report.case.tokens for report in reports}
         stages = {report.case.num_nvl_bytes for report in reports}
         if len(tokens) > 1:
-            figure = _panels(reports, "tokens of each rank", _tokens, _show_count)
+            figure = _panels(reports, "tokens of each rank", _tokens, show_count)
             title = "Time per token"
         elif len(stages) > 1:
             figure = _panels(reports, "stage ceiling, MiB", _stage, lambda value: f"{value / 2**20:g}")
@@ -68,13 +68,14 @@ def _stage(report: CaseReport) -> int:
     return report.case.num_nvl_bytes or DEFAULT_STAGE_BYTES
 
 
-def _show_count(value: float) -> str:
+def show_count(value: float) -> str:
+    """A count with the suffix k where it has one."""
     return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, with room above for the title."""
-    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - _HEAD_INCHES / height), w_pad=0.1, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - HEAD_INCHES / height), w_pad=0.1, h_pad=0.1)
     return Figure(figsize=(width, height), layout=layout)
 
 
@@ -90,6 +91,11 @@ def _head(figure: Figure, title: str, reports: Sequence[CaseReport], machine: Ma
         f"{machine['cpu']}, {machine['cores']} cores, {memory}, {machine['system']}",
         "Slowest rank; median over iterations, with the 10th to the 90th percentile.",
     ]
+    write_head(figure, title, lines)
+
+
+def write_head(figure: Figure, title: str, lines: Sequence[str]) -> None:
+    """Write a title and three lines above what :func:`empty_figure` left free."""
     height = figure.get_figheight()
     figure.text(0.02, 1 - 0.15 / height, title, fontsize=15, fontweight="bold", va="top")
     figure.text(0.02, 1 - 0.50 / height, "\n".join(lines), fontsize=9, color="#555555", va="top", linespacing=1.4)
@@ -106,7 +112,7 @@ def _panels(
     modes = list(dict.fromkeys(report.case.mode for report in reports))
     columns = 1 if len(modes) == 1 else 2 if len(modes) in (2, 4) else 3
     rows = -(-len(modes) // columns)
-    figure = _figure(max(4.2 * columns, 6.4), 2.9 * rows + _HEAD_INCHES)
+    figure = empty_figure(max(4.2 * columns, 6.4), 2.9 * rows + HEAD_INCHES)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, mode in zip(grid, modes, strict=False):
         of_mode = [report for report in reports if report.case.mode == mode]
@@ -146,19 +152,19 @@ def _panel(axes: Axes, reports: Sequence[CaseReport], x_of: Callable[[CaseReport
             axes.plot(
                 x,
                 middle,
-                color=_COLORS[name],
+                color=COLORS[name],
                 marker=_MARKERS[name],
                 ms=4.5,
                 lw=1.8,
                 ls=_DASHES[index % 4],
                 label=label,
             )
-            axes.fill_between(x, low, high, color=_COLORS[name], alpha=0.15, lw=0)
+            axes.fill_between(x, low, high, color=COLORS[name], alpha=0.15, lw=0)
 
 
 def _bars(reports: Sequence[CaseReport]) -> Figure:
     """A group of bars for each operation, a bar for each contender, ratios above."""
-    figure = _figure(max(1.75 * len(reports) + 1.5, 7.0), 3.6 + _HEAD_INCHES)
+    figure = empty_figure(max(1.75 * len(reports) + 1.5, 7.0), 3.6 + HEAD_INCHES)
     axes = figure.subplots()
     longest = max(found.median for report in reports for found in report.statistics.values())
     unit, scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3) if longest >= 1e-3 else ("µs", 1e6)
@@ -175,7 +181,7 @@ def _bars(reports: Sequence[CaseReport]) -> Figure:
                 [(found.p90 - found.median) * scale for _, found in present],
             ],
             error_kw={"ecolor": "#444444", "elinewidth": 1, "capsize": 3},
-            color=_COLORS[name],
+            color=COLORS[name],
             label=name,
         )
     for x, report in enumerate(reports):

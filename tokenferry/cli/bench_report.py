@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenferry.cli.bench_cases import BASELINE, MODES, OURS, Case, RankResult
-from tokenferry.cli.bench_machine import IDENTITY
+from tokenferry.cli.bench_machine import GPU_IDENTITY, IDENTITY
 
 FORMAT = 1
 """Version of the JSON file; files of another one are refused."""
@@ -195,10 +195,7 @@ def results_of(
         extra: further entries: git, command, method.
     """
     return {
-        "format": FORMAT,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": dict(machine),
-        "versions": dict(versions),
+        **origin_of(machine, versions),
         **extra,
         "cases": [report.to_json() for report in reports],
         "fits": [
@@ -211,6 +208,16 @@ def results_of(
             }
             for (mode, stage, name), fit in fits_of(reports).items()
         ],
+    }
+
+
+def origin_of(machine: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
+    """What every JSON file begins with."""
+    return {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": dict(machine),
+        "versions": dict(versions),
     }
 
 
@@ -230,7 +237,8 @@ def load_results(path: Path) -> dict[str, Any]:
 def machine_differences(earlier: Mapping[str, Any], machine: Mapping[str, Any]) -> list[str]:
     """In what this machine is not the one of an earlier file; empty if it is the same."""
     then = earlier["machine"]
-    return [f"{key}: {then.get(key)} then, {machine[key]} now" for key in IDENTITY if then.get(key) != machine[key]]
+    keys = [*IDENTITY, *(key for key in GPU_IDENTITY if key in machine)]
+    return [f"{key}: {then.get(key)} then, {machine[key]} now" for key in keys if then.get(key) != machine[key]]
 
 
 def comparison_lines(earlier: Mapping[str, Any], reports: Sequence[CaseReport]) -> list[str]:

@@ -12,7 +12,6 @@ experts, R ranks, M received rows.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +29,8 @@ MAX_TOPK = 32
 ROW_ALIGNMENT = 16
 COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SCALE_DTYPES = (torch.float32, torch.int32)
+_HANDLE_NAMES = tuple(f"handle.{name}" for name in DispatchHandle._fields)
+_HANDLE_DTYPES = (*[(torch.int32,)] * 4, (torch.bool,), (torch.int32,))
 
 
 class Party(NamedTuple):
@@ -148,23 +149,14 @@ def check_handle(party: Party, handle: object) -> DispatchHandle:
 
 
 def _check_elements(party: Party, handle: object) -> DispatchHandle:
-    names = DispatchHandle._fields
-    if not isinstance(handle, (tuple, list)) or len(handle) != len(names):
+    if not isinstance(handle, (tuple, list)) or len(handle) != len(_HANDLE_NAMES):
         given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
-        raise ArgumentError("handle", given, f"the {len(names)} tensors that dispatch returned")
-    ranks, int32, device = party.num_ranks, (torch.int32,), party.device
-    shapes: dict[str, tuple[Sequence[int | None], tuple[torch.dtype, ...]]] = {
-        "rank_prefix_matrix": ((ranks, ranks), int32),
-        "channel_prefix_matrix": ((ranks, None), int32),
-        "recv_channel_prefix_matrix": ((ranks, None), int32),
-        "recv_src_idx": ((None,), int32),
-        "is_token_in_rank": ((None, ranks), (torch.bool,)),
-        "send_head": ((None, ranks), int32),
-    }
-    return DispatchHandle._make(
-        check_tensor(f"handle.{name}", value, shape=shapes[name][0], dtypes=shapes[name][1], device=device)
-        for name, value in zip(names, handle, strict=True)
-    )
+        raise ArgumentError("handle", given, f"the {len(_HANDLE_NAMES)} tensors that dispatch returned")
+    ranks = party.num_ranks
+    shapes = ((ranks, ranks), (ranks, None), (ranks, None), (None,), (None, ranks), (None, ranks))
+    for name, value, shape, dtypes in zip(_HANDLE_NAMES, handle, shapes, _HANDLE_DTYPES, strict=True):
+        check_tensor(name, value, shape=shape, dtypes=dtypes, device=party.device)
+    return DispatchHandle._make(handle)
 
 
 def _check_routes(handle: DispatchHandle, rank: int) -> None:
@@ -250,7 +242,7 @@ def dispatch(
         weights = _packed(weights)
     num_topk = 0 if ids is None else ids.size(1)
     plan = SendPlan(
-        *_as_bytes(rows),
+        *_as_bytes(*rows),
         topk_idx=ids,
         topk_weights=weights,
         is_token_in_rank=member,
@@ -262,13 +254,13 @@ def dispatch(
     )
     with party.plane.dispatch(signature_of(OperationKind.DISPATCH, rows, num_topk, num_experts), plan) as exchange:
         num_rows = exchange.num_rows
-        received = _empty_rows(party, rows, num_rows)
+        recv_x, recv_scales = _empty_rows(party, rows, num_rows)
         recv_ids = recv_weights = None
         if ids is not None:
             recv_ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
             recv_weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
         recv_src_idx = torch.empty(num_rows, dtype=torch.int32, device=device)
-        exchange.pull(Outputs(*_as_bytes(received), recv_ids, recv_weights, recv_src_idx))
+        exchange.pull(Outputs(*_as_bytes(recv_x, recv_scales), recv_ids, recv_weights, recv_src_idx))
     handle = _OwnHandle(
         rank_prefix_matrix=exchange.rank_prefix_matrix,
         channel_prefix_matrix=exchange.channel_prefix_matrix,
@@ -279,7 +271,7 @@ def dispatch(
     )
     handle.fits = (ranks, device, member.shape)
     aligned = [-(-count // expert_alignment) * expert_alignment for count in exchange.num_received_per_expert]
-    return Received(received.x, received.scales, recv_ids, recv_weights, aligned, handle)
+    return Received(recv_x, recv_scales, recv_ids, recv_weights, aligned, handle)
 
 
 def cached_dispatch(party: Party, x: object, handle: object) -> Received:
@@ -290,7 +282,7 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     if rows.x.size(0) != num_tokens:
         raise ArgumentError("x", f"{rows.x.size(0)} rows", f"the {num_tokens} rows of the handle")
     plan = SendPlan(
-        *_as_bytes(rows),
+        *_as_bytes(*rows),
         topk_idx=None,
         topk_weights=None,
         is_token_in_rank=known.is_token_in_rank,
@@ -302,9 +294,9 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     )
     signature = signature_of(OperationKind.CACHED_DISPATCH, rows, handle=_checksum(party, known))
     with party.plane.dispatch(signature, plan) as exchange:
-        received = _empty_rows(party, rows, exchange.num_rows)
-        exchange.pull(Outputs(*_as_bytes(received), None, None, None))
-    return Received(received.x, received.scales, None, None, None, None)
+        recv_x, recv_scales = _empty_rows(party, rows, exchange.num_rows)
+        exchange.pull(Outputs(*_as_bytes(recv_x, recv_scales), None, None, None))
+    return Received(recv_x, recv_scales, None, None, None, None)
 
 
 def combine(
@@ -325,17 +317,21 @@ def combine(
         if not 0 < num_topk <= MAX_TOPK:
             raise ArgumentError("topk_weights", describe(weights), f"1 to {MAX_TOPK} columns")
         columns.append(_packed(weights))
-    biases = []
-    for name, given in zip(("bias[0]", "bias[1]"), unpack_bias(bias), strict=True):
-        if given is not None:
-            shape = (num_tokens, rows.size(1))
-            addend = check_tensor(name, given, shape=shape, dtypes=(rows.dtype,), device=party.device)
-            biases.append(addend.detach() if addend.requires_grad else addend)
+    biases = [] if bias is None else _check_biases(party, bias, (num_tokens, rows.size(1)), rows.dtype)
     plan = ReducePlan(columns, biases, known, party.num_sms)
     outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
     signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk, handle=_checksum(party, known))
     party.plane.pull_reduce(signature, plan, outs)
     return outs[0], outs[1] if topk_weights is not None else None
+
+
+def _check_biases(party: Party, bias: object, shape: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The biases that are not None, checked, outside of autograd."""
+    return [
+        _resolved(check_tensor(name, given, shape=shape, dtypes=(dtype,), device=party.device))
+        for name, given in zip(("bias[0]", "bias[1]"), unpack_bias(bias), strict=True)
+        if given is not None
+    ]
 
 
 def unpack_bias(bias: object) -> tuple[object, object]:
@@ -373,27 +369,30 @@ def signature_of(
     )
 
 
-def _empty_rows(party: Party, rows: Rows, num_rows: int) -> Rows:
+def _empty_rows(party: Party, rows: Rows, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Unset outputs of ``num_rows`` rows for such rows."""
     x, scales = rows
-    return Rows(
-        party.plane.empty_rows(num_rows, x.size(1), x.dtype),
-        None if scales is None else party.plane.empty_rows(num_rows, scales.size(1), scales.dtype),
-    )
+    recv_x = party.plane.empty_rows(num_rows, x.size(1), x.dtype)
+    return recv_x, None if scales is None else party.plane.empty_rows(num_rows, scales.size(1), scales.dtype)
+
+
+def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor outside of autograd, its values as they are in memory; itself if it is so already."""
+    return tensor.detach().resolve_neg() if tensor.requires_grad or tensor.is_neg() else tensor
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor [n, width] outside of autograd, with strides (width, 1) also where it has one column or no rows."""
-    if tensor.stride() == (tensor.size(1), 1) and not (tensor.requires_grad or tensor.is_neg()):
+    """The tensor [n, width], resolved, with strides (width, 1) also where it has one column or no rows."""
+    tensor = _resolved(tensor)
+    if tensor.stride() == (tensor.size(1), 1):
         return tensor
-    packed = tensor.detach().resolve_neg().contiguous()
+    packed = tensor.contiguous()
     return packed.as_strided(packed.shape, (packed.size(1), 1))
 
 
-def _as_bytes(rows: Rows) -> Rows:
+def _as_bytes(x: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same memory as uint8 [n, bytes of a row]; for packed rows."""
-    x, scales = rows
-    return Rows(x.view(torch.uint8), None if scales is None else scales.view(torch.uint8))
+    return x.view(torch.uint8), None if scales is None else scales.view(torch.uint8)
 
 
 def warm(

@@ -7,7 +7,6 @@ output depends on counts, and looks for reported errors whenever it is here.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -87,7 +86,8 @@ class CudaDataPlane:
             tensor.data_ptr()
             for tensor in (self._heap_table, self._state, self._ready, self._region_table, self.status.words)
         )
-        self._can_bulk = torch.cuda.get_device_capability(device) >= (9, 0)
+        can_bulk = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._target = programs.Target(self.num_ranks, can_bulk, device.index)
         self._half = heap.stage_bytes // 2 // 128 * 128
 
     # Before every operation.
@@ -159,7 +159,9 @@ class CudaDataPlane:
         counts = self.empty(ranks + num_experts)
         member = torch.empty((num_tokens, ranks), dtype=torch.bool, device=self._device)
         self._queue.start()
-        programs.layout(self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, ranks)
+        programs.layout(
+            self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, self._target
+        )
         return Layout(counts[:ranks], counts[ranks:], member)
 
     @contextmanager
@@ -220,7 +222,7 @@ class CudaDataPlane:
             signature.operation,
             self._timeout,
             host_waits,
-            self.num_ranks,
+            self._target,
         )
 
     def _send_places(self, plan: SendPlan) -> tuple[int, ...]:
@@ -256,9 +258,8 @@ class CudaDataPlane:
             self.rank,
             signature.operation,
             self._timeout,
-            self.num_ranks,
+            self._target,
             min(plan.num_sms or DEFAULT_NUM_SMS, self._most_programs),
-            self._can_bulk,
         )
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
@@ -282,14 +283,13 @@ class CudaDataPlane:
             self.rank,
             signature.operation,
             self._timeout,
-            self.num_ranks,
+            self._target,
             min(plan.num_sms or DEFAULT_NUM_SMS, self._most_programs),
-            self._can_bulk,
         )
 
     def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.warm`."""
-        programs.warm(plans, reduces, num_experts, self.num_ranks, self._can_bulk)
+        programs.warm(plans, reduces, num_experts, self._target)
 
     # Low latency: not on CUDA yet.
 
@@ -319,6 +319,5 @@ def _no_low_latency() -> TokenferryError:
 
 
 def _number(signature: Signature) -> int:
-    """A signature in one word."""
-    words_of = ",".join(str(int(value)) for value in signature).encode()
-    return zlib.crc32(words_of) << 31 | zlib.adler32(words_of) & 0x7FFFFFFF
+    """A signature in one word, the same in every process: integers hash alike everywhere."""
+    return hash(tuple(int(value) for value in signature))

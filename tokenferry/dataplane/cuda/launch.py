@@ -26,7 +26,7 @@ class Variant(NamedTuple):
 
 
 class Kernel:
-    """A kernel and its compiled variants.
+    """A kernel, to be compiled for values of its constexpr parameters.
 
     Attributes:
         types: as given.
@@ -39,17 +39,9 @@ class Kernel:
     def __init__(self, kernel: Any, types: Sequence[torch.dtype | None]) -> None:
         self._kernel = kernel
         self.types = tuple(types)
-        self._variants: dict[tuple[object, ...], Variant] = {}
 
     def variant(self, num_warps: int, **constants: object) -> Variant:
-        """The variant for these constexpr parameters; compiled at the first call."""
-        key = (num_warps, *constants.values())
-        found = self._variants.get(key)
-        if found is None:
-            found = self._variants[key] = self._compile(num_warps, constants)
-        return found
-
-    def _compile(self, num_warps: int, constants: dict[str, object]) -> Variant:
+        """Compile the variant for these constexpr parameters; the caller keeps it."""
         values = [1 if dtype is None else dtype for dtype in self.types]
         compiled = self._kernel.warmup(*values, **constants, grid=(1,), num_warps=num_warps)
         run = compiled.run  # loads the module

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -52,6 +54,16 @@ _MOST_SUMS = 64
 """Float32 sums that a thread keeps in registers."""
 
 
+class Target(NamedTuple):
+    """What kernels are compiled for."""
+
+    num_ranks: int
+    can_bulk: bool
+    """Whether the GPU has the bulk-copy engine."""
+    device: int
+    """Index of the GPU: a compiled kernel is loaded on one."""
+
+
 def _power_of_two(number: int) -> int:
     return int(triton.next_power_of_2(max(number, 1)))
 
@@ -89,19 +101,20 @@ def layout(
     member: torch.Tensor,
     state: torch.Tensor,
     num_experts: int,
-    num_ranks: int,
+    target: Target,
 ) -> None:
     """Launch ``layout``."""
     num_tokens, num_topk = topk_idx.shape
-    variant = _layout(num_topk, num_experts, num_ranks)
+    variant = _layout(num_topk, num_experts, target)
     addresses = [tensor.data_ptr() for tensor in (topk_idx, sums, counts, member, state)]
     variant.launch(_layout_programs(num_tokens), stream, (*addresses, num_tokens, num_experts))
 
 
-def _layout(num_topk: int, num_experts: int, num_ranks: int) -> Variant:
+@functools.cache
+def _layout(num_topk: int, num_experts: int, target: Target) -> Variant:
     return _LAYOUT.variant(
         8,
-        R=num_ranks,
+        R=target.num_ranks,
         K=num_topk,
         KB=_power_of_two(num_topk),
         EB=_power_of_two(num_experts),
@@ -127,13 +140,13 @@ def notify(
     operation: int,
     timeout: int,
     host_waits: bool,
-    num_ranks: int,
+    target: Target,
 ) -> None:
     """Launch ``notify``."""
     heap, state, ready, _, status = context
     send_head, prefix, channels = results
     num_tokens = plan.rows.size(0)
-    variant = _notify(host_waits, num_ranks)
+    variant = _notify(host_waits, target)
     addresses = [
         _address(tensor)
         for tensor in (
@@ -146,12 +159,13 @@ def notify(
         )
     ]
     numbers = (signature, num_tokens, plan.num_worst_tokens, num_local, list_capacity, rank, operation, timeout)
-    variant.launch(num_ranks + 1, stream, (heap, state, ready, status, host, *addresses, *places, *numbers))
+    variant.launch(target.num_ranks + 1, stream, (heap, state, ready, status, host, *addresses, *places, *numbers))
 
 
-def _notify(host_waits: bool, num_ranks: int) -> Variant:
+@functools.cache
+def _notify(host_waits: bool, target: Target) -> Variant:
     return _NOTIFY.variant(
-        8, HOST_WAITS=host_waits, NUM_COLUMNS=4, R=num_ranks, RB=_power_of_two(num_ranks), BLOCK=1024
+        8, HOST_WAITS=host_waits, NUM_COLUMNS=4, R=target.num_ranks, RB=_power_of_two(target.num_ranks), BLOCK=1024
     )
 
 
@@ -170,13 +184,13 @@ def dispatch(
     rank: int,
     operation: int,
     timeout: int,
-    num_ranks: int,
+    target: Target,
     num_sms: int,
-    can_bulk: bool,
 ) -> None:
     """Launch ``dispatch``."""
-    num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.numel() // num_ranks
-    variant = (_bulk_dispatch(plan, num_ranks) if can_bulk else None) or _plain_dispatch(plan, num_ranks)
+    num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.numel() // target.num_ranks
+    widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
+    variant = _dispatch(plan.handle is not None, *widths, target)
     own = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
     out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights, src_idx, prefix)
     numbers = (
@@ -192,42 +206,25 @@ def dispatch(
         operation,
         timeout,
     )
-    addresses = [_address(tensor) for tensor in (*own, *out)]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*own, *out)]
     variant.launch(max(num_sms, 2), stream, (*context, *addresses, *places, *numbers))
 
 
-def _plain_dispatch(plan: SendPlan, num_ranks: int) -> Variant:
-    num_topk, scale_words = _width(plan.topk_idx), _width(plan.scales) // 4
-    row_words = plan.rows.size(1) // 4
-    return _DISPATCH.variant(
-        8,
-        CACHED=plan.handle is not None,
-        WORDS=row_words,
-        SCALE_WORDS=scale_words,
-        K=num_topk,
-        KB=_power_of_two(num_topk),
-        R=num_ranks,
-        RT=4,
-        BLOCK=min(_power_of_two(row_words), 1024),
-        SMALL=min(_power_of_two(max(scale_words, 2 * num_topk)), 256),
-    )
-
-
-def _bulk_dispatch(plan: SendPlan, num_ranks: int) -> Variant | None:
-    """The variant by the bulk-copy engine, or None if a few rows do not fit shared memory."""
-    row_bytes, scale_bytes, num_topk = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
+@functools.cache
+def _dispatch(cached: bool, row_bytes: int, scale_bytes: int, num_topk: int, target: Target) -> Variant:
+    """The variant by the bulk-copy engine, unless a few rows do not fit shared memory."""
     slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk)
-    room = SHARED_BYTES - bulk_dispatch_kernels.TABLE_BYTES - 1024
+    room = SHARED_BYTES - bulk_dispatch_kernels.TABLE_BYTES - 1024 if target.can_bulk else 0
     for num_warps in (4, 2, 1) if row_bytes <= 2048 else (2, 1):
         slots = min(room // (num_warps * slot), 16)
         if slots >= _FEWEST_SLOTS:
             return _BULK_DISPATCH.variant(
                 num_warps,
-                CACHED=plan.handle is not None,
+                CACHED=cached,
                 ROW=row_bytes,
                 SCALES=scale_bytes,
                 K=num_topk,
-                R=num_ranks,
+                R=target.num_ranks,
                 W=num_warps,
                 SLOT=slot,
                 SLOTS=slots,
@@ -235,7 +232,18 @@ def _bulk_dispatch(plan: SendPlan, num_ranks: int) -> Variant | None:
                 LANES=2 if row_bytes >= 4096 and row_bytes % 32 == 0 else 1,
                 TABLE=bulk_dispatch_kernels.TABLE_BYTES,
             )
-    return None
+    return _DISPATCH.variant(
+        8,
+        CACHED=cached,
+        WORDS=row_bytes // 4,
+        SCALE_WORDS=scale_bytes // 4,
+        K=num_topk,
+        KB=_power_of_two(num_topk),
+        R=target.num_ranks,
+        RT=4,
+        BLOCK=min(_power_of_two(row_bytes // 4), 1024),
+        SMALL=min(_power_of_two(max(scale_bytes // 4, 2 * num_topk)), 256),
+    )
 
 
 def combine(
@@ -251,15 +259,13 @@ def combine(
     rank: int,
     operation: int,
     timeout: int,
-    num_ranks: int,
+    target: Target,
     num_sms: int,
-    can_bulk: bool,
 ) -> None:
     """Launch ``combine``."""
     rows = columns[0]
     weights = columns[1] if len(columns) > 1 else None
-    variant = _bulk_combine(columns, len(biases), num_ranks) if can_bulk else None
-    variant = variant or _plain_combine(columns, len(biases), num_ranks)
+    variant = _combine(rows.dtype, rows.size(1), _width(weights), len(biases), target)
     tensors = (
         rows,
         weights,
@@ -275,50 +281,41 @@ def combine(
     variant.launch(max(num_sms, 2), stream, (*context, *(_address(tensor) for tensor in tensors), *places, *numbers))
 
 
-def _plain_combine(columns: Sequence[torch.Tensor], num_biases: int, num_ranks: int) -> Variant:
-    rows = columns[0]
-    num_topk = columns[1].size(1) if len(columns) > 1 else 0
-    item = rows.element_size()
-    return _COMBINE[rows.dtype].variant(
+@functools.cache
+def _combine(dtype: torch.dtype, width: int, num_topk: int, num_biases: int, target: Target) -> Variant:
+    """The variant by the bulk-copy engine, unless rows do not fit registers and shared memory."""
+    item = dtype.itemsize
+    num_warps = 4 if _power_of_two(width) <= 128 * _MOST_SUMS else 8
+    # The ring is the larger of two allocations, and so the first.
+    block = max(_power_of_two(width), 512 * num_warps // item)
+    slots = min((SHARED_BYTES - bulk_combine_kernels.EXTRA_BYTES) // (block * item), 14)
+    biases = {"BIAS_0": num_biases > 0, "BIAS_1": num_biases > 1}
+    if target.can_bulk and dtype in _BULK_COMBINE and slots >= _FEWEST_SLOTS and block <= 32 * num_warps * _MOST_SUMS:
+        return _BULK_COMBINE[dtype].variant(
+            num_warps,
+            WIDTH=width,
+            ITEM=item,
+            K=num_topk,
+            **biases,
+            R=target.num_ranks,
+            W=num_warps,
+            BLOCK=block,
+            SLOTS=slots,
+            LAG=slots - _BEHIND,
+            LANES=next(lanes for lanes in (4, 2, 1) if width * item % (16 * lanes) == 0),
+        )
+    return _COMBINE[dtype].variant(
         8,
-        WIDTH=rows.size(1),
+        WIDTH=width,
         ITEM=item,
-        ACC=tl.float64 if rows.dtype == torch.float64 else tl.float32,
+        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
         K=num_topk,
         KB=_power_of_two(num_topk),
-        BIAS_0=num_biases > 0,
-        BIAS_1=num_biases > 1,
-        R=num_ranks,
+        **biases,
+        R=target.num_ranks,
         RT=2,
-        BLOCK=min(_power_of_two(rows.size(1)), 4096 // item),
+        BLOCK=min(_power_of_two(width), 4096 // item),
         SMALL=_power_of_two(num_topk),
-    )
-
-
-def _bulk_combine(columns: Sequence[torch.Tensor], num_biases: int, num_ranks: int) -> Variant | None:
-    """The variant by the bulk-copy engine, or None if rows do not fit registers and shared memory."""
-    rows = columns[0]
-    kernel = _BULK_COMBINE.get(rows.dtype)
-    item, row_bytes = rows.element_size(), rows.size(1) * rows.element_size()
-    num_warps = 4 if _power_of_two(rows.size(1)) <= 128 * _MOST_SUMS else 8
-    # The ring is the larger of two allocations, and so the first.
-    block = max(_power_of_two(rows.size(1)), 512 * num_warps // item)
-    slots = min((SHARED_BYTES - bulk_combine_kernels.EXTRA_BYTES) // (block * item), 14)
-    if kernel is None or slots < _FEWEST_SLOTS or block > 32 * num_warps * _MOST_SUMS:
-        return None
-    return kernel.variant(
-        num_warps,
-        WIDTH=rows.size(1),
-        ITEM=item,
-        K=columns[1].size(1) if len(columns) > 1 else 0,
-        BIAS_0=num_biases > 0,
-        BIAS_1=num_biases > 1,
-        R=num_ranks,
-        W=num_warps,
-        BLOCK=block,
-        SLOTS=slots,
-        LAG=slots - _BEHIND,
-        LANES=next(lanes for lanes in (4, 2, 1) if row_bytes % (16 * lanes) == 0),
     )
 
 
@@ -326,15 +323,16 @@ def warm(
     plans: Sequence[SendPlan],
     reduces: Sequence[Sequence[torch.Tensor]],
     num_experts: int,
-    num_ranks: int,
-    can_bulk: bool,
+    target: Target,
 ) -> None:
     """Compile what dispatches of such plans and combines of such columns launch, and what comes before."""
     for host_waits in (True, False):
-        _notify(host_waits, num_ranks)
+        _notify(host_waits, target)
     for plan in plans:
         if plan.topk_idx is not None:
-            _layout(plan.topk_idx.size(1), num_experts, num_ranks)
-        _ = (_bulk_dispatch(plan, num_ranks) if can_bulk else None) or _plain_dispatch(plan, num_ranks)
+            _layout(plan.topk_idx.size(1), num_experts, target)
+        widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
+        _dispatch(plan.handle is not None, *widths, target)
     for columns in reduces:
-        _ = (_bulk_combine(columns, 0, num_ranks) if can_bulk else None) or _plain_combine(columns, 0, num_ranks)
+        num_topk = columns[1].size(1) if len(columns) > 1 else 0
+        _combine(columns[0].dtype, columns[0].size(1), num_topk, 0, target)

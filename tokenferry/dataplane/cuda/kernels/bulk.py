@@ -48,12 +48,26 @@ def shared_base(like):
 
 
 @gluon.jit
-def init_barrier(barrier, on):
-    """Make an mbarrier that one arrival and the bytes it announces complete."""
+def init_barrier(barrier, arrivals, on):
+    """Make an mbarrier that so many arrivals, and the bytes they announce, complete."""
     gl.inline_asm_elementwise(
-        """{ .reg .pred p; setp.ne.u32 p, $2, 0;
-        @p mbarrier.init.shared::cta.b64 [$1], 1;
+        """{ .reg .pred p; setp.ne.u32 p, $3, 0;
+        @p mbarrier.init.shared::cta.b64 [$1], $2;
         @p fence.mbarrier_init.release.cluster; mov.u32 $0, 0; }""",
+        "=r,r,r,r",
+        [barrier, arrivals, on],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def arrive(barrier, on):
+    """The warp meets, and those of its threads that are on arrive at an mbarrier."""
+    gl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b64 s; setp.ne.u32 p, $2, 0; bar.warp.sync 0xffffffff;
+        @p mbarrier.arrive.shared::cta.b64 s, [$1]; mov.u32 $0, 0; }""",
         "=r,r,r",
         [barrier, on],
         dtype=gl.int32,

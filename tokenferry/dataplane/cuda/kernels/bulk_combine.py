@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tokenferry.dataplane.cuda.kernels.bulk import (
     announce,
+    arrive,
     fence_before_loads,
     init_barrier,
     load_bulk,
@@ -48,8 +49,10 @@ WEIGHTS_STEP = gl.constexpr(24)
 BY_TOKEN = gl.constexpr(32)
 BARS = gl.constexpr(32 * 64)
 """Behind the table's entries for 32 sources."""
-SKIPS = gl.constexpr(32 * 64 + 256)
-WINDOWS = gl.constexpr(32 * 64 + 512)
+FREE = gl.constexpr(32 * 64 + 256)
+"""Barriers that all warps arrive at when they have summed a slot."""
+SKIPS = gl.constexpr(32 * 64 + 512)
+WINDOWS = gl.constexpr(32 * 64 + 768)
 WINDOW = gl.constexpr(160)
 """Bytes for 32 weights wherever they begin."""
 MAX_SLOTS = 32
@@ -80,10 +83,14 @@ def prepare(
 
 @gluon.jit
 def ask(
-    head, source, token, slot_at, extra, ring, tid,
-    ROW: gl.constexpr, K: gl.constexpr, SLOT: gl.constexpr, LANES: gl.constexpr,
+    head, source, token, slot_at, ask_parity, extra, ring, tid,
+    ROW: gl.constexpr, K: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of one item: a token's row of one source, if there is one (``head`` is not negative)."""
+    """Start the copies of one item, a token's row of one source, if there is one: ``head`` is not negative.
+
+    Returns:
+        The next slot to ask into, and the parity of its turn.
+    """
     PIECE: gl.constexpr = ROW // LANES
     entry = extra + source * ENTRY
     live = (head >= 0).to(gl.int32) + tid * 0
@@ -95,8 +102,10 @@ def ask(
         skip = (at & 15).to(gl.int32)
         size = (skip + K * 4 + 15) & -16
         total += live * size
-        store_shared(extra + SKIPS + slot_at * 8, skip, (tid == 0).to(gl.int32))
     bar = extra + BARS + slot_at * 8
+    wait_parity(extra + FREE + slot_at * 8, (ask_parity ^ 1) + tid * 0)
+    if K > 0:
+        store_shared(extra + SKIPS + slot_at * 8, skip, (tid == 0).to(gl.int32))
     announce(bar, total, (tid == 0).to(gl.int32))
     load_bulk(
         ring + slot_at * SLOT + tid * PIECE, rows_at + tid * PIECE, tid * 0 + PIECE, bar,
@@ -104,6 +113,8 @@ def ask(
     )  # fmt: skip
     if K > 0:
         load_bulk(extra + WINDOWS + slot_at * WINDOW, at & -16, size, bar, live * (tid == LANES).to(gl.int32))
+    is_end = slot_at == SLOTS - 1
+    return tl.where(is_end, 0, slot_at + 1), tl.where(is_end, ask_parity ^ 1, ask_parity)
 
 
 @gluon.jit
@@ -222,7 +233,8 @@ def combine(
     extra = ring + SLOTS * SLOT
     first_thread = (tid == 0).to(gl.int32)
     for index in gl.static_range(SLOTS):
-        init_barrier(extra + BARS + index * 8, first_thread)
+        init_barrier(extra + BARS + index * 8, tid * 0 + 1, first_thread)
+        init_barrier(extra + FREE + index * 8, tid * 0 + W, first_thread)
     gl.thread_barrier()
     pid = gl.program_id(0)
     epoch = tl.load(state + EPOCH) + 1
@@ -253,6 +265,7 @@ def combine(
             slot_at = zero()
             use_at = zero()
             parity = zero()
+            ask_parity = zero()
             for this in range(rounds):
                 if by_rounds:
                     for source in range(R):
@@ -278,8 +291,10 @@ def combine(
                     head = head_of(send_head, ahead_source, ahead_token, stop, R)
                     for _ in range(LAG):
                         if ahead_token < stop:
-                            ask(head, ahead_source, ahead_token, slot_at, extra, ring, tid, ROW, K, SLOT, LANES)
-                            slot_at = tl.where(slot_at == SLOTS - 1, 0, slot_at + 1)
+                            slot_at, ask_parity = ask(
+                                head, ahead_source, ahead_token, slot_at, ask_parity, extra, ring, tid,
+                                ROW, K, SLOT, SLOTS, LANES,
+                            )  # fmt: skip
                         there = (there << 1) | (head >= 0).to(tl.int64)
                         ahead_token = tl.where(ahead_source == R - 1, ahead_token + workers, ahead_token)
                         ahead_source = tl.where(ahead_source == R - 1, 0, ahead_source + 1)
@@ -296,8 +311,10 @@ def combine(
                             total += gl.load(bias_1 + place, mask=inside, other=0.0).to(gl.float32)
                         for _ in range(R):
                             if ahead_token < stop:
-                                ask(head, ahead_source, ahead_token, slot_at, extra, ring, tid, ROW, K, SLOT, LANES)
-                                slot_at = tl.where(slot_at == SLOTS - 1, 0, slot_at + 1)
+                                slot_at, ask_parity = ask(
+                                    head, ahead_source, ahead_token, slot_at, ask_parity, extra, ring, tid,
+                                    ROW, K, SLOT, SLOTS, LANES,
+                                )  # fmt: skip
                             there = (there << 1) | (head >= 0).to(tl.int64)
                             ahead_token = tl.where(ahead_source == R - 1, ahead_token + workers, ahead_token)
                             ahead_source = tl.where(ahead_source == R - 1, 0, ahead_source + 1)
@@ -309,9 +326,9 @@ def combine(
                                     at = extra + WINDOWS + use_at * WINDOW + load_shared(extra + SKIPS + use_at * 8)
                                     value = load_shared(at + gl.where(tid < K, tid, 0) * 4)
                                     sums += value.to(gl.float32, bitcast=True)
+                            arrive(extra + FREE + use_at * 8, (tid % 32 == 0).to(gl.int32))
                             parity = tl.where(use_at == SLOTS - 1, parity ^ 1, parity)
                             use_at = tl.where(use_at == SLOTS - 1, 0, use_at + 1)
-                            gl.thread_barrier()
                         gl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
                         if K > 0:
                             gl.store(out_weights + t * K + tid, sums, mask=tid < K)

@@ -68,7 +68,8 @@ TOKENS = gl.constexpr(88)
 TABLE_BYTES = 32 * 128
 """Entries for as many sources as ranks can share a node."""
 SLOT_HEADER = 16
-"""int32: whether there is a row, its number in the output, its token, and how far its small columns lie in windows."""
+"""At the end of a slot, int32: whether there is a row, its number in the output, its token, and how far its small
+columns lie in their windows."""
 
 
 def window(nbytes: int) -> int:
@@ -207,8 +208,8 @@ def granules(at, NBYTES: gl.constexpr):
 
 @gluon.jit
 def move_rows(
-    table, bars, ring, tid, lane, warp, rank, items, first, slot_at, use_at, parity, worker, workers, target, out_scales,
-    out_ids, out_weights, src_idx, first_expert, num_local,
+    table, bars, ring, tid, lane, warp, rank, items, first, slot_at, use_at, parity, worker, workers, target,
+    out_scales, out_ids, out_weights, src_idx, first_expert, num_local,
     STAGE: gl.constexpr, CACHED: gl.constexpr, ROW: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr,
     R: gl.constexpr, RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr,
     WEIGHTS_OFF: gl.constexpr, W: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, LAG: gl.constexpr,
@@ -221,7 +222,8 @@ def move_rows(
     Returns:
         The next slot to load into, the next to use, and the parity of its phase; whether some token was wrong.
     """
-    SMALL_SCALES: gl.constexpr = 16 + ROW
+    SMALL_SCALES: gl.constexpr = ROW  # rows begin on 128 bytes: else the engine takes twice as long
+    HEADER: gl.constexpr = SLOT - 16
     SMALL_IDS: gl.constexpr = SMALL_SCALES + ((SCALES + 15) // 16 * 16 + 16 if SCALES > 0 else 0)
     SMALL_WEIGHTS: gl.constexpr = SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16
     STRIDE: gl.constexpr = RECORD if STAGE else ROW
@@ -256,12 +258,12 @@ def move_rows(
                 weights_from, skip, weights_size = granules(column_of(entry, WEIGHTS_AT, token), K * 4)
                 skips = skips | (skip << 16)
                 total += on * (ids_size + weights_size)
-            store_shared(slot, on, lane0)
-            store_shared(slot + 4, row, lane0)
-            store_shared(slot + 8, token, lane0)
-            store_shared(slot + 12, skips, lane0)
+            store_shared(slot + HEADER, on, lane0)
+            store_shared(slot + HEADER + 4, row, lane0)
+            store_shared(slot + HEADER + 8, token, lane0)
+            store_shared(slot + HEADER + 12, skips, lane0)
             announce(bar, total, lane0)
-            load_bulk(slot + 16 + lane * PIECE, rows_at + lane * PIECE, tid * 0 + PIECE, bar, moves * on)
+            load_bulk(slot + lane * PIECE, rows_at + lane * PIECE, tid * 0 + PIECE, bar, moves * on)
             if SCALES > 0:
                 load_bulk(slot + SMALL_SCALES, scales_from, scales_size, bar, on * (lane == 4).to(gl.int32))
             if K > 0:
@@ -273,13 +275,13 @@ def move_rows(
         if i >= LAG:
             slot = ring + use_at * SLOT
             wait_parity(bars + use_at * 8, parity + tid * 0)
-            live = load_shared(slot) != 0
-            row = load_shared(slot + 4).to(gl.int64)
+            live = load_shared(slot + HEADER) != 0
+            row = load_shared(slot + HEADER + 4).to(gl.int64)
             store_bulk(
-                target + row * STRIDE + lane * PIECE, slot + 16 + lane * PIECE, tid * 0 + PIECE,
+                target + row * STRIDE + lane * PIECE, slot + lane * PIECE, tid * 0 + PIECE,
                 moves * live.to(gl.int32),
             )  # fmt: skip
-            skips = load_shared(slot + 12)
+            skips = load_shared(slot + HEADER + 12)
             if SCALES > 0:
                 there = out_scales + row * SCALES
                 if STAGE:
@@ -302,7 +304,7 @@ def move_rows(
                     gl.store(weights_there, gl.where(here, weight, 0), mask=mine)
             if not STAGE:
                 if not CACHED:
-                    gl.store(src_idx + row, load_shared(slot + 8), mask=live & (lane == 0))
+                    gl.store(src_idx + row, load_shared(slot + HEADER + 8), mask=live & (lane == 0))
             parity = tl.where(use_at == SLOTS - 1, parity ^ 1, parity)
             use_at = tl.where(use_at == SLOTS - 1, 0, use_at + 1)
     return slot_at, use_at, parity, wrong
@@ -392,7 +394,7 @@ def dispatch(
     ring = table + TABLE + ((W * SLOTS * 8 + 127) // 128) * 128 + warp * (SLOTS * SLOT)
     lane0 = (lane == 0).to(gl.int32)
     for slot in gl.static_range(SLOTS):
-        init_barrier(bars + slot * 8, lane0)
+        init_barrier(bars + slot * 8, tid * 0 + 1, lane0)
     gl.thread_barrier()
     pid = gl.program_id(0)
     programs = gl.num_programs(0)

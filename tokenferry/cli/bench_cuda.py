@@ -1,0 +1,269 @@
+"""``tokenferry bench --device cuda``: the ranks on their GPUs, the cases, and what is written.
+
+``bench_cuda_cases`` runs on the ranks, ``bench_cuda_report`` and ``bench_cuda_plot`` say what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tokenferry.cli.bench_cases import BASELINE, BenchError
+from tokenferry.cli.bench_cuda_cases import (
+    DEEPEP,
+    DEEPEP_DTYPES,
+    DEEPEP_RANKS,
+    CudaCase,
+    CudaRankResult,
+    Effort,
+    run_cases,
+    take_device,
+)
+from tokenferry.cli.bench_cuda_report import (
+    BOUNDARY,
+    HEADER,
+    CudaReport,
+    case_line,
+    comparison_lines,
+    kernel_line,
+    report_of,
+    shared_note,
+)
+from tokenferry.cli.bench_machine import (
+    describe_command,
+    describe_commit,
+    describe_gpus,
+    describe_machine,
+    describe_versions,
+)
+from tokenferry.cli.bench_report import origin_of
+from tokenferry.cli.ranks import RankError, RankPool
+
+MPS_CONTROL = "nvidia-cuda-mps-control"
+_PIPES = "CUDA_MPS_PIPE_DIRECTORY"
+_LOGS = "CUDA_MPS_LOG_DIRECTORY"
+_OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+_FORMED_ALIKE = ("layout", "combine")
+"""Modes that are the same for fp8 and bf16."""
+
+
+def run(
+    args: argparse.Namespace,
+    shapes: Sequence[tuple[str, int]],
+    target: tuple[Path, str],
+    earlier_of: Callable[[dict[str, Any]], dict[str, Any] | None],
+    plot: ModuleType | None,
+) -> int:
+    """Run the benchmark on GPUs.
+
+    Args:
+        args: what :func:`tokenferry.cli.bench.add_arguments` declares, with the defaults of GPUs filled in.
+        shapes: (dtype, tokens of a rank) of the cases.
+        target: directory and name of the files to write; an empty name is made up.
+        earlier_of: from the machine to the results to compare with, or None.
+        plot: :mod:`tokenferry.cli.bench_cuda_plot`, or None.
+
+    Returns:
+        0; 1 if a rank failed or the contenders disagree.
+    """
+    effort = Effort(kernels=args.kernels)
+    if args.iterations:
+        effort = effort._replace(calls=args.iterations, stretches=min(effort.stretches, args.iterations))
+    num_gpus, commit = torch.cuda.device_count(), describe_commit()
+    try:
+        with sharing(args.ranks > num_gpus), RankPool(args.ranks, num_threads=1) as pool:
+            devices = pool.run(take_device)
+            machine = {**describe_machine("cuda"), **describe_gpus(devices, num_gpus)}
+            earlier = earlier_of(machine)
+            rivals, notes = choose_rivals(machine, devices[0]["deep_ep"], args.baseline)
+            _introduce(args, machine, notes, effort)
+            reports = []
+            for cases in groups_of(args, shapes):
+                usable = [name for name in rivals if name != DEEPEP or cases[0].dtype in DEEPEP_DTYPES]
+                for report in _reports(cases, pool.run(run_cases, cases, effort, usable, None)):
+                    print(case_line(report))
+                    if report.kernels:
+                        print(kernel_line(report))
+                    reports.append(report)
+                sys.stdout.flush()
+    except (BenchError, RankError) as error:
+        print(f"tokenferry bench: {error}", file=sys.stderr)
+        return 1
+    if machine["ranks_share_gpus"]:
+        print(f"\n{shared_note(machine)}")
+    if earlier is not None:
+        print(f"\nas fast as in {args.against.name} ({earlier.get('date')}), ratio of medians:")
+        for line in comparison_lines(earlier, reports):
+            print(line)
+    versions = {**describe_versions(), **devices[0]["versions"]}
+    results = results_of(reports, machine, versions, commit, args.command_line, notes, effort)
+    directory, name = target
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [directory / f"{name or file_name(machine, reports)}.json"]
+    written[0].write_text(json.dumps(results, indent=1) + "\n")
+    if plot is not None:
+        written.append(written[0].with_suffix(".png"))
+        plot.draw(results, written[-1])
+    print(f"\nwritten: {', '.join(str(path) for path in written)}")
+    return 0
+
+
+def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> list[list[CudaCase]]:
+    """The cases in the order in which they run; those of a group need one Buffer and one workload."""
+    groups = []
+    for dtype, tokens in shapes:
+        # Beside bf16, fp8 has new figures only where fp8 rows move.
+        modes = [mode for mode in args.modes if (dtype, "bf16") != ("fp8", shapes[0][0]) or mode not in _FORMED_ALIKE]
+        chosen = [(mode, sms) for mode, sms in itertools.product(modes, args.sms)]
+        layouts = [("layout", 0)] if "layout" in modes else []
+        group = [
+            CudaCase(
+                mode=mode,
+                device="cuda",
+                ranks=args.ranks,
+                tokens=tokens,
+                hidden=args.hidden,
+                dtype=dtype,
+                topk=args.topk,
+                experts=args.experts,
+                num_nvl_bytes=args.num_nvl_bytes[0],
+                seed=args.seed,
+                sms=sms,
+            )
+            for mode, sms in [*layouts, *(pair for pair in chosen if pair[0] != "layout")]
+        ]
+        if group:
+            groups.append(group)
+    return groups
+
+
+def choose_rivals(machine: Mapping[str, Any], deep_ep: str, wanted: bool) -> tuple[list[str], list[str]]:
+    """The contenders beside tokenferry, and why others are left out.
+
+    Args:
+        machine: with the entries of :func:`tokenferry.cli.bench_machine.describe_gpus`.
+        deep_ep: "yes" if DeepEP can be imported, else why not.
+        wanted: whether there are to be any.
+    """
+    if not wanted:
+        return [], ["no other contenders: --no-baseline"]
+    if machine["ranks_share_gpus"]:
+        return [], [f"{BASELINE} (NCCL) and {DEEPEP} left out: NCCL refuses ranks that share a GPU"]
+    if deep_ep != "yes":
+        return [BASELINE], [f"{DEEPEP} left out: deep_ep {deep_ep}"]
+    if machine["ranks"] not in DEEPEP_RANKS:
+        return [BASELINE], [f"{DEEPEP} left out: it runs {', '.join(map(str, DEEPEP_RANKS))} ranks on a node"]
+    return [BASELINE, DEEPEP], [f"{DEEPEP}: the code that calls it here was never run before; check its figures"]
+
+
+def results_of(
+    reports: Sequence[CudaReport],
+    machine: Mapping[str, Any],
+    versions: Mapping[str, str],
+    commit: Mapping[str, Any] | None,
+    command: Sequence[str],
+    notes: Sequence[str],
+    effort: Effort,
+) -> dict[str, Any]:
+    """The JSON file."""
+    shared = [shared_note(machine)] if machine["ranks_share_gpus"] else []
+    return {
+        **origin_of(machine, versions),
+        "git": commit,
+        "command": describe_command(command),
+        "method": {
+            "boundary": _boundary(effort),
+            "statistic": "over samples, of the slowest rank of each",
+            "calls": effort.calls,
+            "stretches": effort.stretches,
+            "chain": effort.chain,
+        },
+        "notes": [*shared, *notes],
+        "cases": [report.to_json() for report in reports],
+    }
+
+
+def file_name(machine: Mapping[str, Any], reports: Sequence[CudaReport]) -> str:
+    """A name for a result: the device, the ranks, and what varies."""
+    device = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower().removeprefix("nvidia ")).strip("-")
+    parts = [device, f"{machine['ranks']}ranks"]
+    if machine["ranks_share_gpus"]:
+        parts.append("shared")
+    tokens = {report.case.tokens for report in reports}
+    parts.append("tokens" if len(tokens) > 1 else f"{next(iter(tokens))}tokens")
+    if len({report.case.sms for report in reports if report.case.sms}) > 1:
+        parts.append("sms")
+    return "-".join(parts)
+
+
+@contextmanager
+def sharing(shared: bool) -> Iterator[None]:
+    """Where ranks share GPUs: MPS, which runs them side by side, and leave for symmetric memory of one GPU.
+
+    Entered before any process of the run has started CUDA. An MPS that the environment names is used as it is.
+
+    Raises:
+        BenchError: there is no MPS.
+    """
+    if not shared:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in (_PIPES, _LOGS, _OVERLAP)}
+    control = shutil.which(MPS_CONTROL)
+    with tempfile.TemporaryDirectory(prefix="tokenferry-mps-") as folder:
+        os.environ[_OVERLAP] = "1"
+        try:
+            if before[_PIPES] is not None:
+                yield
+                return
+            if control is None:
+                raise BenchError(f"more ranks than GPUs need CUDA's MPS ({MPS_CONTROL}), which is not there")
+            os.environ[_PIPES] = os.environ[_LOGS] = folder
+            try:
+                subprocess.run([control, "-d"], check=True, capture_output=True, timeout=30)
+            except (OSError, subprocess.SubprocessError) as error:
+                raise BenchError(f"CUDA's MPS does not start: {error}") from error
+            try:
+                yield
+            finally:
+                subprocess.run([control], input="quit\n", text=True, check=False, capture_output=True, timeout=30)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def _reports(cases: Sequence[CudaCase], results: Sequence[Sequence[CudaRankResult]]) -> list[CudaReport]:
+    return [report_of(case, of_case) for case, of_case in zip(cases, zip(*results, strict=True), strict=True)]
+
+
+def _introduce(args: argparse.Namespace, machine: Mapping[str, Any], notes: Sequence[str], effort: Effort) -> None:
+    """Print what is run on what."""
+    print(f"{_boundary(effort)}\n")
+    gpus = f"{machine['gpus']} x {machine['gpu']} ({machine['gpu_sms']} SMs)"
+    print(f"{args.ranks} ranks on {gpus}, {machine['cpu']}, {machine['cores']} cores, {machine['system']}")
+    print(f"hidden {args.hidden}, top-{args.topk} of {args.experts} experts, uniform; times in microseconds")
+    for note in notes:
+        print(note)
+    if machine["ranks_share_gpus"]:
+        print(shared_note(machine))
+    print(f"\n{HEADER}", flush=True)
+
+
+def _boundary(effort: Effort) -> str:
+    return BOUNDARY.format(chain=effort.chain, baseline=BASELINE)

@@ -1,0 +1,307 @@
+"""The cases of the benchmark on GPUs: what a rank runs, and the three ways in which it times a call.
+
+*call*: from a drained device and a start that all ranks share, the time between two CUDA events around one call.
+*chained*: the same around a chain of calls, for one of them. *host*: the wall time that the host spends in one call
+of that chain. Only *chained* says what a program pays that has other work to hide the host's behind; *call* has the
+host's time in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.buffer import Buffer
+from tokenferry.cli.bench_cases import (
+    BASELINE,
+    OURS,
+    Call,
+    Case,
+    Workload,
+    baseline_calls,
+    check_agreement,
+    count_traffic,
+    prepare,
+    tokenferry_calls,
+)
+from tokenferry.cli.bench_machine import describe_device
+
+DEEPEP = "DeepEP V1"
+DEEPEP_RANKS = (2, 4, 8)
+"""Numbers of ranks that DeepEP V1 can run inside a node."""
+DEEPEP_DTYPES = ("bf16", "fp8")
+
+_DEEPEP_BYTES = 2_000_000_000
+"""What DeepEP's own test of this mode gives its buffer."""
+_TIMEOUT = 60.0
+"""Seconds: the first calls of a rank compile kernels while its peers wait."""
+_MARGIN = 1e-3
+"""Seconds between the exchange of clocks and the common start; all ranks must have returned from the exchange."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaCase(Case):
+    """One line of the benchmark on GPUs."""
+
+    sms: int
+    """SMs that an operation may use; 0 where it has no say."""
+
+
+class Effort(NamedTuple):
+    """How much of everything is run; the same on all ranks."""
+
+    calls: int = 30
+    """Samples of *call*."""
+    stretches: int = 5
+    """Samples of *chained* and *host*."""
+    chain: int = 20
+    """Calls in a stretch."""
+    warm_ups: int = 5
+    """Calls that are not timed: the first ones compile, allocate, and let peers map what was allocated."""
+    kernels: bool = False
+    """Ask torch.profiler for the time of each kernel too."""
+
+
+class Stretch(NamedTuple):
+    """Seconds of a number of calls."""
+
+    device: float
+    host: float
+
+
+class Samples(NamedTuple):
+    """Seconds of one call, in every repetition, on one rank."""
+
+    call: list[float]
+    chained: list[float]
+    host: list[float]
+
+
+class CudaRankResult(NamedTuple):
+    """What one rank found out about a case."""
+
+    samples: dict[str, Samples]
+    """By contender."""
+    wire_bytes: int
+    """Bytes that this rank sends to other ranks in one call; over all ranks, as many arrive."""
+    logical_bytes: int
+    """The same with the rows that it sends to itself."""
+    heap_bytes: int
+    """Device memory that the library has taken."""
+    kernels: dict[str, float]
+    """Seconds of each kernel in one chained call of tokenferry, by name; empty if not asked for."""
+
+
+class Clock(Protocol):
+    """How stretches are timed."""
+
+    def drain(self) -> None:
+        """Wait until the device has nothing left to do."""
+
+    def stretch(self, call: Callable[[], object], count: int) -> Stretch:
+        """Drain, start together with all ranks, and time ``count`` calls."""
+
+
+class CudaClock:
+    """Events on the current stream of the current GPU."""
+
+    def __init__(self) -> None:
+        self._begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def drain(self) -> None:
+        """See :meth:`Clock.drain`."""
+        torch.cuda.synchronize()
+
+    def stretch(self, call: Callable[[], object], count: int) -> Stretch:
+        """See :meth:`Clock.stretch`."""
+        self.drain()
+        start_together()
+        self._begin.record()
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        host = time.perf_counter() - begin
+        self._end.record()
+        self._end.synchronize()
+        return Stretch(self._begin.elapsed_time(self._end) * 1e-3, host)
+
+
+def start_together() -> None:
+    """Return at the same moment on all ranks of the default group, within microseconds.
+
+    Ranks leave a barrier up to a tenth of a millisecond after each other, which is half of what is measured here.
+    They are on one machine, so they share a clock: they agree on a moment, and wait for it.
+    """
+    moment = torch.tensor(time.monotonic(), dtype=torch.float64)
+    dist.all_reduce(moment, dist.ReduceOp.MAX)
+    start = float(moment) + _MARGIN
+    while time.monotonic() < start:
+        pass
+
+
+class Rival(NamedTuple):
+    """A contender beside tokenferry."""
+
+    name: str
+    calls_at: Callable[[int], dict[str, Call]]
+    """The modes it has, for a number of SMs (0: no matter), until asked for another number."""
+    knows_sms: bool
+    """If not, one measurement is good for all numbers of SMs."""
+
+
+def take_device(rank: int, num_ranks: int) -> dict[str, Any]:
+    """Give this rank its GPU, one after the other, and describe it."""
+    index = rank % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return {**describe_device(index), "deep_ep": _deepep_state()}
+
+
+def run_cases(
+    rank: int, num_ranks: int, cases: Sequence[CudaCase], effort: Effort, rivals: Sequence[str], clock: Clock | None
+) -> list[CudaRankResult]:
+    """Check and time cases that differ in mode and SMs alone; all ranks of the default group call it together.
+
+    Args:
+        rank: this rank.
+        num_ranks: ranks of the group, those of the cases.
+        cases: what to run, on one Buffer and one workload.
+        effort: how much.
+        rivals: contenders to run beside tokenferry: :data:`BASELINE`, :data:`DEEPEP`.
+        clock: by default a :class:`CudaClock`.
+
+    Returns:
+        A result for each case.
+
+    Raises:
+        BenchError: tokenferry and ``torch.distributed`` do not agree bit for bit.
+    """
+    results = _run_cases(rank, cases, effort, rivals, clock or CudaClock())
+    torch.cuda.empty_cache()  # the next token count needs blocks of other sizes
+    return results
+
+
+def _run_cases(
+    rank: int, cases: Sequence[CudaCase], effort: Effort, rivals: Sequence[str], clock: Clock
+) -> list[CudaRankResult]:
+    shape, results = cases[0], []
+    with ExitStack() as stack:
+        buffer = stack.enter_context(
+            Buffer(dist.group.WORLD, shape.num_nvl_bytes, device=shape.device, timeout=_TIMEOUT)
+        )
+        stack.callback(Buffer.set_num_sms, Buffer.num_sms)
+        work = prepare(shape, rank, buffer)
+        ours = tokenferry_calls(shape, work, buffer)
+        others = [_rival(name, shape, work) for name in rivals]
+        known: dict[tuple[str, str], Samples] = {}
+        for case in cases:
+            if case.sms:
+                Buffer.set_num_sms(case.sms)
+            samples = {OURS: measure(clock, ours[case.mode], effort)}
+            for rival in others:
+                call = rival.calls_at(case.sms).get(case.mode)
+                if call is None:
+                    continue
+                if rival.name == BASELINE:
+                    check_agreement(case, rank, ours[case.mode](), call())
+                key = (rival.name, case.mode)
+                if rival.knows_sms or key not in known:
+                    known[key] = measure(clock, call, effort)
+                samples[rival.name] = known[key]
+            assert buffer.runtime is not None
+            results.append(
+                CudaRankResult(
+                    samples,
+                    *count_traffic(work.is_token_in_rank, rank, case.row_bytes()),
+                    buffer.runtime.allocated_bytes(),
+                    kernel_seconds(ours[case.mode], effort.chain) if effort.kernels else {},
+                )
+            )
+        clock.drain()
+        buffer.get_dispatch_layout(work.topk_idx, shape.experts)  # raises what the last kernels may have reported
+        clock.drain()
+        dist.barrier()
+    return results
+
+
+def measure(clock: Clock, call: Callable[[], object], effort: Effort) -> Samples:
+    """Time a call in the three ways."""
+    clock.stretch(call, effort.warm_ups)
+    calls = [clock.stretch(call, 1) for _ in range(effort.calls)]
+    chains = [clock.stretch(call, effort.chain) for _ in range(effort.stretches)]
+    return Samples(
+        [stretch.device for stretch in calls],
+        [stretch.device / effort.chain for stretch in chains],
+        [stretch.host / effort.chain for stretch in chains],
+    )
+
+
+def kernel_seconds(call: Callable[[], object], count: int) -> dict[str, float]:
+    """Device seconds in one of ``count`` chained calls, by kernel, as torch.profiler finds them.
+
+    Kernels wait for peers, so that the time of one includes how late those are.
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    dist.barrier()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+    return {
+        event.key: event.self_device_time_total * 1e-6 / count
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA and event.self_device_time_total > 0
+    }
+
+
+@functools.cache
+def nccl_group() -> dist.ProcessGroup:
+    """The ranks of the default group in a NCCL group; made at the first call, which is collective."""
+    group = dist.new_group(backend="nccl")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _rival(name: str, case: CudaCase, work: Workload) -> Rival:
+    group = nccl_group() if case.device == "cuda" else None
+    if name == BASELINE:
+        calls = baseline_calls(case, work, group)
+        return Rival(name, lambda _: calls, knows_sms=False)
+    return _deepep(case, work, group)
+
+
+def _deepep(case: CudaCase, work: Workload, group: dist.ProcessGroup | None) -> Rival:
+    """DeepEP V1, whose methods tokenferry's Buffer has too: the same calls on the other object.
+
+    UNTESTED: written after the description of its API, never run, for want of a machine that has DeepEP. Its results
+    are not compared. Every call uses its presets for the number of ranks; a handle is good for one number of SMs.
+    """
+    deep_ep = importlib.import_module("deep_ep")
+    buffer = deep_ep.Buffer(group, _DEEPEP_BYTES)
+
+    def calls_at(sms: int) -> dict[str, Call]:
+        if sms:
+            deep_ep.Buffer.set_num_sms(sms)
+        return tokenferry_calls(case, work, buffer)
+
+    return Rival(DEEPEP, calls_at, knows_sms=True)
+
+
+def _deepep_state() -> str:
+    """ "yes" if DeepEP can be imported, else why not."""
+    try:
+        deep_ep = importlib.import_module("deep_ep")
+    except Exception as error:  # a build for another torch fails in any way
+        return f"cannot be imported ({type(error).__name__})"
+    return "yes" if hasattr(deep_ep, "Buffer") else "has no V1 Buffer"
