@@ -172,7 +172,14 @@ def test_against_refuses_other_files(content: str | None, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--device", "cuda"], "--device"),
+        (["--device", "tpu"], "--device"),
+        (["--sms", "7"], "--sms"),
+        (["--sms", "8"], "--sms"),
+        (["--kernels"], "--kernels"),
+        (["--save"], "--save"),
+        (["--modes", "cached-pair"], "--modes"),
+        (["--dtype", "bf16", "fp8"], "--dtype"),
+        (["--draw", "missing.json"], "--draw"),
         (["--ranks", "0"], "--ranks"),
         (["--tokens", "-1"], "--tokens"),
         (["--tokens", "8", "--mb", "1"], "--mb"),

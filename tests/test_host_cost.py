@@ -45,11 +45,8 @@ class IdlePlane:
             send_head=int32(TOKENS, RANKS),
             pull=self.given.append,
         )
-        sizes = (TOKENS, RECEIVED)
-        self._rows = {(n, HIDDEN, t): torch.empty(n, HIDDEN, dtype=t) for n in sizes for t in (torch.bfloat16,)}
-        self._rows |= {
-            (n, TOPK, t): torch.empty(n, TOPK, dtype=t) for n in sizes for t in (torch.int64, torch.float32)
-        }
+        kinds = ((HIDDEN, torch.bfloat16), (TOPK, torch.int64), (TOPK, torch.float32))
+        self._rows = {(n, w, t): torch.empty(n, w, dtype=t) for n in (TOKENS, RECEIVED) for w, t in kinds}
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
         return self._layout

@@ -72,6 +72,7 @@ class Buffer(LowLatencyMethods):
             ``TOKENFERRY_TIMEOUT``, else 100.
         device: where the tensors of this rank live, a GPU or ``"cpu"``, for all ranks alike; by default the
             environment variable ``TOKENFERRY_DEVICE``, else the current GPU if there is one.
+        heap_bytes: GPU memory for :meth:`empty`, equal on all ranks.
         node: name of the node this rank is on; by default found as :func:`tokenferry.topology.node_key` says.
 
     Raises:
@@ -100,6 +101,7 @@ class Buffer(LowLatencyMethods):
         comm: Any | None = None,
         timeout: float | None = None,
         device: torch.device | str | int | None = None,
+        heap_bytes: int = 0,
         node: str | int | None = None,
     ) -> None:
         self.runtime: AnyRuntime | None = None
@@ -127,7 +129,8 @@ class Buffer(LowLatencyMethods):
         self.enable_shrink = enable_shrink
         stage_limit = max(num_nvl_bytes, num_rdma_bytes if low_latency_mode else 0)
         chosen = _choose_device(device)
-        make = _runtime_maker(chosen, group, stage_limit, seconds, enable_shrink)
+        heap_bytes = check_int("heap_bytes", heap_bytes, minimum=0)
+        make = _runtime_maker(chosen, group, stage_limit, heap_bytes, seconds, enable_shrink)
         self.runtime = _construct_runtime(rendezvous, make, node)
         logger.info(
             "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s",
@@ -245,6 +248,21 @@ class Buffer(LowLatencyMethods):
         memory = runtime.scratch(whole) if use_rdma_buffer else runtime.local_stage(end)
         flat = memory[offset:end].view(dtype)
         return flat if size is None else flat.view(size)
+
+    def empty(self, *size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """An unset tensor that the other ranks can read where it lies, from its first use on.
+
+        Ordinary GPU tensors become readable after a few operations on their memory, unless the allocator does not
+        let it be shared (``expandable_segments:True``): rows in these never pass through the stage.
+
+        Args:
+            size: its shape.
+            dtype: of the tensor.
+
+        Raises:
+            HeapError: ``heap_bytes`` are used up.
+        """
+        return self._live_runtime().empty(torch.Size(size), dtype)
 
     # High throughput.
 
@@ -465,7 +483,12 @@ def _choose_device(device: torch.device | str | int | None) -> torch.device:
 
 
 def _runtime_maker(
-    device: torch.device, group: dist.ProcessGroup | None, stage_limit: int, timeout: float, may_mask: bool
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    stage_limit: int,
+    heap_bytes: int,
+    timeout: float,
+    may_mask: bool,
 ) -> Callable[[int, int], AnyRuntime]:
     """What constructs the runtime of a rank, from the rank and their number."""
     if device.type == "cpu":
@@ -474,7 +497,9 @@ def _runtime_maker(
         raise ArgumentError("group", None, "a torch.distributed process group on GPUs (device='cpu' takes comm=)")
     from tokenferry.runtime_cuda import CudaRuntime
 
-    return functools.partial(CudaRuntime, group=group, device=device, stage_limit=stage_limit, timeout=timeout)
+    return functools.partial(
+        CudaRuntime, group=group, device=device, stage_limit=stage_limit, heap_bytes=heap_bytes, timeout=timeout
+    )
 
 
 def _timeout_seconds(timeout: float | None) -> float:

@@ -105,6 +105,10 @@ class Runtime:
                 self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self._scratch
 
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """An unset tensor; rows of CPU ranks are always staged, so any memory does."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
     def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
         """bfloat16 of this shape: rows that a low-latency combine may be given, the same until the shape changes."""
         if self._combine_rows is None or self._combine_rows.shape != shape:

@@ -31,6 +31,7 @@ class CudaRuntime:
         group: the process group, of any backend.
         device: the GPU of this rank.
         stage_limit: ceiling for the stage in bytes; 0 for the default.
+        heap_bytes: bytes for tensors in the heap.
         timeout: seconds to wait for a peer that makes no progress.
 
     Raises:
@@ -45,6 +46,7 @@ class CudaRuntime:
         group: dist.ProcessGroup,
         device: torch.device,
         stage_limit: int,
+        heap_bytes: int,
         timeout: float,
     ) -> None:
         if num_ranks > words.MAX_RANKS:
@@ -62,7 +64,8 @@ class CudaRuntime:
         stage = min(stage_limit or DEFAULT_STAGE_BYTES, DEFAULT_STAGE_BYTES) if _can_share() else stage_limit
         self._regions = Regions(rank, num_ranks, Driver())
         try:
-            self._heap = SymmetricHeap(rank, num_ranks, words.CONTROL_BYTES, stage or DEFAULT_STAGE_BYTES, device)
+            stage = stage or DEFAULT_STAGE_BYTES
+            self._heap = SymmetricHeap(rank, num_ranks, words.CONTROL_BYTES, stage, heap_bytes, device)
         except BaseException:
             self._regions.close()
             raise
@@ -98,7 +101,7 @@ class CudaRuntime:
         offers = [json.loads(bytes(handle)) for handle in ipc_handles]
         sizes = sorted({int(size) for _, _, size, _ in offers})
         if len(sizes) > 1:
-            raise HeapError(f"the ranks want heaps of {sizes} bytes: num_nvl_bytes must be equal on all ranks")
+            raise HeapError(f"the ranks want heaps of {sizes} bytes: num_nvl_bytes and heap_bytes must be equal")
         self._regions.attach([(str(name), int(size)) for name, size, _, _ in offers])
         self._heap.attach(self._group)
         self._regions.set_heap(self._heap.addresses, self._heap.size)
@@ -141,6 +144,10 @@ class CudaRuntime:
             with torch.inference_mode(False):
                 self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self._scratch
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """An unset tensor that the peers can read from the start."""
+        return self._heap.empty(shape, dtype)
 
     def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
         """Not there on CUDA."""

@@ -393,7 +393,7 @@ def finds(monkeypatch: Any, mutant: Mutant, seed: int) -> bool:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
-    assert any(finds(monkeypatch, MUTANTS[name], seed) for seed in range(4))
+    assert any(finds(monkeypatch, MUTANTS[name], seed) for seed in range(8))
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -1,12 +1,14 @@
 """``tokenferry bench``: time dispatch and combine between ranks of this machine, beside ``torch.distributed``.
 
 Arguments and orchestration. ``bench_cases`` runs a case on the ranks, ``bench_baseline`` is the other contender,
-``bench_report`` and ``bench_plot`` say what came out, ``bench_machine`` what it ran on.
+``bench_report`` and ``bench_plot`` say what came out, ``bench_machine`` what it ran on. GPUs are timed in other ways:
+``bench_cuda`` takes over for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -15,10 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from tokenferry.cli.bench_cases import (
     BASELINE,
     CHAINED_PAIRS,
     CLOCKS,
+    CUDA_MODES,
     DTYPES,
     MODES,
     SCALE_BLOCK,
@@ -53,6 +58,8 @@ from tokenferry.config import ALIGNMENT
 from tokenferry.modes.intranode import MAX_TOPK, ROW_ALIGNMENT
 
 _DEFAULT_TOKENS = 4096
+_DEFAULT_RANKS = 4
+_DEFAULT_SMS = 16
 _DEFAULT_SECONDS = 2
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -61,8 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``tokenferry bench``."""
     parser.set_defaults(fail=parser.error)
     shape = parser.add_argument_group("shape")
-    shape.add_argument("--device", type=_device, default="cpu", help="cpu: ranks are processes that share memory")
-    shape.add_argument("--ranks", type=_positive, default=4, help="processes to start (default 4)")
+    shape.add_argument(
+        "--device", type=_device, default="cpu", help="cpu: ranks are processes that share memory; cuda"
+    )
+    shape.add_argument(
+        "--ranks",
+        type=_positive,
+        help=f"processes to start (default {_DEFAULT_RANKS}, with cuda one per GPU; more of them share GPUs)",
+    )
     size = shape.add_mutually_exclusive_group()
     size.add_argument("--tokens", type=_positive, nargs="+", help=f"of each rank (default {_DEFAULT_TOKENS})")
     size.add_argument("--mb", type=_positive, nargs="+", help="rows of each rank in MiB, instead of --tokens")
@@ -72,12 +85,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        default="bf16",
-        help=f"of dispatched rows; fp8 has a float32 scale for {SCALE_BLOCK} elements and combines in bf16",
+        nargs="+",
+        help="of dispatched rows (default bf16, with cuda bf16 fp8); "
+        f"fp8 has a float32 scale for {SCALE_BLOCK} elements and combines in bf16",
     )
     shape.add_argument("--seed", type=int, default=0, help="of rows and routing (default 0)")
     run = parser.add_argument_group("what to run")
-    run.add_argument("--modes", choices=list(MODES), nargs="+", default=list(MODES), help="(default: all)")
+    run.add_argument("--modes", choices=list(CUDA_MODES), nargs="+", help="(default: all; cached-pair: cuda only)")
+    run.add_argument("--sms", type=_sms, nargs="+", help=f"cuda: SMs of an operation (default {_DEFAULT_SMS})")
+    run.add_argument(
+        "--kernels", action="store_true", help="cuda: ask torch.profiler for the time of each kernel too"
+    )
     run.add_argument(
         "--num-nvl-bytes",
         type=_size,
@@ -94,7 +112,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out = parser.add_argument_group("results")
     out.add_argument("--output", type=Path, default=Path("bench-out"), help="directory for bench.json and bench.png")
-    out.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json and .png of the checkout instead")
+    out.add_argument(
+        "--save",
+        metavar="NAME",
+        nargs="?",
+        const="",
+        help="write bench/results/NAME.json and .png of the checkout instead; with cuda NAME may be left out",
+    )
+    out.add_argument("--draw", type=Path, metavar="FILE.json", help="run nothing; draw a result of cuda beside it")
     out.add_argument("--against", type=Path, metavar="FILE.json", help="compare with an earlier result")
     out.add_argument("--force", action="store_true", help="compare even if the earlier machine was another one")
     out.add_argument("--no-plot", dest="plot", action="store_false", help="write no PNG")
@@ -109,8 +134,13 @@ def main(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if a rank failed or the contenders disagree.
     """
-    cases = _cases(args)
+    if args.draw is not None:
+        return _draw(args)
+    _settle(args)
     target = _target(args)
+    if args.device == "cuda":
+        return _run_cuda(args, target)
+    cases = _cases(args)
     machine, commit = describe_machine(args.device), describe_commit()
     earlier = _earlier(args, machine)
     try:
@@ -173,22 +203,90 @@ def _run(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], p
     return reports
 
 
-def _cases(args: argparse.Namespace) -> list[Case]:
-    """The cases in the order in which they run; ends the program if the arguments do not fit together."""
-    row_bytes = args.hidden * DTYPES[args.dtype].itemsize
-    if row_bytes % ROW_ALIGNMENT:
-        args.fail(f"argument --hidden: rows of {row_bytes} bytes; allowed: a multiple of {ROW_ALIGNMENT} bytes")
-    if args.dtype == "fp8" and args.hidden % SCALE_BLOCK:
-        args.fail(f"argument --hidden: {args.hidden} with fp8; allowed: a multiple of {SCALE_BLOCK}")
+def _run_cuda(args: argparse.Namespace, target: tuple[Path, str]) -> int:
+    """Run the cases on GPUs."""
+    shapes = _shapes(args)
+    try:
+        plot = _need("tokenferry.cli.bench_cuda_plot") if args.plot else None
+    except BenchError as error:
+        print(f"tokenferry bench: {error}", file=sys.stderr)
+        return 1
+    from tokenferry.cli import bench_cuda
+
+    return bench_cuda.run(args, shapes, target, functools.partial(_earlier, args), plot)
+
+
+def _draw(args: argparse.Namespace) -> int:
+    """Draw an earlier result of GPUs."""
+    path = args.draw.with_suffix(".png")
+    try:
+        results = load_results(args.draw)
+        if results["machine"]["device"] != "cuda":
+            raise ValueError("not a result of --device cuda")
+        _need("tokenferry.cli.bench_cuda_plot").draw(results, path)
+    except (OSError, ValueError) as error:
+        args.fail(f"argument --draw: {args.draw}: {error}")
+    except BenchError as error:
+        print(f"tokenferry bench: {error}", file=sys.stderr)
+        return 1
+    print(f"written: {path}")
+    return 0
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Fill in the defaults of the device; ends the program if an argument has no meaning there."""
+    if args.device == "cuda":
+        if args.seconds is not None:
+            args.fail("argument --seconds: with --device cuda; allowed: --iterations")
+        if len(args.num_nvl_bytes) > 1:
+            args.fail("argument --num-nvl-bytes: with --device cuda; allowed: one ceiling")
+        num_gpus = torch.cuda.device_count()
+        if num_gpus == 0:
+            args.fail("argument --device: cuda, but torch finds no GPU")
+        args.ranks = args.ranks or num_gpus
+        args.dtype = args.dtype or ["bf16", "fp8"]
+        args.modes = args.modes or list(CUDA_MODES)
+        args.sms = args.sms or [_DEFAULT_SMS]
+        return
+    args.ranks = args.ranks or _DEFAULT_RANKS
+    args.dtype = args.dtype or ["bf16"]
+    args.modes = args.modes or list(MODES)
+    if len(args.dtype) > 1:
+        args.fail("argument --dtype: several; allowed: one, or --device cuda")
+    for name, given in (
+        ("--sms", args.sms is not None),
+        ("--kernels", args.kernels),
+        ("--save", args.save == ""),
+        ("--modes", not MODES.keys() >= set(args.modes)),
+    ):
+        if given:
+            args.fail(f"argument {name}: needs {'a NAME' if name == '--save' else '--device cuda'}")
+
+
+def _shapes(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """The dtypes and token counts; ends the program if the arguments do not fit together."""
+    shapes = []
+    for dtype in dict.fromkeys(args.dtype):
+        row_bytes = args.hidden * DTYPES[dtype].itemsize
+        if row_bytes % ROW_ALIGNMENT:
+            args.fail(f"argument --hidden: rows of {row_bytes} bytes; allowed: a multiple of {ROW_ALIGNMENT} bytes")
+        if dtype == "fp8" and args.hidden % SCALE_BLOCK:
+            args.fail(f"argument --hidden: {args.hidden} with fp8; allowed: a multiple of {SCALE_BLOCK}")
+        tokens = args.tokens or [_DEFAULT_TOKENS]
+        if args.mb:
+            tokens = [(size << 20) // row_bytes for size in args.mb]
+            if 0 in tokens:
+                args.fail(f"argument --mb: less than one row of {row_bytes} bytes")
+        shapes += [(dtype, count) for count in tokens]
     if args.experts % args.ranks:
         args.fail(f"argument --experts: {args.experts}; allowed: a multiple of the {args.ranks} ranks")
     if args.topk > min(args.experts, MAX_TOPK):
         args.fail(f"argument --topk: {args.topk}; allowed: at most {min(args.experts, MAX_TOPK)}")
-    tokens = args.tokens or [_DEFAULT_TOKENS]
-    if args.mb:
-        tokens = [(size << 20) // row_bytes for size in args.mb]
-        if 0 in tokens:
-            args.fail(f"argument --mb: less than one row of {row_bytes} bytes")
+    return shapes
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    """The cases in the order in which they run; ends the program if the arguments do not fit together."""
     return [
         Case(
             mode=mode,
@@ -196,13 +294,13 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             ranks=args.ranks,
             tokens=count,
             hidden=args.hidden,
-            dtype=args.dtype,
+            dtype=dtype,
             topk=args.topk,
             experts=args.experts,
             num_nvl_bytes=stage,
             seed=args.seed,
         )
-        for count, stage, mode in itertools.product(tokens, args.num_nvl_bytes, args.modes)
+        for (dtype, count), stage, mode in itertools.product(_shapes(args), args.num_nvl_bytes, args.modes)
     ]
 
 
@@ -276,7 +374,13 @@ def _size(text: str) -> int:
     return int(digits) * factor
 
 
+def _sms(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0 or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a positive even number")
+    return int(text)
+
+
 def _device(text: str) -> str:
-    if text not in CLOCKS:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(CLOCKS)} (ranks are CPU processes)")
+    if text not in (*CLOCKS, "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(CLOCKS)} (ranks are CPU processes), cuda")
     return text

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -57,8 +56,8 @@ MPS_CONTROL = "nvidia-cuda-mps-control"
 _PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 _LOGS = "CUDA_MPS_LOG_DIRECTORY"
 _OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
-_FORMED_ALIKE = ("layout", "combine")
-"""Modes that are the same for fp8 and bf16."""
+_ALIKE = ("layout", "combine")
+"""Modes in which fp8 is the same as bf16."""
 
 
 def run(
@@ -126,10 +125,9 @@ def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> li
     """The cases in the order in which they run; those of a group need one Buffer and one workload."""
     groups = []
     for dtype, tokens in shapes:
-        # Beside bf16, fp8 has new figures only where fp8 rows move.
-        modes = [mode for mode in args.modes if (dtype, "bf16") != ("fp8", shapes[0][0]) or mode not in _FORMED_ALIKE]
-        chosen = [(mode, sms) for mode, sms in itertools.product(modes, args.sms)]
-        layouts = [("layout", 0)] if "layout" in modes else []
+        known = _ALIKE if dtype == "fp8" and ("bf16", tokens) in shapes else ()
+        modes = [mode for mode in args.modes if mode not in known]
+        chosen = [(mode, sms) for mode in modes for sms in (args.sms if mode != "layout" else [0])]
         group = [
             CudaCase(
                 mode=mode,
@@ -144,7 +142,7 @@ def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> li
                 seed=args.seed,
                 sms=sms,
             )
-            for mode, sms in [*layouts, *(pair for pair in chosen if pair[0] != "layout")]
+            for mode, sms in chosen
         ]
         if group:
             groups.append(group)

@@ -249,7 +249,6 @@ def kernel_seconds(call: Callable[[], object], count: int) -> dict[str, float]:
 
     Kernels wait for peers, so that the time of one includes how late those are.
     """
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -261,7 +260,7 @@ def kernel_seconds(call: Callable[[], object], count: int) -> dict[str, float]:
     return {
         event.key: event.self_device_time_total * 1e-6 / count
         for event in profiler.key_averages()
-        if event.device_type == DeviceType.CUDA and event.self_device_time_total > 0
+        if event.device_type.name == "CUDA" and event.self_device_time_total > 0
     }
 
 
@@ -299,7 +298,7 @@ def _deepep(case: CudaCase, work: Workload, group: dist.ProcessGroup | None) -> 
 
 
 def _deepep_state() -> str:
-    """ "yes" if DeepEP can be imported, else why not."""
+    """Whether DeepEP can be imported: "yes", or why not."""
     try:
         deep_ep = importlib.import_module("deep_ep")
     except Exception as error:  # a build for another torch fails in any way

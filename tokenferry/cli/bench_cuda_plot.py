@@ -26,6 +26,8 @@ _COLORS = {
 _OTHER = "#666666"
 _MARKERS = {OURS: "o", BASELINE: "s", DEEPEP: "^"}
 _COLUMNS = 3
+_LINES = "Solid: chained calls, with the fastest and slowest sample; dotted: one call from an aligned start."
+_BARS = "Filled: chained calls, with the fastest and slowest sample; dotted: one call from an aligned start."
 _RULER_SMS = 16
 _RULER_TOKENS = 4096
 
@@ -71,11 +73,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = _sweeps(sweeps) if sweeps else _bars(points)
         varied = " and ".join({"tokens": "tokens", "sms": "SMs"}[sweep[0]] for sweep in sweeps)
-        write_head(figure, f"Time of a call over {varied}" if sweeps else "Time of a call", _lines(results))
+        title, marks = (f"Time of a call over {varied}", _LINES) if sweeps else ("Time of a call", _BARS)
+        write_head(figure, title, _lines(results, marks))
         figure.savefig(path, dpi=150)
 
 
-def _lines(results: Mapping[str, Any]) -> list[str]:
+def _lines(results: Mapping[str, Any], marks: str) -> list[str]:
     machine, case = results["machine"], results["cases"][0]["case"]
     ranks = f"{machine['ranks']} ranks on {machine['gpus']} x {machine['gpu']}"
     tokens, sms = (sorted({entry["case"][key] for entry in results["cases"]} - {0}) for key in ("tokens", "sms"))
@@ -87,8 +90,7 @@ def _lines(results: Mapping[str, Any]) -> list[str]:
     warning = "RANKS SHARE A GPU: these are no NVLink figures." if machine["ranks_share_gpus"] else ""
     return [
         ", ".join(shape),
-        "Slowest rank, median. Solid: chained calls, the band from the fastest to the slowest sample;"
-        " dotted: one call from an aligned start.",
+        f"Slowest rank, median. {marks}",
         warning,
     ]
 
@@ -106,9 +108,7 @@ def _sweeps(sweeps: Sequence[tuple[str, str, list[_Point]]]) -> Figure:
         for axes, mode in zip(panels, modes[number], strict=False):
             _panel(axes, [p for p in points if p.mode == mode], field)
             axes.set(title=CUDA_MODES[mode], xlabel=label, ylabel="µs")
-            legend.update(
-                (text, handle) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-            )
+            legend.update((text, handle) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True))
         for axes in panels[len(modes[number]) :]:
             axes.set_axis_off()
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 4))
@@ -160,5 +160,6 @@ def _bars(points: Sequence[_Point]) -> Figure:
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel("µs")
-    axes.legend(loc="upper left")
+    axes.set_ylim(0, 1.25 * max(p.us(kind) for p in points for kind in ("call", "chained")))
+    axes.legend(loc="upper left", ncols=len(lines))
     return figure

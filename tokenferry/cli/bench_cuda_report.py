@@ -1,4 +1,4 @@
-"""What the benchmark on GPUs says: statistics, one line a case, the JSON entries, the comparison with an earlier file."""
+"""What the benchmark on GPUs says: statistics, lines, JSON entries, the comparison with an earlier file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ the host for the counts; a cached one does not. A pair is dispatch + combine.
 call: between CUDA events around one call, from a drained GPU and a start that all ranks share; host time is in it.
 chained: between CUDA events around {chain} calls without a pause, for one of them. host: wall time of the host in one
 of those. Each behind calls that are not timed, contenders one after the other, caches as the last call left them.
-A sample is that of the slowest rank; shown are medians, and of `call` the fastest and slowest sample, in microseconds.
+A sample is that of the slowest rank; shown are medians in microseconds, and of `call` the least and most of a sample.
 wire: bytes that arrive from other ranks / `chained`. logical: the same with the rows a rank keeps. GB = 10^9 bytes.
 {baseline}: gather once for each rank, all_to_all_single (counts, then rows), float32 index_add; same bits."""
 

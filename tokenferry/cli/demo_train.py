@@ -88,7 +88,7 @@ def train(rank: int, num_ranks: int, settings: Settings, twin: Trace) -> Report:
         The report of this rank; ``trace``, ``agreed`` and ``validation`` are the same on all ranks.
     """
     corpus = Corpus(settings)
-    with Buffer(dist.group.WORLD) as buffer:
+    with Buffer(dist.group.WORLD, device="cpu") as buffer:
         model = LanguageModel(settings, len(corpus.characters), lambda seed: make_layer(buffer, settings, seed))
         return _Trainer(model, rank, num_ranks, settings, corpus).run(twin)
 

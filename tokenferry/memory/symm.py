@@ -4,7 +4,7 @@ It lies in torch's symmetric memory: every rank allocates the same number of byt
 gives each rank the addresses of all of them. What the words mean: :mod:`tokenferry.dataplane.cuda.kernels.words`.
 
 The heap does not grow: a rendezvous is collective. So a heap takes ``LIST_BYTES`` for the lists of tokens and its
-stage at once; the stage is only needed for memory that peers cannot open.
+stage at once, and for tensors what the caller asks for; the stage is only needed for memory that peers cannot open.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from tokenferry.config import ALIGNMENT, align_up
 from tokenferry.errors import HeapError
+from tokenferry.memory.pool import Pool
 
 LIST_BYTES = 8 << 20
 """For the ids of the tokens that peers send: LIST_BYTES / 4 / R tokens a rank."""
@@ -29,6 +30,7 @@ class SymmetricHeap:
         num_ranks: ranks of the group.
         control_bytes: bytes in front of the lists.
         stage_bytes: bytes of the stage, equal on all ranks.
+        tensor_bytes: bytes for :meth:`empty`, equal on all ranks.
         device: the CUDA device of this rank.
 
     Attributes:
@@ -43,7 +45,15 @@ class SymmetricHeap:
         HeapError: the device has no memory for it.
     """
 
-    def __init__(self, rank: int, num_ranks: int, control_bytes: int, stage_bytes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        control_bytes: int,
+        stage_bytes: int,
+        tensor_bytes: int,
+        device: torch.device,
+    ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self.rank = rank
@@ -52,7 +62,8 @@ class SymmetricHeap:
         self.list_capacity = LIST_BYTES // 4 // num_ranks
         self.stage = align_up(control_bytes + LIST_BYTES)
         self.stage_bytes = align_up(max(stage_bytes, SMALLEST_STAGE))
-        self.size = self.stage + self.stage_bytes
+        tensors = align_up(self.stage + self.stage_bytes, 512)
+        self.size = tensors + align_up(tensor_bytes, 512)
         self.addresses: tuple[int, ...] = ()
         self._memory: Any = symmetric_memory
         self._peers: Any = None
@@ -61,12 +72,21 @@ class SymmetricHeap:
                 self.bytes = symmetric_memory.empty(self.size, dtype=torch.uint8, device=device)
         except RuntimeError as error:
             raise HeapError(f"no symmetric memory of {self.size} bytes on {device}: {error}") from error
+        self._pool = Pool(self.bytes.data_ptr() + tensors, self.size - tensors)
         self.bytes[: self.stage].zero_()
         torch.cuda.synchronize(device)
 
     def words(self, offset: int, count: int) -> torch.Tensor:
         """int64 [count] over bytes of the own heap."""
         return self.bytes[offset : offset + 8 * count].view(torch.int64)
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """An unset tensor in the heap, which every peer can read from the start.
+
+        Raises:
+            HeapError: ``tensor_bytes`` are used up.
+        """
+        return self._pool.tensor(shape, dtype, self.device)
 
     def attach(self, group: Any) -> None:
         """Learn where the heaps of all ranks are. Collective over ``group``, the process group of the Buffer.

@@ -206,7 +206,10 @@ def _dispatch_float64(
 
 
 def _clear_unused(rows: torch.Tensor, handle: DispatchHandle, rank: int) -> None:
-    """Zero the rows of a worst-case output that no token arrived in."""
+    """Zero the rows of a worst-case output that no token arrived in; on a GPU without a look at their number."""
+    if rows.is_cuda:
+        rows.masked_fill_((handle.recv_src_idx < 0).unsqueeze(1), 0.0)
+        return
     num_received = int(handle.rank_prefix_matrix[-1, rank])
     if num_received < rows.size(0):
         rows[num_received:].zero_()

@@ -1,0 +1,255 @@
+"""The benchmark on GPUs, everything but the GPU: the ranks are CPU processes, and their clock knows the answers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.test_bench import SMALL, a_case
+from tokenferry import Buffer
+from tokenferry.cli import bench_cuda, bench_cuda_cases, main
+from tokenferry.cli.bench_cases import BASELINE, CUDA_MODES, OURS, BenchError
+from tokenferry.cli.bench_cuda_cases import DEEPEP, CudaCase, Effort, Stretch, run_cases, start_together
+from tokenferry.cli.bench_cuda_plot import draw
+from tokenferry.cli.bench_cuda_report import KINDS, CudaReport
+from tokenferry.cli.bench_machine import describe_gpus
+from tokenferry.cli.ranks import RankPool
+
+
+class FakeClock:
+    """Every call takes 1 ms on rank 0 and 3 ms on rank 1, and the host 0.5 ms of it; a single one 1 ms more."""
+
+    def drain(self) -> None:
+        pass
+
+    def stretch(self, call: Callable[[], object], count: int) -> Stretch:
+        for _ in range(min(count, 2)):
+            call()
+        return Stretch(count * (1 + 2 * dist.get_rank()) * 1e-3 + (count == 1) * 1e-3, count * 0.5e-3)
+
+
+def run_on_cpu(rank: int, num_ranks: int, cases: list[CudaCase], effort: Effort, rivals: list[str], _: None) -> Any:
+    return run_cases(rank, num_ranks, [replace(c, device="cpu") for c in cases], effort, rivals, FakeClock())
+
+
+def a_device(rank: int, num_ranks: int) -> dict[str, Any]:
+    versions = {"triton": "3", "cuda": "13.0", "driver": "580", "nccl": "2.28"}
+    shape = {"gpu_sms": 132, "gpu_memory_bytes": 1 << 36, "gpu_capability": "9.0"}
+    return {"gpu": "NVIDIA H100 80GB HBM3", **shape, "versions": versions, "deep_ep": "is not there"}
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(bench_cuda, "take_device", a_device)
+    monkeypatch.setattr(bench_cuda, "run_cases", run_on_cpu)
+
+
+@pytest.fixture
+def mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What would control MPS; where it writes what it was told."""
+    control, told = tmp_path / bench_cuda.MPS_CONTROL, tmp_path / "told"
+    control.write_text(
+        f'#!/bin/sh\nif [ "$1" = -d ]; then echo "start $CUDA_MPS_PIPE_DIRECTORY"; else cat; fi >> {told}\n'
+    )
+    control.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    return told
+
+
+CUDA = ["bench", "--device", "cuda", *SMALL[2:]]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_cuda_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CUDA, "--tokens", "8", "16", "--sms", "8", "16", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    machine = results["machine"]
+    assert (machine["gpu"], machine["gpus"], machine["ranks"]) == ("NVIDIA H100 80GB HBM3", 2, 2)
+    assert machine["device"] == "cuda"
+    assert machine["ranks_share_gpus"] is False
+    assert results["versions"].keys() == {"python", "torch", "tokenferry", "triton", "cuda", "driver", "nccl"}
+    assert (results["method"]["calls"], results["method"]["stretches"]) == (2, 2)
+    assert results["notes"] == ["DeepEP V1 left out: deep_ep is not there"]
+    ran = [tuple(entry["case"][key] for key in ("dtype", "tokens", "mode", "sms")) for entry in results["cases"]]
+    moved = ("dispatch", "cached", "combine", "pair", "cached-pair")
+    assert ran == [
+        *(("bf16", t, m, s) for t in (8, 16) for m, s in [("layout", 0), *itertools.product(moved, (8, 16))]),
+        *(("fp8", t, m, s) for t in (8, 16) for m in moved if m != "combine" for s in (8, 16)),
+    ]
+    for entry in results["cases"]:
+        layout = entry["case"]["mode"] == "layout"
+        assert entry["contenders"].keys() == ({OURS} if layout else {OURS, BASELINE})
+        assert entry["ratio_to_baseline"] == ({} if layout else {"call": 1.0, "chained": 1.0, "host": 1.0})
+        assert entry["kernel_seconds"] == {}
+        for kinds in entry["contenders"].values():
+            assert kinds.keys() == {"call", "chained", "host"}
+            for kind, (first, second) in {
+                "call": (2e-3, 4e-3),
+                "chained": (1e-3, 3e-3),
+                "host": (5e-4, 5e-4),
+            }.items():
+                found = kinds[kind]
+                assert found["samples"] == 2
+                for name in ("median", "fastest", "slowest", "p10", "p90"):
+                    assert found[f"{name}_seconds"] == pytest.approx(second)
+                assert found["rank_median_seconds"] == pytest.approx([first, second])
+                assert found["rank_spread_seconds"] == pytest.approx(second - first)
+            rate = entry["wire_bytes_per_rank"] / 3e-3 / 1e9
+            assert kinds["chained"]["wire_gigabytes_per_second"] == pytest.approx(rate)
+            assert "wire_gigabytes_per_second" not in kinds["host"]
+    shown = capsys.readouterr().out
+    assert "2 ranks on 2 x NVIDIA H100 80GB HBM3" in shown
+    assert "NVLink" not in shown
+    picture = tmp_path / "bench.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    assert main(["bench", "--draw", str(tmp_path / "bench.json")]) == 0
+    assert picture.exists()
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_cuda_says_that_ranks_share_gpus(tmp_path: Path, mps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*CUDA, "--ranks", "4", "--tokens", "8", "--modes", "combine", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("4 RANKS SHARE 2 GPUS") == 2
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["machine"]["ranks_share_gpus"] is True
+    assert "NO NVLink figures" in results["notes"][0]
+    assert "NCCL refuses" in results["notes"][1]
+    (entry,) = results["cases"]
+    assert entry["contenders"].keys() == {OURS}
+    start, end = mps.read_text().splitlines()
+    assert start.startswith("start /")
+    assert end == "quit"
+    assert main([*arguments, "--no-plot", "--against", str(tmp_path / "bench.json")]) == 0
+    assert "chained 1.00x (7000.0 -> 7000.0)" in capsys.readouterr().out
+
+
+def test_mps_is_there_or_named(mps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(os.environ)
+    with bench_cuda.sharing(True):
+        assert os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] == "1"
+        assert mps.read_text() == f"start {os.environ['CUDA_MPS_PIPE_DIRECTORY']}\n"
+    assert dict(os.environ) == before
+    mps.unlink()
+    with bench_cuda.sharing(False):
+        assert dict(os.environ) == before
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/of/the/user")
+    with bench_cuda.sharing(True):
+        assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/of/the/user"
+    assert not mps.exists()
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(BenchError, match="MPS"), bench_cuda.sharing(True):
+        pass
+
+
+def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for num_gpus, more, named in ((0, [], "--device"), (2, ["--seconds", "1"], "--seconds")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda num_gpus=num_gpus: num_gpus)
+        with pytest.raises(SystemExit):
+            main(["bench", "--device", "cuda", *more])
+        assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rivals_and_file_names_of_cuda() -> None:
+    machine = describe_gpus([a_device(0, 1)] * 2, 2)
+    assert bench_cuda.choose_rivals(machine, "yes", True)[0] == [BASELINE, DEEPEP]
+    assert bench_cuda.choose_rivals(machine, "yes", False)[0] == []
+    assert bench_cuda.choose_rivals({**machine, "ranks": 3}, "yes", True)[0] == [BASELINE]
+    reports = [CudaReport(a_cuda_case(sms=sms), {}, 0, 0, 0, {}) for sms in (0, 8, 16)]
+    assert bench_cuda.file_name(machine, reports[:2]) == "h100-80gb-hbm3-2ranks-37tokens"
+    shared = describe_gpus([a_device(0, 1)] * 4, 2)
+    assert bench_cuda.file_name(shared, reports) == "h100-80gb-hbm3-4ranks-shared-37tokens-sms"
+
+
+def a_cuda_case(sms: int = 16, **changes: Any) -> CudaCase:
+    return CudaCase(**asdict(a_case(**changes)), sms=sms)
+
+
+def beside_deepep(rank: int, num_ranks: int, cases: list[CudaCase]) -> list[Any]:
+    """A run where the library itself stands for DeepEP."""
+    module = ModuleType("deep_ep")
+    module.Buffer = type("Buffer", (Buffer,), {"__init__": lambda self, *_: Buffer.__init__(self, dist.group.WORLD)})  # type: ignore[attr-defined]
+    sys.modules["deep_ep"] = module
+    try:
+        return run_cases(rank, num_ranks, cases, Effort(1, 1, 2, 1), [BASELINE, DEEPEP], FakeClock())
+    finally:
+        del sys.modules["deep_ep"]
+
+
+def test_deepep_runs_beside(pool_of: Callable[[int], RankPool]) -> None:
+    cases = [a_cuda_case(ranks=2, mode=mode) for mode in CUDA_MODES]
+    for results in pool_of(2).run(beside_deepep, cases):
+        assert [DEEPEP in result.samples for result in results] == [True] * len(CUDA_MODES)
+        assert [BASELINE in result.samples for result in results] == [mode != "layout" for mode in CUDA_MODES]
+
+
+def meet_and_start(rank: int, num_ranks: int) -> tuple[float, float]:
+    time.sleep(0.02 * rank)
+    arrived = time.monotonic()
+    start_together()
+    return arrived, time.monotonic()
+
+
+def test_ranks_start_together(pool_of: Callable[[int], RankPool]) -> None:
+    times = pool_of(2).run(meet_and_start)
+    assert min(left for _, left in times) > max(arrived for arrived, _ in times)
+
+
+def test_cuda_clock_times_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            told.append("record")
+
+        def synchronize(self) -> None:
+            told.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end is not self
+            return 4.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("drain"))
+    monkeypatch.setattr(bench_cuda_cases, "start_together", lambda: told.append("together"))
+    stretch = bench_cuda_cases.CudaClock().stretch(lambda: told.append("call"), 3)
+    assert told == ["drain", "together", "record", "call", "call", "call", "record", "wait"]
+    assert stretch.device == 4e-3
+    assert 0 < stretch.host < 1
+
+
+@pytest.mark.parametrize(("tokens", "sms"), [((8,), (8,)), ((8, 64), (8,)), ((8,), (8, 24)), ((8, 4096), (8, 16))])
+def test_cuda_plot_of_results_by_hand(tokens: tuple[int, ...], sms: tuple[int, ...], tmp_path: Path) -> None:
+    found = {f"{name}_seconds": 1e-4 for name in ("median", "fastest", "slowest")}
+    cases = [
+        {
+            "case": {**asdict(a_cuda_case(mode=mode, tokens=t, sms=s))},
+            "contenders": {OURS: dict.fromkeys(KINDS, found)},
+        }
+        for mode in ("dispatch", "combine", "pair", "cached-pair")
+        for t in tokens
+        for s in sms
+    ]
+    machine = describe_gpus([a_device(0, 1)] * 4, 2)
+    draw({"machine": machine, "cases": cases}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
