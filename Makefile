@@ -42,7 +42,7 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

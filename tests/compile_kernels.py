@@ -36,7 +36,7 @@ NUMBERS = (1, 16, 17, 2**33)
 def layout(ranks: int, topk: int) -> None:
     ids, counts = torch.empty(TOKENS, topk, dtype=torch.int64), torch.empty(ranks + 64, dtype=torch.int32)
     member, state = torch.empty(TOKENS, ranks, dtype=torch.bool), torch.empty(16, dtype=torch.int64)
-    programs.layout(0, ids, counts, counts, member, state, 64, ranks)
+    programs.layout(0, ids, counts, counts, member, state, 64, programs.Target(ranks, False, 0))
 
 
 def plan_of(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, cached: bool = False) -> SendPlan:
@@ -66,11 +66,26 @@ def notify(ranks: int) -> None:
     results = (handle.send_head, handle.rank_prefix_matrix, handle.channel_prefix_matrix)
     places, kind = (0,) * 4, OperationKind.DISPATCH
     programs.notify(
-        0, CONTEXT, 0, plan_of(ranks, 16, 8), results, places, 0, 64 // ranks, TOKENS, 0, kind, TIMEOUT, True, ranks
+        0,
+        CONTEXT,
+        0,
+        plan_of(ranks, 16, 8),
+        results,
+        places,
+        0,
+        64 // ranks,
+        TOKENS,
+        0,
+        kind,
+        TIMEOUT,
+        True,
+        programs.Target(ranks, False, 0),
     )
 
 
-def dispatch(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, cached: bool = False) -> None:
+def dispatch(
+    ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, cached: bool = False, bulk: bool = False
+) -> None:
     plan, handle = plan_of(ranks, row_bytes, topk, scale_bytes, cached=cached), handle_of(ranks)
     outputs = Outputs(
         torch.empty(ROWS, row_bytes, dtype=torch.uint8),
@@ -82,18 +97,20 @@ def dispatch(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, cac
     kind = OperationKind.CACHED_DISPATCH if cached else OperationKind.DISPATCH
     programs.dispatch(
         0, CONTEXT, plan, outputs, handle.recv_src_idx, handle.rank_prefix_matrix, (0,) * 4, 0, ROWS, TOKENS, STAGE,
-        0, kind, TIMEOUT, ranks, NUM_SMS, False,
+        0, kind, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
     )  # fmt: skip
 
 
-def combine(ranks: int, dtype: torch.dtype, row_bytes: int, topk: int = 8, biases: int = 0) -> None:
+def combine(
+    ranks: int, dtype: torch.dtype, row_bytes: int, topk: int = 8, biases: int = 0, *, bulk: bool = False
+) -> None:
     width = row_bytes // dtype.itemsize
     columns, outs = (
         [torch.empty(count, width, dtype=dtype), *[torch.empty(count, topk)] * (topk > 0)] for count in (ROWS, TOKENS)
     )
     programs.combine(
         0, CONTEXT, columns, outs, [outs[0]] * biases, handle_of(ranks), (0, 0), 0, STAGE, 0, OperationKind.COMBINE,
-        TIMEOUT, ranks, NUM_SMS, False,
+        TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
     )  # fmt: skip
 
 
@@ -113,8 +130,13 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "combine fp32": lambda: combine(8, FLOAT32, 28672),
     "combine fp64": lambda: combine(8, FLOAT64, 14336),
     "combine 16 bytes": lambda: combine(8, BFLOAT16, 16),
+    "bulk dispatch": lambda: dispatch(8, 14336, 8, bulk=True),
+    "bulk dispatch fp8": lambda: dispatch(8, 7168, 8, 56 * 4, bulk=True),
+    "bulk dispatch cached": lambda: dispatch(8, 14336, 0, cached=True, bulk=True),
+    "bulk combine bf16": lambda: combine(8, BFLOAT16, 14336, bulk=True),
+    "bulk combine fp32": lambda: combine(8, FLOAT32, 28672, bulk=True),
 }
-"""One launch each, by name: the kernel's, then the case."""
+"""One launch each, by name: the kernel's, then the case. Those that begin with "bulk" need sm_90."""
 
 
 class _Driver:
@@ -140,13 +162,13 @@ class _Driver:
 
 
 class _Recorder:
-    """Compiles as ``launch.Kernel._compile`` does, but loads nothing."""
+    """Compiles as ``launch.Kernel.variant`` does, but loads nothing."""
 
     def __init__(self) -> None:
         self.compiled: list[Any] = []
         self.num_variants = 0
 
-    def compile(self, kernel: launch.Kernel, num_warps: int, constants: dict[str, object]) -> launch.Variant:
+    def compile(self, kernel: launch.Kernel, num_warps: int, **constants: object) -> launch.Variant:
         before = _count_variants(kernel._kernel)
         for number in NUMBERS:
             values = [number if dtype is None else dtype for dtype in kernel.types]
@@ -174,7 +196,7 @@ def _ptxas(ptx: str, capability: int) -> str:
 def compile_one(queue: Callable[[], None], capability: int) -> tuple[str, dict[str, int]]:
     """PTX and figures of the kernel that ``queue`` launches."""
     recorder = _Recorder()
-    with mock.patch.object(launch.Kernel, "_compile", lambda *given: recorder.compile(*given)), torch.device("meta"):
+    with mock.patch.object(launch.Kernel, "variant", lambda *a, **k: recorder.compile(*a, **k)), torch.device("meta"):
         queue()
     (compiled,) = recorder.compiled
     ptx = compiled.asm["ptx"]
@@ -188,6 +210,8 @@ def main(arguments: Sequence[str]) -> None:
     capability, folder = int(arguments[0]), Path(arguments[1])
     triton.runtime.driver.set_active(_Driver(capability))
     for name, queue in LAUNCHES.items():
+        if capability < 90 and name.startswith("bulk"):
+            continue
         ptx, found = compile_one(queue, capability)
         (folder / f"{name}.ptx").write_text(ptx)
         (folder / f"{name}.json").write_text(json.dumps(found))

@@ -26,7 +26,7 @@ def test_blocks_never_overlap_and_come_back_whole(steps: list[tuple[bool, int]])
         except HeapError:
             continue
         assert address % 512 == 0
-        assert BASE <= address
+        assert address >= BASE
         assert address + number <= BASE + 16384
         assert all(address + number <= other or other + size <= address for other, size in held.items())
         held[address] = number

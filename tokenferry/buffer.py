@@ -354,7 +354,7 @@ class Buffer(LowLatencyMethods):
             CapacityError: ``num_worst_tokens`` is too small on some rank; raised on every rank.
             PeerTimeoutError, PeerLostError: ranks did not take part.
         """
-        num_sms = check_config(config, Buffer.get_dispatch_config(self.group_size)).num_sms
+        num_sms = Buffer.num_sms if config is None else check_config(config).num_sms
         event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         if handle is not None:
             for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
@@ -423,7 +423,7 @@ class Buffer(LowLatencyMethods):
             MismatchError: ranks called different operations or disagree on shapes; raised on every rank.
             PeerTimeoutError, PeerLostError: ranks did not take part.
         """
-        num_sms = check_config(config, Buffer.get_combine_config(self.group_size)).num_sms
+        num_sms = Buffer.num_sms if config is None else check_config(config).num_sms
         event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:

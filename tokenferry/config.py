@@ -181,11 +181,10 @@ def combine_preset(num_ranks: int, num_sms: int) -> Config:
     return _preset(_COMBINE_PRESETS, num_ranks, num_sms)
 
 
-def check_config(config: Config | None, preset: Config) -> Config:
-    """Return the Config of an operation: the caller's if it is usable, the preset if there is none."""
-    if config is None:
-        return preset
+def check_config(config: object) -> Config:
+    """Return the Config of an operation if it is usable."""
     if not isinstance(config, Config):
         raise ArgumentError("config", type(config).__name__, "a tokenferry.Config or None")
-    require(config.num_sms % 2 == 0, "config.num_sms", config.num_sms, "an even number")
+    if config.num_sms % 2:
+        raise ArgumentError("config.num_sms", config.num_sms, "an even number")
     return config

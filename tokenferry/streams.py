@@ -32,22 +32,29 @@ def check_events(previous_event: object, async_finish: bool, allocate_on_comm_st
 class CommStream:
     """The communication stream of a Buffer on a GPU, and the turns that its operations take on it.
 
-    Outputs come from ``cur``'s memory where ``comm`` waits for all of ``cur``, and from ``comm``'s own where it
-    waits for one event only: memory that work on ``cur`` behind that event still uses is never handed out.
+    Outputs and temporaries come from ``cur``'s memory where each of the two waits for all of the other, and from
+    ``comm``'s own where ``comm`` waits for one event only, or ``cur`` does not wait: memory that work on ``cur`` still
+    uses is never handed out, and what is freed early is used again only behind the operation.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._handle = int(self._stream.cuda_stream)
         self.lock = threading.RLock()
         self._entry = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._exit = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._waiting_for: torch.cuda.Stream | None = None
 
     @property
+    def stream(self) -> torch.cuda.Stream:
+        """The stream."""
+        return self._stream
+
+    @property
     def handle(self) -> int:
-        """The stream's address for the driver."""
-        return int(self.stream.cuda_stream)
+        """Its address for the driver."""
+        return self._handle
 
     def start(self) -> None:
         """Make ``comm`` wait for what is queued on ``cur``; called before every launch.
@@ -74,7 +81,7 @@ class Turn:
         self._comm = comm
         self._event = event
         self._async = async_finish
-        self._on_comm = allocate_on_comm_stream or event is not None
+        self._on_comm = allocate_on_comm_stream or event is not None or async_finish
 
     def __enter__(self) -> Turn:
         comm = self._comm
@@ -89,6 +96,7 @@ class Turn:
         elif self._cur != comm.stream:
             comm._waiting_for = self._cur
         if self._on_comm:
+            comm.start()
             torch.cuda.set_stream(comm.stream)
         return self
 

@@ -80,10 +80,14 @@ def test_an_absent_rank_is_named_at_the_next_call(gpu_pool_of: GpuPoolOf) -> Non
 
 
 def raises_then_works(buffer: Buffer, kind: type[Exception], match: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(kind, match=match):
+
+    def until_the_host_knows() -> None:
         call()
         torch.cuda.synchronize()
         buffer.get_dispatch_layout(torch.zeros(1, 1, dtype=torch.int64, device="cuda"), buffer.group_size)
+
+    with pytest.raises(kind, match=match):
+        until_the_host_knows()
     assert buffer.is_available()
     dist.barrier()
     check_works(buffer, CASE, "cuda")

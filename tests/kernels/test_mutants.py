@@ -243,13 +243,12 @@ def _repeated(direct: str, **options: Any) -> Callable[..., None]:
 
 SCENARIOS: dict[str, Callable[..., None]] = {
     "direct": _repeated("direct"),
-    "staged": _repeated("staged"),
+    "staged": _repeated("staged", length=1),
     "mixed": _repeated("mixed"),
     "one way": _repeated("direct", routing="one_rank"),
     "mixed, one way": _repeated("mixed", routing="one_rank"),
     "dispatches": _repeated("staged", routing="sparse", stage_bytes=4096, combines=False, length=4),
     "many rounds": _repeated("staged", stage_bytes=256, length=1),
-    "staged, 3 ranks": _repeated("staged", num_ranks=3),
     "alternating": alternating,
     "counted": counted,
     "refused": refused,
@@ -293,8 +292,7 @@ LIST = """        sent = send_list(ids, member, send_head, num_tokens, reader, R
             tl.store(status + DETAIL + reader, sent.to(tl.int64))
             report(status, BAD_COUNTS, operation, epoch)
 """
-HOST_DONE = """tl.debug_barrier()
-    tl.atomic_xchg(host + HOST_DONE, epoch, sem="release", scope="sys")"""
+HOST_DONE = "tl.debug_barrier()\n    tell_host(host + HOST_DONE, epoch)"
 
 MUTANTS = {
     # Waiting and signalling.
@@ -326,7 +324,9 @@ MUTANTS = {
         notify, "    if alive:\n        code", "    " + HOST_DONE + "\n    if alive:\n        code", "counted"
     ),
     "no barrier after the counts": Mutant(notify, "    " + HOST_DONE, HOST_DONE.partition("\n")[2], "counted"),
-    "counts relaxed": Mutant(notify, HOST_DONE, HOST_DONE.replace("release", "relaxed"), "counted"),
+    "counts relaxed": Mutant(
+        sync, 'xchg(address, value, sem="release"', 'xchg(address, value, sem="relaxed"', "counted"
+    ),
     # The end of an operation.
     "no barrier before counting": Mutant(sync, "    tl.debug_barrier()\n    last", "    last", "staged"),
     "counting relaxed": Mutant(sync, '"acq_rel"', '"relaxed"', "staged"),
@@ -355,7 +355,6 @@ MUTANTS = {
     "half of the round before is free": Mutant(
         rounds, "progress(epoch, this - 1)", "progress(epoch, this - 2)", "many rounds"
     ),
-    "waits for who does not take part": Mutant(rounds, "if BY_READER:", "if False:", "staged, 3 ranks"),
     "round published by the first": Mutant(rounds, LAST_STAGER, "if True:", "staged"),
     "round published early": Mutant(
         rounds, "* LINE), progress(epoch, this + 2)", "* LINE), progress(epoch, this + 3)", "staged"
@@ -396,16 +395,12 @@ def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     assert any(finds(monkeypatch, MUTANTS[name], seed) for seed in range(8))
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_right_protocol_passes(monkeypatch: Any, scenario: str, seed: int) -> None:
-    SCENARIOS[scenario](monkeypatch, seed)
+def test_right_protocol_passes(monkeypatch: Any, scenario: str) -> None:
+    SCENARIOS[scenario](monkeypatch, 1)
 
 
 @pytest.mark.parametrize("direct", DIRECT)
-@pytest.mark.parametrize("seed", range(2))
-def test_repeated_operations(monkeypatch: Any, direct: str, seed: int) -> None:
-    repeated(
-        monkeypatch, seed, direct=direct, length=3, num_ranks=3, stage_bytes=(STAGE, 1024)[seed % 2],
-        num_sms=(5, 2, 3)[seed % 3],
-    )  # fmt: skip
+def test_repeated_operations(monkeypatch: Any, direct: str) -> None:
+    repeated(monkeypatch, 0, direct=direct, length=3, stage_bytes=1024, num_sms=3)
+    repeated(monkeypatch, 1, direct=direct, num_ranks=3, num_sms=5)

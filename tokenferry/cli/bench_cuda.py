@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -238,7 +238,8 @@ def sharing(shared: bool) -> Iterator[None]:
             try:
                 yield
             finally:
-                subprocess.run([control], input="quit\n", text=True, check=False, capture_output=True, timeout=30)
+                with suppress(subprocess.SubprocessError):  # it waits for ranks that are still ending
+                    subprocess.run([control], input="quit\n", text=True, check=False, capture_output=True, timeout=30)
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None)

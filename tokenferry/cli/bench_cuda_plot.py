@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from tokenferry.cli.bench_cases import BASELINE, CUDA_MODES, OURS
 from tokenferry.cli.bench_cuda_cases import DEEPEP
@@ -129,6 +129,9 @@ def _panel(axes: Axes, points: Sequence[_Point], field: str) -> None:
     if field == "tokens":
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(0, 1.1 * max(p.us(kind) for p in points for kind in ("call", "chained")))
     axes.set_xticks(ticks, [show_count(tick) for tick in ticks])

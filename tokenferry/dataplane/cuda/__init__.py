@@ -7,6 +7,7 @@ output depends on counts, and looks for reported errors whenever it is here.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -40,8 +41,12 @@ class Queue(Protocol):
     """Where the work goes: a stream."""
 
     @property
+    def stream(self) -> torch.cuda.Stream:
+        """The stream."""
+
+    @property
     def handle(self) -> int:
-        """The stream's address for the driver."""
+        """Its address for the driver."""
 
     def start(self) -> None:
         """Make it wait for what the operation depends on; called before the first launch of every operation."""
@@ -80,7 +85,8 @@ class CudaDataPlane:
             self._heap_table = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
             self._region_table = torch.zeros_like(regions.table, device=device, pin_memory=False)
             self._ready = torch.zeros_like(regions.ready, device=device, pin_memory=False)
-        self._tables_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies: deque[tuple[torch.cuda.Event, int]] = deque()
+        self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
         self._context = tuple(
             tensor.data_ptr()
@@ -102,21 +108,29 @@ class CudaDataPlane:
         try:
             yield
         except ArgumentError:
-            with torch.cuda.stream(self._tables_stream):
+            with torch.cuda.stream(self._side_stream):
                 self._state[words.BAD_INPUT.value].zero_()
-            self._tables_stream.synchronize()
+            self._side_stream.synchronize()
             raise
 
-    def _enter(self) -> None:
-        self._check()
+    def _follow_regions(self) -> None:
+        """Learn what memory peers exposed, and tell them what the device here knows by now.
+
+        The tables change in the order of the operations: one that runs sees them as they were when it began, and
+        all of its programs see the same.
+        """
         if torch.cuda.is_current_stream_capturing():
             return
         if self._regions.poll():
-            with torch.cuda.stream(self._tables_stream):
+            self._queue.start()
+            with torch.cuda.stream(self._queue.stream):
                 self._region_table.copy_(self._regions.table, non_blocking=True)
                 self._ready.copy_(self._regions.ready, non_blocking=True)
-            self._tables_stream.synchronize()
-        self._regions.acknowledge()
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                copied.record()
+            self._copies.append((copied, self._regions.version))
+        while self._copies and self._copies[0][0].query():  # type: ignore[no-untyped-call]
+            self._regions.acknowledge(self._copies.popleft()[1])
 
     def _place(self, tensor: torch.Tensor | None) -> int:
         """Where peers find a tensor, in one word."""
@@ -156,6 +170,7 @@ class CudaDataPlane:
         limit = ranks * words.MAX_LOCAL_EXPERTS
         if num_experts > limit:
             raise ArgumentError("num_experts", num_experts, f"at most {limit} on a GPU with {ranks} ranks")
+        topk_idx = self._aligned(topk_idx)
         counts = self.empty(ranks + num_experts)
         member = torch.empty((num_tokens, ranks), dtype=torch.bool, device=self._device)
         self._queue.start()
@@ -167,7 +182,7 @@ class CudaDataPlane:
     @contextmanager
     def dispatch(self, signature: Signature, plan: SendPlan) -> Iterator[DispatchExchange]:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
-        self._enter()
+        self._check()
         if plan.handle is None and plan.num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
             raise ArgumentError(
                 "num_worst_tokens",
@@ -176,6 +191,7 @@ class CudaDataPlane:
             )
         plan = plan._replace(rows=self._aligned(plan.rows))
         self._check_stage(programs.dispatch_record(plan))
+        self._follow_regions()
         exchange = CudaDispatch(self, signature, plan)
         exchange.notify()
         try:
@@ -264,10 +280,11 @@ class CudaDataPlane:
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
-        self._enter()
+        self._check()
         columns = [self._aligned(column) for column in plan.columns]
         biases = [self._aligned(bias) for bias in plan.biases]
         self._check_stage(programs.combine_record(columns) * self.num_ranks)
+        self._follow_regions()
         places = [self._place(column) for column in columns]
         self._queue.start()
         programs.combine(

@@ -1,7 +1,8 @@
 """Combine by the bulk-copy engine (sm_90 and newer): the same protocol and parameters as in plain Triton.
 
-The rows of a program's tokens pass through one ring of slots, source after source, LAG rows ahead of the sum. All warps
-sum together; the first one asks for rows. A slot without a row (the source does not have the token) announces nothing.
+The rows of a program's tokens pass through one ring of slots, source after source, LAG rows ahead of the sum. All
+warps sum together; the first one asks for rows. A slot without a row (the source does not have the token) announces
+nothing.
 """
 
 from __future__ import annotations

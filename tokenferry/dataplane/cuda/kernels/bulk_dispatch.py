@@ -410,6 +410,7 @@ def dispatch(
         if going:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
             received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+            received = tl.minimum(tl.maximum(received, 0), num_rows)
         stagers = tl.where(staged != 0, num_stagers, 0)
         slot_at = zero()
         use_at = zero()

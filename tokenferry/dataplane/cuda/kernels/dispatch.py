@@ -325,6 +325,7 @@ def dispatch(
         if going:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
             received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+            received = tl.minimum(tl.maximum(received, 0), num_rows)
         stagers = tl.where(staged != 0, num_stagers, 0)
         if pid < stagers:
             stage_dispatch(

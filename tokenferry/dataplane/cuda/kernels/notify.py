@@ -14,6 +14,7 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     report,
     report_missing,
     signal,
+    tell_host,
     wait_at_least,
     wait_released,
     word,
@@ -164,7 +165,7 @@ def listen(
             if HOST_WAITS:  # no second kernel will come
                 close_operation(heap, state, status, rank, epoch, 0, operation, now() + timeout, R)
     tl.debug_barrier()
-    tl.atomic_xchg(host + HOST_DONE, epoch, sem="release", scope="sys")
+    tell_host(host + HOST_DONE, epoch)
 
 
 @triton.jit(
@@ -226,4 +227,4 @@ def notify(
                 HOST_WAITS, R, RB,
             )  # fmt: skip
     elif pid == R:
-        tl.atomic_xchg(host + HOST_DONE, epoch, sem="release", scope="sys")
+        tell_host(host + HOST_DONE, epoch)

@@ -33,8 +33,9 @@ from tokenferry.dataplane.cuda.kernels.words import (
 
 @triton.jit
 def rounds_of(num_tokens, per_round):
-    """Rounds in which so many tokens pass."""
-    return (num_tokens + per_round - 1) // per_round
+    """Rounds in which so many tokens pass. Both are far below 2^31, where a division is cheap."""
+    per_round = per_round.to(tl.int32)
+    return ((num_tokens.to(tl.int32) + per_round - 1) // per_round).to(tl.int64)
 
 
 @triton.jit

@@ -90,12 +90,32 @@ def signal(flag, value):
 
 
 @triton.jit
+def tell_host(address, value):
+    """Let the host see ``value`` in pinned memory, and before it all stores before the last barrier.
+
+    A plain release store of the first thread: not every machine has atomics on host memory.
+    """
+    if INTERPRET:
+        tl.atomic_xchg(address, value, sem="release", scope="sys")
+    else:
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+            @p st.release.sys.global.b64 [$1], $2; mov.u32 $0, 0; }""",
+            "=r,l,l",
+            [address, value],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def report(status, code, operation, epoch):
     """Tell the host what went wrong; details first."""
     tl.store(status + OPERATION, operation)
     tl.store(status + AT_EPOCH, epoch)
     tl.debug_barrier()
-    tl.atomic_xchg(status + CODE, code, sem="release", scope="sys")
+    tell_host(status + CODE, zero().to(tl.int64) + code)
 
 
 @triton.jit
