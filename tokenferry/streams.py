@@ -33,8 +33,8 @@ class CommStream:
     """The communication stream of a Buffer on a GPU, and the turns that its operations take on it.
 
     Outputs and temporaries come from ``cur``'s memory where each of the two waits for all of the other, and from
-    ``comm``'s own where ``comm`` waits for one event only, or ``cur`` does not wait: memory that work on ``cur`` still
-    uses is never handed out, and what is freed early is used again only behind the operation.
+    ``comm``'s own where ``comm`` waits for one event only, or ``cur`` does not wait: memory that work on ``cur``
+    still uses is never handed out, and what is freed early is used again only behind the operation.
     """
 
     def __init__(self, device: torch.device) -> None:
