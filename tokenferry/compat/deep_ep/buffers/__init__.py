@@ -1,0 +1,3 @@
+"""The module ``deep_ep.buffers``."""
+
+from . import legacy as legacy
