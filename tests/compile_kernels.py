@@ -172,7 +172,8 @@ class _Recorder:
         before = _count_variants(kernel._kernel)
         for number in NUMBERS:
             values = [number if dtype is None else dtype for dtype in kernel.types]
-            compiled = kernel._kernel.warmup(*values, **constants, grid=(1,), num_warps=num_warps)
+            options = {"num_warps": num_warps, "maxnreg": launch.REGISTERS[num_warps]}
+            compiled = kernel._kernel.warmup(*values, **constants, grid=(1,), **options)
         self.compiled.append(compiled)
         self.num_variants += _count_variants(kernel._kernel) - before
         return launch.Variant(lambda *_: None, None, None, (None,) * len(constants))

@@ -452,9 +452,11 @@ class Buffer(LowLatencyMethods):
             dtype: of the rows that are dispatched.
             scale_bytes: bytes of a row's scales; 0 for none.
             combine_dtype: of the rows that are combined; by default ``dtype``, or bfloat16 where that has one byte.
+                Combines with biases compile at their first call.
         """
-        party = self._live_runtime().party()
-        intranode.warm(party, hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
+        runtime = self._live_runtime()
+        with runtime.comm.turn(None, False, False):
+            intranode.warm(runtime.party(), hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
         self._all_gather(None)
 
     @staticmethod
@@ -530,16 +532,16 @@ def _construct_runtime(
     try:
         runtime = make(rendezvous.rank, rendezvous.num_ranks)
         handle = runtime.get_local_ipc_handle()
-    except TokenferryError as error:
-        failure = str(error)
+    except RuntimeError as error:  # also those of torch: no memory, no symmetric memory
+        failure = str(error) or type(error).__name__
     try:
         offers = rendezvous.all_gather((node_key(node), bytes(handle), failure))
         _raise_any_failure([offer[2] for offer in offers])
         assert runtime is not None
         try:
             runtime.sync([offer[0] for offer in offers], [offer[1] for offer in offers])
-        except TokenferryError as error:
-            failure = str(error)
+        except RuntimeError as error:
+            failure = str(error) or type(error).__name__
         _raise_any_failure(rendezvous.all_gather(failure))
         runtime.hide()
     except BaseException:

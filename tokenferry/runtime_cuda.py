@@ -102,8 +102,8 @@ class CudaRuntime:
         sizes = sorted({int(size) for _, _, size, _ in offers})
         if len(sizes) > 1:
             raise HeapError(f"the ranks want heaps of {sizes} bytes: num_nvl_bytes and heap_bytes must be equal")
+        self._heap.attach(self._group)  # first: all ranks come to this, whatever fails on one of them afterwards
         self._regions.attach([(str(name), int(size)) for name, size, _, _ in offers])
-        self._heap.attach(self._group)
         self._regions.set_heap(self._heap.addresses, self._heap.size)
         self.topology = topology
         gpus = [gpu for _, _, _, gpu in offers]
@@ -162,12 +162,13 @@ class CudaRuntime:
         if self._destroyed:
             return
         self._destroyed = True
-        with contextlib.suppress(RuntimeError):  # the device may have failed
-            self.comm.stream.synchronize()
-        self._plane = None
-        self._regions.close()
-        self._heap.close()
-        self._scratch = None
+        with self.comm.lock, torch.cuda.device(self.device):
+            with contextlib.suppress(RuntimeError):  # the device may have failed
+                torch.cuda.synchronize(self.device)  # graphs run on streams of their own
+            self._plane = None
+            self._regions.close()
+            self._heap.close()
+            self._scratch = None
 
 
 def _resident_programs(device: torch.device, num_sharing: int) -> int:

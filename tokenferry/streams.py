@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from types import TracebackType
 
 import torch
-from torch.utils import deterministic
 
 from tokenferry.errors import ArgumentError
 from tokenferry.events import EventHandle, EventOverlap
@@ -59,13 +58,11 @@ class CommStream:
     def start(self) -> None:
         """Make ``comm`` wait for what is queued on ``cur``; called before every launch.
 
-        The first call of an operation waits; later ones only where torch fills fresh memory, on ``cur``.
+        Before every one, since memory that was allocated in between may have been used, or filled, on ``cur``.
         """
         if self._waiting_for is not None:
             self._entry.record(self._waiting_for)
-            self.stream.wait_event(self._entry)
-            if not (torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory):  # type: ignore[attr-defined]
-                self._waiting_for = None
+            self._stream.wait_event(self._entry)
 
     def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> Turn:
         """One operation's turn on the stream, a context manager."""
@@ -82,23 +79,40 @@ class Turn:
         self._event = event
         self._async = async_finish
         self._on_comm = allocate_on_comm_stream or event is not None or async_finish
+        self._device = -1
+        self._cur: torch.cuda.Stream | None = None
 
     def __enter__(self) -> Turn:
-        comm = self._comm
-        comm.lock.acquire()
+        self._comm.lock.acquire()
         self._device = torch.cuda.current_device()
+        try:
+            self._enter()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def _enter(self) -> None:
+        comm = self._comm
         if self._device != comm.device.index:
             torch.cuda.set_device(comm.device)
         self._cur = torch.cuda.current_stream(comm.device)
         if self._event is not None:
             self._event.stream_wait(comm.stream)
-            comm._waiting_for = None
         elif self._cur != comm.stream:
             comm._waiting_for = self._cur
         if self._on_comm:
             comm.start()
             torch.cuda.set_stream(comm.stream)
-        return self
+
+    def _leave(self) -> None:
+        comm = self._comm
+        comm._waiting_for = None
+        if self._on_comm and self._cur is not None:
+            torch.cuda.set_stream(self._cur)
+        if self._device != comm.device.index:
+            torch.cuda.set_device(self._device)
+        comm.lock.release()
 
     def finish(self, tensors: Iterable[torch.Tensor | None], outputs: Iterable[torch.Tensor | None]) -> EventOverlap:
         """End the operation: the event of it, or ``cur`` waits.
@@ -107,30 +121,32 @@ class Turn:
             tensors: what the operation reads.
             outputs: what it returns.
         """
-        comm = self._comm
-        if self._on_comm and self._cur != comm.stream:
+        comm, cur = self._comm, self._cur
+        assert cur is not None
+        if self._on_comm and cur != comm.stream:
             for output in outputs:
                 if output is not None:
-                    output.record_stream(self._cur)
+                    output.record_stream(cur)
         if self._async:
             for tensor in (*tensors, *(() if self._on_comm else outputs)):
                 if tensor is not None:
                     tensor.record_stream(comm.stream)
             return EventOverlap(EventHandle(comm.stream))
-        if self._cur != comm.stream:
+        if cur != comm.stream:
             comm._exit.record(comm.stream)
-            self._cur.wait_event(comm._exit)
+            cur.wait_event(comm._exit)
         return EventOverlap()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._on_comm:
-            torch.cuda.set_stream(self._cur)
-        if self._device != self._comm.device.index:
-            torch.cuda.set_device(self._device)
-        self._comm._waiting_for = None
-        self._comm.lock.release()
+        comm, cur = self._comm, self._cur
+        try:
+            if kind is not None and cur is not None and cur != comm.stream:
+                comm._exit.record(comm.stream)  # what the operation has queued may still use memory that goes now
+                cur.wait_event(comm._exit)
+        finally:
+            self._leave()
 
 
 class NoStream:

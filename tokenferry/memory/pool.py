@@ -18,9 +18,16 @@ _GRAIN = 512
 
 
 class _Block:
-    """Device memory that torch can wrap, and holds for as long as it uses it."""
+    """Device memory that torch can wrap, and holds for as long as it uses it.
 
-    def __init__(self, address: int, nbytes: int) -> None:
+    Args:
+        address: the first byte.
+        nbytes: how many.
+        memory: what must live as long.
+    """
+
+    def __init__(self, address: int, nbytes: int, memory: object) -> None:
+        self.memory = memory
         self.__cuda_array_interface__: dict[str, Any] = {
             "shape": (nbytes,),
             "typestr": "|u1",
@@ -35,9 +42,11 @@ class Pool:
     Args:
         base: the first address, divisible by 512.
         size: bytes.
+        memory: the range's owner, kept alive by the tensors in it.
     """
 
-    def __init__(self, base: int, size: int) -> None:
+    def __init__(self, base: int, size: int, memory: object = None) -> None:
+        self._memory = memory
         self.size = size
         self._free = {base: size}
 
@@ -73,6 +82,6 @@ class Pool:
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype, device=device)
         address = self.take(nbytes)
-        block = _Block(address, nbytes)
+        block = _Block(address, nbytes, self._memory)
         weakref.finalize(block, self.give, address, nbytes).atexit = False
         return torch.as_tensor(block, device=device).view(dtype).view(shape)

@@ -72,7 +72,7 @@ class SymmetricHeap:
                 self.bytes = symmetric_memory.empty(self.size, dtype=torch.uint8, device=device)
         except RuntimeError as error:
             raise HeapError(f"no symmetric memory of {self.size} bytes on {device}: {error}") from error
-        self._pool = Pool(self.bytes.data_ptr() + tensors, self.size - tensors)
+        self._pool = Pool(self.bytes.data_ptr() + tensors, self.size - tensors, self.bytes)
         self.bytes[: self.stage].zero_()
         torch.cuda.synchronize(device)
 
@@ -103,6 +103,7 @@ class SymmetricHeap:
             raise HeapError(f"symmetric memory is not aligned to {ALIGNMENT} bytes: {self.addresses}")
 
     def close(self) -> None:
-        """Let go of all memory. Local; may be called again."""
+        """Let go of all memory; tensors in it live on. Local; may be called again."""
         self._peers = None
+        self._pool = Pool(0, 0)
         self.bytes = torch.empty(0, dtype=torch.uint8)

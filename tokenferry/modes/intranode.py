@@ -156,7 +156,10 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
     shapes = ((ranks, ranks), (ranks, None), (ranks, None), (None,), (None, ranks), (None, ranks))
     for name, value, shape, dtypes in zip(_HANDLE_NAMES, handle, shapes, _HANDLE_DTYPES, strict=True):
         check_tensor(name, value, shape=shape, dtypes=dtypes, device=party.device)
-    return DispatchHandle._make(handle)
+    checked = DispatchHandle._make(element.contiguous() for element in handle)
+    num_tokens, num_heads = checked.is_token_in_rank.size(0), checked.send_head.size(0)
+    require(num_heads == num_tokens, "handle.send_head", f"{num_heads} rows", f"{num_tokens}, as in is_token_in_rank")
+    return checked
 
 
 def _check_routes(handle: DispatchHandle, rank: int) -> None:

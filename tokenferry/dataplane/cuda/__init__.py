@@ -86,7 +86,6 @@ class CudaDataPlane:
             self._region_table = torch.zeros_like(regions.table, device=device, pin_memory=False)
             self._ready = torch.zeros_like(regions.ready, device=device, pin_memory=False)
         self._copies: deque[tuple[torch.cuda.Event, int]] = deque()
-        self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
         self._context = tuple(
             tensor.data_ptr()
@@ -98,7 +97,8 @@ class CudaDataPlane:
 
     # Before every operation.
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise what was reported since the last check."""
         with self._forgiving():
             self.status.check()
 
@@ -108,9 +108,8 @@ class CudaDataPlane:
         try:
             yield
         except ArgumentError:
-            with torch.cuda.stream(self._side_stream):
+            with torch.cuda.stream(self._queue.stream):
                 self._state[words.BAD_INPUT.value].zero_()
-            self._side_stream.synchronize()
             raise
 
     def _follow_regions(self) -> None:
@@ -165,7 +164,7 @@ class CudaDataPlane:
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
-        self._check()
+        self.check()
         ranks, num_tokens = self.num_ranks, topk_idx.size(0)
         limit = ranks * words.MAX_LOCAL_EXPERTS
         if num_experts > limit:
@@ -182,7 +181,7 @@ class CudaDataPlane:
     @contextmanager
     def dispatch(self, signature: Signature, plan: SendPlan) -> Iterator[DispatchExchange]:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
-        self._check()
+        self.check()
         if plan.handle is None and plan.num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
             raise ArgumentError(
                 "num_worst_tokens",
@@ -280,7 +279,7 @@ class CudaDataPlane:
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
-        self._check()
+        self.check()
         columns = [self._aligned(column) for column in plan.columns]
         biases = [self._aligned(bias) for bias in plan.biases]
         self._check_stage(programs.combine_record(columns) * self.num_ranks)

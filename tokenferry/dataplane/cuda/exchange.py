@@ -48,10 +48,13 @@ class CudaDispatch:
         if plan.num_worst_tokens:
             self.num_rows = plan.num_worst_tokens
             return
+        self._is_open = False  # if this raises, all ranks have stepped back, or the Buffer has failed
+        self.num_rows, self.num_received_per_expert = self._plane.wait_for_counts(plan)
+        self._is_open = True
         try:
-            self.num_rows, self.num_received_per_expert = self._plane.wait_for_counts(plan)
+            self._plane.check()  # what else was reported meanwhile
         except BaseException:
-            self._is_open = False
+            self.abandon()
             raise
 
     def pull(self, outputs: Outputs) -> None:

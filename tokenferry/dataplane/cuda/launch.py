@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+REGISTERS = {1: 255, 2: 255, 4: 255, 8: 208}
+"""Registers a thread may take, by warps: one block an SM is enough, and without a limit some variants are spilled."""
+
 
 class Variant(NamedTuple):
     """A compiled kernel."""
@@ -43,6 +46,7 @@ class Kernel:
     def variant(self, num_warps: int, **constants: object) -> Variant:
         """Compile the variant for these constexpr parameters; the caller keeps it."""
         values = [1 if dtype is None else dtype for dtype in self.types]
-        compiled = self._kernel.warmup(*values, **constants, grid=(1,), num_warps=num_warps)
+        options = {"num_warps": num_warps, "maxnreg": REGISTERS[num_warps]}
+        compiled = self._kernel.warmup(*values, **constants, grid=(1,), **options)
         run = compiled.run  # loads the module
         return Variant(run, compiled.function, compiled.packed_metadata, (None,) * len(constants))

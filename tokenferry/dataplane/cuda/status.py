@@ -19,7 +19,7 @@ from tokenferry.errors import (
     TokenferryError,
 )
 
-_NAMES = {
+_NAMES: dict[int, str] = {
     OperationKind.DISPATCH: "dispatch",
     OperationKind.CACHED_DISPATCH: "dispatch",
     OperationKind.COMBINE: "combine",
@@ -76,30 +76,36 @@ class Status:
             The rows that come, and the (token, choice) pairs of each local expert.
 
         Raises:
-            TokenferryError: what ``notify`` reported.
+            TokenferryError: why all ranks stepped back, or who did not come; the operation is over.
         """
         counts, done = self._counts, words.HOST_DONE.value
         look_at = time.monotonic() + _LOOK_EVERY
-        while not counts[done]:
-            os.sched_yield()
-            if time.monotonic() > look_at:
-                is_alive()
-                look_at += _LOOK_EVERY
-        if self._words[words.CODE.value]:
-            raise self._take()
+        try:
+            while not counts[done]:
+                os.sched_yield()
+                if time.monotonic() > look_at:
+                    is_alive()
+                    look_at += _LOOK_EVERY
+        except BaseException:
+            self.failed = True  # nobody will finish this operation
+            raise
+        if counts[words.HOST_CODE.value]:
+            raise self._take(int(counts[words.HOST_CODE.value]))
         first = words.HOST_EXPERTS.value
         return int(counts[words.HOST_ROWS.value]), counts[first : first + num_local].tolist()
 
-    def _take(self) -> TokenferryError:
-        code = int(self._words[words.CODE.value])
-        kind = OperationKind(int(self._words[words.OPERATION.value]))
-        epoch = int(self._words[words.AT_EPOCH.value])
+    def _take(self, code: int = 0) -> TokenferryError:
+        """What is reported, which is forgotten then; ``code`` is known better than the words."""
         first = words.DETAIL.value
+        code = code or int(self._words[words.CODE.value])
+        kind = int(self._words[words.OPERATION.value])
+        epoch = int(self._words[words.AT_EPOCH.value])
         details = self._words[first : first + self._num_ranks].tolist()
-        self._words[:] = 0
-        if code == words.TIMED_OUT.value:
+        if self._words[words.HAS_FAILED.value] or code == words.TIMED_OUT.value:
             self.failed = True
-        return self._error(code, _NAMES[kind], epoch, details)
+            code = words.TIMED_OUT.value
+        self._words[:] = 0
+        return self._error(code, _NAMES.get(kind, "an operation"), epoch, details)
 
     def _error(self, code: int, name: str, epoch: int, details: list[int]) -> TokenferryError:
         ranks = [rank for rank, detail in enumerate(details) if detail]

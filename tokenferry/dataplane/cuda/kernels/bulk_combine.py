@@ -37,7 +37,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_half,
     wait_for_round,
 )
-from tokenferry.dataplane.cuda.kernels.sync import finish, message_word, now, zero
+from tokenferry.dataplane.cuda.kernels.sync import finish, message_word, zero
 from tokenferry.dataplane.cuda.kernels.words import EPOCH, FAILED, STAGED
 
 EXTRA_BYTES = 16384
@@ -48,6 +48,7 @@ ROWS_STEP = gl.constexpr(8)
 WEIGHTS_AT = gl.constexpr(16)
 WEIGHTS_STEP = gl.constexpr(24)
 BY_TOKEN = gl.constexpr(32)
+COUNT = gl.constexpr(40)
 BARS = gl.constexpr(32 * 64)
 """Behind the table's entries for 32 sources."""
 FREE = gl.constexpr(32 * 64 + 256)
@@ -66,7 +67,7 @@ def prepare(
 ):  # fmt: skip
     """Write the table of a round."""
     for source in range(R):
-        base, step, staged, _ = place_of(
+        base, step, staged, _, count = place_of(
             heap, regions, prefix, x, rank, source, this, per_round, stage, half, 0, RECORD, 0, ROW, R
         )
         entry = table + source * ENTRY
@@ -74,8 +75,9 @@ def prepare(
         store_shared_long(entry + ROWS_AT, base + none, first_thread)
         store_shared_long(entry + ROWS_STEP, step.to(gl.int64) + none, first_thread)
         store_shared_long(entry + BY_TOKEN, staged.to(gl.int64) + none, first_thread)
+        store_shared_long(entry + COUNT, count.to(gl.int64) + none, first_thread)
         if K > 0:
-            base, step, staged, _ = place_of(
+            base, step, staged, _, count = place_of(
                 heap, regions, prefix, weights, rank, source, this, per_round, stage, half, 1, RECORD, AT, K * 4, R
             )
             store_shared_long(entry + WEIGHTS_AT, base + none, first_thread)
@@ -94,7 +96,8 @@ def ask(
     """
     PIECE: gl.constexpr = ROW // LANES
     entry = extra + source * ENTRY
-    live = (head >= 0).to(gl.int32) + tid * 0
+    heads = head + tid * 0
+    live = ((heads >= 0) & (heads < load_shared_long(entry + COUNT).to(gl.int32))).to(gl.int32)
     index = gl.where(load_shared_long(entry + BY_TOKEN) != 0, token, head).to(gl.int64)
     rows_at = load_shared_long(entry + ROWS_AT) + index * load_shared_long(entry + ROWS_STEP)
     total = live * ROW
@@ -142,9 +145,7 @@ def stage_rows(
     alive = True
     for this in range(rounds):
         if alive:
-            alive = wait_for_half(
-                heap, state, status, rank, this, per_round, operation, epoch, now() + timeout, True, R
-            )
+            alive = wait_for_half(heap, state, status, rank, this, per_round, operation, epoch, timeout, True, R)
         if alive:
             first = this * per_round
             for step in range(R - 1):
@@ -271,9 +272,7 @@ def combine(
                 if by_rounds:
                     for source in range(R):
                         if alive & is_staged(heap, rank, source):
-                            alive = wait_for_round(
-                                heap, state, status, rank, source, this, operation, epoch, now() + timeout
-                            )
+                            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout)
                 if alive:
                     first = tl.where(by_rounds, this * per_round, 0)
                     end = tl.where(by_rounds, tl.minimum(first + per_round, num_tokens), num_tokens)

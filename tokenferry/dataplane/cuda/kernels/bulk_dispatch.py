@@ -40,7 +40,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_half,
     wait_for_round,
 )
-from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, now, report, zero
+from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report, zero
 from tokenferry.dataplane.cuda.kernels.words import (
     AT_EPOCH,
     BAD_HANDLE,
@@ -64,7 +64,9 @@ STEP = gl.constexpr(8)
 LIST_AT = gl.constexpr(64)
 COUNT = gl.constexpr(72)
 START = gl.constexpr(80)
-TOKENS = gl.constexpr(88)
+FIRST = gl.constexpr(88)
+"""The first token that can be read now, and behind it the one after the last."""
+LAST = gl.constexpr(96)
 TABLE_BYTES = 32 * 128
 """Entries for as many sources as ranks can share a node."""
 SLOT_HEADER = 16
@@ -115,18 +117,21 @@ def prepare_source(
         own_heap = tl.load(heap + rank)
         tokens = (own_heap + LISTS + source * list_capacity * 4).to(tl.pointer_type(tl.int32))
     num_tokens = tokens_of(heap, rank, source)
+    count = tl.minimum(count, num_tokens)
     staged = is_staged(heap, rank, source)
     low = zero().to(tl.int64)
     high = tl.where(this == 0, count, 0)
     first = zero().to(tl.int64)
+    last = num_tokens
     alive = True
     if staged:
         per_round = half // RECORD
         first = this * per_round
+        last = tl.minimum(first + per_round, num_tokens)
         low = lower_bound(tokens, zero().to(tl.int64), count, first)
         high = lower_bound(tokens, low, count, first + per_round)
         if first < num_tokens:
-            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, now() + timeout)
+            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout)
     base = tl.load(heap + source) + stage + (this % 2) * half
     own = source == rank
     rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0))
@@ -154,7 +159,8 @@ def prepare_source(
     put(table, source, LIST_AT, tokens.to(tl.int64) + low * 4, lane0)
     put(table, source, COUNT, high - low, lane0)
     put(table, source, START, start + low, lane0)
-    put(table, source, TOKENS, num_tokens, lane0)
+    put(table, source, FIRST, first, lane0)
+    put(table, source, LAST, last, lane0)
     return alive, high - low
 
 
@@ -189,7 +195,8 @@ def token_of(table, item, items, first, rank, STAGE: gl.constexpr, R: gl.constex
     else:
         lists = (load_shared_long(entry + LIST_AT) + index.to(gl.int64) * 4).to(gl.pointer_type(gl.int32))
         token = gl.load(lists, mask=live, other=-1)
-        wrong = live & ((token < 0) | (token >= load_shared_long(entry + TOKENS).to(gl.int32)))
+        early = token < load_shared_long(entry + FIRST).to(gl.int32)
+        wrong = live & (early | (token >= load_shared_long(entry + LAST).to(gl.int32)))
         return gl.where(wrong, -2, token)
 
 
@@ -422,7 +429,7 @@ def dispatch(
             for this in range(rounds_of(num_tokens, per_round)):
                 if alive:
                     alive = wait_for_half(
-                        heap, state, status, rank, this, per_round, operation, epoch, now() + timeout, False, R
+                        heap, state, status, rank, this, per_round, operation, epoch, timeout, False, R
                     )
                 if alive:
                     first = this * per_round

@@ -16,7 +16,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_half,
     wait_for_round,
 )
-from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, now, report, zero
+from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report, zero
 from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, EPOCH, FAILED, NUM_ROWS, STAGED, UNKNOWN_REGION
 
 
@@ -38,9 +38,7 @@ def stage_combine(
     alive = True
     for this in range(rounds):
         if alive:
-            alive = wait_for_half(
-                heap, state, status, rank, this, per_round, operation, epoch, now() + timeout, True, R
-            )
+            alive = wait_for_half(heap, state, status, rank, this, per_round, operation, epoch, timeout, True, R)
         if alive:
             first = this * per_round
             for step in range(R - 1):
@@ -70,9 +68,9 @@ def place_of(
     heap, regions, prefix, own_address, rank, source, this, per_round, stage, half, column,
     RECORD: tl.constexpr, AT: tl.constexpr, ROW_BYTES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Where a rank's rows for this rank's tokens start, the bytes from one to the next, and whether by token.
+    """Where a rank's rows for this rank's tokens start, the bytes from one to the next, whether by token, and more.
 
-    Direct rows are counted by ``send_head``, staged ones by token.
+    Direct rows are counted by ``send_head``, staged ones by token. Then: whether they can be read, and how many.
     """
     staged = is_staged(heap, rank, source)
     start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0).to(tl.int64)
@@ -87,6 +85,7 @@ def place_of(
         tl.where(staged, RECORD, ROW_BYTES),
         staged,
         known,
+        tl.load(prefix + rank * R + source) - start,
     )
 
 
@@ -110,14 +109,14 @@ def sum_rows(
             total += tl.load(bias_1 + place, mask=wanted, other=0.0).to(ACC)
         for source in range(R):
             head = tl.load(send_head + t * R + source, mask=live, other=-1)
-            base, stride, staged, known = place_of(
+            base, stride, staged, known, count = place_of(
                 heap, regions, prefix, own_address, rank, source, this, per_round, stage, half, column, RECORD, AT,
                 WIDTH * ITEM, R,
             )  # fmt: skip
             row = tl.where(staged, t.to(tl.int64), head.to(tl.int64))
             at = (base + row * stride).to(tl.pointer_type(out.dtype.element_ty))
             at = tl.multiple_of(at, [ALIGN])
-            there = wanted & (head >= 0)[:, None] & known
+            there = wanted & ((head >= 0) & (head < count))[:, None] & known
             total += tl.load(at[:, None] + column_ids[None, :], mask=there, other=0.0).to(ACC)
         tl.store(out + place, total.to(out.dtype.element_ty), mask=wanted)
 
@@ -229,9 +228,7 @@ def combine(
                 if by_rounds:
                     for source in range(R):
                         if alive & is_staged(heap, rank, source):
-                            alive = wait_for_round(
-                                heap, state, status, rank, source, this, operation, epoch, now() + timeout
-                            )
+                            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout)
                 if alive:
                     first = tl.where(by_rounds, this * per_round, 0)
                     end = tl.where(by_rounds, tl.minimum(first + per_round, num_tokens), num_tokens)

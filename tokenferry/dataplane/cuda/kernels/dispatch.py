@@ -20,7 +20,6 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     finish,
     first_mismatch,
     message_word,
-    now,
     publish_all,
     report,
     report_mismatches,
@@ -72,9 +71,7 @@ def stage_dispatch(
     alive = True
     for this in range(rounds_of(num_tokens, per_round)):
         if alive:
-            alive = wait_for_half(
-                heap, state, status, rank, this, per_round, operation, epoch, now() + timeout, False, R
-            )
+            alive = wait_for_half(heap, state, status, rank, this, per_round, operation, epoch, timeout, False, R)
         if alive:
             target = own + (this % 2) * half
             first = this * per_round
@@ -173,18 +170,21 @@ def pull_source(
     count = (end - start).to(tl.int64)
     tokens = list_of(heap, src_idx, rank, source, start, list_capacity, CACHED)
     num_tokens = tokens_of(heap, rank, source)
+    count = tl.minimum(count, num_tokens)
     staged = is_staged(heap, rank, source)
     per_round = half // RECORD
     low = zero().to(tl.int64)
     high = tl.where(this == 0, count, 0)
     first = zero().to(tl.int64)
+    last = num_tokens
     alive = True
     if staged:
         first = this * per_round
+        last = tl.minimum(first + per_round, num_tokens)
         low = lower_bound(tokens, zero().to(tl.int64), count, first)
         high = lower_bound(tokens, low, count, first + per_round)
         if first < num_tokens:
-            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, now() + timeout)
+            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout)
     if alive & (low < high):
         base = tl.load(heap + source) + stage + (this % 2) * half
         own = source == rank
@@ -208,10 +208,10 @@ def pull_source(
             i = at + tl.arange(0, RT)
             live = i < high
             t = tl.load(tokens + i, mask=live, other=0)
-            wrong = live & ((t < 0) | (t >= num_tokens))
-            if tl.max(wrong.to(tl.int32)) > 0:
+            there = (t >= first) & (t < last)
+            if tl.max((live & (there == 0)).to(tl.int32)) > 0:
                 report(status, BAD_HANDLE, operation, epoch)
-            live = live & (t >= 0) & (t < num_tokens)
+            live = live & there
             row = start + i
             slot = t - first
             copy_rows(
@@ -239,14 +239,13 @@ def agree(
     CACHED: tl.constexpr, NUM_COLUMNS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Whether this operation goes on: everyone is there and means the same."""
-    deadline = now() + timeout
     if CACHED:
         if tl.program_id(0) == 0:
             publish_all(
                 heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation,
-                deadline, NUM_COLUMNS, R,
+                timeout, NUM_COLUMNS, R,
             )  # fmt: skip
-    going = wait_all_published(heap, state, status, rank, epoch, 1, operation, deadline, R)
+    going = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, R)
     if going:
         if CACHED:
             if first_mismatch(heap, rank, signature, R) >= 0:

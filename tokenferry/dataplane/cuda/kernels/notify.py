@@ -9,7 +9,6 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     close_operation,
     message_word,
     must_stage,
-    now,
     progress,
     report,
     report_missing,
@@ -32,6 +31,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     EXPERTS,
     EXPERTS_BYTES,
     FAILED,
+    HOST_CODE,
     HOST_DONE,
     HOST_EXPERTS,
     HOST_ROWS,
@@ -44,6 +44,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     PUBLISHED,
     SIGNATURE,
     SKIPPED,
+    TIMED_OUT,
 )
 
 
@@ -73,11 +74,11 @@ def copy_words(target, source, count, BLOCK: tl.constexpr):
 @triton.jit
 def tell(
     heap, state, ready, status, member, per_rank, per_expert, send_head, places, signature, num_tokens, num_worst,
-    num_local, list_capacity, rank, reader, epoch, operation, deadline,
+    num_local, list_capacity, rank, reader, epoch, operation, timeout,
     NUM_COLUMNS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One rank's message, counts and list for one reader."""
-    if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, deadline):
+    if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout):
         base = tl.load(heap + reader)
         staged = must_stage(ready, places, NUM_COLUMNS, R)
         problem = tl.load(state + BAD_INPUT)
@@ -149,21 +150,23 @@ def listen(
     """Wait for the messages of all ranks, and tell the host what they amount to."""
     own = tl.load(heap + rank)
     alive = True
-    deadline = now() + timeout
     for source in range(R):
-        there = wait_at_least(word(own, PUBLISHED + source * LINE), progress(epoch, 1), deadline)
+        patience = tl.where(alive, timeout, 0)
+        there = wait_at_least(state, word(own, PUBLISHED + source * LINE), progress(epoch, 1), patience)
         if not there:
             report_missing(state, status, operation, epoch, source)
         alive = alive & there
+    tl.store(host + HOST_CODE, TIMED_OUT)
     if alive:
         code = judge(heap, state, status, host, prefix, rank, epoch, operation, signature, R, RB)
+        tl.store(host + HOST_CODE, code)
         if code == 0:
             add_experts(heap, host, rank, num_local, R)
         else:
             tl.store(state + SKIPPED, epoch)
             report(status, code, operation, epoch)
             if HOST_WAITS:  # no second kernel will come
-                close_operation(heap, state, status, rank, epoch, 0, operation, now() + timeout, R)
+                close_operation(heap, state, status, rank, epoch, 0, operation, timeout, R)
     tl.debug_barrier()
     tell_host(host + HOST_DONE, epoch)
 
@@ -215,7 +218,7 @@ def notify(
             places = (place_rows, place_scales, place_ids, place_weights)
             tell(
                 heap, state, ready, status, member, per_rank, per_expert, send_head, places, signature, num_tokens,
-                num_worst, num_local, list_capacity, rank, (rank + pid) % R, epoch, operation, now() + timeout,
+                num_worst, num_local, list_capacity, rank, (rank + pid) % R, epoch, operation, timeout,
                 NUM_COLUMNS, R, RB, BLOCK,
             )  # fmt: skip
         else:
@@ -227,4 +230,6 @@ def notify(
                 HOST_WAITS, R, RB,
             )  # fmt: skip
     elif pid == R:
+        tl.store(host + HOST_CODE, TIMED_OUT)
+        tl.debug_barrier()
         tell_host(host + HOST_DONE, epoch)

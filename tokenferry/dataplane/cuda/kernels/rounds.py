@@ -65,7 +65,7 @@ def lower_bound(tokens, start, end, value):
 
 @triton.jit
 def wait_for_half(
-    heap, state, status, rank, this, per_round, operation, epoch, deadline, BY_READER: tl.constexpr,
+    heap, state, status, rank, this, per_round, operation, epoch, timeout, BY_READER: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
     """Before round ``this`` is staged: every reader that takes part in the round before the last has released it."""
@@ -77,7 +77,7 @@ def wait_for_half(
                 takes_part = takes_part & (this - 2 < rounds_of(tokens_of(heap, rank, reader), per_round))
             if takes_part:
                 there = wait_released(
-                    heap, state, status, rank, reader, progress(epoch, this - 1), operation, epoch, deadline
+                    heap, state, status, rank, reader, progress(epoch, this - 1), operation, epoch, timeout
                 )
                 alive = alive & there
     return alive
@@ -93,9 +93,9 @@ def publish_round(heap, state, rank, this, epoch, num_stagers, R: tl.constexpr):
 
 
 @triton.jit
-def wait_for_round(heap, state, status, rank, source, this, operation, epoch, deadline):
+def wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout):
     """Wait until round ``this`` of a staged source is there."""
-    return wait_published(heap, state, status, rank, source, progress(epoch, this + 2), operation, epoch, deadline)
+    return wait_published(heap, state, status, rank, source, progress(epoch, this + 2), operation, epoch, timeout)
 
 
 @triton.jit

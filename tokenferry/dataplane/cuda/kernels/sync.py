@@ -14,12 +14,14 @@ from tokenferry.dataplane.cuda.kernels.words import (
     ALL,
     ARRIVED,
     AT_EPOCH,
+    CLOCK,
     CODE,
     COLUMNS,
     DETAIL,
     EPOCH,
     EPOCH_SHIFT,
     FAILED,
+    HAS_FAILED,
     LINE,
     MESSAGE_BYTES,
     MESSAGES,
@@ -75,11 +77,33 @@ def progress(epoch, step):
 
 
 @triton.jit
-def wait_at_least(flag, value, deadline):
-    """Wait until a progress word in own memory has reached ``value``; False if the deadline passed first."""
+def clock(state):
+    """A time that all threads of a program agree on: it goes through memory, and the result of an atomic is shared.
+
+    Threads that read the clock for themselves would leave a loop at different turns, barriers between them.
+    """
+    tl.atomic_max(state + CLOCK, now(), sem="relaxed", scope="gpu")
+    return tl.atomic_max(state + CLOCK, 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def wait_at_least(state, flag, value, timeout):
+    """Wait until a progress word in own memory has reached ``value``; False if it did not in ``timeout`` ns.
+
+    The clock is looked at every 64 polls, about as many microseconds, and runs from the first look on.
+    """
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    while (seen < value) & (now() < deadline):
+    polls = zero()
+    late = polls != 0
+    deadline = zero().to(tl.int64)
+    while (seen < value) & (late == 0):
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        polls += 1
+        if polls % 64 == 0:
+            time = clock(state)
+            deadline = tl.where(polls == 64, time + timeout, deadline)
+            late = time >= deadline
+            polls = tl.where(polls == 1 << 20, 1 << 19, polls)
     return seen >= value
 
 
@@ -122,25 +146,26 @@ def report(status, code, operation, epoch):
 def report_missing(state, status, operation, epoch, missing):
     """Tell the host that a rank did not come, and every later operation that there is nothing to wait for."""
     tl.store(state + FAILED, 1)
+    tl.store(status + HAS_FAILED, 1)
     tl.store(status + DETAIL + missing, 1)
     report(status, TIMED_OUT, operation, epoch)
 
 
 @triton.jit
-def wait_released(heap, state, status, rank, reader, value, operation, epoch, deadline):
+def wait_released(heap, state, status, rank, reader, value, operation, epoch, timeout):
     """Wait until ``reader`` is as far as ``value`` with this rank's rows."""
     own = tl.load(heap + rank)
-    there = wait_at_least(word(own, RELEASED + reader * LINE), value, deadline)
+    there = wait_at_least(state, word(own, RELEASED + reader * LINE), value, timeout)
     if not there:
         report_missing(state, status, operation, epoch, reader)
     return there
 
 
 @triton.jit
-def wait_published(heap, state, status, rank, source, value, operation, epoch, deadline):
+def wait_published(heap, state, status, rank, source, value, operation, epoch, timeout):
     """Wait until ``source`` is as far as ``value`` with its rows."""
     own = tl.load(heap + rank)
-    there = wait_at_least(word(own, PUBLISHED + source * LINE), value, deadline)
+    there = wait_at_least(state, word(own, PUBLISHED + source * LINE), value, timeout)
     if not there:
         report_missing(state, status, operation, epoch, source)
     return there
@@ -187,7 +212,7 @@ def column_address(heap, regions, rank, source, column):
 
 @triton.jit
 def publish_all(
-    heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation, deadline,
+    heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation, timeout,
     NUM_COLUMNS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The message and its flag for every rank: the first step of an operation whose counts are known."""
@@ -197,7 +222,7 @@ def publish_all(
         reader = (rank + step) % R
         if alive:
             alive = wait_released(
-                heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, deadline
+                heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout
             )
         if alive:
             write_message(
@@ -208,11 +233,12 @@ def publish_all(
 
 
 @triton.jit
-def wait_all_published(heap, state, status, rank, epoch, step, operation, deadline, R: tl.constexpr):
+def wait_all_published(heap, state, status, rank, epoch, step, operation, timeout, R: tl.constexpr):
     """Wait for every source; every one that does not come is reported."""
     alive = True
     for source in range(R):
-        there = wait_published(heap, state, status, rank, source, progress(epoch, step), operation, epoch, deadline)
+        patience = tl.where(alive, timeout, 0)
+        there = wait_published(heap, state, status, rank, source, progress(epoch, step), operation, epoch, patience)
         alive = alive & there
     return alive
 
@@ -247,12 +273,12 @@ def release_all(heap, rank, epoch, step, R: tl.constexpr):
 
 
 @triton.jit
-def close_operation(heap, state, status, rank, epoch, staged, operation, deadline, R: tl.constexpr):
+def close_operation(heap, state, status, rank, epoch, staged, operation, timeout, R: tl.constexpr):
     """The end of an operation, by its last program: release; wait for readers of direct rows; count."""
     release_all(heap, rank, epoch, ALL, R)
     if (staged == 0) & (tl.load(state + FAILED) == 0):
         for reader in range(R):
-            wait_released(heap, state, status, rank, reader, progress(epoch, ALL), operation, epoch, deadline)
+            wait_released(heap, state, status, rank, reader, progress(epoch, ALL), operation, epoch, timeout)
     tl.store(state + EPOCH, epoch)
 
 
@@ -270,4 +296,4 @@ def is_last(counter, total):
 def finish(heap, state, status, rank, epoch, staged, operation, timeout, R: tl.constexpr):
     """The end of an operation, called by every program when its reads and stores are done."""
     if is_last(state + ARRIVED, tl.num_programs(0).to(tl.int64)):
-        close_operation(heap, state, status, rank, epoch, staged, operation, now() + timeout, R)
+        close_operation(heap, state, status, rank, epoch, staged, operation, timeout, R)

@@ -77,12 +77,14 @@ STAGE_ARRIVED = tl.constexpr(6)
 ROUND_ARRIVED = tl.constexpr(8)
 """Likewise."""
 LAYOUT_ARRIVED = tl.constexpr(10)
+CLOCK = tl.constexpr(11)
 STATE_WORDS = 16
 
 # Words of the status, in pinned host memory.
 CODE = tl.constexpr(0)
 OPERATION = tl.constexpr(1)
 AT_EPOCH = tl.constexpr(2)
+HAS_FAILED = tl.constexpr(3)
 DETAIL = tl.constexpr(4)
 STATUS_WORDS = 4 + MAX_RANKS
 
@@ -100,5 +102,7 @@ UNKNOWN_REGION = tl.constexpr(8)
 # Words that notify leaves in pinned host memory.
 HOST_DONE = tl.constexpr(0)
 HOST_ROWS = tl.constexpr(1)
-HOST_EXPERTS = tl.constexpr(2)
-HOST_WORDS = 2 + MAX_LOCAL_EXPERTS
+HOST_CODE = tl.constexpr(2)
+"""0, or why the ranks stepped back: the operation is over then."""
+HOST_EXPERTS = tl.constexpr(3)
+HOST_WORDS = 3 + MAX_LOCAL_EXPERTS
