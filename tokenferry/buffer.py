@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
-import os
-from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -21,30 +17,26 @@ from tokenferry.config import (
     combine_preset,
     dispatch_preset,
 )
-from tokenferry.errors import ArgumentError, BufferStateError, TokenferryError
+from tokenferry.construction import (
+    AnyRuntime,
+    choose_device,
+    construct_runtime,
+    note_ignored,
+    runtime_maker,
+    timeout_seconds,
+)
+from tokenferry.errors import BufferStateError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import DispatchHandle
 from tokenferry.modes import intranode
-from tokenferry.rendezvous import Rendezvous, meet
-from tokenferry.runtime import Runtime
+from tokenferry.rendezvous import meet
 from tokenferry.streams import CommStream, check_events
-from tokenferry.topology import Topology, node_key
+from tokenferry.topology import Topology
 from tokenferry.validation import check_int, require
-
-if TYPE_CHECKING:
-    from tokenferry.runtime_cuda import CudaRuntime
-
-AnyRuntime: TypeAlias = "Runtime | CudaRuntime"
 
 logger = logging.getLogger("tokenferry")
 
-DEVICE_VARIABLE = "TOKENFERRY_DEVICE"
-TIMEOUT_VARIABLE = "TOKENFERRY_TIMEOUT"
-DEFAULT_TIMEOUT = 100.0
-"""Seconds."""
-
 _Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-_noted: set[str] = set()
 
 
 class Buffer(LowLatencyMethods):
@@ -107,8 +99,8 @@ class Buffer(LowLatencyMethods):
         self.runtime: AnyRuntime | None = None
         num_nvl_bytes = check_int("num_nvl_bytes", num_nvl_bytes, minimum=0, multiple_of=ALIGNMENT)
         num_rdma_bytes = check_int("num_rdma_bytes", num_rdma_bytes, minimum=0, multiple_of=ALIGNMENT)
-        seconds = _timeout_seconds(timeout)
-        _note_ignored(
+        seconds = timeout_seconds(timeout)
+        note_ignored(
             num_rdma_bytes=num_rdma_bytes != 0 and not low_latency_mode,
             num_qps_per_rank=num_qps_per_rank != 24,
             allow_nvlink_for_low_latency_mode=not allow_nvlink_for_low_latency_mode,
@@ -128,10 +120,10 @@ class Buffer(LowLatencyMethods):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         stage_limit = max(num_nvl_bytes, num_rdma_bytes if low_latency_mode else 0)
-        chosen = _choose_device(device)
+        chosen = choose_device(device)
         heap_bytes = check_int("heap_bytes", heap_bytes, minimum=0)
-        make = _runtime_maker(chosen, group, stage_limit, heap_bytes, seconds, enable_shrink)
-        self.runtime = _construct_runtime(rendezvous, make, node)
+        make = runtime_maker(chosen, group, stage_limit, heap_bytes, seconds, enable_shrink)
+        self.runtime = construct_runtime(rendezvous, make, node)
         logger.info(
             "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s",
             self.rank,
@@ -466,93 +458,3 @@ class Buffer(LowLatencyMethods):
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-def _choose_device(device: torch.device | str | int | None) -> torch.device:
-    """The device that the caller, the environment or the machine names."""
-    name = "device" if device is not None else DEVICE_VARIABLE
-    if device is None:
-        device = os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(name, repr(device), "a torch.device on the CPU or a GPU") from error
-    require(chosen.type in ("cpu", "cuda"), name, repr(device), "a torch.device on the CPU or a GPU")
-    if chosen.type == "cpu":
-        return torch.device("cpu")
-    require(torch.cuda.is_available(), name, repr(device), "cpu: torch finds no GPU")
-    return chosen if chosen.index is not None else torch.device("cuda", torch.cuda.current_device())
-
-
-def _runtime_maker(
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-    stage_limit: int,
-    heap_bytes: int,
-    timeout: float,
-    may_mask: bool,
-) -> Callable[[int, int], AnyRuntime]:
-    """What constructs the runtime of a rank, from the rank and their number."""
-    if device.type == "cpu":
-        return functools.partial(Runtime, stage_limit=stage_limit, timeout=timeout, may_mask=may_mask)
-    if group is None:
-        raise ArgumentError("group", None, "a torch.distributed process group on GPUs (device='cpu' takes comm=)")
-    from tokenferry.runtime_cuda import CudaRuntime
-
-    return functools.partial(
-        CudaRuntime, group=group, device=device, stage_limit=stage_limit, heap_bytes=heap_bytes, timeout=timeout
-    )
-
-
-def _timeout_seconds(timeout: float | None) -> float:
-    name, given = "timeout", timeout if timeout is not None else os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
-    if timeout is None:
-        name = TIMEOUT_VARIABLE
-    try:
-        seconds = float(given)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    require(seconds > 0, name, repr(given), "a number of seconds above 0")
-    return seconds
-
-
-def _note_ignored(**is_set: bool) -> None:
-    for name, given in is_set.items():
-        if given and name not in _noted:
-            _noted.add(name)
-            logger.info("%s has no meaning inside one node and is ignored", name)
-
-
-def _construct_runtime(
-    rendezvous: Rendezvous, make: Callable[[int, int], AnyRuntime], node: str | int | None
-) -> AnyRuntime:
-    """Create, exchange and open the heaps; if that fails on one rank, it fails on all."""
-    runtime: AnyRuntime | None = None
-    handle, failure = bytearray(), ""
-    try:
-        runtime = make(rendezvous.rank, rendezvous.num_ranks)
-        handle = runtime.get_local_ipc_handle()
-    except RuntimeError as error:  # also those of torch: no memory, no symmetric memory
-        failure = str(error) or type(error).__name__
-    try:
-        offers = rendezvous.all_gather((node_key(node), bytes(handle), failure))
-        _raise_any_failure([offer[2] for offer in offers])
-        assert runtime is not None
-        try:
-            runtime.sync([offer[0] for offer in offers], [offer[1] for offer in offers])
-        except RuntimeError as error:
-            failure = str(error) or type(error).__name__
-        _raise_any_failure(rendezvous.all_gather(failure))
-        runtime.hide()
-    except BaseException:
-        if runtime is not None:
-            runtime.destroy()
-        raise
-    return runtime
-
-
-def _raise_any_failure(failures: list[str]) -> None:
-    failed = {rank: reason for rank, reason in enumerate(failures) if reason}
-    if failed:
-        listed = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items())
-        raise TokenferryError(f"the Buffer cannot be constructed: {listed}")

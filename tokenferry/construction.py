@@ -1,0 +1,125 @@
+"""How a Buffer comes to be: its arguments, its runtime, and the ranks that construct together."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.errors import ArgumentError, TokenferryError
+from tokenferry.rendezvous import Rendezvous
+from tokenferry.runtime import Runtime
+from tokenferry.topology import node_key
+from tokenferry.validation import require
+
+if TYPE_CHECKING:
+    from tokenferry.runtime_cuda import CudaRuntime
+
+AnyRuntime: TypeAlias = "Runtime | CudaRuntime"
+
+DEVICE_VARIABLE = "TOKENFERRY_DEVICE"
+TIMEOUT_VARIABLE = "TOKENFERRY_TIMEOUT"
+DEFAULT_TIMEOUT = 100.0
+"""Seconds."""
+
+logger = logging.getLogger("tokenferry")
+
+_noted: set[str] = set()
+
+
+def choose_device(device: torch.device | str | int | None) -> torch.device:
+    """The device that the caller, the environment or the machine names."""
+    name = "device" if device is not None else DEVICE_VARIABLE
+    if device is None:
+        device = os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(name, repr(device), "a torch.device on the CPU or a GPU") from error
+    require(chosen.type in ("cpu", "cuda"), name, repr(device), "a torch.device on the CPU or a GPU")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    require(torch.cuda.is_available(), name, repr(device), "cpu: torch finds no GPU")
+    return chosen if chosen.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def runtime_maker(
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    stage_limit: int,
+    heap_bytes: int,
+    timeout: float,
+    may_mask: bool,
+) -> Callable[[int, int], AnyRuntime]:
+    """What constructs the runtime of a rank, from the rank and their number."""
+    if device.type == "cpu":
+        return functools.partial(Runtime, stage_limit=stage_limit, timeout=timeout, may_mask=may_mask)
+    if group is None:
+        raise ArgumentError("group", None, "a torch.distributed process group on GPUs (device='cpu' takes comm=)")
+    from tokenferry.runtime_cuda import CudaRuntime
+
+    return functools.partial(
+        CudaRuntime, group=group, device=device, stage_limit=stage_limit, heap_bytes=heap_bytes, timeout=timeout
+    )
+
+
+def timeout_seconds(timeout: float | None) -> float:
+    """The deadline that the caller or the environment gives, in seconds."""
+    name, given = "timeout", timeout if timeout is not None else os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
+    if timeout is None:
+        name = TIMEOUT_VARIABLE
+    try:
+        seconds = float(given)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    require(seconds > 0, name, repr(given), "a number of seconds above 0")
+    return seconds
+
+
+def note_ignored(**is_set: bool) -> None:
+    """Say once of every argument that is set, and means nothing here, that it is ignored."""
+    for name, given in is_set.items():
+        if given and name not in _noted:
+            _noted.add(name)
+            logger.info("%s has no meaning inside one node and is ignored", name)
+
+
+def construct_runtime(
+    rendezvous: Rendezvous, make: Callable[[int, int], AnyRuntime], node: str | int | None
+) -> AnyRuntime:
+    """Create, exchange and open the heaps; if that fails on one rank, it fails on all."""
+    runtime: AnyRuntime | None = None
+    handle, failure = bytearray(), ""
+    try:
+        runtime = make(rendezvous.rank, rendezvous.num_ranks)
+        handle = runtime.get_local_ipc_handle()
+    except RuntimeError as error:  # also those of torch: no memory, no symmetric memory
+        failure = str(error) or type(error).__name__
+    try:
+        offers = rendezvous.all_gather((node_key(node), bytes(handle), failure))
+        _raise_any_failure([offer[2] for offer in offers])
+        assert runtime is not None
+        try:
+            runtime.sync([offer[0] for offer in offers], [offer[1] for offer in offers])
+        except RuntimeError as error:
+            failure = str(error) or type(error).__name__
+        _raise_any_failure(rendezvous.all_gather(failure))
+        runtime.hide()
+    except BaseException:
+        if runtime is not None:
+            runtime.destroy()
+        raise
+    return runtime
+
+
+def _raise_any_failure(failures: list[str]) -> None:
+    failed = {rank: reason for rank, reason in enumerate(failures) if reason}
+    if failed:
+        listed = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items())
+        raise TokenferryError(f"the Buffer cannot be constructed: {listed}")
