@@ -171,9 +171,7 @@ class _Recorder:
     def compile(self, kernel: launch.Kernel, num_warps: int, **constants: object) -> launch.Variant:
         before = _count_variants(kernel._kernel)
         for number in NUMBERS:
-            values = [number if dtype is None else dtype for dtype in kernel.types]
-            options = {"num_warps": num_warps, "maxnreg": launch.REGISTERS[num_warps]}
-            compiled = kernel._kernel.warmup(*values, **constants, grid=(1,), **options)
+            compiled = kernel.compile(num_warps, number, **constants)
         self.compiled.append(compiled)
         self.num_variants += _count_variants(kernel._kernel) - before
         return launch.Variant(lambda *_: None, None, None, (None,) * len(constants))

@@ -40,9 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=slow)
 
 
-@pytest.fixture(scope="session")
-def pool_of() -> Iterator[PoolOf]:
-    """``pool_of(n)``: the session's n ranks in one Gloo group."""
+def session_pools(begin: Callable[[int, int], None] | None = None) -> Iterator[PoolOf]:
+    """The body of a fixture: yields what gives n ranks in one Gloo group. Each of them calls ``begin`` first."""
     pools: dict[int, SessionPool] = {}
 
     def get(num_ranks: int) -> RankPool:
@@ -50,8 +49,16 @@ def pool_of() -> Iterator[PoolOf]:
             pools.pop(num_ranks).stop()
         if num_ranks not in pools:
             pools[num_ranks] = SessionPool(num_ranks, num_threads=1)
+            if begin is not None:
+                pools[num_ranks].run(begin)
         return pools[num_ranks]
 
     yield get
     for pool in pools.values():
         pool.close() if pool.is_whole else pool.stop()
+
+
+@pytest.fixture(scope="session")
+def pool_of() -> Iterator[PoolOf]:
+    """``pool_of(n)``: the session's n ranks."""
+    yield from session_pools()

@@ -6,13 +6,12 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.conftest import SessionPool
-from tokenferry.cli.ranks import RankPool
+from tests.conftest import PoolOf, session_pools
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,21 +41,9 @@ def sharing() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def gpu_pool_of(sharing: None) -> Iterator[Callable[[int], RankPool]]:
+def gpu_pool_of(sharing: None) -> Iterator[PoolOf]:
     """``gpu_pool_of(n)``: n ranks, one GPU after the other."""
-    pools: dict[int, SessionPool] = {}
-
-    def get(num_ranks: int) -> RankPool:
-        if num_ranks in pools and not pools[num_ranks].is_whole:
-            pools.pop(num_ranks).stop()
-        if num_ranks not in pools:
-            pools[num_ranks] = SessionPool(num_ranks, num_threads=1)
-            pools[num_ranks].run(take_device)
-        return pools[num_ranks]
-
-    yield get
-    for pool in pools.values():
-        pool.close() if pool.is_whole else pool.stop()
+    yield from session_pools(take_device)
 
 
 def take_device(rank: int, num_ranks: int) -> None:

@@ -42,9 +42,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def check_cases(rank: int, num_ranks: int, cases: list[Case], bulk: bool, num_nvl_bytes: int = 0) -> None:
+def check_cases(
+    rank: int, num_ranks: int, cases: list[Case], bulk: bool, num_nvl_bytes: int = 0, timeout: float = TIMEOUT
+) -> None:
     """Every call on each case, on one Buffer."""
-    with Buffer(dist.group.WORLD, num_nvl_bytes, timeout=TIMEOUT, device="cuda") as buffer:
+    with Buffer(dist.group.WORLD, num_nvl_bytes, timeout=timeout, device="cuda") as buffer:
         plane = buffer.runtime.party().plane
         plane._target = plane._target._replace(can_bulk=plane._target.can_bulk and bulk)
         for case in cases:

@@ -6,7 +6,7 @@ its constexpr parameters, whatever the values of the others, and launched with a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,16 +37,24 @@ class Kernel:
     Args:
         kernel: a ``triton.jit`` or ``gluon.jit`` function whose constexpr parameters come last.
         types: dtype of what each pointer parameter points to, or None for an integer, in order.
+        options: of the compiler, beside those that every kernel has.
     """
 
-    def __init__(self, kernel: Any, types: Sequence[torch.dtype | None]) -> None:
+    def __init__(
+        self, kernel: Any, types: Sequence[torch.dtype | None], options: Mapping[str, object] | None = None
+    ) -> None:
         self._kernel = kernel
         self.types = tuple(types)
+        self._options = dict(options or {})
 
     def variant(self, num_warps: int, **constants: object) -> Variant:
         """Compile the variant for these constexpr parameters; the caller keeps it."""
-        values = [1 if dtype is None else dtype for dtype in self.types]
-        options = {"num_warps": num_warps, "maxnreg": REGISTERS[num_warps]}
-        compiled = self._kernel.warmup(*values, **constants, grid=(1,), **options)
+        compiled = self.compile(num_warps, 1, **constants)
         run = compiled.run  # loads the module
         return Variant(run, compiled.function, compiled.packed_metadata, (None,) * len(constants))
+
+    def compile(self, num_warps: int, number: int, **constants: object) -> Any:
+        """Compile as for a launch whose integers are all ``number``, which is to make no difference."""
+        values = [number if dtype is None else dtype for dtype in self.types]
+        options = {"num_warps": num_warps, "maxnreg": REGISTERS[num_warps], **self._options}
+        return self._kernel.warmup(*values, **constants, grid=(1,), **options)

@@ -62,6 +62,8 @@ class Target(NamedTuple):
     """Whether the GPU has the bulk-copy engine."""
     device: int
     """Index of the GPU: a compiled kernel is loaded on one."""
+    has_fp8: bool = True
+    """Whether the GPU converts to FP8."""
 
 
 def _power_of_two(number: int) -> int:
@@ -206,7 +208,7 @@ def dispatch(
         operation,
         timeout,
     )
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*own, *out)]
+    addresses = [_address(tensor) for tensor in (*own, *out)]
     variant.launch(max(num_sms, 2), stream, (*context, *addresses, *places, *numbers))
 
 

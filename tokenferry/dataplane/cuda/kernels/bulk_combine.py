@@ -25,15 +25,19 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     store_shared_long,
     wait_parity,
 )
-from tokenferry.dataplane.cuda.kernels.combine import any_staged, check_sources, place_of
+from tokenferry.dataplane.cuda.kernels.combine import (
+    any_staged,
+    check_sources,
+    place_of,
+    rounds_of_readers,
+    rows_of_reader,
+)
 from tokenferry.dataplane.cuda.kernels.dispatch import agree
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
-    lower_bound,
     publish_round,
     release_round,
     rounds_of,
-    tokens_of,
     wait_for_half,
     wait_for_round,
 )
@@ -57,7 +61,6 @@ SKIPS = gl.constexpr(32 * 64 + 512)
 WINDOWS = gl.constexpr(32 * 64 + 768)
 WINDOW = gl.constexpr(160)
 """Bytes for 32 weights wherever they begin."""
-MAX_SLOTS = 32
 
 
 @gluon.jit
@@ -86,18 +89,17 @@ def prepare(
 
 @gluon.jit
 def ask(
-    head, source, token, slot_at, ask_parity, extra, ring, tid,
+    live, head, source, token, slot_at, ask_parity, extra, ring, tid,
     ROW: gl.constexpr, K: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of one item, a token's row of one source, if there is one: ``head`` is not negative.
+    """Start the copies of one item, a token's row of one source, if there is one: it is ``live``.
 
     Returns:
         The next slot to ask into, and the parity of its turn.
     """
     PIECE: gl.constexpr = ROW // LANES
     entry = extra + source * ENTRY
-    heads = head + tid * 0
-    live = ((heads >= 0) & (heads < load_shared_long(entry + COUNT).to(gl.int32))).to(gl.int32)
+    live = live.to(gl.int32) + tid * 0
     index = gl.where(load_shared_long(entry + BY_TOKEN) != 0, token, head).to(gl.int64)
     rows_at = load_shared_long(entry + ROWS_AT) + index * load_shared_long(entry + ROWS_STEP)
     total = live * ROW
@@ -128,6 +130,32 @@ def head_of(send_head, source, token, end, R: gl.constexpr):
 
 
 @gluon.jit
+def ask_ahead(
+    send_head, head, source, token, stop, workers, there, slot_at, ask_parity, extra, ring, tid,
+    ROW: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr,
+    LANES: gl.constexpr,
+):  # fmt: skip
+    """Ask for an item if there are any more, and go on to the one behind it.
+
+    Returns:
+        Head, source and token of the item behind; ``there``, whether items have a row, the last one's bit the lowest;
+        the next slot to ask into, and the parity of its turn.
+    """
+    # From a scalar address, so one answer for all threads: they branch on it when they sum.
+    count = load_shared_long(shared_base(source) + SLOTS * SLOT + source * ENTRY + COUNT).to(gl.int32)
+    live = (head >= 0) & (head < count)
+    if token < stop:
+        slot_at, ask_parity = ask(
+            live, head, source, token, slot_at, ask_parity, extra, ring, tid, ROW, K, SLOT, SLOTS, LANES
+        )
+    is_end = source == R - 1
+    token = tl.where(is_end, token + workers, token)
+    source = tl.where(is_end, 0, source + 1)
+    there = (there << 1) | live.to(tl.int64)
+    return head_of(send_head, source, token, stop, R), source, token, there, slot_at, ask_parity
+
+
+@gluon.jit
 def stage_rows(
     heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage, half, worker,
     workers, tid, cols,
@@ -138,24 +166,15 @@ def stage_rows(
     RECORD: gl.constexpr = AT + (K * 4 + 15) // 16 * 16
     per_round = half // (RECORD * R)
     own = tl.load(heap + rank) + stage
-    rounds = zero().to(tl.int64)
-    for reader in range(R):
-        if reader != rank:
-            rounds = tl.maximum(rounds, rounds_of(tokens_of(heap, rank, reader), per_round))
     alive = True
-    for this in range(rounds):
+    for this in range(rounds_of_readers(heap, rank, per_round, R)):
         if alive:
             alive = wait_for_half(heap, state, status, rank, this, per_round, operation, epoch, timeout, True, R)
         if alive:
             first = this * per_round
             for step in range(R - 1):
                 reader = (rank + 1 + step) % R
-                start = tl.load(prefix + (reader - 1) * R + rank, mask=reader > 0, other=0).to(tl.int64)
-                end = tl.load(prefix + reader * R + rank).to(tl.int64)
-                start = tl.minimum(tl.maximum(start, 0), num_rows)
-                end = tl.minimum(tl.maximum(end, start), num_rows)
-                low = lower_bound(src_idx, start, end, first)
-                high = lower_bound(src_idx, low, end, first + per_round)
+                low, high = rows_of_reader(prefix, src_idx, num_rows, rank, reader, first, per_round, R)
                 target = own + (this % 2) * half + reader.to(tl.int64) * per_round * RECORD
                 for row in range(low + worker, high, workers):
                     slot = tl.load(src_idx + row) - first
@@ -290,15 +309,10 @@ def combine(
                     there = zero().to(tl.int64)
                     head = head_of(send_head, ahead_source, ahead_token, stop, R)
                     for _ in range(LAG):
-                        if ahead_token < stop:
-                            slot_at, ask_parity = ask(
-                                head, ahead_source, ahead_token, slot_at, ask_parity, extra, ring, tid,
-                                ROW, K, SLOT, SLOTS, LANES,
-                            )  # fmt: skip
-                        there = (there << 1) | (head >= 0).to(tl.int64)
-                        ahead_token = tl.where(ahead_source == R - 1, ahead_token + workers, ahead_token)
-                        ahead_source = tl.where(ahead_source == R - 1, 0, ahead_source + 1)
-                        head = head_of(send_head, ahead_source, ahead_token, stop, R)
+                        head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
+                            send_head, head, ahead_source, ahead_token, stop, workers, there, slot_at, ask_parity,
+                            extra, ring, tid, ROW, K, R, SLOT, SLOTS, LANES,
+                        )  # fmt: skip
                     for n in range(mine):
                         t = first + worker + n * workers
                         place = t * WIDTH + cols
@@ -310,15 +324,10 @@ def combine(
                         if BIAS_1:
                             total += gl.load(bias_1 + place, mask=inside, other=0.0).to(gl.float32)
                         for _ in range(R):
-                            if ahead_token < stop:
-                                slot_at, ask_parity = ask(
-                                    head, ahead_source, ahead_token, slot_at, ask_parity, extra, ring, tid,
-                                    ROW, K, SLOT, SLOTS, LANES,
-                                )  # fmt: skip
-                            there = (there << 1) | (head >= 0).to(tl.int64)
-                            ahead_token = tl.where(ahead_source == R - 1, ahead_token + workers, ahead_token)
-                            ahead_source = tl.where(ahead_source == R - 1, 0, ahead_source + 1)
-                            head = head_of(send_head, ahead_source, ahead_token, stop, R)
+                            head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
+                                send_head, head, ahead_source, ahead_token, stop, workers, there, slot_at,
+                                ask_parity, extra, ring, tid, ROW, K, R, SLOT, SLOTS, LANES,
+                            )  # fmt: skip
                             wait_parity(extra + BARS + use_at * 8, parity + tid * 0)
                             if ((there >> LAG) & 1) != 0:
                                 total += memory.index(use_at).load(ROWS).to(gl.float32)

@@ -29,16 +29,12 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     wait_stores,
     wait_stores_read,
 )
-from tokenferry.dataplane.cuda.kernels.dispatch import agree, staged_rounds
+from tokenferry.dataplane.cuda.kernels.dispatch import agree, range_of_source, staged_rounds
 from tokenferry.dataplane.cuda.kernels.rounds import (
-    is_staged,
-    lower_bound,
     publish_round,
     release_round,
     rounds_of,
-    tokens_of,
     wait_for_half,
-    wait_for_round,
 )
 from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report, zero
 from tokenferry.dataplane.cuda.kernels.words import (
@@ -47,7 +43,6 @@ from tokenferry.dataplane.cuda.kernels.words import (
     CODE,
     EPOCH,
     FAILED,
-    LISTS,
     OPERATION,
     STAGED,
     UNKNOWN_REGION,
@@ -107,31 +102,10 @@ def prepare_source(
     RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr, WEIGHTS_OFF: gl.constexpr,
 ):  # fmt: skip
     """Wait for a source's round, and write its table entry."""
-    start = tl.load(prefix + (source - 1) * R + rank, mask=source > 0, other=0)
-    end = tl.load(prefix + source * R + rank)
-    start = tl.minimum(tl.maximum(start, 0), num_rows)
-    end = tl.minimum(tl.maximum(end, start), num_rows)
-    count = (end - start).to(tl.int64)
-    tokens = src_idx + start
-    if not CACHED:
-        own_heap = tl.load(heap + rank)
-        tokens = (own_heap + LISTS + source * list_capacity * 4).to(tl.pointer_type(tl.int32))
-    num_tokens = tokens_of(heap, rank, source)
-    count = tl.minimum(count, num_tokens)
-    staged = is_staged(heap, rank, source)
-    low = zero().to(tl.int64)
-    high = tl.where(this == 0, count, 0)
-    first = zero().to(tl.int64)
-    last = num_tokens
-    alive = True
-    if staged:
-        per_round = half // RECORD
-        first = this * per_round
-        last = tl.minimum(first + per_round, num_tokens)
-        low = lower_bound(tokens, zero().to(tl.int64), count, first)
-        high = lower_bound(tokens, low, count, first + per_round)
-        if first < num_tokens:
-            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout)
+    tokens, start, low, high, first, last, staged, alive = range_of_source(
+        heap, state, status, src_idx, prefix, num_rows, list_capacity, rank, source, epoch, operation, timeout, this,
+        half // RECORD, CACHED, R,
+    )  # fmt: skip
     base = tl.load(heap + source) + stage + (this % 2) * half
     own = source == rank
     rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0))
@@ -153,8 +127,6 @@ def prepare_source(
         put_column(table, source, WEIGHTS_AT, weights_at, tl.where(staged, RECORD, K * 4), first, lane0)
     if unknown & (low < high):
         report(status, UNKNOWN_REGION, operation, epoch)
-        high = low
-    if not alive:
         high = low
     put(table, source, LIST_AT, tokens.to(tl.int64) + low * 4, lane0)
     put(table, source, COUNT, high - low, lane0)

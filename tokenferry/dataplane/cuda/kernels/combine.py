@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.dispatch import agree, copy_rows
+from tokenferry.dataplane.cuda.kernels.dispatch import agree, copy_rows, rows_from
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
     lower_bound,
@@ -21,6 +21,24 @@ from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, EPOCH, FAILED, N
 
 
 @triton.jit
+def rounds_of_readers(heap, rank, per_round, R: tl.constexpr):
+    """Rounds in which the rows of all peers' tokens pass."""
+    rounds = zero().to(tl.int64)
+    for reader in range(R):
+        if reader != rank:
+            rounds = tl.maximum(rounds, rounds_of(tokens_of(heap, rank, reader), per_round))
+    return rounds
+
+
+@triton.jit
+def rows_of_reader(prefix, src_idx, num_rows, rank, reader, first, per_round, R: tl.constexpr):
+    """From where to where a reader's rows go in the round that begins with its token ``first``."""
+    start, end = rows_from(prefix, num_rows, rank, reader, R)
+    low = lower_bound(src_idx, start, end, first)
+    return low, lower_bound(src_idx, low, end, first + per_round)
+
+
+@triton.jit
 def stage_combine(
     heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage, half, worker,
     workers,
@@ -31,24 +49,15 @@ def stage_combine(
     WEIGHTS_AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
     per_round = half // (RECORD * R)
     own = tl.load(heap + rank) + stage
-    rounds = zero().to(tl.int64)
-    for reader in range(R):
-        if reader != rank:
-            rounds = tl.maximum(rounds, rounds_of(tokens_of(heap, rank, reader), per_round))
     alive = True
-    for this in range(rounds):
+    for this in range(rounds_of_readers(heap, rank, per_round, R)):
         if alive:
             alive = wait_for_half(heap, state, status, rank, this, per_round, operation, epoch, timeout, True, R)
         if alive:
             first = this * per_round
             for step in range(R - 1):
                 reader = (rank + 1 + step) % R
-                start = tl.load(prefix + (reader - 1) * R + rank, mask=reader > 0, other=0).to(tl.int64)
-                end = tl.load(prefix + reader * R + rank).to(tl.int64)
-                start = tl.minimum(tl.maximum(start, 0), num_rows)
-                end = tl.minimum(tl.maximum(end, start), num_rows)
-                low = lower_bound(src_idx, start, end, first)
-                high = lower_bound(src_idx, low, end, first + per_round)
+                low, high = rows_of_reader(prefix, src_idx, num_rows, rank, reader, first, per_round, R)
                 target = own + (this % 2) * half + reader.to(tl.int64) * per_round * RECORD
                 for at in range(low + worker * RT, high, workers * RT):
                     row = at + tl.arange(0, RT)

@@ -131,6 +131,15 @@ def fill_tail(
 
 
 @triton.jit
+def rows_from(prefix, num_rows, rank, source, R: tl.constexpr):
+    """Where a rank's rows from a source start and end, within the rows that there are, whatever the handle says."""
+    start = tl.load(prefix + (source - 1) * R + rank, mask=source > 0, other=0).to(tl.int64)
+    end = tl.load(prefix + source * R + rank).to(tl.int64)
+    start = tl.minimum(tl.maximum(start, 0), num_rows)
+    return start, tl.minimum(tl.maximum(end, start), num_rows)
+
+
+@triton.jit
 def list_of(heap, src_idx, rank, source, start, list_capacity, CACHED: tl.constexpr):
     """The ids of the tokens that come from a source."""
     if CACHED:
@@ -151,28 +160,23 @@ def staged_rounds(heap, rank, per_round, R: tl.constexpr):
 
 
 @triton.jit
-def pull_source(
-    heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids, out_weights, src_idx, prefix,
-    num_rows, first_expert, num_local, list_capacity, rank, source, epoch, operation, timeout, stage, half,
-    this, worker, workers,
-    CACHED: tl.constexpr, WORDS: tl.constexpr, SCALE_WORDS: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
-    R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
+def range_of_source(
+    heap, state, status, src_idx, prefix, num_rows, list_capacity, rank, source, epoch, operation, timeout, this,
+    per_round,
+    CACHED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """One program's part of the rows that come from one source in one round."""
-    SCALES_AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
-    IDS_AT: tl.constexpr = SCALES_AT + (SCALE_WORDS * 4 + 15) // 16 * 16
-    WEIGHTS_AT: tl.constexpr = IDS_AT + (K * 8 + 15) // 16 * 16
-    RECORD: tl.constexpr = WEIGHTS_AT + (K * 4 + 15) // 16 * 16
-    start = tl.load(prefix + (source - 1) * R + rank, mask=source > 0, other=0)
-    end = tl.load(prefix + source * R + rank)
-    start = tl.minimum(tl.maximum(start, 0), num_rows)
-    end = tl.minimum(tl.maximum(end, start), num_rows)
-    count = (end - start).to(tl.int64)
+    """Wait for a source's round, and tell which of its rows come in it.
+
+    Returns:
+        The list of the source's tokens and the row of its first one; from where to where the round goes in it (no
+        rows if they did not come); the first token that can be read now, and the one after the last; whether the
+        rows are staged; whether they came.
+    """
+    start, end = rows_from(prefix, num_rows, rank, source, R)
     tokens = list_of(heap, src_idx, rank, source, start, list_capacity, CACHED)
     num_tokens = tokens_of(heap, rank, source)
-    count = tl.minimum(count, num_tokens)
+    count = tl.minimum(end - start, num_tokens)
     staged = is_staged(heap, rank, source)
-    per_round = half // RECORD
     low = zero().to(tl.int64)
     high = tl.where(this == 0, count, 0)
     first = zero().to(tl.int64)
@@ -185,7 +189,29 @@ def pull_source(
         high = lower_bound(tokens, low, count, first + per_round)
         if first < num_tokens:
             alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout)
-    if alive & (low < high):
+        if not alive:
+            high = low
+    return tokens, start, low, high, first, last, staged, alive
+
+
+@triton.jit
+def pull_source(
+    heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids, out_weights, src_idx, prefix,
+    num_rows, first_expert, num_local, list_capacity, rank, source, epoch, operation, timeout, stage, half,
+    this, worker, workers,
+    CACHED: tl.constexpr, WORDS: tl.constexpr, SCALE_WORDS: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
+    R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
+):  # fmt: skip
+    """One program's part of the rows that come from one source in one round."""
+    SCALES_AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
+    IDS_AT: tl.constexpr = SCALES_AT + (SCALE_WORDS * 4 + 15) // 16 * 16
+    WEIGHTS_AT: tl.constexpr = IDS_AT + (K * 8 + 15) // 16 * 16
+    RECORD: tl.constexpr = WEIGHTS_AT + (K * 4 + 15) // 16 * 16
+    tokens, start, low, high, first, last, staged, alive = range_of_source(
+        heap, state, status, src_idx, prefix, num_rows, list_capacity, rank, source, epoch, operation, timeout, this,
+        half // RECORD, CACHED, R,
+    )  # fmt: skip
+    if low < high:
         base = tl.load(heap + source) + stage + (this % 2) * half
         own = source == rank
         rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0))
