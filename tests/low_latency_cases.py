@@ -170,18 +170,23 @@ class Scenario:
             out[expert, :used] = (rows[expert, :used] * factor).to(torch.bfloat16)
         return out
 
-    def expected(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+    def sent_row(self, source: int, token: int) -> torch.Tensor:
+        """float32 [H]: what arrives of a row."""
+        if self.case.format == "bf16":
+            return self.all_x[source][token].float()
+        return oracle.dequantised(self.codes[source][token, None], self.scales[source][token, None])[0]
+
+    def expected(self, ids: torch.Tensor | None = None, *, by_rank: bool = False) -> torch.Tensor:
         """What combine must return, for the dispatched ids or some of them."""
         ids = self.ids if ids is None else ids
-        x = self.x.float()
-        if self.case.format != "bf16":
-            x = oracle.dequantised(self.codes[self.rank], self.scales[self.rank])
         row_of = {
-            (expert, token): (x[token] * factor_of(expert)).to(torch.bfloat16)
+            (expert, token): (self.sent_row(self.rank, token) * factor_of(expert)).to(torch.bfloat16)
             for token, row in enumerate(self.ids.tolist())
             for expert in row
             if expert >= 0 and expert // self.case.local_experts not in self.masked
         }
+        if by_rank:
+            return oracle.combined_by_rank(ids, self.weights, row_of, self.case.hidden, self.case.local_experts)
         return oracle.combined(ids, self.weights, row_of, self.case.hidden)
 
     def combine(self, buffer: Buffer, result: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
@@ -191,10 +196,13 @@ class Scenario:
         rows.fill_(3.0)
         return answer
 
-    def check_combine(self, answer: tuple[Any, ...], ids: torch.Tensor | None = None) -> None:
-        combined = answer[0]
+    def check_combine(
+        self, answer: tuple[Any, ...], ids: torch.Tensor | None = None, *, by_rank: bool = False
+    ) -> None:
+        """``by_rank``: each rank has summed its rows first."""
+        combined = answer[0].cpu()
         assert len(answer) == 3
-        expected = self.expected(ids)
+        expected = self.expected(ids, by_rank=by_rank)
         assert combined.dtype == torch.bfloat16
         assert combined.shape == expected.shape
         assert torch.equal(combined, expected), (combined, expected)

@@ -41,6 +41,22 @@ def layout_range(rows: Rows, num_ranks: int) -> list[list[int]]:
     return table
 
 
+def combined_by_rank(
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    row_of: dict[tuple[int, int], torch.Tensor],
+    hidden: int,
+    num_local: int,
+) -> torch.Tensor:
+    """As :func:`combined`, but each rank of ``num_local`` experts sums its rows first, and rounds."""
+    total = torch.zeros(len(topk_idx), hidden, dtype=torch.float32)
+    ranks = sorted({expert // num_local for expert, _ in row_of})
+    for rank in ranks:
+        its = topk_idx.masked_fill(topk_idx.div(num_local, rounding_mode="floor") != rank, -1)
+        total += combined(its, topk_weights, row_of, hidden).to(torch.float32)
+    return total.to(torch.bfloat16)
+
+
 def combined(
     topk_idx: torch.Tensor, topk_weights: torch.Tensor, row_of: dict[tuple[int, int], torch.Tensor], hidden: int
 ) -> torch.Tensor:

@@ -49,8 +49,9 @@ class Buffer(LowLatencyMethods):
         group: a ``torch.distributed`` process group of any backend; used only to construct.
         num_nvl_bytes: ceiling, in bytes, for the memory through which rows travel inside a node; a multiple of
             128. A hint: smaller is slower, never wrong. 0 means 32 MB.
-        num_rdma_bytes: with ``low_latency_mode``, a further ceiling for that memory (the larger one holds); a
-            multiple of 128. Without meaning otherwise.
+        num_rdma_bytes: with ``low_latency_mode``, on GPUs: memory that rows of low-latency operations are pushed to,
+            equal on all ranks, see :meth:`get_low_latency_rdma_size_hint`; on CPU ranks: a further ceiling for the
+            memory above (the larger one holds). A multiple of 128. Without meaning otherwise.
         low_latency_mode: allow the low-latency operations too, in any order with the others.
         num_qps_per_rank: accepted, without meaning here; a float is fine.
         allow_nvlink_for_low_latency_mode: accepted, without meaning here.
@@ -59,6 +60,8 @@ class Buffer(LowLatencyMethods):
         use_fabric: accepted, without meaning here.
         allow_nvlink_for_normal_mode: accepted, without meaning here.
         enable_shrink: low-latency operations mask ranks that die or stay silent, and go on without them.
+        exact_combine: low-latency combines on GPUs send every row, and round once, instead of one sum, rounded to
+            bfloat16, for each token and rank; CPU ranks always do.
         comm: an mpi4py communicator, used where ``group`` is None.
         timeout: seconds to wait for a peer that makes no progress; by default the environment variable
             ``TOKENFERRY_TIMEOUT``, else 100.
@@ -90,6 +93,7 @@ class Buffer(LowLatencyMethods):
         use_fabric: bool = False,
         allow_nvlink_for_normal_mode: bool = True,
         enable_shrink: bool = False,
+        exact_combine: bool = False,
         comm: Any | None = None,
         timeout: float | None = None,
         device: torch.device | str | int | None = None,
@@ -119,10 +123,12 @@ class Buffer(LowLatencyMethods):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        stage_limit = max(num_nvl_bytes, num_rdma_bytes if low_latency_mode else 0)
+        push_bytes = num_rdma_bytes if low_latency_mode else 0
         chosen = choose_device(device)
         heap_bytes = check_int("heap_bytes", heap_bytes, minimum=0)
-        make = runtime_maker(chosen, group, stage_limit, heap_bytes, seconds, enable_shrink)
+        make = runtime_maker(
+            chosen, group, num_nvl_bytes, push_bytes, heap_bytes, seconds, enable_shrink, exact_combine
+        )
         self.runtime = construct_runtime(rendezvous, make, node)
         logger.info(
             "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from tokenferry.config import low_latency_size_hint
+from tokenferry.dataplane import Pending
 from tokenferry.errors import ArgumentError, BufferStateError
-from tokenferry.events import EventHandle, EventOverlap
+from tokenferry.events import EventOverlap
 from tokenferry.modes import low_latency
 from tokenferry.modes.intranode import Party
 from tokenferry.modes.low_latency import LowLatencyHandle
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from tokenferry.runtime_cuda import CudaRuntime
 
 Hook = Callable[[], None]
+_Tensors = tuple[torch.Tensor | None, ...]
+_Finish = Callable[[_Tensors, _Tensors], EventOverlap]
 
 
 class LowLatencyMethods:
@@ -93,25 +97,27 @@ class LowLatencyMethods:
             MismatchError: ranks disagree on the operation or its shapes; the Buffer is unusable afterwards.
             PeerTimeoutError, PeerLostError: ranks did not take part (with ``enable_shrink`` they are masked instead).
         """
-        party = self._low_latency_party()
         _check_finish(async_finish, return_recv_hook)
-        sent = low_latency.dispatch(
-            party,
-            x,
-            topk_idx,
-            num_max_dispatch_tokens_per_rank,
-            num_experts,
-            cumulative_local_expert_recv_stats,
-            dispatch_wait_recv_cost_stats,
-            use_fp8,
-            round_scale,
-            use_ue8m0,
-        )
-        if not return_recv_hook:
-            sent.receive()
+        runtime = self._live_runtime()
+        with self._finish_of(runtime, async_finish) as finish:
+            sent = low_latency.dispatch(
+                self._low_latency_party(),
+                x,
+                topk_idx,
+                num_max_dispatch_tokens_per_rank,
+                num_experts,
+                cumulative_local_expert_recv_stats,
+                dispatch_wait_recv_cost_stats,
+                use_fp8,
+                round_scale,
+                use_ue8m0,
+                not return_recv_hook,
+            )
+            stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+            written = (sent.x, sent.scales, sent.num_received, *sent.handle[:2], *stats)
+            event = finish((x, topk_idx, *stats), written)
         rows = sent.x if sent.scales is None else (sent.x, sent.scales)
-        hook = sent.receive if return_recv_hook else None
-        return rows, sent.num_received, sent.handle, _event(async_finish), hook
+        return rows, sent.num_received, sent.handle, event, _hook(runtime, sent.pending, return_recv_hook)
 
     def low_latency_combine(
         self,
@@ -147,24 +153,34 @@ class LowLatencyMethods:
         Raises:
             As :meth:`low_latency_dispatch`.
         """
-        party = self._low_latency_party()
         _check_finish(async_finish, return_recv_hook)
         require(not (use_logfmt and zero_copy), "use_logfmt", "True with zero_copy", "one of the two")
-        rows: torch.Tensor | None = None
-        if zero_copy:
-            rows = self._combine_rows(party, handle)
-        combined, receive = low_latency.combine(
-            party, x, topk_idx, topk_weights, handle, rows, out, combine_wait_recv_cost_stats
-        )
-        if not return_recv_hook:
-            receive()
-        return combined, _event(async_finish), receive if return_recv_hook else None
+        runtime = self._live_runtime()
+        with self._finish_of(runtime, async_finish) as finish:
+            party = self._low_latency_party()
+            known = low_latency.check_handle(party, handle)
+            rows = self._combine_rows(party, known) if zero_copy else None
+            combined, pending = low_latency.combine(
+                party,
+                x,
+                topk_idx,
+                topk_weights,
+                known,
+                rows,
+                out,
+                combine_wait_recv_cost_stats,
+                not return_recv_hook,
+            )
+            written = (combined, combine_wait_recv_cost_stats)
+            event = finish((x, topk_idx, topk_weights, *known[:2], *written), written)
+        return combined, event, _hook(runtime, pending, return_recv_hook)
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[object, ...]) -> torch.Tensor:
         """bfloat16 [L, R * N, H] for the experts' outputs, to be combined with ``zero_copy=True`` next."""
-        return self._combine_rows(self._low_latency_party(), handle)
+        party = self._low_latency_party()
+        return self._combine_rows(party, low_latency.check_handle(party, handle))
 
-    def _combine_rows(self, party: Party, handle: object) -> torch.Tensor:
+    def _combine_rows(self, party: Party, handle: LowLatencyHandle) -> torch.Tensor:
         shape = low_latency.combine_buffer_shape(party, handle)
         return self._live_runtime().combine_rows(shape)
 
@@ -187,7 +203,8 @@ class LowLatencyMethods:
         party = self._shrink_party()
         rank = check_int("rank_to_mask", rank_to_mask, minimum=0)
         require(rank < self.group_size, "rank_to_mask", rank, f"a rank below {self.group_size}")
-        party.plane.set_masked(rank, mask)
+        with self._live_runtime().comm.in_order():
+            party.plane.set_masked(rank, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write 1 for every masked rank and 0 for the others into int32 [R]."""
@@ -195,14 +212,25 @@ class LowLatencyMethods:
         status = check_tensor(
             "mask_status", mask_status, shape=(self.group_size,), dtypes=(torch.int32,), device=party.device
         )
-        masked = party.plane.masked()
-        status.copy_(torch.tensor([rank in masked for rank in range(self.group_size)], device=party.device))
+        with self._live_runtime().comm.in_order():
+            party.plane.write_mask(status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Take all masked ranks back."""
         party = self._shrink_party()
-        for rank in party.plane.masked():
-            party.plane.set_masked(rank, False)
+        with self._live_runtime().comm.in_order():
+            for rank in range(self.group_size):
+                party.plane.set_masked(rank, False)
+
+    @contextmanager
+    def _finish_of(self, runtime: Runtime | CudaRuntime, async_finish: bool) -> Iterator[_Finish]:
+        """Run an operation, on the stream of the operations if an event is wanted; yields what ends it."""
+        if async_finish:
+            with runtime.comm.turn(None, True, False) as turn, runtime.comm.in_order():
+                yield turn.finish
+        else:
+            with runtime.comm.in_order():
+                yield lambda _, __: EventOverlap()
 
     def _low_latency_party(self) -> Party:
         party = self._live_runtime().party()
@@ -222,5 +250,15 @@ def _check_finish(async_finish: bool, return_recv_hook: bool) -> None:
         raise ArgumentError("async_finish", "True with return_recv_hook", "one of the two")
 
 
-def _event(async_finish: bool) -> EventOverlap:
-    return EventOverlap(EventHandle() if async_finish else None)
+def _hook(runtime: Runtime | CudaRuntime, pending: Pending, is_wanted: bool) -> Hook | None:
+    """What receives, on the stream that is current then, when it is called first."""
+    if not is_wanted:
+        return None
+    comm, waiting = runtime.comm, [pending]
+
+    def hook() -> None:
+        if waiting:
+            with comm.in_order(waiting[0].written()):
+                waiting.pop().finish()
+
+    return hook

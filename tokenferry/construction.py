@@ -53,19 +53,30 @@ def runtime_maker(
     device: torch.device,
     group: dist.ProcessGroup | None,
     stage_limit: int,
+    push_bytes: int,
     heap_bytes: int,
     timeout: float,
     may_mask: bool,
+    exact_combine: bool,
 ) -> Callable[[int, int], AnyRuntime]:
     """What constructs the runtime of a rank, from the rank and their number."""
     if device.type == "cpu":
-        return functools.partial(Runtime, stage_limit=stage_limit, timeout=timeout, may_mask=may_mask)
+        limit = max(stage_limit, push_bytes)
+        return functools.partial(Runtime, stage_limit=limit, timeout=timeout, may_mask=may_mask)
     if group is None:
         raise ArgumentError("group", None, "a torch.distributed process group on GPUs (device='cpu' takes comm=)")
     from tokenferry.runtime_cuda import CudaRuntime
 
     return functools.partial(
-        CudaRuntime, group=group, device=device, stage_limit=stage_limit, heap_bytes=heap_bytes, timeout=timeout
+        CudaRuntime,
+        group=group,
+        device=device,
+        stage_limit=stage_limit,
+        push_bytes=push_bytes,
+        heap_bytes=heap_bytes,
+        timeout=timeout,
+        may_mask=may_mask,
+        exact_combine=exact_combine,
     )
 
 

@@ -31,8 +31,11 @@ class CudaRuntime:
         group: the process group, of any backend.
         device: the GPU of this rank.
         stage_limit: ceiling for the stage in bytes; 0 for the default.
+        push_bytes: bytes for low-latency operations.
         heap_bytes: bytes for tensors in the heap.
         timeout: seconds to wait for a peer that makes no progress.
+        may_mask: whether low-latency operations mask ranks that fail, and go on.
+        exact_combine: whether low-latency combines send every row.
 
     Raises:
         HeapError: the GPU or the host has no memory for the heap.
@@ -46,8 +49,11 @@ class CudaRuntime:
         group: dist.ProcessGroup,
         device: torch.device,
         stage_limit: int,
+        push_bytes: int,
         heap_bytes: int,
         timeout: float,
+        may_mask: bool,
+        exact_combine: bool,
     ) -> None:
         if num_ranks > words.MAX_RANKS:
             raise TokenferryError(f"{num_ranks} ranks share this node: at most {words.MAX_RANKS} can on GPUs")
@@ -59,13 +65,14 @@ class CudaRuntime:
         self._group = group
         self._timeout = timeout
         self._plane: CudaDataPlane | None = None
-        self._scratch: torch.Tensor | None = None
+        self._options = may_mask, exact_combine
+        self._combine_rows: torch.Tensor | None = None
         self._destroyed = False
         stage = min(stage_limit or DEFAULT_STAGE_BYTES, DEFAULT_STAGE_BYTES) if _can_share() else stage_limit
         self._regions = Regions(rank, num_ranks, Driver())
         try:
             stage = stage or DEFAULT_STAGE_BYTES
-            self._heap = SymmetricHeap(rank, num_ranks, words.CONTROL_BYTES, stage, heap_bytes, device)
+            self._heap = SymmetricHeap(rank, num_ranks, words.CONTROL_BYTES, stage, push_bytes, heap_bytes, device)
         except BaseException:
             self._regions.close()
             raise
@@ -108,7 +115,7 @@ class CudaRuntime:
         self.topology = topology
         gpus = [gpu for _, _, _, gpu in offers]
         most = _resident_programs(self.device, gpus.count(gpus[self._rank]))
-        self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most)
+        self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most, *self._options)
 
     def hide(self) -> None:
         """Take the name of the mailbox away, once every rank has synced."""
@@ -139,19 +146,19 @@ class CudaRuntime:
         return self._heap.bytes[self._heap.stage : self._heap.stage + nbytes]
 
     def scratch(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes]: memory of this rank alone, the same at every call."""
-        if self._scratch is None:
-            with torch.inference_mode(False):
-                self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        return self._scratch
+        """uint8 [nbytes]: the rows of low-latency operations, without their flags."""
+        return self._heap.bytes[self._heap.push : self._heap.push + nbytes]
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """An unset tensor that the peers can read from the start."""
         return self._heap.empty(shape, dtype)
 
     def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
-        """Not there on CUDA."""
-        raise TokenferryError("the low-latency operations run on CPU ranks only in this version (device='cpu')")
+        """bfloat16 of this shape: rows that a low-latency combine may be given, the same until the shape changes."""
+        if self._combine_rows is None or self._combine_rows.shape != shape:
+            with torch.inference_mode(False):
+                self._combine_rows = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return self._combine_rows
 
     def allocated_bytes(self) -> int:
         """Bytes of device memory that the heap takes."""
@@ -165,10 +172,12 @@ class CudaRuntime:
         with self.comm.lock, torch.cuda.device(self.device):
             with contextlib.suppress(RuntimeError):  # the device may have failed
                 torch.cuda.synchronize(self.device)  # graphs run on streams of their own
+            if self._plane is not None:
+                self._plane.close()
             self._plane = None
             self._regions.close()
             self._heap.close()
-            self._scratch = None
+            self._combine_rows = None
 
 
 def _resident_programs(device: torch.device, num_sharing: int) -> int:

@@ -6,7 +6,8 @@ Legend: ``cur``, the stream that is current when an operation is called; ``comm`
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -44,6 +45,8 @@ class CommStream:
         self._entry = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._exit = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._waiting_for: torch.cuda.Stream | None = None
+        self._last: torch.cuda.Stream | None = None
+        self._last_handle = -1
 
     @property
     def stream(self) -> torch.cuda.Stream:
@@ -67,6 +70,30 @@ class CommStream:
     def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> Turn:
         """One operation's turn on the stream, a context manager."""
         return Turn(self, event, async_finish, allocate_on_comm_stream)
+
+    @contextmanager
+    def in_order(self, written: Iterable[torch.Tensor | None] = ()) -> Iterator[None]:
+        """Run an operation on the current stream itself, behind earlier ones of this kind on whatever stream.
+
+        Args:
+            written: what it writes that was allocated earlier, on another stream perhaps.
+        """
+        with self.lock, torch.cuda.device(self.device):
+            handle = torch._C._cuda_getCurrentRawStream(self.device.index)
+            if handle != self._last_handle:
+                current = torch.cuda.current_stream(self.device)
+                if self._last is not None and _is_capturing(self._last) == _is_capturing(current):
+                    current.wait_stream(self._last)
+                for tensor in written:
+                    if tensor is not None:
+                        tensor.record_stream(current)
+                self._last, self._last_handle = current, handle
+            yield
+
+
+def _is_capturing(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class Turn:
@@ -151,6 +178,11 @@ class Turn:
 
 class NoStream:
     """Stands for :class:`CommStream` on CPU ranks: work is done when a call returns."""
+
+    @contextmanager
+    def in_order(self, written: Iterable[torch.Tensor | None] = ()) -> Iterator[None]:
+        """Nothing to wait for."""
+        yield
 
     def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> NoTurn:
         """One operation's turn, a context manager."""

@@ -7,7 +7,8 @@ other threads, and so ordinary launches, keep the stock behaviour.
 
 *Numbers.* The interpreter holds bfloat16 and float8 as bit patterns, truncates where a GPU rounds to nearest even,
 does not saturate float8, and adds the bit patterns of bfloat16 as integers. Here conversions agree with the GPU's,
-arithmetic is done in float32 and rounded back, and a reduction over such a type is an error.
+arithmetic is done in float32 and rounded back, and a reduction over such a type is an error. Scalar booleans stay
+booleans where they meet tensors.
 """
 
 from __future__ import annotations
@@ -204,9 +205,22 @@ def _from_float32(values: np.ndarray, dtype: tl.dtype) -> np.ndarray:
 
 
 def _repair_numbers() -> None:
+    _repair_booleans()
     _repair_casts()
     _repair_arithmetic()
     _refuse_reductions()
+
+
+def _repair_booleans() -> None:
+    """Stock, a boolean becomes an integer where a scalar meets a tensor, and a mask of these picks other elements."""
+    builder = stock.InterpreterBuilder
+    stock_splat = builder.create_splat
+
+    def splat(self, target_type, source):
+        result = stock_splat(self, target_type, source)
+        return stock.TensorHandle(result.data.astype(bool), tl.int1) if source.data.dtype == bool else result
+
+    builder.create_splat = splat
 
 
 def _repair_casts() -> None:

@@ -32,7 +32,7 @@ class _Address:
         return self._address
 
 
-class _Simulated:
+class Simulated:
     """Stands for :class:`tokenferry.dataplane.cuda.launch.Kernel`: launches go to the simulator."""
 
     def __init__(self, simulator: Simulator, kernel: Any, original: Any) -> None:
@@ -86,11 +86,11 @@ class World:
             module = (modules or {}).get(name) or getattr(programs, f"{name}_kernels")
             kernel = getattr(module, name)
             if name == "combine":
-                simulated = {k: _Simulated(self.simulator, kernel, v) for k, v in programs._COMBINE.items()}
+                simulated = {k: Simulated(self.simulator, kernel, v) for k, v in programs._COMBINE.items()}
                 monkeypatch.setattr(programs, "_COMBINE", simulated)
             else:
                 original = getattr(programs, KERNELS[name])
-                monkeypatch.setattr(programs, KERNELS[name], _Simulated(self.simulator, kernel, original))
+                monkeypatch.setattr(programs, KERNELS[name], Simulated(self.simulator, kernel, original))
         monkeypatch.setattr(programs, "_TOKENS_PER_BLOCK", 16)
         for variants in (programs._layout, programs._notify, programs._dispatch, programs._combine):
             variants.cache_clear()

@@ -131,19 +131,37 @@ class ReducePlan(NamedTuple):
     """As in :class:`SendPlan`."""
 
 
+class ScaleFormat(IntEnum):
+    """How rows travel in a low-latency dispatch; formulas: :mod:`tokenferry.dataplane.cpu.fp8`."""
+
+    NONE = 0
+    """As they are."""
+    PLAIN = 1
+    """FP8, float32 scales."""
+    ROUNDED = 2
+    """FP8, float32 scales that are powers of two."""
+    UE8M0 = 3
+    """FP8, the exponents of such scales, four in an int32."""
+
+
 class LowLatencyDispatchPlan(NamedTuple):
     """What a rank brings to a low-latency dispatch, and where the result goes. N rows of a source fit a slab."""
 
     topk_idx: torch.Tensor
     """int64 [T, K], global expert ids or -1."""
-    columns: Sequence[torch.Tensor]
-    """[T, width], contiguous: the rows, then their scales if there are any."""
+    x: torch.Tensor
+    """bfloat16 [T, H], contiguous."""
+    scale_format: ScaleFormat
     first_expert: int
     num_local_experts: int
-    recv_columns: Sequence[torch.Tensor]
-    """[L, R * N, width] for every column, of any strides."""
+    num_max_tokens: int
+    """N."""
+    recv_x: torch.Tensor
+    """[L, R * N, H], contiguous."""
+    recv_scales: torch.Tensor | None
+    """[L, R * N, S], the transpose of contiguous [L, S, R * N]."""
     recv_src_info: torch.Tensor
-    """int32 [L, R * N]."""
+    """int32 [L, R * N], from :meth:`DataPlane.empty_src_info`."""
     layout_range: torch.Tensor
     """int64 [L, R]: (begin << 32) | count."""
     recv_count: torch.Tensor
@@ -152,15 +170,17 @@ class LowLatencyDispatchPlan(NamedTuple):
     """int32 [L], added to."""
     wait_stats: torch.Tensor | None
     """int64 [R], added to."""
+    receives_now: bool
+    """Whether ``finish`` is called at once."""
 
 
 class LowLatencyCombinePlan(NamedTuple):
     """What a rank brings to a low-latency combine, and where the result goes."""
 
     x: torch.Tensor
-    """[L, R * N, H], contiguous."""
+    """bfloat16 [L, R * N, H], contiguous."""
     src_info: torch.Tensor
-    """int32 [L, R * N]."""
+    """int32 [L, R * N], of the dispatch."""
     layout_range: torch.Tensor
     """int64 [L, R]: (begin << 32) | count."""
     first_expert: int
@@ -170,13 +190,18 @@ class LowLatencyCombinePlan(NamedTuple):
     topk_weights: torch.Tensor
     """float32 [T, K]."""
     out: torch.Tensor
-    """[T, H]."""
+    """bfloat16 [T, H], contiguous."""
     wait_stats: torch.Tensor | None
     """int64 [R], added to."""
+    receives_now: bool
+    """As in :class:`LowLatencyDispatchPlan`."""
 
 
 class Pending(Protocol):
     """A low-latency operation that has been sent."""
+
+    def written(self) -> Sequence[torch.Tensor | None]:
+        """What a receive on the device is still to write."""
 
     def finish(self) -> None:
         """Receive: when this returns (or the device gets there) the outputs are written."""
@@ -208,8 +233,8 @@ class DataPlane(Protocol):
         Only dtypes and widths count, not the number of rows.
         """
 
-    def quantise(self, x: torch.Tensor, scale_format: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """FP8 rows and scales of [T, H]; ``scale_format`` is "plain", "rounded" or "ue8m0"."""
+    def empty_src_info(self, num_local_experts: int, num_max_tokens: int, num_topk: int) -> torch.Tensor:
+        """int32 [L, R * N], unset, for a low-latency dispatch of K choices a token and its combines."""
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """Send each token once to every rank that holds one of its experts; the rest happens in ``finish``.
@@ -218,17 +243,18 @@ class DataPlane(Protocol):
         """
 
     def low_latency_combine(self, signature: Signature, plan: LowLatencyCombinePlan) -> Pending:
-        """Send every row of the slabs home; ``finish`` writes the weighted sums.
+        """Send the rows of the slabs home; ``finish`` writes the weighted sums.
 
         ``out[t] = sum over k, ascending, of topk_weights[t, k] * row of (t, topk_idx[t, k])`` in float32, -1 and
-        experts of masked ranks skipped, rounded once.
+        experts of masked ranks skipped, rounded once. A data plane may sum the choices of each rank first, round
+        these sums, and add them by rank, ascending.
         """
 
     def set_masked(self, rank: int, masked: bool) -> None:
         """Go on without a rank in low-latency operations, or with it again."""
 
-    def masked(self) -> frozenset[int]:
-        """The ranks that low-latency operations go on without."""
+    def write_mask(self, status: torch.Tensor) -> None:
+        """Write 1 for the ranks that low-latency operations go on without, 0 for the others, into int32 [R]."""
 
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised output tensor [num_rows, width]."""

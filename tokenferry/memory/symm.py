@@ -4,7 +4,8 @@ It lies in torch's symmetric memory: every rank allocates the same number of byt
 gives each rank the addresses of all of them. What the words mean: :mod:`tokenferry.dataplane.cuda.kernels.words`.
 
 The heap does not grow: a rendezvous is collective. So a heap takes ``LIST_BYTES`` for the lists of tokens and its
-stage at once, and for tensors what the caller asks for; the stage is only needed for memory that peers cannot open.
+stage at once, for the rows that low-latency operations push and for tensors what the caller asks for; the stage is
+only needed for memory that peers cannot open.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class SymmetricHeap:
         num_ranks: ranks of the group.
         control_bytes: bytes in front of the lists.
         stage_bytes: bytes of the stage, equal on all ranks.
+        push_bytes: bytes of the area that low-latency operations push to, equal on all ranks.
         tensor_bytes: bytes for :meth:`empty`, equal on all ranks.
         device: the CUDA device of this rank.
 
@@ -38,6 +40,8 @@ class SymmetricHeap:
         list_capacity: tokens that one rank can send.
         stage: byte offset of the stage.
         stage_bytes: its size.
+        push: byte offset of the push area.
+        push_bytes: its size.
         addresses: where the heaps of all ranks begin in this process; empty before :meth:`attach`.
         bytes: uint8 [size], the own heap.
 
@@ -51,6 +55,7 @@ class SymmetricHeap:
         num_ranks: int,
         control_bytes: int,
         stage_bytes: int,
+        push_bytes: int,
         tensor_bytes: int,
         device: torch.device,
     ) -> None:
@@ -62,7 +67,9 @@ class SymmetricHeap:
         self.list_capacity = LIST_BYTES // 4 // num_ranks
         self.stage = align_up(control_bytes + LIST_BYTES)
         self.stage_bytes = align_up(max(stage_bytes, SMALLEST_STAGE))
-        tensors = align_up(self.stage + self.stage_bytes, 512)
+        self.push = align_up(self.stage + self.stage_bytes, 512)
+        self.push_bytes = align_up(push_bytes)
+        tensors = align_up(self.push + self.push_bytes, 512)
         self.size = tensors + align_up(tensor_bytes, 512)
         self.addresses: tuple[int, ...] = ()
         self._memory: Any = symmetric_memory

@@ -355,7 +355,6 @@ def signature_of(
     num_experts: int = 0,
     *,
     handle: int = 0,
-    num_max_tokens: int = 0,
 ) -> Signature:
     """What all ranks must agree on when they call ``operation`` with such rows."""
     x, scales = rows
@@ -368,7 +367,6 @@ def signature_of(
         0 if scales is None else scales.size(1) * scales.element_size(),
         0 if scales is None else dtype_code(scales.dtype),
         handle,
-        num_max_tokens,
     )
 
 

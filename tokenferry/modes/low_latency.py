@@ -10,14 +10,20 @@ L = E / R local experts, R ranks, S scale columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, OperationKind, Pending
+from tokenferry.dataplane import (
+    LowLatencyCombinePlan,
+    LowLatencyDispatchPlan,
+    OperationKind,
+    Pending,
+    ScaleFormat,
+    Signature,
+)
 from tokenferry.errors import ArgumentError
-from tokenferry.modes.intranode import Party, Rows, check_num_experts, check_topk_idx, signature_of
+from tokenferry.modes.intranode import Party, check_num_experts, check_topk_idx
 from tokenferry.validation import check_int, check_tensor, describe, require
 
 GROUP = 128
@@ -42,7 +48,7 @@ class Dispatched(NamedTuple):
     scales: torch.Tensor | None
     num_received: torch.Tensor
     handle: LowLatencyHandle
-    receive: Callable[[], None]
+    pending: Pending
 
 
 def dispatch(
@@ -56,6 +62,7 @@ def dispatch(
     use_fp8: bool,
     round_scale: bool,
     use_ue8m0: bool,
+    receives_now: bool,
 ) -> Dispatched:
     """Send the tokens; see :meth:`tokenferry.Buffer.low_latency_dispatch`."""
     ranks, device = party.num_ranks, party.device
@@ -81,18 +88,16 @@ def dispatch(
         require(busiest <= most, "topk_idx", f"{busiest} choices of expert {int(per_expert.argmax())}", allowed)
     plane, slab = party.plane, ranks * most
     rows = rows.detach().contiguous()
-    recv_scales: torch.Tensor | None = None
+    scale_format, recv_scales = ScaleFormat.NONE, None
     if use_fp8:
-        scale_format = "ue8m0" if use_ue8m0 else "rounded" if round_scale else "plain"
-        data, scales = plane.quantise(rows, scale_format)
-        columns = [data, scales]
-        by_column = torch.empty((num_local, scales.size(1), slab), dtype=scales.dtype, device=device)
-        recv_scales = by_column.transpose(1, 2)
-    else:
-        columns = [rows]
-    recv_x = plane.empty_rows(num_local * slab, hidden, columns[0].dtype).view(num_local, slab, hidden)
+        scale_format = ScaleFormat.UE8M0 if use_ue8m0 else ScaleFormat.ROUNDED if round_scale else ScaleFormat.PLAIN
+        groups = hidden // GROUP
+        columns, dtype = (-(-groups // 4), torch.int32) if use_ue8m0 else (groups, torch.float32)
+        recv_scales = torch.empty((num_local, columns, slab), dtype=dtype, device=device).transpose(1, 2)
+    recv_dtype = torch.float8_e4m3fn if use_fp8 else torch.bfloat16
+    recv_x = plane.empty_rows(num_local * slab, hidden, recv_dtype).view(num_local, slab, hidden)
     handle = LowLatencyHandle(
-        src_info=torch.empty((num_local, slab), dtype=torch.int32, device=device),
+        src_info=plane.empty_src_info(num_local, most, ids.size(1)),
         layout_range=torch.empty((num_local, ranks), dtype=torch.int64, device=device),
         num_max_dispatch_tokens_per_rank=most,
         hidden=hidden,
@@ -101,25 +106,35 @@ def dispatch(
     count = torch.empty(num_local, dtype=torch.int32, device=device)
     plan = LowLatencyDispatchPlan(
         topk_idx=ids,
-        columns=columns,
+        x=rows,
+        scale_format=scale_format,
         first_expert=party.rank * num_local,
         num_local_experts=num_local,
-        recv_columns=[recv_x] if recv_scales is None else [recv_x, recv_scales],
+        num_max_tokens=most,
+        recv_x=recv_x,
+        recv_scales=recv_scales,
         recv_src_info=handle.src_info,
         layout_range=handle.layout_range,
         recv_count=count,
         recv_stats=_check_stats(party, "cumulative_local_expert_recv_stats", recv_stats, num_local, torch.int32),
         wait_stats=_check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
+        receives_now=receives_now,
     )
-    signature = signature_of(
-        OperationKind.LOW_LATENCY_DISPATCH,
-        Rows(columns[0], columns[1] if use_fp8 else None),
-        ids.size(1),
-        num_experts,
+    signature = Signature(
+        operation=OperationKind.LOW_LATENCY_DISPATCH,
+        dtype=int(scale_format),
+        row_bytes=hidden,
+        num_topk=ids.size(1),
+        num_experts=num_experts,
+        scale_bytes=0,
+        scale_dtype=0,
+        handle=0,
         num_max_tokens=most,
     )
     pending = plane.low_latency_dispatch(signature, plan)
-    return Dispatched(recv_x, recv_scales, count, handle, _receive_once(pending))
+    if receives_now:
+        pending.finish()
+    return Dispatched(recv_x, recv_scales, count, handle, pending)
 
 
 def combine(
@@ -127,13 +142,13 @@ def combine(
     x: object,
     topk_idx: object,
     topk_weights: object,
-    handle: object,
+    known: LowLatencyHandle,
     zero_copy_buffer: torch.Tensor | None,
     out: object,
     wait_stats: object,
-) -> tuple[torch.Tensor, Callable[[], None]]:
+    receives_now: bool,
+) -> tuple[torch.Tensor, Pending]:
     """Send the rows home; see :meth:`tokenferry.Buffer.low_latency_combine`."""
-    known = check_handle(party, handle)
     ranks, device = party.num_ranks, party.device
     most, hidden, num_experts = known[2:]
     num_local = num_experts // ranks
@@ -162,11 +177,23 @@ def combine(
         topk_weights=weights.detach(),
         out=result.detach(),
         wait_stats=_check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
+        receives_now=receives_now,
     )
-    signature = signature_of(
-        OperationKind.LOW_LATENCY_COMBINE, Rows(rows[0], None), ids.size(1), num_experts, num_max_tokens=most
+    signature = Signature(
+        operation=OperationKind.LOW_LATENCY_COMBINE,
+        dtype=0,
+        row_bytes=hidden,
+        num_topk=ids.size(1),
+        num_experts=num_experts,
+        scale_bytes=0,
+        scale_dtype=0,
+        handle=0,
+        num_max_tokens=most,
     )
-    return result, _receive_once(party.plane.low_latency_combine(signature, plan))
+    pending = party.plane.low_latency_combine(signature, plan)
+    if receives_now:
+        pending.finish()
+    return result, pending
 
 
 def check_handle(party: Party, handle: object) -> LowLatencyHandle:
@@ -192,21 +219,9 @@ def check_handle(party: Party, handle: object) -> LowLatencyHandle:
     return LowLatencyHandle(src_info, ranges, most, hidden, num_experts)
 
 
-def combine_buffer_shape(party: Party, handle: object) -> tuple[int, int, int]:
+def combine_buffer_shape(party: Party, known: LowLatencyHandle) -> tuple[int, int, int]:
     """[L, R * N, H] of the rows that combine takes along a handle."""
-    known = check_handle(party, handle)
     return known.num_experts // party.num_ranks, party.num_ranks * known[2], known.hidden
-
-
-def _receive_once(pending: Pending) -> Callable[[], None]:
-    """A hook: the first call receives, later ones do nothing."""
-    waiting = [pending]
-
-    def receive() -> None:
-        if waiting:
-            waiting.pop().finish()
-
-    return receive
 
 
 def _check_stats(party: Party, name: str, stats: object, length: int, dtype: torch.dtype) -> torch.Tensor | None:

@@ -25,7 +25,6 @@ from tokenferry.dataplane import (
 )
 from tokenferry.dataplane.cpu.combine import Combine
 from tokenferry.dataplane.cpu.dispatch import Dispatch
-from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
 from tokenferry.dataplane.cpu.low_latency import CombineReceive, DispatchReceive, PendingReceives, Receive
 from tokenferry.dataplane.cpu.pages import advise_huge_pages
 from tokenferry.errors import BufferStateError
@@ -85,10 +84,10 @@ class CpuDataPlane:
             raise BufferStateError(f"rank {listed} masked: only low-latency operations go on without it")
         self._pending.finish()
 
-    def quantise(self, x: torch.Tensor, scale_format: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :meth:`tokenferry.dataplane.DataPlane.quantise`."""
-        data, scales = quantise(x, round_scale=scale_format != "plain")
-        return data, pack_ue8m0(scales) if scale_format == "ue8m0" else scales
+    def empty_src_info(self, num_local_experts: int, num_max_tokens: int, num_topk: int) -> torch.Tensor:
+        """See :meth:`tokenferry.dataplane.DataPlane.empty_src_info`."""
+        slab = self.heap.num_ranks * num_max_tokens
+        return torch.empty((num_local_experts, slab), dtype=torch.int32, device=_CPU)
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
@@ -108,9 +107,10 @@ class CpuDataPlane:
         """See :meth:`tokenferry.dataplane.DataPlane.set_masked`."""
         self.heap.set_masked([rank], masked)
 
-    def masked(self) -> frozenset[int]:
-        """See :meth:`tokenferry.dataplane.DataPlane.masked`."""
-        return self.heap.masked()
+    def write_mask(self, status: torch.Tensor) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.write_mask`."""
+        masked = self.heap.masked()
+        status.copy_(torch.tensor([rank in masked for rank in range(self.heap.num_ranks)], device=_CPU))
 
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """See :meth:`tokenferry.dataplane.DataPlane.empty_rows`."""
@@ -124,6 +124,9 @@ class _Finish(NamedTuple):
 
     pending: PendingReceives
     receive: Receive
+
+    def written(self) -> tuple[torch.Tensor, ...]:
+        return ()
 
     def finish(self) -> None:
         self.pending.finish(self.receive)

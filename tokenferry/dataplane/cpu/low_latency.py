@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, Signature
+from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, ScaleFormat, Signature
 from tokenferry.dataplane.cpu.exchange import Head, describe_difference, ints_of, offsets, parse, rows_of
+from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
 from tokenferry.errors import HeapError, MismatchError, PeerLostError, PeerTimeoutError
 from tokenferry.memory.heap import Heap, Operation
 
@@ -213,8 +214,9 @@ class DispatchReceive(Receive):
         super().__init__(heap, operation, signature, earlier)
         self._plan: LowLatencyDispatchPlan | None = plan
         num_tokens = plan.topk_idx.size(0)
-        staged = [plan.topk_idx, *plan.columns]
+        staged = [plan.topk_idx, *_columns_of(plan)]
         self._widths = [column.size(1) * column.element_size() for column in staged]
+        self._dtypes = [column.dtype for column in staged]
         sizes = [num_tokens * width for width in self._widths]
         payload = self.send(num_tokens, sizes, dict.fromkeys(range(heap.num_ranks), (0, num_tokens)))
         for column, width, section in zip(staged, self._widths, offsets(sizes)[:-1], strict=True):
@@ -232,7 +234,7 @@ class DispatchReceive(Receive):
             if source == self.heap.rank:
                 experts, tokens, columns = self._own
             elif source in heads:
-                experts, tokens, columns = self._rows_for_me(plan, self._message_of(source, heads[source], plan))
+                experts, tokens, columns = self._rows_for_me(plan, self._message_of(source, heads[source]))
             else:
                 plan.layout_range[:, source] = begin << 32
                 continue
@@ -240,7 +242,8 @@ class DispatchReceive(Receive):
             first = counts.cumsum(0) - counts
             slots = begin[experts] + torch.arange(len(experts), device=_CPU) - first[experts]
             plan.recv_src_info[experts, slots] = tokens.to(torch.int32)
-            for column, out in zip(columns, plan.recv_columns, strict=True):
+            outs = [plan.recv_x] if plan.recv_scales is None else [plan.recv_x, plan.recv_scales]
+            for column, out in zip(columns, outs, strict=True):
                 indexable(out)[experts, slots] = column
             plan.layout_range[:, source] = (begin << 32) | counts
             begin += counts
@@ -262,17 +265,15 @@ class DispatchReceive(Receive):
         experts, tokens = experts[order], chosen[order, 0]
         return experts, tokens, [indexable(column)[tokens] for column in columns]
 
-    def _message_of(self, source: int, head: Head, plan: LowLatencyDispatchPlan) -> list[torch.Tensor]:
+    def _message_of(self, source: int, head: Head) -> list[torch.Tensor]:
         num_rows = head.num_rows
         sections = offsets([num_rows * width for width in self._widths])
         if max(sections[-1], 1) != head.nbytes:
             raise HeapError(f"rank {source} sent a message that contradicts itself: {head}")
         payload = self.heap.stage_view(source, head.offset, head.nbytes)
         return [
-            rows_of(payload, section, num_rows, width).view(column.dtype)
-            for column, width, section in zip(
-                [plan.topk_idx, *plan.columns], self._widths, sections[:-1], strict=True
-            )
+            rows_of(payload, section, num_rows, width).view(dtype)
+            for dtype, width, section in zip(self._dtypes, self._widths, sections[:-1], strict=True)
         ]
 
     def forget(self) -> None:
@@ -388,6 +389,14 @@ class CombineReceive(Receive):
         """See :meth:`Receive.forget`."""
         self._plan = None
         del self._own_rows
+
+
+def _columns_of(plan: LowLatencyDispatchPlan) -> list[torch.Tensor]:
+    """What travels with a token: [T, width] each."""
+    if plan.scale_format == ScaleFormat.NONE:
+        return [plan.x]
+    data, scales = quantise(plan.x, round_scale=plan.scale_format != ScaleFormat.PLAIN)
+    return [data, pack_ue8m0(scales) if plan.scale_format == ScaleFormat.UE8M0 else scales]
 
 
 def indexable(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,12 +28,14 @@ from tokenferry.dataplane import (
 from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.exchange import CudaDispatch
 from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
 from tokenferry.dataplane.cuda.status import Status
-from tokenferry.errors import ArgumentError, TokenferryError
+from tokenferry.errors import ArgumentError
 from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
 
 DEFAULT_NUM_SMS = 16
+_PROGRAMS_AN_SM = 8
 _NANOSECONDS = 1_000_000_000
 
 
@@ -61,12 +63,21 @@ class CudaDataPlane:
         queue: of all launches.
         timeout: seconds that a kernel waits for a peer.
         most_programs: programs of a kernel that surely run at a time.
+        may_mask: whether low-latency operations mask ranks that fail, and go on.
+        exact_combine: whether low-latency combines send every row.
     """
 
     values_at_hand = False
 
     def __init__(
-        self, heap: SymmetricHeap, regions: Regions, queue: Queue, timeout: float, most_programs: int
+        self,
+        heap: SymmetricHeap,
+        regions: Regions,
+        queue: Queue,
+        timeout: float,
+        most_programs: int,
+        may_mask: bool,
+        exact_combine: bool,
     ) -> None:
         self.heap = heap
         self.rank = heap.rank
@@ -91,9 +102,23 @@ class CudaDataPlane:
             tensor.data_ptr()
             for tensor in (self._heap_table, self._state, self._ready, self._region_table, self.status.words)
         )
-        can_bulk = torch.cuda.get_device_capability(device) >= (9, 0)
-        self._target = programs.Target(self.num_ranks, can_bulk, device.index)
+        capability = torch.cuda.get_device_capability(device)
+        self._target = programs.Target(self.num_ranks, capability >= (9, 0), device.index, capability >= (8, 9))
         self._half = heap.stage_bytes // 2 // 128 * 128
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        place = Place(
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            offset=heap.push,
+            nbytes=heap.push_bytes,
+            target=self._target,
+            timeout=self._timeout,
+            most_programs=_PROGRAMS_AN_SM * num_sms if most_programs == num_sms else most_programs,
+            shrinks=may_mask,
+            exact=exact_combine,
+        )
+        context = self._context[0], self._context[1], self._context[4]
+        self._low_latency = LowLatency(place, context, self.check, torch.cuda.is_current_stream_capturing)
 
     # Before every operation.
 
@@ -307,31 +332,45 @@ class CudaDataPlane:
         """See :meth:`tokenferry.dataplane.DataPlane.warm`."""
         programs.warm(plans, reduces, num_experts, self._target)
 
-    # Low latency: not on CUDA yet.
+    # Low latency, on the current stream.
 
-    def quantise(self, x: torch.Tensor, scale_format: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Not there on CUDA."""
-        raise _no_low_latency()
+    def empty_src_info(self, num_local_experts: int, num_max_tokens: int, num_topk: int) -> torch.Tensor:
+        """See :meth:`tokenferry.dataplane.DataPlane.empty_src_info`."""
+        return self._low_latency.empty_src_info(num_local_experts, num_max_tokens, num_topk, self._device)
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
-        """Not there on CUDA."""
-        raise _no_low_latency()
+        """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
+        self.check()
+        plan = plan._replace(topk_idx=self._aligned(plan.topk_idx), x=self._aligned(plan.x))
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        return self._low_latency.dispatch(stream, _number(signature), signature.operation, plan)
 
     def low_latency_combine(self, signature: Signature, plan: LowLatencyCombinePlan) -> Pending:
-        """Not there on CUDA."""
-        raise _no_low_latency()
+        """See :meth:`tokenferry.dataplane.DataPlane.low_latency_combine`."""
+        self.check()
+        if plan.out.data_ptr() % 16:
+            raise ArgumentError("out", "memory that does not begin on 16 bytes", "memory that does")
+        plan = plan._replace(
+            topk_idx=self._aligned(plan.topk_idx),
+            topk_weights=self._aligned(plan.topk_weights),
+            x=self._aligned(plan.x),
+        )
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        return self._low_latency.combine(stream, _number(signature), signature.operation, plan)
+
+    def close(self) -> None:
+        """Refuse hooks that were not called."""
+        self._low_latency.close()
 
     def set_masked(self, rank: int, masked: bool) -> None:
-        """Not there on CUDA."""
-        raise _no_low_latency()
+        """See :meth:`tokenferry.dataplane.DataPlane.set_masked`."""
+        if rank != self.rank:
+            self._state[words.MASKED.value + rank].fill_(masked)
 
-    def masked(self) -> frozenset[int]:
-        """See :meth:`tokenferry.dataplane.DataPlane.masked`."""
-        return frozenset()
-
-
-def _no_low_latency() -> TokenferryError:
-    return TokenferryError("the low-latency operations run on CPU ranks only in this version (device='cpu')")
+    def write_mask(self, status: torch.Tensor) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.write_mask`."""
+        first = words.MASKED.value
+        status.copy_(self._state[first : first + self.num_ranks])
 
 
 def _number(signature: Signature) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -19,11 +20,16 @@ from tokenferry.errors import (
     TokenferryError,
 )
 
+logger = logging.getLogger("tokenferry")
+
 _NAMES: dict[int, str] = {
     OperationKind.DISPATCH: "dispatch",
     OperationKind.CACHED_DISPATCH: "dispatch",
     OperationKind.COMBINE: "combine",
+    OperationKind.LOW_LATENCY_DISPATCH: "low_latency_dispatch",
+    OperationKind.LOW_LATENCY_COMBINE: "low_latency_combine",
 }
+_LOW_LATENCY = (OperationKind.LOW_LATENCY_DISPATCH, OperationKind.LOW_LATENCY_COMBINE)
 _LOOK_EVERY = 1.0
 """Seconds between two looks at the health of the device while waiting for it."""
 
@@ -50,7 +56,7 @@ class Status:
         self._counts = self.counts.numpy()
 
     def check(self) -> None:
-        """Raise what an earlier operation reported, once.
+        """Raise what an earlier operation reported, once, and tell what ranks it has masked.
 
         Raises:
             BufferStateError: a peer did not come to an earlier operation.
@@ -58,6 +64,10 @@ class Status:
         """
         if self.failed:
             raise BufferStateError("an earlier operation failed on this Buffer: destroy it and build a new one")
+        if self._words[words.NEWLY_MASKED.value]:
+            bits, self._words[words.NEWLY_MASKED.value] = int(self._words[words.NEWLY_MASKED.value]), 0
+            masked = [rank for rank in range(self._num_ranks) if bits >> rank & 1]
+            logger.warning("low latency: no sign of life from ranks %s for %.1f s: masked", masked, self._timeout)
         if self._words[words.CODE.value]:
             raise self._take()
 
@@ -104,6 +114,8 @@ class Status:
         if self._words[words.HAS_FAILED.value] or code == words.TIMED_OUT.value:
             self.failed = True
             code = words.TIMED_OUT.value
+        if code == words.MISMATCH.value and kind in _LOW_LATENCY:
+            self.failed = True  # nobody has stepped back
         self._words[:] = 0
         return self._error(code, _NAMES.get(kind, "an operation"), epoch, details)
 
@@ -120,6 +132,9 @@ class Status:
             return MismatchError(name, epoch, ranks, "gave expert ids out of range")
         if code in (words.PEER_PROBLEM.value, words.BAD_EXPERT.value):
             return ArgumentError("topk_idx", "an expert id out of range", "-1, or ids below the number of experts")
+        if code == words.CROWDED.value:
+            allowed = "at most num_max_dispatch_tokens_per_rank choices of one expert; the others were not sent"
+            return ArgumentError("topk_idx", f"more choices of one expert ({name}, epoch {epoch})", allowed)
         if code == words.BAD_COUNTS.value:
             return ArgumentError("num_tokens_per_rank", "other counts", "those of is_token_in_rank")
         if code == words.BAD_HANDLE.value:

@@ -13,6 +13,8 @@ then the stage follows, written by its owner and read by all. The hazard of each
     published                written after everything it speaks of (release, system scope)
     released                 written after the last read of the owner's rows (release, system scope)
 
+The words of low-latency operations are apart from these, see :mod:`.low_latency`.
+
 Both progress words are ``epoch << 20 | step`` and only grow; nothing is ever reset. Step 1 of ``published``: the
 message is there; step k + 2: rounds 0 to k are staged. Step k + 1 of ``released``: rounds 0 to k are read; step
 ALL: everything is.
@@ -27,13 +29,17 @@ MAX_RANKS = 32
 MAX_LOCAL_EXPERTS = 1024
 MAX_REGIONS = 256
 """Regions of one owner that peers can have open."""
+MAX_SLOTS = 4
+"""Low-latency operations whose rows can be under way at a time."""
 
 _PUBLISHED = 0
 _RELEASED = _PUBLISHED + MAX_RANKS * LINE_BYTES
 _MESSAGES = _RELEASED + MAX_RANKS * LINE_BYTES
 _MESSAGE_BYTES = 1024
 _EXPERTS = _MESSAGES + MAX_RANKS * _MESSAGE_BYTES
-_LISTS = _EXPERTS + MAX_RANKS * MAX_LOCAL_EXPERTS * 4
+_PUSHED = _EXPERTS + MAX_RANKS * MAX_LOCAL_EXPERTS * 4
+_PUSH_WORDS = MAX_SLOTS * MAX_RANKS * 8
+_LISTS = _PUSHED + 4 * _PUSH_WORDS
 CONTROL_BYTES = _LISTS
 """Bytes before the lists."""
 
@@ -44,8 +50,13 @@ MESSAGE_BYTES = tl.constexpr(_MESSAGE_BYTES)
 EXPERTS = tl.constexpr(_EXPERTS)
 EXPERTS_BYTES = tl.constexpr(MAX_LOCAL_EXPERTS * 4)
 LISTS = tl.constexpr(_LISTS)
+PUSHED = tl.constexpr(_PUSHED)
+PUSH_RELEASED = tl.constexpr(_PUSHED + _PUSH_WORDS)
+PUSHED_WEIGHTS = tl.constexpr(_PUSHED + 2 * _PUSH_WORDS)
+PUSH_SIGNATURES = tl.constexpr(_PUSHED + 3 * _PUSH_WORDS)
 LINE = tl.constexpr(LINE_BYTES)
 REGIONS = tl.constexpr(MAX_REGIONS)
+RANKS = tl.constexpr(MAX_RANKS)
 
 EPOCH_SHIFT = tl.constexpr(20)
 ALL = tl.constexpr((1 << 20) - 1)
@@ -78,7 +89,16 @@ ROUND_ARRIVED = tl.constexpr(8)
 """Likewise."""
 LAYOUT_ARRIVED = tl.constexpr(10)
 CLOCK = tl.constexpr(11)
-STATE_WORDS = 16
+PUSH_EPOCH = tl.constexpr(12)
+PUSH_SENT = tl.constexpr(13)
+PUSH_RECEIVED = tl.constexpr(14)
+VERDICTS = tl.constexpr(16)
+"""By slot: the ranks that have come, as the first receiver decided."""
+MASKED = tl.constexpr(32)
+"""By rank: whether low-latency operations go on without it."""
+SENT_TO = tl.constexpr(32 + MAX_RANKS)
+"""By slot and rank: the last epoch whose rows were pushed there."""
+STATE_WORDS = 32 + MAX_RANKS + MAX_SLOTS * MAX_RANKS
 
 # Words of the status, in pinned host memory.
 CODE = tl.constexpr(0)
@@ -86,7 +106,9 @@ OPERATION = tl.constexpr(1)
 AT_EPOCH = tl.constexpr(2)
 HAS_FAILED = tl.constexpr(3)
 DETAIL = tl.constexpr(4)
-STATUS_WORDS = 4 + MAX_RANKS
+NEWLY_MASKED = tl.constexpr(4 + MAX_RANKS)
+"""A bit for every rank that a kernel has masked."""
+STATUS_WORDS = 5 + MAX_RANKS
 
 # Codes.
 OK = tl.constexpr(0)
@@ -98,6 +120,7 @@ BAD_EXPERT = tl.constexpr(5)
 BAD_COUNTS = tl.constexpr(6)
 BAD_HANDLE = tl.constexpr(7)
 UNKNOWN_REGION = tl.constexpr(8)
+CROWDED = tl.constexpr(9)
 
 # Words that notify leaves in pinned host memory.
 HOST_DONE = tl.constexpr(0)

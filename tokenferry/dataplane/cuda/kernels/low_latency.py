@@ -1,0 +1,303 @@
+"""What low-latency dispatch and combine share: slots, credit, flags, and who has come.
+
+Rows are pushed. Operation number ``epoch`` uses slot ``epoch % DEPTH`` of every rank's push area. The words of a slot
+in a rank's heap, one for every peer, which that peer writes and the rank alone reads::
+
+    pushed[s]     epoch << 20 | tokens of s, when all that s pushes here has arrived
+    weights[s]    likewise, when the weights of s have (combine only, ahead of its rows)
+    signature[s]  what s calls, before either
+    released[r]   epoch of the last operation in this slot that r has received, for r's credit with this rank
+
+A rank pushes into a slot of a peer when the peer has released what it pushed there before (``SENT_TO``). All words
+only grow; nothing is reset. Epochs are counted on the device: a captured graph may be replayed any number of times.
+
+A kernel has senders, programs with the first numbers, and receivers. Senders wait for earlier operations only, so
+receivers of the same launch may spin beside them: those that are waited for have been placed before.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.dataplane.cuda.kernels.sync import INTERPRET, clock, is_last, now, report, wait_at_least, zero
+from tokenferry.dataplane.cuda.kernels.words import (
+    DETAIL,
+    FAILED,
+    HAS_FAILED,
+    MASKED,
+    MISMATCH,
+    NEWLY_MASKED,
+    PUSH_EPOCH,
+    PUSH_RECEIVED,
+    PUSH_RELEASED,
+    PUSH_SENT,
+    PUSH_SIGNATURES,
+    PUSHED,
+    RANKS,
+    SENT_TO,
+    TIMED_OUT,
+    VERDICTS,
+)
+
+TOKEN_BITS = tl.constexpr(20)
+TOKEN_MASK = tl.constexpr((1 << 20) - 1)
+
+
+@triton.jit
+def either(first, second):
+    """For reductions to a set of bits."""
+    return first | second
+
+
+@triton.jit
+def longs_at(address):
+    """A pointer from an address among the integers of a launch."""
+    return (address + zero().to(tl.int64)).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def words_of(base, kind, slot):
+    """The words of one kind and slot in the heap at ``base``, by rank."""
+    return (base + kind + slot * (RANKS * 8)).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def load_acquire(pointers):
+    """Every thread loads, and acquires, the words of its elements."""
+    if INTERPRET:
+        return tl.atomic_add(pointers, 0, sem="acquire", scope="sys")
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [pointers], tl.int64, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def signal_ranks(pointers, values, on, RB: tl.constexpr):
+    """Let RB peers at a time see a value each, and all stores before the last barrier; one posted store each.
+
+    The first RB threads hold one element each, the others hold them again.
+    """
+    if INTERPRET:
+        tl.atomic_xchg(pointers, values, mask=on, sem="release", scope="sys")
+    else:
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p, q; .reg .u32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $4; setp.ne.and.u32 q, $3, 0, p;
+            @q st.release.sys.global.b64 [$1], $2; mov.u32 $0, 0; }""",
+            "=r,l,l,r,r",
+            [pointers, values, on.to(tl.int32), tl.full([RB], RB, tl.int32)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def poll(words, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr):
+    """The words of all ranks, [RB], the same for every thread."""
+    i = tl.arange(0, THREADS) % RB
+    seen = load_acquire(words + tl.where(i < R, i, 0))
+    return tl.min(tl.reshape(seen, [THREADS // RB, RB]), 0)
+
+
+@triton.jit
+def wait_ranks(state, words, goals, on, rank, timeout, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr):
+    """Wait until the words of all ranks that are on have reached their goals, or the time is up; return the words.
+
+    This rank's own word is waited for however long it takes: its own programs write it, whose waits end.
+    """
+    r = tl.arange(0, RB)
+    seen = poll(words, R, RB, THREADS)
+    behind = on & (seen < goals)
+    missing = tl.max(behind.to(tl.int32))
+    own = tl.max((behind & (r == rank)).to(tl.int32))
+    polls = zero()
+    late = polls != 0
+    deadline = zero().to(tl.int64)
+    while ((missing != 0) & (late == 0)) | (own != 0):
+        seen = poll(words, R, RB, THREADS)
+        behind = on & (seen < goals)
+        missing = tl.max(behind.to(tl.int32))
+        own = tl.max((behind & (r == rank)).to(tl.int32))
+        polls += 1
+        if polls % 64 == 0:
+            time = clock(state)
+            deadline = tl.where(polls == 64, time + timeout, deadline)
+            late = time >= deadline
+            polls = tl.where(polls == 1 << 20, 1 << 19, polls)
+    return seen
+
+
+@triton.jit
+def give_up(state, status, missing, operation, epoch, SHRINK: tl.constexpr, RB: tl.constexpr):
+    """Ranks that did not come: go on without them, or tell the host and all later operations."""
+    r = tl.arange(0, RB)
+    if SHRINK:
+        tl.store(state + MASKED + r, tl.full([RB], 1, tl.int64), mask=missing)
+        bits = tl.reduce(tl.where(missing, tl.full([RB], 1, tl.int64) << r, 0), 0, either)
+        tl.store(status + NEWLY_MASKED, bits)
+    else:
+        tl.store(state + FAILED, 1)
+        tl.store(status + HAS_FAILED, 1)
+        tl.store(status + DETAIL + r, tl.full([RB], 1, tl.int64), mask=missing)
+        report(status, TIMED_OUT, operation, epoch)
+
+
+@triton.jit
+def unmasked(state, R: tl.constexpr, RB: tl.constexpr, SHRINK: tl.constexpr):
+    """The ranks that take part."""
+    r = tl.arange(0, RB)
+    if SHRINK:
+        return (r < R) & (tl.load(state + MASKED + r, mask=r < R, other=1, volatile=True) == 0)
+    else:
+        return r < R
+
+
+@triton.jit
+def credit(
+    heap, state, status, rank, slot, epoch, operation, timeout,
+    SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Wait until this rank may push into the slot of every rank; the ranks where it may, as a set of bits."""
+    r = tl.arange(0, RB)
+    own = tl.load(heap + rank)
+    goals = tl.load(state + SENT_TO + slot * RANKS + r, mask=r < R, other=0)
+    on = unmasked(state, R, RB, SHRINK)
+    seen = wait_ranks(state, words_of(own, PUSH_RELEASED, slot), goals, on, -1, timeout, R, RB, THREADS)
+    missing = on & (seen < goals)
+    if tl.max(missing.to(tl.int32)) != 0:
+        give_up(state, status, missing, operation, epoch, SHRINK, RB)
+    return tl.reduce(tl.where(on & (seen >= goals), 1 << r, 0), 0, either)
+
+
+@triton.jit
+def has(bits, rank):
+    """Whether a rank is in a set of bits."""
+    return ((bits >> rank) & 1) != 0
+
+
+@triton.jit
+def publish(
+    heap, state, ticket, rank, slot, epoch, num_tokens, num_senders,
+    FUSED: tl.constexpr, SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """The end of sending, called by every sender: the last one tells the ranks that all has arrived."""
+    if is_last(state + PUSH_SENT, num_senders.to(tl.int64)):
+        r = tl.arange(0, RB)
+        failed = tl.load(state + FAILED, volatile=True)
+        on = unmasked(state, R, RB, SHRINK) & (failed == 0)
+        base = tl.load(heap + r, mask=r < R, other=0)
+        tl.store(state + SENT_TO + slot * RANKS + r, tl.zeros([RB], tl.int64) + epoch, mask=on)
+        if not FUSED:  # the receivers are launched later
+            tl.store(ticket, epoch)
+            tl.store(ticket + 1, 0)
+            tl.store(state + PUSH_EPOCH, epoch)
+        tl.debug_barrier()
+        value = (epoch << TOKEN_BITS) | num_tokens
+        signal_ranks(words_of(base, PUSHED, slot) + rank, tl.zeros([RB], tl.int64) + value, on, RB)
+
+
+@triton.jit
+def sign(heap, rank, slot, signature, bits, RB: tl.constexpr):
+    """Tell the ranks what this one calls; they look when its flag has come."""
+    r = tl.arange(0, RB)
+    on = ((bits >> r) & 1) != 0
+    base = tl.load(heap + r, mask=on, other=0)
+    tl.store(words_of(base, PUSH_SIGNATURES, slot) + rank, tl.zeros([RB], tl.int64) + signature, mask=on)
+
+
+@triton.jit
+def arrivals(
+    heap, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
+    HAS_WAITS: tl.constexpr, SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Wait for the ranks; return, [RB], the tokens of each, or -1 of one that did not come.
+
+    With SHRINK the first receiver decides who has come, so that all receivers go on with the same ranks.
+    """
+    r = tl.arange(0, RB)
+    own = tl.load(heap + rank)
+    flags = words_of(own, PUSHED, slot)
+    goals = tl.zeros([RB], tl.int64) + (epoch << TOKEN_BITS)
+    on = r < R
+    if HAS_WAITS:
+        if index == 0:
+            measure_waits(state, flags, epoch << TOKEN_BITS, timeout, wait_stats, SHRINK, R)
+    if SHRINK:
+        if index == 0:
+            on = unmasked(state, R, RB, SHRINK)
+            seen = wait_ranks(state, flags, goals, on, rank, timeout, R, RB, THREADS)
+            missing = on & (seen < goals)
+            if tl.max(missing.to(tl.int32)) != 0:
+                give_up(state, status, missing, operation, epoch, SHRINK, RB)
+            bits = tl.reduce(tl.where(on & (seen >= goals), tl.full([RB], 1, tl.int64) << r, 0), 0, either)
+            tl.debug_barrier()
+            tl.atomic_xchg(state + VERDICTS + slot, (epoch << 32) | bits, sem="release", scope="gpu")
+        verdict = tl.atomic_add(state + VERDICTS + slot, 0, sem="acquire", scope="gpu")
+        while (verdict >> 32) < epoch:
+            verdict = tl.atomic_add(state + VERDICTS + slot, 0, sem="acquire", scope="gpu")
+        there = (r < R) & (((verdict >> r) & 1) != 0)
+        seen = poll(flags, R, RB, THREADS)
+    else:
+        seen = wait_ranks(state, flags, goals, on, rank, timeout, R, RB, THREADS)
+        there = on & (seen >= goals)
+        missing = on & (seen < goals)
+        if tl.max(missing.to(tl.int32)) != 0:
+            give_up(state, status, missing, operation, epoch, SHRINK, RB)
+            there = there & (r < 0)
+    if index == 0:
+        theirs = tl.load(words_of(own, PUSH_SIGNATURES, slot) + r, mask=there, other=0)
+        differs = there & (theirs != signature)
+        if tl.max(differs.to(tl.int32)) != 0:
+            tl.store(state + FAILED, 1)
+            tl.store(status + DETAIL + r, differs.to(tl.int64), mask=r < R)
+            report(status, MISMATCH, operation, epoch)
+    return tl.where(there, seen & TOKEN_MASK, -1).to(tl.int32)
+
+
+@triton.jit
+def measure_waits(state, flags, goal, timeout, wait_stats, SHRINK: tl.constexpr, R: tl.constexpr):
+    """Add, for every rank, the nanoseconds until its flag has come."""
+    start = now()
+    for source in range(R):
+        patience = timeout
+        if SHRINK:
+            patience = tl.where(tl.load(state + MASKED + source) != 0, 0, timeout)
+        wait_at_least(state, flags + source, goal, patience)
+        tl.store(wait_stats + source, tl.load(wait_stats + source) + now() - start)
+
+
+@triton.jit
+def release(
+    heap, state, ticket, rank, slot, epoch, num_receivers, FUSED: tl.constexpr, R: tl.constexpr, RB: tl.constexpr
+):
+    """The end of receiving, called by every receiver: the last one gives all ranks their credit back."""
+    if FUSED:
+        counter = state + PUSH_RECEIVED
+    else:
+        counter = ticket + 1
+    if is_last(counter, num_receivers.to(tl.int64)):
+        r = tl.arange(0, RB)
+        base = tl.load(heap + r, mask=r < R, other=0)
+        if FUSED:
+            tl.store(state + PUSH_EPOCH, epoch)
+        tl.debug_barrier()
+        signal_ranks(words_of(base, PUSH_RELEASED, slot) + rank, tl.zeros([RB], tl.int64) + epoch, r < R, RB)
+
+
+@triton.jit
+def split(item, PARTS: tl.constexpr):
+    """Token and part of the ``item``-th part of all tokens."""
+    number = (zero() + item) // PARTS
+    return number, item - number * PARTS
+
+
+@triton.jit
+def source_of(tokens, item, PARTS: tl.constexpr, RB: tl.constexpr):
+    """Source, token and part of the ``item``-th part of all tokens of all sources ([RB], how many each has)."""
+    r = tl.arange(0, RB)
+    number, part = split(item, PARTS)
+    source = tl.sum((tl.cumsum(tokens, 0) <= number).to(tl.int32))
+    token = number - tl.sum(tl.where(r < source, tokens, 0))
+    return source, token, part

@@ -1,0 +1,375 @@
+"""Low-latency dispatch: push every row once to every rank that holds one of its experts, spread it there.
+
+A slot of the push area holds, of each source: ``rows`` [N, bytes], ``scales`` [N, S] of 4 bytes, ``choices`` int64
+[N, K], and ``counts`` int32 [L]: rows for each local expert. A choice is ``position << 32 | local expert`` if the
+expert is the receiver's, else -1; position: how many choices of this source, by (token, choice), have that expert and
+come before. So row of a choice = rows of earlier sources for the expert + position, whatever arrives when.
+
+Senders: program 0 counts, the others push parts of rows. Receivers: program 0 writes tables, the others spread rows.
+Formats of rows: 0, as they are; 1 to 3, FP8 with plain, rounded and UE8M0 scales as in
+:mod:`tokenferry.dataplane.cpu.fp8`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenferry.dataplane.cuda.kernels.low_latency import (
+    arrivals,
+    credit,
+    either,
+    has,
+    longs_at,
+    publish,
+    release,
+    sign,
+    source_of,
+    split,
+)
+from tokenferry.dataplane.cuda.kernels.sync import report, zero
+from tokenferry.dataplane.cuda.kernels.words import BAD_EXPERT, CROWDED, FAILED, PUSH_EPOCH
+
+GROUP = tl.constexpr(128)
+SMALLEST_AMAX = tl.constexpr(1e-4)
+MOST = tl.constexpr(448.0)
+MOST_INVERSE = tl.constexpr(1 / 448)
+MOST_BITS = tl.constexpr(0x43E00000)
+"""Those of 448.0."""
+
+
+@triton.jit
+def e4m3(values, HAS_FP8: tl.constexpr):
+    """The bytes of the nearest float8_e4m3fn, ties to even, saturated."""
+    if HAS_FP8:
+        return values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        bits = values.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        least = tl.minimum(size, MOST_BITS)
+        normal = ((least + 0x7FFFF + ((least >> 20) & 1)) >> 20) - (120 << 3)
+        # Below 2^-6 the steps are 2^-9: adding 2^14 rounds to them.
+        small = (least.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        code = tl.where(least < 0x3C800000, small, normal)
+        code = tl.where(size > 0x7F800000, 0x7F, code)
+        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def scales_of(amax, FORMAT: tl.constexpr):
+    """Factors for the data of groups, and their scales' bits; of UE8M0 the exponent."""
+    amax = tl.maximum(amax, SMALLEST_AMAX)
+    bits = (amax * MOST_INVERSE).to(tl.int32, bitcast=True)
+    if FORMAT == 1:
+        return tl.div_rn(tl.zeros_like(amax) + MOST, amax), bits
+    else:
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+        factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        if FORMAT == 2:
+            return factor, exponent << 23
+        else:
+            return factor, exponent
+
+
+@triton.jit
+def count_choices(
+    heap, status, ids, num_tokens, most, rank, epoch, operation, at, off_counts, bits,
+    E: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count the choices of every expert and write the counts to its rank."""
+    total = num_tokens * K
+    bad = zero()
+    for first in range(0, E, BINS):
+        counts = tl.zeros([BINS], tl.int32)
+        for start in range(0, total, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            e = tl.load(ids + i, mask=i < total, other=-1)
+            bad += tl.sum(((e < -1) | (e >= E)).to(tl.int32))
+            inside = (e >= first) & (e < first + BINS)
+            counts += tl.histogram(tl.where(inside, e - first, 0).to(tl.int32), BINS, mask=inside)
+        e = first + tl.arange(0, BINS)
+        owner = e // L
+        on = (e < E) & (((bits >> owner) & 1) != 0)
+        base = tl.load(heap + owner, mask=on, other=0)
+        target = (base + at + off_counts + (rank * L + e % L) * 4).to(tl.pointer_type(tl.int32))
+        tl.store(target, tl.minimum(counts, most), mask=on)
+        if tl.max(tl.where(e < E, counts, 0)) > most:
+            report(status, CROWDED, operation, epoch)
+    if bad != 0:
+        report(status, BAD_EXPERT, operation, epoch)
+
+
+@triton.jit
+def positions_of(ids, token, e, K: tl.constexpr, KB: tl.constexpr, BLOCK: tl.constexpr):
+    """[KB]: how many choices before those of a token, or among them, have the same expert."""
+    k = tl.arange(0, KB)
+    mine = token * K + k
+    found = tl.zeros([KB], tl.int32)
+    for start in range(0, token * K + K, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        others = tl.load(ids + i, mask=i < token * K + K, other=-2).to(tl.int32)
+        found += tl.sum(((others[None, :] == e[:, None]) & (i[None, :] < mine[:, None])).to(tl.int32), 1)
+    return found
+
+
+@triton.jit
+def send_part(
+    heap, state, status, ids, x, most, rank, slot, epoch, at, off_scales, off_choices, operation, timeout, token,
+    part, FORMAT: tl.constexpr, HAS_FP8: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
+    K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr,
+    RB: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """A part of a token's row, and beside the first its choices, to the ranks."""
+    k = tl.arange(0, KB)
+    e = tl.load(ids + token * K + k, mask=k < K, other=-1)
+    e = tl.where((e >= 0) & (e < E), e, -1).to(tl.int32)
+    owner = e // L
+    goes = tl.reduce(tl.where(e >= 0, 1 << owner, 0), 0, either)
+    row = token.to(tl.int64) * H
+    if FORMAT == 0:
+        WORDS: tl.constexpr = GROUPS * GROUP // 2
+        w = part * WORDS + tl.arange(0, WORDS)
+        source = tl.multiple_of((x + row).to(tl.pointer_type(tl.int32)), 16)
+        data = tl.load(source + w, mask=w < H // 2, other=0)
+    else:
+        g = part * GROUPS + tl.arange(0, GROUPS)
+        c = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        inside = (g < H // GROUP)[:, None] & (c >= 0)
+        values = tl.load(x + row + c, mask=inside, other=0).to(tl.float32)
+        factor, scale = scales_of(tl.max(tl.abs(values), 1), FORMAT)
+        data = e4m3(values * factor[:, None], HAS_FP8)
+        scale = tl.where(g < H // GROUP, scale, 0)
+    choice = tl.zeros([KB], tl.int64) - 1
+    if part == 0:
+        position = positions_of(ids, token, e, K, KB, BLOCK)
+        choice = (position.to(tl.int64) << 32) | (e % L)
+        choice = tl.where((e >= 0) & (position < most), choice, -1)
+    bits = credit(heap, state, status, rank, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+    place = (rank * most + token).to(tl.int64)
+    for step in range(R):
+        reader = (rank + step) % R
+        base = tl.load(heap + reader) + at
+        if has(bits & goes, reader):
+            if FORMAT == 0:
+                target = tl.multiple_of((base + place * (H * 2)).to(tl.pointer_type(tl.int32)), 16)
+                tl.store(target + w, data, mask=w < H // 2)
+            else:
+                target = tl.multiple_of((base + place * H).to(tl.pointer_type(tl.uint8)), 16)
+                tl.store(target + c, data, mask=inside)
+                if FORMAT == 3:
+                    exponents = (base + off_scales + place * (S * 4)).to(tl.pointer_type(tl.uint8))
+                    tl.store(exponents + g, scale.to(tl.uint8), mask=g < S * 4)
+                else:
+                    scales = (base + off_scales + place * (S * 4)).to(tl.pointer_type(tl.int32))
+                    tl.store(scales + g, scale, mask=g < S)
+        if (part == 0) & has(bits, reader):
+            choices = (base + off_choices + place * (K * 8)).to(tl.pointer_type(tl.int64))
+            tl.store(choices + k, tl.where(owner == reader, choice, -1), mask=k < K)
+
+
+@triton.jit
+def write_tables(
+    counts, tokens, layout_range, num_received, stats, table_tokens, HAS_STATS: tl.constexpr, L: tl.constexpr,
+    R: tl.constexpr, RB: tl.constexpr, LB: tl.constexpr,
+):  # fmt: skip
+    """Where the rows of each source lie in each slab, how many there are, and the tokens of each source."""
+    r = tl.arange(0, RB)
+    tl.store(table_tokens + r, tl.maximum(tokens, 0), mask=r < R)
+    for start in range(0, L, LB):
+        expert = start + tl.arange(0, LB)
+        inside = (r < R)[:, None] & (expert < L)[None, :]
+        count = tl.load(counts + r[:, None] * L + expert[None, :], mask=inside & (tokens > 0)[:, None], other=0)
+        begin = tl.cumsum(count, 0) - count
+        both = (begin.to(tl.int64) << 32) | count
+        tl.store(layout_range + expert[None, :] * R + r[:, None], both, mask=inside)
+        total = tl.sum(count, 0)
+        tl.store(num_received + expert, total, mask=expert < L)
+        if HAS_STATS:
+            before = tl.load(stats + expert, mask=expert < L, other=0)
+            tl.store(stats + expert, before + total, mask=expert < L)
+
+
+@triton.jit
+def spread_part(
+    base, out, out_scales, src_info, table, tokens, most, off_scales, off_choices, off_counts, source, token, part,
+    ROW: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, L: tl.constexpr,
+    WORDS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """A part of a row from the slot to all slabs that it belongs to."""
+    k, r = tl.arange(0, KB), tl.arange(0, RB)
+    slab = (R * most).to(tl.int64)
+    place = (source * most + token).to(tl.int64)
+    w = part * WORDS + tl.arange(0, WORDS)
+    row = tl.multiple_of((base + place * ROW).to(tl.pointer_type(tl.int32)), 16)
+    data = tl.load(row + w, mask=w < ROW // 4, other=0)
+    choices = (base + off_choices + place * (K * 8)).to(tl.pointer_type(tl.int64))
+    choice = tl.load(choices + k, mask=k < K, other=-1)
+    local = (choice & 0xFFFFFFFF).to(tl.int32)
+    here = (choice >= 0) & (local < L)
+    local = tl.where(here, local, 0)
+    counts = (base + off_counts).to(tl.pointer_type(tl.int32))
+    earlier = here[:, None] & ((r < source) & (tokens > 0))[None, :]
+    before = tl.sum(tl.load(counts + r[None, :] * L + local[:, None], mask=earlier, other=0), 1)
+    at = before + (choice >> 32)
+    here = here & (at >= 0) & (at < slab)
+    target = local * slab + at
+    lines = tl.multiple_of(out.to(tl.pointer_type(tl.int32)), 16)
+    tl.store(
+        lines + target[:, None] * (ROW // 4) + w[None, :], data[None, :], mask=here[:, None] & (w < ROW // 4)[None, :]
+    )
+    if S > 0:
+        column = part * SB + tl.arange(0, SB)
+        scales = (base + off_scales + place * (S * 4)).to(tl.pointer_type(tl.int32))
+        scale = tl.load(scales + column, mask=column < S, other=0)
+        line = (local[:, None] * S + column[None, :]) * slab + at[:, None]
+        tl.store(out_scales + line, scale[None, :], mask=here[:, None] & (column < S)[None, :])
+    if part == 0:
+        tl.store(src_info + target, tl.zeros([KB], tl.int32) + token, mask=here)
+        tl.store(table + place * K + k, tl.where(here, target, -1).to(tl.int32), mask=k < K)
+
+
+@triton.jit
+def send(
+    heap, state, status, ticket, ids, x, num_tokens, most, rank, slot, epoch, signature, at, off_scales, off_choices,
+    off_counts, operation, timeout, num_senders,
+    FUSED: tl.constexpr, FORMAT: tl.constexpr, HAS_FP8: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, GROUPS: tl.constexpr,
+    PARTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """What a sender does."""
+    pid = tl.program_id(0)
+    if pid == 0:
+        bits = credit(heap, state, status, rank, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+        sign(heap, rank, slot, signature, bits, RB)
+        count_choices(
+            heap, status, ids, num_tokens, most, rank, epoch, operation, at, off_counts, bits, E, K, L, BINS, BLOCK
+        )  # fmt: skip
+    else:
+        for item in range(pid - 1, num_tokens * PARTS, num_senders - 1):
+            token, part = split(item, PARTS)
+            send_part(
+                heap, state, status, ids, x, most, rank, slot, epoch, at, off_scales, off_choices, operation, timeout,
+                token, part, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E, L, GROUPS, R, RB, BLOCK, THREADS,
+            )  # fmt: skip
+    publish(heap, state, ticket, rank, slot, epoch, num_tokens, num_senders, FUSED, SHRINK, R, RB)
+
+
+@triton.jit
+def receive(
+    heap, state, status, ticket, out, out_scales, src_info, layout_range, num_received, stats, wait_stats, most, rank,
+    slot, epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders,
+    FUSED: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, SHRINK: tl.constexpr, HAS_STATS: tl.constexpr,
+    HAS_WAITS: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, L: tl.constexpr,
+    PARTS: tl.constexpr, LB: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """What a receiver does."""
+    index = tl.program_id(0) - num_senders
+    num_receivers = tl.num_programs(0) - num_senders
+    tokens = arrivals(
+        heap, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
+        HAS_WAITS, SHRINK, R, RB, THREADS,
+    )  # fmt: skip
+    base = tl.load(heap + rank) + at
+    table = src_info + most.to(tl.int64) * (L * R)
+    if index == 0:
+        counts = (base + off_counts).to(tl.pointer_type(tl.int32))
+        write_tables(
+            counts, tokens, layout_range, num_received, stats, table + most * (R * K), HAS_STATS, L, R, RB, LB
+        )  # fmt: skip
+    else:
+        tokens = tl.maximum(tokens, 0)
+        for item in range(index - 1, tl.sum(tokens) * PARTS, num_receivers - 1):
+            source, token, part = source_of(tokens, item, PARTS, RB)
+            spread_part(
+                base, out, out_scales, src_info, table, tokens, most, off_scales, off_choices, off_counts, source,
+                token, part, ROW, S, SB, K, KB, L, WORDS, R, RB,
+            )  # fmt: skip
+    release(heap, state, ticket, rank, slot, epoch, num_receivers, FUSED, R, RB)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stats", "wait_stats", "num_tokens", "most", "rank", "signature", "area", "slot_bytes", "off_scales",
+        "off_choices", "off_counts", "operation", "timeout", "num_senders",
+    ]
+)  # fmt: skip
+def dispatch(
+    heap,
+    state,
+    status,
+    ticket,
+    ids,
+    x,
+    out,
+    out_scales,
+    src_info,
+    layout_range,
+    num_received,
+    stats: tl.int64,
+    wait_stats: tl.int64,
+    num_tokens: tl.int32,
+    most: tl.int32,
+    rank: tl.int32,
+    signature: tl.int64,
+    area: tl.int64,
+    slot_bytes: tl.int64,
+    off_scales: tl.int64,
+    off_choices: tl.int64,
+    off_counts: tl.int64,
+    operation: tl.int64,
+    timeout: tl.int64,
+    num_senders: tl.int32,
+    SENDS: tl.constexpr,
+    RECEIVES: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HAS_FP8: tl.constexpr,
+    SHRINK: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    HAS_WAITS: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    KB: tl.constexpr,
+    E: tl.constexpr,
+    L: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BINS: tl.constexpr,
+    LB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    R: tl.constexpr,
+    RB: tl.constexpr,
+    DEPTH: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """The first ``num_senders`` programs send if any are to, the others receive. ``stats`` are addresses, or 0.
+
+    ``src_info`` is followed by the table for :mod:`.low_latency_combine`: int32 [R, N, K], row of each choice in the
+    slabs or -1, and int32 [R], tokens of each source.
+    """
+    PARTS: tl.constexpr = (H + GROUPS * GROUP - 1) // (GROUPS * GROUP)
+    ITEM: tl.constexpr = 2 if FORMAT == 0 else 1
+    SB: tl.constexpr = GROUPS // 4 if FORMAT == 3 else GROUPS
+    if tl.load(state + FAILED) == 0:
+        if SENDS:
+            epoch = tl.load(state + PUSH_EPOCH) + 1
+        else:
+            epoch = tl.load(ticket)
+        slot = epoch % DEPTH
+        at = area + slot * slot_bytes
+        if SENDS:
+            if tl.program_id(0) < num_senders:
+                send(
+                    heap, state, status, ticket, ids, x, num_tokens, most, rank, slot, epoch, signature, at,
+                    off_scales, off_choices, off_counts, operation, timeout, num_senders, RECEIVES, FORMAT, HAS_FP8, SHRINK, H, S,
+                    K, KB, E, L, GROUPS, PARTS, BINS, BLOCK, R, RB, THREADS,
+                )  # fmt: skip
+        if RECEIVES:
+            if tl.program_id(0) >= num_senders:
+                receive(
+                    heap, state, status, ticket, out, out_scales, src_info, layout_range, num_received,
+                    longs_at(stats).to(tl.pointer_type(tl.int32)), longs_at(wait_stats), most, rank, slot,
+                    epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders, SENDS,
+                    H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, HAS_STATS, HAS_WAITS, S, SB, K, KB, L, PARTS, LB, R,
+                    RB, THREADS,
+                )  # fmt: skip

@@ -1,0 +1,247 @@
+"""The low-latency operations of a CUDA rank: which slot, how many programs, what is under way.
+
+An operation is one launch where its result is asked for at once, two where a hook receives. The host never waits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from tokenferry.config import ALIGNMENT, align_up
+from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, ScaleFormat
+from tokenferry.dataplane.cuda import low_latency_programs as programs
+from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.dataplane.cuda.programs import Target
+from tokenferry.errors import ArgumentError, BufferStateError
+
+MOST_TOKENS = 1 << 20
+FEWEST_SLOTS = 2
+
+
+class Place(NamedTuple):
+    """The push area of every rank's heap, and who pushes there."""
+
+    rank: int
+    num_ranks: int
+    offset: int
+    """Of the area in a heap, bytes."""
+    nbytes: int
+    target: Target
+    timeout: int
+    """Nanoseconds."""
+    most_programs: int
+    """Programs of one launch that surely run beside those of the other ranks on the GPU, or do no harm."""
+    shrinks: bool
+    exact: bool
+
+
+class LowLatency:
+    """See :class:`tokenferry.dataplane.DataPlane` for what the methods do.
+
+    Operations use the slots of the area in turn. Before a slot comes round again its operation is received, whether
+    its hook was called or not: so any number may be in flight, and hooks be called in any order.
+
+    Args:
+        place: where.
+        context: addresses of the heap table, the state and the status.
+        check: raises what earlier operations reported.
+        is_capturing: tells whether a CUDA graph is captured on the current stream.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        context: tuple[int, int, int],
+        check: Callable[[], None],
+        is_capturing: Callable[[], bool],
+    ) -> None:
+        self._place = place
+        self._context = context
+        self.check = check
+        self.is_capturing = is_capturing
+        self.is_closed = False
+        self.device = place.target.device
+        self._depth = 0
+        self._num_sent = 0
+        self._pending: deque[Receive] = deque()
+
+    def num_slots(self, layouts: Sequence[tuple[int, ...]]) -> int:
+        """How many slots the area has, as many as fit or at least two; decided by the first operation's shapes."""
+        if self._depth == 0:
+            need = max(layout[-1] for layout in layouts)
+            if FEWEST_SLOTS * align_up(need) > self._place.nbytes:
+                raise self._too_small(FEWEST_SLOTS * align_up(need))
+            self._depth = min(self._place.nbytes // align_up(need), words.MAX_SLOTS)
+        return self._depth
+
+    def _slot_bytes(self, layout: tuple[int, ...]) -> int:
+        nbytes = self._place.nbytes // self._depth // ALIGNMENT * ALIGNMENT
+        if layout[-1] > nbytes:
+            raise self._too_small(self._depth * align_up(layout[-1]))
+        return nbytes
+
+    def _too_small(self, need: int) -> ArgumentError:
+        return ArgumentError(
+            "num_rdma_bytes", f"{self._place.nbytes} bytes", f"at least {need} bytes for operations of this shape"
+        )
+
+    def empty_src_info(
+        self, num_local_experts: int, num_max_tokens: int, num_topk: int, device: torch.device
+    ) -> torch.Tensor:
+        """int32 [L, R * N], with the table for combine behind it in its storage."""
+        slab = self._place.num_ranks * num_max_tokens
+        size = self._storage_size(num_local_experts, num_max_tokens, num_topk)
+        block = torch.empty(size, dtype=torch.int32, device=device)
+        return block.as_strided((num_local_experts, slab), (slab, 1))
+
+    def _storage_size(self, num_local: int, most: int, num_topk: int) -> int:
+        ranks = self._place.num_ranks
+        return num_local * ranks * most + ranks * most * num_topk + ranks
+
+    def dispatch(self, stream: int, signature: int, operation: int, plan: LowLatencyDispatchPlan) -> Receive:
+        """Send, and receive if that is to be done at once."""
+        place = self._place
+        most, hidden, num_topk = plan.num_max_tokens, plan.x.size(1), plan.topk_idx.size(1)
+        self._check_limits(most, plan.num_local_experts)
+        layouts = self._layouts(most, hidden, num_topk, plan.num_local_experts)
+        depth = self.num_slots(layouts)
+        layout = layouts[plan.scale_format != ScaleFormat.NONE]
+        num_rows = plan.topk_idx.size(0)
+        shape = programs.DispatchShape(
+            plan.scale_format, hidden, num_topk, plan.num_local_experts, plan.recv_stats is not None,
+            plan.wait_stats is not None, place.shrinks, depth,
+        )  # fmt: skip
+        tensors = (
+            plan.topk_idx, plan.x, plan.recv_x, plan.recv_scales, plan.recv_src_info, plan.layout_range,
+            plan.recv_count, plan.recv_stats, plan.wait_stats,
+        )  # fmt: skip
+        numbers = (num_rows, most, place.rank, signature, place.offset, self._slot_bytes(layout), *layout[:3],
+                   operation, place.timeout)  # fmt: skip
+        parts = programs.num_parts(hidden)
+        senders = 1 + self._at_most(num_rows * parts)
+        receivers = 1 + self._at_most(max(num_rows, 1) * place.num_ranks * parts)
+
+        def launch(stream: int, ticket: int, senders: int, receivers: int) -> None:
+            programs.dispatch(
+                stream, self._context, ticket, tensors, numbers, senders, receivers, shape, place.target
+            )
+
+        return self._run(stream, launch, senders, receivers, plan.receives_now, tensors)
+
+    def combine(self, stream: int, signature: int, operation: int, plan: LowLatencyCombinePlan) -> Receive:
+        """Send, and receive if that is to be done at once."""
+        place = self._place
+        num_local, slab, hidden = plan.x.shape
+        most, num_topk = slab // place.num_ranks, plan.topk_idx.size(1)
+        info = plan.src_info
+        size = self._storage_size(num_local, most, num_topk)
+        if info.storage_offset() != 0 or info.untyped_storage().nbytes() != 4 * size:
+            allowed = f"the tensor that the dispatch of {num_topk} choices a token returned, not a copy of it"
+            raise ArgumentError("handle.src_info", "a tensor of another origin", allowed)
+        layouts = self._layouts(most, hidden, num_topk, num_local)
+        depth = self.num_slots(layouts)
+        num_rows = plan.topk_idx.size(0)
+        shape = programs.CombineShape(
+            hidden, num_topk, num_local, plan.wait_stats is not None, place.shrinks, place.exact, depth
+        )
+        tensors = (plan.topk_idx, plan.topk_weights, plan.x, info, plan.out, plan.wait_stats)
+        layout = layouts[2]
+        numbers = (num_rows, most, place.rank, signature, place.offset, self._slot_bytes(layout), layout[0],
+                   operation, place.timeout)  # fmt: skip
+        parts = programs.num_parts(hidden)
+        senders = 1 + self._at_most(max(num_rows, 1) * place.num_ranks * parts)
+        receivers = self._at_most(max(num_rows, 1) * parts)
+
+        def launch(stream: int, ticket: int, senders: int, receivers: int) -> None:
+            programs.combine(stream, self._context, ticket, tensors, numbers, senders, receivers, shape, place.target)
+
+        return self._run(stream, launch, senders, receivers, plan.receives_now, tensors)
+
+    def _at_most(self, num_items: int) -> int:
+        return max(min(num_items, self._place.most_programs), 1)
+
+    def _check_limits(self, most: int, num_local: int) -> None:
+        limit = min(MOST_TOKENS, (1 << 31) // (num_local * self._place.num_ranks)) - 1
+        if most > limit:
+            raise ArgumentError("num_max_dispatch_tokens_per_rank", most, f"at most {limit}")
+
+    def _layouts(self, most: int, hidden: int, num_topk: int, num_local: int) -> tuple[tuple[int, ...], ...]:
+        ranks = self._place.num_ranks
+        return programs.layouts(ranks, most, hidden, num_topk, num_local, self._place.exact)
+
+    def _run(
+        self,
+        stream: int,
+        launch: Callable[[int, int, int, int], None],
+        senders: int,
+        receivers: int,
+        receives_now: bool,
+        tensors: tuple[torch.Tensor | None, ...],
+    ) -> Receive:
+        while self._pending and self._pending[0].number <= self._num_sent - self._depth:
+            self._pending[0].finish(stream)
+        self._num_sent += 1
+        if receives_now:
+            launch(stream, 0, senders, receivers)
+            return Receive(self, self._num_sent)
+        device = next(tensor.device for tensor in tensors if tensor is not None)
+        ticket = torch.empty(2, dtype=torch.int64, device=device)
+        launch(stream, ticket.data_ptr(), senders, 0)
+
+        def receive(stream: int) -> None:
+            launch(stream, ticket.data_ptr(), 0, receivers)
+
+        pending = Receive(self, self._num_sent, receive, (*tensors, ticket), self.is_capturing())
+        self._pending.append(pending)
+        return pending
+
+    def forget(self, receive: Receive) -> None:
+        """A receive has been launched."""
+        self._pending.remove(receive)
+
+    def close(self) -> None:
+        """Refuse what has not been received: the memory goes away."""
+        self.is_closed = True
+        self._pending.clear()
+
+
+class Receive:
+    """The receive of an operation; see :class:`tokenferry.dataplane.Pending`."""
+
+    def __init__(
+        self,
+        owner: LowLatency,
+        number: int,
+        receive: Callable[[int], None] | None = None,
+        tensors: tuple[torch.Tensor | None, ...] = (),
+        is_captured: bool = False,
+    ) -> None:
+        self.number = number
+        self._owner = owner
+        self._receive = receive
+        self._tensors = tensors
+        self._is_captured = is_captured
+
+    def written(self) -> tuple[torch.Tensor | None, ...]:
+        """See :class:`tokenferry.dataplane.Pending`."""
+        return self._tensors
+
+    def finish(self, stream: int = -1) -> None:
+        """Launch the receive, unless that has been done."""
+        receive = self._receive
+        if receive is None:
+            return
+        if self._owner.is_closed:
+            raise BufferStateError("the Buffer was destroyed")
+        if self._is_captured != self._owner.is_capturing():
+            sent, now = ("in", "outside of") if self._is_captured else ("outside of", "in")
+            raise BufferStateError(f"a low-latency operation was sent {sent} a CUDA graph and is received {now} it")
+        device = self._owner.device
+        receive(stream if stream >= 0 else torch._C._cuda_getCurrentRawStream(device))
+        self._receive, self._tensors = None, ()
+        self._owner.forget(self)
+        self._owner.check()
