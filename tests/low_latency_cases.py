@@ -82,9 +82,15 @@ def _ids(case: Case, rank: int, num_ranks: int, num_tokens: int, most: int) -> t
 
 
 class Scenario:
-    """The inputs of all ranks for a case, and what this rank must get. Ranks in ``masked`` count as absent."""
+    """The inputs of all ranks for a case, and what this rank must get. Ranks in ``masked`` count as absent.
 
-    def __init__(self, case: Case, rank: int, num_ranks: int, masked: tuple[int, ...] = ()) -> None:
+    Tensors go to ``device`` for the calls, and come back to be checked.
+    """
+
+    def __init__(
+        self, case: Case, rank: int, num_ranks: int, masked: tuple[int, ...] = (), device: str = "cpu"
+    ) -> None:
+        self.device = device
         self.case, self.rank, self.num_ranks, self.masked = case, rank, num_ranks, masked
         self.num_experts = num_ranks * case.local_experts
         tokens = [case.tokens[r % len(case.tokens)] for r in range(num_ranks)]
@@ -109,7 +115,7 @@ class Scenario:
 
     def dispatch(self, buffer: Buffer, **options: Any) -> tuple[Any, ...]:
         """Dispatch what this rank has; the arguments are overwritten as soon as the call returns."""
-        x, ids = self.x.clone(), self.ids.clone()
+        x, ids = self.x.to(self.device, copy=True), self.ids.to(self.device, copy=True)
         result = buffer.low_latency_dispatch(
             x, ids, self.most, self.num_experts, **{**FORMATS[self.case.format], **options}
         )
@@ -136,7 +142,8 @@ class Scenario:
         assert src_info.shape == (num_local, slab)
         assert ranges.dtype == torch.int64
         assert ranges.tolist() == oracle.layout_range(self.rows, self.num_ranks)
-        bits = data.view(torch.uint8) if fp8 else data.view(torch.int16)
+        bits = (data.view(torch.uint8) if fp8 else data.view(torch.int16)).cpu()
+        src_info = src_info.cpu()
         sources = self.codes if fp8 else [x.view(torch.int16) for x in self.all_x]
         for expert, rows in enumerate(self.rows):
             assert src_info[expert, : len(rows)].tolist() == [token for _, token in rows]
@@ -149,6 +156,7 @@ class Scenario:
             assert scales.dtype == (torch.int32 if packed else torch.float32)
             assert scales.shape == (num_local, slab, columns)
             assert scales.stride() == (slab * columns, 1, slab)
+            scales = scales.cpu()
             for expert, rows in enumerate(self.rows):
                 for slot, (source, token) in enumerate(rows):
                     assert torch.equal(scales[expert, slot], wanted[source][token])
@@ -157,9 +165,9 @@ class Scenario:
         """bfloat16 [L, R * N, H]: what the experts make of the received rows, NaN past the last."""
         received, count = result[0], result[1]
         if self.case.format == "bf16":
-            rows = received.float()
+            rows = received.cpu().float()
         else:
-            data, scales = received
+            data, scales = (tensor.cpu() for tensor in received)
             if self.case.format == "ue8m0":
                 exponents = torch.stack([scales >> 8 * byte & 0xFF for byte in range(4)], 3).flatten(2)
                 scales = (exponents[..., : self.case.hidden // 128] << 23).view(torch.float32)
@@ -191,8 +199,9 @@ class Scenario:
 
     def combine(self, buffer: Buffer, result: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
         """Combine what the experts make of a dispatch; the rows are overwritten as soon as the call returns."""
-        rows = self.expert_rows(result)
-        answer = buffer.low_latency_combine(rows, self.ids, self.weights, result[2], **options)
+        rows = self.expert_rows(result).to(self.device)
+        ids, weights = self.ids.to(self.device), self.weights.to(self.device)
+        answer = buffer.low_latency_combine(rows, ids, weights, result[2], **options)
         rows.fill_(3.0)
         return answer
 
@@ -213,28 +222,28 @@ class Scenario:
         return self.ids.masked_fill(drop, -1)
 
 
-def check_case(buffer: Buffer, scenario: Scenario) -> None:
+def check_case(buffer: Buffer, scenario: Scenario, *, by_rank: bool = False) -> None:
     """Dispatch, and combine in every way there is."""
-    case, ids, weights = scenario.case, scenario.ids, scenario.weights
+    case, ids, weights = scenario.case, scenario.ids, scenario.weights.to(scenario.device)
     result = scenario.dispatch(buffer)
     assert result[3].event is None
     assert result[4] is None
     scenario.check_dispatch(result)
-    scenario.check_combine(scenario.combine(buffer, result))
-    out = torch.full((len(ids), case.hidden), float("nan"), dtype=torch.bfloat16)
+    scenario.check_combine(scenario.combine(buffer, result), by_rank=by_rank)
+    out = torch.full((len(ids), case.hidden), float("nan"), dtype=torch.bfloat16, device=scenario.device)
     answer = scenario.combine(buffer, result, out=out, use_logfmt=True)
     assert answer[0] is out
     assert answer[1].event is None
     assert answer[2] is None
-    scenario.check_combine(answer)
+    scenario.check_combine(answer, by_rank=by_rank)
     fewer = scenario.fewer_ids()
     rows = buffer.get_next_low_latency_combine_buffer(result[2])
     assert rows.shape == (case.local_experts, scenario.num_ranks * scenario.most, case.hidden)
     assert rows.dtype == torch.bfloat16
-    rows[:, :, :] = scenario.expert_rows(result)
-    ignored = torch.zeros(rows.shape, dtype=torch.bfloat16)
-    answer = buffer.low_latency_combine(ignored, fewer, weights, result[2], zero_copy=True)
-    scenario.check_combine(answer, fewer)
+    rows[:, :, :] = scenario.expert_rows(result).to(scenario.device)
+    ignored = torch.zeros_like(rows)
+    answer = buffer.low_latency_combine(ignored, fewer.to(scenario.device), weights, result[2], zero_copy=True)
+    scenario.check_combine(answer, fewer, by_rank=by_rank)
 
 
 def check_cases(rank: int, num_ranks: int, cases: list[Case], options: dict[str, Any]) -> None:
