@@ -38,6 +38,7 @@ class LowLatencyMethods:
     enable_shrink: bool
     group_size: int
     rank: int
+    _all_gather: Callable[[object], list[object]]
 
     def _live_runtime(self) -> Runtime | CudaRuntime:
         raise NotImplementedError
@@ -194,6 +195,36 @@ class LowLatencyMethods:
         check_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, minimum=1)
         check_int("hidden", hidden, minimum=1)
         check_int("num_experts", num_experts, minimum=1)
+
+    def low_latency_warmup(
+        self,
+        num_max_dispatch_tokens_per_rank: int,
+        hidden: int,
+        num_topk: int,
+        num_experts: int,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+    ) -> None:
+        """Compile what low-latency operations of these shapes need, on all ranks, before any waits for another.
+
+        Collective, like construction. Without it the first operation compiles, for seconds, while its peers wait.
+        Required before a CUDA graph is captured, unless the same operations ran before. Nothing to do on CPU ranks.
+
+        Args:
+            num_max_dispatch_tokens_per_rank: as in :meth:`low_latency_dispatch`.
+            hidden: elements of a row.
+            num_topk: choices of a token.
+            num_experts: experts of all ranks, a multiple of the ranks.
+            use_fp8: as in :meth:`low_latency_dispatch`.
+            round_scale: as in :meth:`low_latency_dispatch`.
+            use_ue8m0: as in :meth:`low_latency_dispatch`.
+        """
+        scale_format = low_latency.scale_format_of(use_fp8, round_scale, use_ue8m0)
+        party = self._low_latency_party()
+        with self._live_runtime().comm.in_order():
+            low_latency.warm(party, num_max_dispatch_tokens_per_rank, hidden, num_topk, num_experts, scale_format)
+        self._all_gather(None)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Mask a rank (send it nothing, wait for nothing, skip its experts) or, by default, take it back.

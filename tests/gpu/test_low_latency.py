@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -28,6 +29,19 @@ def make_buffer(**options: Any) -> Buffer:
     return Buffer(dist.group.WORLD, low_latency_mode=True, device="cuda", **options)
 
 
+def meet() -> None:
+    """A barrier that a failure on another rank does not make endless."""
+    dist.monitored_barrier(timeout=timedelta(seconds=30))
+
+
+def warm_up(buffer: Buffer, scenario: Scenario) -> None:
+    """So that no rank compiles while others wait, and time out."""
+    case = scenario.case
+    buffer.low_latency_warmup(
+        scenario.most, case.hidden, case.num_topk, scenario.num_experts, **{"use_fp8": False, **FORMATS[case.format]}
+    )
+
+
 def scenario_of(rank: int, num_ranks: int, **fields: Any) -> Scenario:
     masked = fields.pop("masked", ())
     return Scenario(Case(**fields), rank, num_ranks, masked, "cuda")
@@ -45,19 +59,19 @@ SMALL = [
     for seed, (form, routing) in enumerate(itertools.product(FORMATS, ROUTINGS))
 ]
 WIDE = [
-    Case(tokens=(17, 64, 1), hidden=7168, num_topk=8, local_experts=8, format=form, routing="distinct", seed=seed)
-    for seed, form in enumerate(FORMATS)
+    Case(tokens=(9, 17, 1), hidden=7168, num_topk=8, local_experts=4, format=form, routing="distinct", seed=seed)
+    for seed, form in enumerate(("bf16", "ue8m0"))
 ]
 ODD = [
     Case(tokens=(3,), hidden=8, num_topk=1, local_experts=1),
-    Case(tokens=(40, 2), hidden=1032, num_topk=32, local_experts=5, spare=7),
+    Case(tokens=(12, 2), hidden=1032, num_topk=32, local_experts=5, spare=7),
     Case(tokens=(9,), hidden=128, num_topk=5, local_experts=3, format="ue8m0"),
 ]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
 def test_small_rows(gpu_pool_of: GpuPoolOf, num_ranks: int) -> None:
-    gpu_pool_of(num_ranks).run(check_shapes, SMALL if num_ranks < 8 else SMALL[::3], {})
+    gpu_pool_of(num_ranks).run(check_shapes, SMALL[num_ranks % 3 :: 3], {})
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -269,17 +283,18 @@ def test_two_threads_with_streams_of_their_own(gpu_pool_of: GpuPoolOf, num_ranks
 def check_absent(rank: int, num_ranks: int) -> None:
     scenario = scenario_of(rank, num_ranks, tokens=(5,), hidden=256)
     with make_buffer(timeout=1.0) as buffer:
+        warm_up(buffer, scenario)
         scenario.check_dispatch(scenario.dispatch(buffer))
-        dist.barrier()
+        meet()
         if rank != num_ranks - 1:
             scenario.dispatch(buffer)
             torch.cuda.synchronize()
             with pytest.raises(PeerTimeoutError, match=r"low_latency_dispatch") as caught:
                 scenario.dispatch(buffer)
-            assert caught.value.ranks == [num_ranks - 1]
+            assert caught.value.ranks == (num_ranks - 1,)
             with pytest.raises(BufferStateError):
                 scenario.dispatch(buffer)
-        dist.barrier()
+        meet()
     check_shapes(rank, num_ranks, SMALL[:2], {})
 
 
@@ -291,13 +306,14 @@ def test_an_absent_rank_is_named(gpu_pool_of: GpuPoolOf, num_ranks: int) -> None
 def check_disagreement(rank: int, num_ranks: int) -> None:
     with make_buffer(timeout=2.0) as buffer:
         scenario = scenario_of(rank, num_ranks, tokens=(5,), hidden=256, spare=rank)
+        warm_up(buffer, scenario)
         scenario.dispatch(buffer)
         torch.cuda.synchronize()
-        dist.barrier()
+        meet()
         with pytest.raises(MismatchError, match="low_latency_dispatch"):
             scenario.dispatch(buffer)
         assert not buffer.is_available()
-        dist.barrier()
+        meet()
 
 
 def test_ranks_that_disagree_are_told(gpu_pool_of: GpuPoolOf) -> None:
@@ -311,12 +327,13 @@ def check_shrink(rank: int, num_ranks: int, exact: bool) -> None:
         mask = torch.full((num_ranks,), 7, dtype=torch.int32, device="cuda")
         whole = [scenario_of(rank, num_ranks, tokens=(6, 4), hidden=256, seed=n) for n in range(3)]
         without = [scenario_of(rank, num_ranks, tokens=(6, 4), hidden=256, seed=n, masked=(last,)) for n in range(3)]
+        warm_up(buffer, whole[0])
         check_case(buffer, whole[0], by_rank=not exact)
         buffer.low_latency_query_mask_buffer(mask)
         assert mask.tolist() == [0] * num_ranks
-        dist.barrier()
+        meet()
         if rank == last:
-            dist.barrier()
+            meet()
         else:
             for scenario in without:
                 result = scenario.dispatch(buffer)
@@ -324,14 +341,14 @@ def check_shrink(rank: int, num_ranks: int, exact: bool) -> None:
                 scenario.check_combine(scenario.combine(buffer, result), by_rank=not exact)
             buffer.low_latency_query_mask_buffer(mask)
             assert mask.tolist() == [int(peer == last) for peer in range(num_ranks)]
-            dist.barrier()
+            meet()
             buffer.low_latency_clean_mask_buffer()
             buffer.low_latency_query_mask_buffer(mask)
             assert mask.tolist() == [0] * num_ranks
             buffer.low_latency_update_mask_buffer(last, True)
             scenario = without[1]
             scenario.check_dispatch(scenario.dispatch(buffer))
-        dist.barrier()
+        meet()
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -349,11 +366,11 @@ def check_foreign_use(rank: int, num_ranks: int) -> None:
         for _ in range(3):
             result = scenario.dispatch(buffer, **dict(zip(names, (stats, waits), strict=True)))
             scenario.check_dispatch(result)
-            dist.barrier()
+            meet()
             buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True).zero_()
             buffer.clean_low_latency_buffer(scenario.most, 256, scenario.num_experts)
             torch.cuda.synchronize()
-            dist.barrier()
+            meet()
         assert stats.tolist() == [3 * len(rows) for rows in scenario.rows]
         assert (waits >= 0).all()
         assert int(waits.sum()) > 0

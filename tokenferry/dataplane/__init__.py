@@ -236,6 +236,11 @@ class DataPlane(Protocol):
     def empty_src_info(self, num_local_experts: int, num_max_tokens: int, num_topk: int) -> torch.Tensor:
         """int32 [L, R * N], unset, for a low-latency dispatch of K choices a token and its combines."""
 
+    def warm_low_latency(
+        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int
+    ) -> None:
+        """Make ready for low-latency operations of these shapes: what takes long the first time."""
+
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """Send each token once to every rank that holds one of its experts; the rest happens in ``finish``.
 

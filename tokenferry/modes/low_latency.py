@@ -79,7 +79,7 @@ def dispatch(
         f"rows of {hidden} elements",
         f"a positive multiple of {step} elements",
     )
-    require(round_scale or not use_ue8m0, "use_ue8m0", "True without round_scale", "round_scale=True with it")
+    scale_format = scale_format_of(use_fp8, round_scale, use_ue8m0)
     ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
     if party.plane.values_at_hand:
         per_expert = torch.bincount(ids[ids >= 0], minlength=num_experts)
@@ -88,9 +88,8 @@ def dispatch(
         require(busiest <= most, "topk_idx", f"{busiest} choices of expert {int(per_expert.argmax())}", allowed)
     plane, slab = party.plane, ranks * most
     rows = rows.detach().contiguous()
-    scale_format, recv_scales = ScaleFormat.NONE, None
+    recv_scales = None
     if use_fp8:
-        scale_format = ScaleFormat.UE8M0 if use_ue8m0 else ScaleFormat.ROUNDED if round_scale else ScaleFormat.PLAIN
         groups = hidden // GROUP
         columns, dtype = (-(-groups // 4), torch.int32) if use_ue8m0 else (groups, torch.float32)
         recv_scales = torch.empty((num_local, columns, slab), dtype=dtype, device=device).transpose(1, 2)
@@ -194,6 +193,29 @@ def combine(
     if receives_now:
         pending.finish()
     return result, pending
+
+
+def warm(
+    party: Party, num_max_tokens: object, hidden: int, num_topk: int, num_experts: int, scale_format: ScaleFormat
+) -> None:
+    """See :meth:`tokenferry.Buffer.low_latency_warmup`."""
+    most = check_int("num_max_dispatch_tokens_per_rank", num_max_tokens, minimum=1)
+    hidden = check_int("hidden", hidden, minimum=1, multiple_of=8 if scale_format == ScaleFormat.NONE else GROUP)
+    num_topk = check_int("num_topk", num_topk, minimum=1)
+    num_local = check_num_experts(party, "num_experts", num_experts) // party.num_ranks
+    party.plane.warm_low_latency(scale_format, most, hidden, num_topk, num_local)
+
+
+def scale_format_of(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> ScaleFormat:
+    """The format that three flags name; without FP8 the others mean nothing.
+
+    Raises:
+        ArgumentError: ``use_ue8m0`` without ``round_scale``.
+    """
+    require(round_scale or not use_ue8m0, "use_ue8m0", "True without round_scale", "round_scale=True with it")
+    if not use_fp8:
+        return ScaleFormat.NONE
+    return ScaleFormat.UE8M0 if use_ue8m0 else ScaleFormat.ROUNDED if round_scale else ScaleFormat.PLAIN
 
 
 def check_handle(party: Party, handle: object) -> LowLatencyHandle:

@@ -20,6 +20,7 @@ from tokenferry.dataplane import (
     LowLatencyDispatchPlan,
     Pending,
     ReducePlan,
+    ScaleFormat,
     SendPlan,
     Signature,
 )
@@ -88,6 +89,11 @@ class CpuDataPlane:
         """See :meth:`tokenferry.dataplane.DataPlane.empty_src_info`."""
         slab = self.heap.num_ranks * num_max_tokens
         return torch.empty((num_local_experts, slab), dtype=torch.int32, device=_CPU)
+
+    def warm_low_latency(
+        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int
+    ) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.warm_low_latency`: nothing takes long the first time."""
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""

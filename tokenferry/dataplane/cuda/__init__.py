@@ -22,6 +22,7 @@ from tokenferry.dataplane import (
     Outputs,
     Pending,
     ReducePlan,
+    ScaleFormat,
     SendPlan,
     Signature,
 )
@@ -337,6 +338,12 @@ class CudaDataPlane:
     def empty_src_info(self, num_local_experts: int, num_max_tokens: int, num_topk: int) -> torch.Tensor:
         """See :meth:`tokenferry.dataplane.DataPlane.empty_src_info`."""
         return self._low_latency.empty_src_info(num_local_experts, num_max_tokens, num_topk, self._device)
+
+    def warm_low_latency(
+        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int
+    ) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.warm_low_latency`."""
+        self._low_latency.warm(scale_format, num_max_tokens, hidden, num_topk, num_local_experts)
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""

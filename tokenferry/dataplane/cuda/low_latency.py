@@ -112,8 +112,7 @@ class LowLatency:
         layout = layouts[plan.scale_format != ScaleFormat.NONE]
         num_rows = plan.topk_idx.size(0)
         shape = programs.DispatchShape(
-            plan.scale_format, hidden, num_topk, plan.num_local_experts, plan.recv_stats is not None,
-            plan.wait_stats is not None, place.shrinks, depth,
+            plan.scale_format, hidden, num_topk, plan.num_local_experts, place.shrinks, depth
         )  # fmt: skip
         tensors = (
             plan.topk_idx, plan.x, plan.recv_x, plan.recv_scales, plan.recv_src_info, plan.layout_range,
@@ -145,9 +144,7 @@ class LowLatency:
         layouts = self._layouts(most, hidden, num_topk, num_local)
         depth = self.num_slots(layouts)
         num_rows = plan.topk_idx.size(0)
-        shape = programs.CombineShape(
-            hidden, num_topk, num_local, plan.wait_stats is not None, place.shrinks, place.exact, depth
-        )
+        shape = programs.CombineShape(hidden, num_topk, num_local, place.shrinks, place.exact, depth)
         tensors = (plan.topk_idx, plan.topk_weights, plan.x, info, plan.out, plan.wait_stats)
         layout = layouts[2]
         numbers = (num_rows, most, place.rank, signature, place.offset, self._slot_bytes(layout), layout[0],
@@ -160,6 +157,15 @@ class LowLatency:
             programs.combine(stream, self._context, ticket, tensors, numbers, senders, receivers, shape, place.target)
 
         return self._run(stream, launch, senders, receivers, plan.receives_now, tensors)
+
+    def warm(self, scale_format: ScaleFormat, most: int, hidden: int, num_topk: int, num_local: int) -> None:
+        """Compile what operations of these shapes launch."""
+        place = self._place
+        self._check_limits(most, num_local)
+        depth = self.num_slots(self._layouts(most, hidden, num_topk, num_local))
+        dispatches = programs.DispatchShape(scale_format, hidden, num_topk, num_local, place.shrinks, depth)
+        combines = programs.CombineShape(hidden, num_topk, num_local, place.shrinks, place.exact, depth)
+        programs.warm(dispatches, combines, place.target)
 
     def _at_most(self, num_items: int) -> int:
         return max(min(num_items, self._place.most_programs), 1)
@@ -182,7 +188,7 @@ class LowLatency:
         receives_now: bool,
         tensors: tuple[torch.Tensor | None, ...],
     ) -> Receive:
-        while self._pending and self._pending[0].number <= self._num_sent - self._depth:
+        while self._pending and self._pending[0].number <= self._num_sent + 1 - self._depth:
             self._pending[0].finish(stream)
         self._num_sent += 1
         if receives_now:

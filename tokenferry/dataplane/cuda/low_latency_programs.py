@@ -43,8 +43,6 @@ class DispatchShape(NamedTuple):
     hidden: int
     num_topk: int
     num_local_experts: int
-    has_stats: bool
-    has_waits: bool
     shrinks: bool
     depth: int
 
@@ -55,7 +53,6 @@ class CombineShape(NamedTuple):
     hidden: int
     num_topk: int
     num_local_experts: int
-    has_waits: bool
     shrinks: bool
     exact: bool
     depth: int
@@ -129,8 +126,6 @@ def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target)
         FORMAT=int(shape.scale_format),
         HAS_FP8=target.has_fp8,
         SHRINK=shape.shrinks,
-        HAS_STATS=shape.has_stats,
-        HAS_WAITS=shape.has_waits,
         H=shape.hidden,
         S=num_scales(shape.scale_format, shape.hidden),
         K=shape.num_topk,
@@ -172,7 +167,6 @@ def _combine(sends: bool, receives: bool, shape: CombineShape, target: Target) -
         RECEIVES=receives,
         EXACT=shape.exact,
         SHRINK=shape.shrinks,
-        HAS_WAITS=shape.has_waits,
         H=shape.hidden,
         K=shape.num_topk,
         KB=_power_of_two(shape.num_topk),
@@ -187,10 +181,8 @@ def _combine(sends: bool, receives: bool, shape: CombineShape, target: Target) -
     )
 
 
-def warm(dispatches: Sequence[DispatchShape], combines: Sequence[CombineShape], target: Target) -> None:
+def warm(dispatches: DispatchShape, combines: CombineShape, target: Target) -> None:
     """Compile what operations of such shapes launch."""
     for sends, receives in ((True, True), (True, False), (False, True)):
-        for shape in dispatches:
-            _dispatch(sends, receives, shape, target)
-        for combine_shape in combines:
-            _combine(sends, receives, combine_shape, target)
+        _dispatch(sends, receives, dispatches, target)
+        _combine(sends, receives, combines, target)

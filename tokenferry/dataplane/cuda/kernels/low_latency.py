@@ -210,7 +210,7 @@ def sign(heap, rank, slot, signature, bits, RB: tl.constexpr):
 @triton.jit
 def arrivals(
     heap, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
-    HAS_WAITS: tl.constexpr, SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
+    SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Wait for the ranks; return, [RB], the tokens of each, or -1 of one that did not come.
 
@@ -221,9 +221,8 @@ def arrivals(
     flags = words_of(own, PUSHED, slot)
     goals = tl.zeros([RB], tl.int64) + (epoch << TOKEN_BITS)
     on = r < R
-    if HAS_WAITS:
-        if index == 0:
-            measure_waits(state, flags, epoch << TOKEN_BITS, timeout, wait_stats, SHRINK, R)
+    if (index == 0) & (wait_stats != 0):
+        measure_waits(state, flags, epoch << TOKEN_BITS, timeout, longs_at(wait_stats), SHRINK, R)
     if SHRINK:
         if index == 0:
             on = unmasked(state, R, RB, SHRINK)

@@ -23,7 +23,6 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     either,
     give_up,
     has,
-    longs_at,
     publish,
     release,
     sign,
@@ -211,7 +210,7 @@ def add_rows(
 def receive(
     heap, state, status, ticket, ids, weights, out, wait_stats, num_tokens, most, rank, slot, epoch, signature, at,
     operation, timeout, num_senders,
-    FUSED: tl.constexpr, EXACT: tl.constexpr, SHRINK: tl.constexpr, HAS_WAITS: tl.constexpr, H: tl.constexpr,
+    FUSED: tl.constexpr, EXACT: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr,
     K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +219,7 @@ def receive(
     num_receivers = tl.num_programs(0) - num_senders
     tokens = arrivals(
         heap, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
-        HAS_WAITS, SHRINK, R, RB, THREADS,
+        SHRINK, R, RB, THREADS,
     )  # fmt: skip
     there = tl.reduce(tl.where(tokens >= 0, 1 << tl.arange(0, RB), 0), 0, either)
     base = tl.load(heap + rank) + at
@@ -264,7 +263,6 @@ def combine(
     RECEIVES: tl.constexpr,
     EXACT: tl.constexpr,
     SHRINK: tl.constexpr,
-    HAS_WAITS: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     KB: tl.constexpr,
@@ -296,7 +294,7 @@ def combine(
         if RECEIVES:
             if tl.program_id(0) >= num_senders:
                 receive(
-                    heap, state, status, ticket, ids, weights, out, longs_at(wait_stats),
+                    heap, state, status, ticket, ids, weights, out, wait_stats,
                     num_tokens, most, rank, slot, epoch, signature, at, operation, timeout, num_senders, SENDS, EXACT,
-                    SHRINK, HAS_WAITS, H, K, KB, E, L, WIDTH, PARTS, R, RB, THREADS,
+                    SHRINK, H, K, KB, E, L, WIDTH, PARTS, R, RB, THREADS,
                 )  # fmt: skip

@@ -169,7 +169,7 @@ def send_part(
 
 @triton.jit
 def write_tables(
-    counts, tokens, layout_range, num_received, stats, table_tokens, HAS_STATS: tl.constexpr, L: tl.constexpr,
+    counts, tokens, layout_range, num_received, stats, table_tokens, L: tl.constexpr,
     R: tl.constexpr, RB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
     """Where the rows of each source lie in each slab, how many there are, and the tokens of each source."""
@@ -184,9 +184,9 @@ def write_tables(
         tl.store(layout_range + expert[None, :] * R + r[:, None], both, mask=inside)
         total = tl.sum(count, 0)
         tl.store(num_received + expert, total, mask=expert < L)
-        if HAS_STATS:
-            before = tl.load(stats + expert, mask=expert < L, other=0)
-            tl.store(stats + expert, before + total, mask=expert < L)
+        if stats != 0:
+            sums = longs_at(stats).to(tl.pointer_type(tl.int32)) + expert
+            tl.store(sums, tl.load(sums, mask=expert < L, other=0) + total, mask=expert < L)
 
 
 @triton.jit
@@ -259,8 +259,7 @@ def send(
 def receive(
     heap, state, status, ticket, out, out_scales, src_info, layout_range, num_received, stats, wait_stats, most, rank,
     slot, epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders,
-    FUSED: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, SHRINK: tl.constexpr, HAS_STATS: tl.constexpr,
-    HAS_WAITS: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, L: tl.constexpr,
+    FUSED: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, SHRINK: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, L: tl.constexpr,
     PARTS: tl.constexpr, LB: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """What a receiver does."""
@@ -268,14 +267,14 @@ def receive(
     num_receivers = tl.num_programs(0) - num_senders
     tokens = arrivals(
         heap, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
-        HAS_WAITS, SHRINK, R, RB, THREADS,
+        SHRINK, R, RB, THREADS,
     )  # fmt: skip
     base = tl.load(heap + rank) + at
     table = src_info + most.to(tl.int64) * (L * R)
     if index == 0:
         counts = (base + off_counts).to(tl.pointer_type(tl.int32))
         write_tables(
-            counts, tokens, layout_range, num_received, stats, table + most * (R * K), HAS_STATS, L, R, RB, LB
+            counts, tokens, layout_range, num_received, stats, table + most * (R * K), L, R, RB, LB
         )  # fmt: skip
     else:
         tokens = tl.maximum(tokens, 0)
@@ -325,8 +324,6 @@ def dispatch(
     FORMAT: tl.constexpr,
     HAS_FP8: tl.constexpr,
     SHRINK: tl.constexpr,
-    HAS_STATS: tl.constexpr,
-    HAS_WAITS: tl.constexpr,
     H: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
@@ -368,8 +365,8 @@ def dispatch(
             if tl.program_id(0) >= num_senders:
                 receive(
                     heap, state, status, ticket, out, out_scales, src_info, layout_range, num_received,
-                    longs_at(stats).to(tl.pointer_type(tl.int32)), longs_at(wait_stats), most, rank, slot,
+                    stats, wait_stats, most, rank, slot,
                     epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders, SENDS,
-                    H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, HAS_STATS, HAS_WAITS, S, SB, K, KB, L, PARTS, LB, R,
+                    H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, S, SB, K, KB, L, PARTS, LB, R,
                     RB, THREADS,
                 )  # fmt: skip
