@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-from tokenferry.dataplane import OperationKind, Outputs, SendPlan
-from tokenferry.dataplane.cuda import launch, programs
+from tokenferry.dataplane import OperationKind, Outputs, ScaleFormat, SendPlan
+from tokenferry.dataplane.cuda import launch, low_latency_programs, programs
 from tokenferry.handles import DispatchHandle
 
 TOKENS, ROWS, NUM_SMS = 4096, 8192, 16
@@ -114,6 +114,28 @@ def combine(
     )  # fmt: skip
 
 
+def low_latency_dispatch(
+    ranks: int, phase: str, scale_format: ScaleFormat, topk: int = 8, tokens: int = 16, *, shrinks: bool = False
+) -> None:
+    part = low_latency_programs.part_of(7168, tokens)
+    shape = low_latency_programs.DispatchShape(scale_format, 7168, topk, 256 // ranks, part, shrinks, 4)
+    low_latency_programs.dispatch.cache_clear()
+    getattr(low_latency_programs.dispatch(shape, low_latency_target(ranks)), phase)
+
+
+def low_latency_combine(
+    ranks: int, phase: str, exact: bool, topk: int = 8, tokens: int = 16, *, shrinks: bool = False
+) -> None:
+    part = low_latency_programs.part_of(7168, tokens, topk)
+    shape = low_latency_programs.CombineShape(7168, topk, 256 // ranks, part, shrinks, exact, 4)
+    low_latency_programs.combine.cache_clear()
+    getattr(low_latency_programs.combine(shape, low_latency_target(ranks)), phase)
+
+
+def low_latency_target(ranks: int) -> programs.Target:
+    return programs.Target(ranks, False, 0, triton.runtime.driver.active.get_current_target().arch >= 89)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "layout": lambda: layout(8, 8),
     "notify": lambda: notify(8),
@@ -130,6 +152,18 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "combine fp32": lambda: combine(8, FLOAT32, 28672),
     "combine fp64": lambda: combine(8, FLOAT64, 14336),
     "combine 16 bytes": lambda: combine(8, BFLOAT16, 16),
+    "low latency dispatch bf16": lambda: low_latency_dispatch(8, "both", ScaleFormat.NONE),
+    "low latency dispatch fp8": lambda: low_latency_dispatch(2, "both", ScaleFormat.PLAIN),
+    "low latency dispatch many tokens": lambda: low_latency_dispatch(8, "both", ScaleFormat.UE8M0, tokens=128),
+    "low latency dispatch send": lambda: low_latency_dispatch(8, "send", ScaleFormat.ROUNDED, shrinks=True),
+    "low latency dispatch receive": lambda: low_latency_dispatch(8, "receive", ScaleFormat.UE8M0, shrinks=True),
+    "low latency dispatch 32": lambda: low_latency_dispatch(32, "both", ScaleFormat.PLAIN, 32, 128),
+    "low latency combine": lambda: low_latency_combine(2, "both", False),
+    "low latency combine many tokens": lambda: low_latency_combine(8, "both", False, tokens=128),
+    "low latency combine exact": lambda: low_latency_combine(8, "both", True, tokens=128),
+    "low latency combine send": lambda: low_latency_combine(8, "send", False, shrinks=True),
+    "low latency combine receive": lambda: low_latency_combine(8, "receive", False, shrinks=True),
+    "low latency combine 32": lambda: low_latency_combine(32, "both", False, 32, 128),
     "bulk dispatch": lambda: dispatch(8, 14336, 8, bulk=True),
     "bulk dispatch fp8": lambda: dispatch(8, 7168, 8, 56 * 4, bulk=True),
     "bulk dispatch cached": lambda: dispatch(8, 14336, 0, cached=True, bulk=True),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.events import EventOverlap
 from tokenferry.modes import low_latency
 from tokenferry.modes.intranode import Party
-from tokenferry.modes.low_latency import LowLatencyHandle
+from tokenferry.modes.low_latency import Dispatched, LowLatencyHandle
 from tokenferry.validation import check_int, check_tensor, require
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from tokenferry.runtime_cuda import CudaRuntime
 
 Hook = Callable[[], None]
-_Tensors = tuple[torch.Tensor | None, ...]
-_Finish = Callable[[_Tensors, _Tensors], EventOverlap]
 
 
 class LowLatencyMethods:
@@ -100,9 +97,11 @@ class LowLatencyMethods:
         """
         _check_finish(async_finish, return_recv_hook)
         runtime = self._live_runtime()
-        with self._finish_of(runtime, async_finish) as finish:
-            sent = low_latency.dispatch(
-                self._low_latency_party(),
+        party = self._low_latency_party()
+
+        def run() -> Dispatched:
+            return low_latency.dispatch(
+                party,
                 x,
                 topk_idx,
                 num_max_dispatch_tokens_per_rank,
@@ -114,9 +113,16 @@ class LowLatencyMethods:
                 use_ue8m0,
                 not return_recv_hook,
             )
-            stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
-            written = (sent.x, sent.scales, sent.num_received, *sent.handle[:2], *stats)
-            event = finish((x, topk_idx, *stats), written)
+
+        if async_finish:
+            with runtime.comm.turn(None, True, False) as turn, runtime.comm.in_order():
+                sent = run()
+                stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+                written = (sent.x, sent.scales, sent.num_received, *sent.handle[:2], *stats)
+                event = turn.finish((x, topk_idx, *stats), written)
+        else:
+            with runtime.comm.in_order():
+                sent, event = run(), EventOverlap()
         rows = sent.x if sent.scales is None else (sent.x, sent.scales)
         return rows, sent.num_received, sent.handle, event, _hook(runtime, sent.pending, return_recv_hook)
 
@@ -157,23 +163,30 @@ class LowLatencyMethods:
         _check_finish(async_finish, return_recv_hook)
         require(not (use_logfmt and zero_copy), "use_logfmt", "True with zero_copy", "one of the two")
         runtime = self._live_runtime()
-        with self._finish_of(runtime, async_finish) as finish:
-            party = self._low_latency_party()
-            known = low_latency.check_handle(party, handle)
-            rows = self._combine_rows(party, known) if zero_copy else None
-            combined, pending = low_latency.combine(
+        party = self._low_latency_party()
+        known = low_latency.check_handle(party, handle)
+
+        def run() -> tuple[torch.Tensor, Pending]:
+            return low_latency.combine(
                 party,
                 x,
                 topk_idx,
                 topk_weights,
                 known,
-                rows,
+                self._combine_rows(party, known) if zero_copy else None,
                 out,
                 combine_wait_recv_cost_stats,
                 not return_recv_hook,
             )
-            written = (combined, combine_wait_recv_cost_stats)
-            event = finish((x, topk_idx, topk_weights, *known[:2], *written), written)
+
+        if async_finish:
+            with runtime.comm.turn(None, True, False) as turn, runtime.comm.in_order():
+                combined, pending = run()
+                written = (combined, combine_wait_recv_cost_stats)
+                event = turn.finish((x, topk_idx, topk_weights, *known[:2], *written), written)
+        else:
+            with runtime.comm.in_order():
+                (combined, pending), event = run(), EventOverlap()
         return combined, event, _hook(runtime, pending, return_recv_hook)
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[object, ...]) -> torch.Tensor:
@@ -252,16 +265,6 @@ class LowLatencyMethods:
         with self._live_runtime().comm.in_order():
             for rank in range(self.group_size):
                 party.plane.set_masked(rank, False)
-
-    @contextmanager
-    def _finish_of(self, runtime: Runtime | CudaRuntime, async_finish: bool) -> Iterator[_Finish]:
-        """Run an operation, on the stream of the operations if an event is wanted; yields what ends it."""
-        if async_finish:
-            with runtime.comm.turn(None, True, False) as turn, runtime.comm.in_order():
-                yield turn.finish
-        else:
-            with runtime.comm.in_order():
-                yield lambda _, __: EventOverlap()
 
     def _low_latency_party(self) -> Party:
         party = self._live_runtime().party()

@@ -6,8 +6,8 @@ Legend: ``cur``, the stream that is current when an operation is called; ``comm`
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
@@ -71,24 +71,51 @@ class CommStream:
         """One operation's turn on the stream, a context manager."""
         return Turn(self, event, async_finish, allocate_on_comm_stream)
 
-    @contextmanager
-    def in_order(self, written: Iterable[torch.Tensor | None] = ()) -> Iterator[None]:
+    def in_order(self, written: Iterable[torch.Tensor | None] = ()) -> InOrder:
         """Run an operation on the current stream itself, behind earlier ones of this kind on whatever stream.
 
         Args:
             written: what it writes that was allocated earlier, on another stream perhaps.
         """
-        with self.lock, torch.cuda.device(self.device):
-            handle = torch._C._cuda_getCurrentRawStream(self.device.index)
-            if handle != self._last_handle:
-                current = torch.cuda.current_stream(self.device)
-                if self._last is not None and _is_capturing(self._last) == _is_capturing(current):
-                    current.wait_stream(self._last)
-                for tensor in written:
-                    if tensor is not None:
-                        tensor.record_stream(current)
-                self._last, self._last_handle = current, handle
-            yield
+        return InOrder(self, written)
+
+
+class InOrder:
+    """See :meth:`CommStream.in_order`."""
+
+    def __init__(self, comm: CommStream, written: Iterable[torch.Tensor | None]) -> None:
+        self._comm = comm
+        self._written = written
+        self._device = -1
+
+    def __enter__(self) -> None:
+        comm = self._comm
+        comm.lock.acquire()
+        index = comm.device.index
+        self._device = torch._C._cuda_getDevice()
+        try:
+            if self._device != index:
+                torch.cuda.set_device(index)
+            handle = torch._C._cuda_getCurrentRawStream(index)
+            if handle != comm._last_handle:
+                self._follow(torch.cuda.current_stream(index), handle)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _follow(self, current: torch.cuda.Stream, handle: int) -> None:
+        comm = self._comm
+        if comm._last is not None and _is_capturing(comm._last) == _is_capturing(current):
+            current.wait_stream(comm._last)
+        for tensor in self._written:
+            if tensor is not None:
+                tensor.record_stream(current)
+        comm._last, comm._last_handle = current, handle
+
+    def __exit__(self, *_: object) -> None:
+        if self._device != self._comm.device.index:
+            torch.cuda.set_device(self._device)
+        self._comm.lock.release()
 
 
 def _is_capturing(stream: torch.cuda.Stream) -> bool:
@@ -179,10 +206,9 @@ class Turn:
 class NoStream:
     """Stands for :class:`CommStream` on CPU ranks: work is done when a call returns."""
 
-    @contextmanager
-    def in_order(self, written: Iterable[torch.Tensor | None] = ()) -> Iterator[None]:
+    def in_order(self, written: Iterable[torch.Tensor | None] = ()) -> AbstractContextManager[None]:
         """Nothing to wait for."""
-        yield
+        return nullcontext()
 
     def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> NoTurn:
         """One operation's turn, a context manager."""

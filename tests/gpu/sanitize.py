@@ -6,7 +6,7 @@ From the root of the repository, without torch's caching of memory, which would 
     compute-sanitizer --tool memcheck --error-exitcode 1 python3 -m tests.gpu.sanitize
     compute-sanitizer --tool racecheck --error-exitcode 1 python3 -m tests.gpu.sanitize high-throughput
 
-A single rank pulls all rows from itself: nothing passes through the stage.
+A single rank pulls all rows from itself, and pushes all to itself: nothing passes through the stage.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from tests.gpu.test_dispatch_combine import FAMILIES, check_cases
+from tests.gpu.test_low_latency import ODD, SMALL, check_shapes
 
 TIMEOUT = 600.0
 """Seconds that a kernel waits: under the sanitizer it is slow."""
@@ -31,7 +32,13 @@ def high_throughput() -> None:
             print(f"high-throughput: {name}, {'bulk' if bulk else 'plain'} kernels: done", flush=True)
 
 
-CHECKS: dict[str, Callable[[], None]] = {"high-throughput": high_throughput}
+def low_latency() -> None:
+    for exact in (False, True):
+        check_shapes(0, 1, [*SMALL[::7], ODD[1]], {"exact_combine": exact, "timeout": TIMEOUT})
+        print(f"low-latency, {'every row' if exact else 'sums'} sent: done", flush=True)
+
+
+CHECKS: dict[str, Callable[[], None]] = {"high-throughput": high_throughput, "low-latency": low_latency}
 
 
 def main() -> None:

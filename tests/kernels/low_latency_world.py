@@ -56,7 +56,7 @@ class LowLatencyWorld:
             monkeypatch.setattr(
                 programs, f"_{name.upper()}", Simulated(self.simulator, getattr(module, name), original)
             )
-        for variants in (programs._dispatch, programs._combine):
+        for variants in (programs.dispatch, programs.combine):
             variants.cache_clear()
         heap_bytes = words.CONTROL_BYTES + push_bytes
         self.heaps = [torch.full((heap_bytes,), 0xCD, dtype=torch.uint8) for _ in range(num_ranks)]
@@ -64,7 +64,7 @@ class LowLatencyWorld:
         self.status = [torch.zeros(words.STATUS_WORDS, dtype=torch.int64) for _ in range(num_ranks)]
         self.table = torch.tensor([heap.data_ptr() for heap in self.heaps])
         place = host.Place(
-            rank=0, num_ranks=num_ranks, offset=words.CONTROL_BYTES, nbytes=push_bytes,
+            rank=0, num_ranks=num_ranks, address=0, offset=words.CONTROL_BYTES, nbytes=push_bytes,
             target=Target(num_ranks, False, 0, has_fp8), timeout=1 << 40, most_programs=most_programs,
             **{"shrinks": False, "exact": False, **options},
         )  # fmt: skip
@@ -72,7 +72,9 @@ class LowLatencyWorld:
         for rank in range(num_ranks):
             self.heaps[rank][: words.CONTROL_BYTES] = 0
             context = tuple(t.data_ptr() for t in (self.table, self.states[rank], self.status[rank]))
-            low_latency = host.LowLatency(place._replace(rank=rank), context, lambda: None, lambda: False)
+            low_latency = host.LowLatency(
+                place._replace(rank=rank, address=self.heaps[rank].data_ptr()), context, lambda: None, lambda: False
+            )
             self.buffers.append(SimulatedBuffer(low_latency, rank, num_ranks))
 
     def run(self) -> None:

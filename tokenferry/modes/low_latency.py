@@ -41,6 +41,10 @@ class LowLatencyHandle(NamedTuple):
     num_experts: int
 
 
+class _OwnHandle(LowLatencyHandle):
+    """One that dispatch made: it fits."""
+
+
 class Dispatched(NamedTuple):
     """What a low-latency dispatch hands out; see :meth:`tokenferry.Buffer.low_latency_dispatch`."""
 
@@ -87,7 +91,7 @@ def dispatch(
         allowed = f"at most num_max_dispatch_tokens_per_rank = {most} choices of one expert"
         require(busiest <= most, "topk_idx", f"{busiest} choices of expert {int(per_expert.argmax())}", allowed)
     plane, slab = party.plane, ranks * most
-    rows = rows.detach().contiguous()
+    rows = (rows.detach() if rows.requires_grad else rows).contiguous()
     recv_scales = None
     if use_fp8:
         groups = hidden // GROUP
@@ -95,7 +99,7 @@ def dispatch(
         recv_scales = torch.empty((num_local, columns, slab), dtype=dtype, device=device).transpose(1, 2)
     recv_dtype = torch.float8_e4m3fn if use_fp8 else torch.bfloat16
     recv_x = plane.empty_rows(num_local * slab, hidden, recv_dtype).view(num_local, slab, hidden)
-    handle = LowLatencyHandle(
+    handle = _OwnHandle(
         src_info=plane.empty_src_info(num_local, most, ids.size(1)),
         layout_range=torch.empty((num_local, ranks), dtype=torch.int64, device=device),
         num_max_dispatch_tokens_per_rank=most,
@@ -167,14 +171,14 @@ def combine(
             "out", out, shape=(num_tokens, hidden), dtypes=(rows.dtype,), device=device, contiguous=True
         )
     plan = LowLatencyCombinePlan(
-        x=rows.detach().contiguous(),
+        x=(rows.detach() if rows.requires_grad else rows).contiguous(),
         src_info=known.src_info,
         layout_range=known.layout_range,
         first_expert=party.rank * num_local,
         num_experts=num_experts,
         topk_idx=ids,
-        topk_weights=weights.detach(),
-        out=result.detach(),
+        topk_weights=weights.detach() if weights.requires_grad else weights,
+        out=result.detach() if result.requires_grad else result,
         wait_stats=_check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
         receives_now=receives_now,
     )
@@ -220,6 +224,8 @@ def scale_format_of(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> ScaleF
 
 def check_handle(party: Party, handle: object) -> LowLatencyHandle:
     """Return the handle as a :class:`LowLatencyHandle` if it fits this group."""
+    if isinstance(handle, _OwnHandle) and handle.src_info.size(1) == party.num_ranks * handle[2]:
+        return handle
     names = LowLatencyHandle._fields
     if not isinstance(handle, (tuple, list)) or len(handle) != len(names):
         given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__

@@ -7,6 +7,7 @@ output depends on counts, and looks for reported errors whenever it is here.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
 
 DEFAULT_NUM_SMS = 16
-_PROGRAMS_AN_SM = 8
+_PROGRAMS_AN_SM = 4
 _NANOSECONDS = 1_000_000_000
 
 
@@ -110,6 +111,7 @@ class CudaDataPlane:
         place = Place(
             rank=self.rank,
             num_ranks=self.num_ranks,
+            address=heap.addresses[self.rank],
             offset=heap.push,
             nbytes=heap.push_bytes,
             target=self._target,
@@ -348,7 +350,8 @@ class CudaDataPlane:
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
         self.check()
-        plan = plan._replace(topk_idx=self._aligned(plan.topk_idx), x=self._aligned(plan.x))
+        if plan.topk_idx.data_ptr() % 16 or plan.x.data_ptr() % 16:
+            plan = plan._replace(topk_idx=self._aligned(plan.topk_idx), x=self._aligned(plan.x))
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         return self._low_latency.dispatch(stream, _number(signature), signature.operation, plan)
 
@@ -357,11 +360,12 @@ class CudaDataPlane:
         self.check()
         if plan.out.data_ptr() % 16:
             raise ArgumentError("out", "memory that does not begin on 16 bytes", "memory that does")
-        plan = plan._replace(
-            topk_idx=self._aligned(plan.topk_idx),
-            topk_weights=self._aligned(plan.topk_weights),
-            x=self._aligned(plan.x),
-        )
+        if (plan.topk_idx.data_ptr() | plan.topk_weights.data_ptr() | plan.x.data_ptr()) % 16:
+            plan = plan._replace(
+                topk_idx=self._aligned(plan.topk_idx),
+                topk_weights=self._aligned(plan.topk_weights),
+                x=self._aligned(plan.x),
+            )
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         return self._low_latency.combine(stream, _number(signature), signature.operation, plan)
 
@@ -380,6 +384,7 @@ class CudaDataPlane:
         status.copy_(self._state[first : first + self.num_ranks])
 
 
+@functools.lru_cache(maxsize=1024)
 def _number(signature: Signature) -> int:
     """A signature in one word, the same in every process: integers hash alike everywhere."""
     return hash(tuple(int(value) for value in signature))

@@ -27,6 +27,8 @@ class Place(NamedTuple):
 
     rank: int
     num_ranks: int
+    address: int
+    """Of this rank's heap."""
     offset: int
     """Of the area in a heap, bytes."""
     nbytes: int
@@ -37,6 +39,15 @@ class Place(NamedTuple):
     """Programs of one launch that surely run beside those of the other ranks on the GPU, or do no harm."""
     shrinks: bool
     exact: bool
+
+
+class _Prepared(NamedTuple):
+    """What calls of the same shapes share."""
+
+    variants: programs.Variants
+    numbers: tuple[int, ...]
+    senders: int
+    receivers: int
 
 
 class LowLatency:
@@ -68,6 +79,7 @@ class LowLatency:
         self._depth = 0
         self._num_sent = 0
         self._pending: deque[Receive] = deque()
+        self._prepared: dict[tuple[int | None, ...], _Prepared] = {}
 
     def num_slots(self, layouts: Sequence[tuple[int, ...]]) -> int:
         """How many slots the area has, as many as fit or at least two; decided by the first operation's shapes."""
@@ -104,102 +116,118 @@ class LowLatency:
 
     def dispatch(self, stream: int, signature: int, operation: int, plan: LowLatencyDispatchPlan) -> Receive:
         """Send, and receive if that is to be done at once."""
-        place = self._place
-        most, hidden, num_topk = plan.num_max_tokens, plan.x.size(1), plan.topk_idx.size(1)
-        self._check_limits(most, plan.num_local_experts)
-        layouts = self._layouts(most, hidden, num_topk, plan.num_local_experts)
-        depth = self.num_slots(layouts)
-        layout = layouts[plan.scale_format != ScaleFormat.NONE]
-        num_rows = plan.topk_idx.size(0)
-        shape = programs.DispatchShape(
-            plan.scale_format, hidden, num_topk, plan.num_local_experts, place.shrinks, depth
-        )  # fmt: skip
+        num_rows, hidden = plan.x.shape
+        key = (
+            plan.scale_format,
+            num_rows,
+            hidden,
+            plan.topk_idx.size(1),
+            plan.num_local_experts,
+            plan.num_max_tokens,
+        )
+        prepared = self._prepared.get(key) or self._prepare_dispatch(key, signature, operation)
         tensors = (
             plan.topk_idx, plan.x, plan.recv_x, plan.recv_scales, plan.recv_src_info, plan.layout_range,
             plan.recv_count, plan.recv_stats, plan.wait_stats,
         )  # fmt: skip
-        numbers = (num_rows, most, place.rank, signature, place.offset, self._slot_bytes(layout), *layout[:3],
-                   operation, place.timeout)  # fmt: skip
-        parts = programs.num_parts(hidden)
-        senders = 1 + self._at_most(num_rows * parts)
-        receivers = 1 + self._at_most(max(num_rows, 1) * place.num_ranks * parts)
+        return self._run(stream, prepared, tensors, plan.receives_now)
 
-        def launch(stream: int, ticket: int, senders: int, receivers: int) -> None:
-            programs.dispatch(
-                stream, self._context, ticket, tensors, numbers, senders, receivers, shape, place.target
-            )
-
-        return self._run(stream, launch, senders, receivers, plan.receives_now, tensors)
+    def _prepare_dispatch(
+        self, key: tuple[ScaleFormat, int, int, int, int, int], signature: int, operation: int
+    ) -> _Prepared:
+        place = self._place
+        scale_format, num_rows, hidden, num_topk, num_local, most = key
+        layouts = self._layouts(most, hidden, num_topk, num_local)
+        depth = self.num_slots(layouts)
+        layout = layouts[scale_format != ScaleFormat.NONE]
+        part = programs.part_of(hidden, num_rows)
+        shape = programs.DispatchShape(scale_format, hidden, num_topk, num_local, part, place.shrinks, depth)
+        parts = -(-hidden // part)
+        prepared = self._prepared[key] = _Prepared(
+            programs.dispatch(shape, place.target),
+            (*self._numbers(num_rows, most, signature, layout), *layout[:3], operation, place.timeout),
+            2 + self._at_most(num_rows * (parts + 1)),
+            1 + self._at_most(max(num_rows, 1) * place.num_ranks * parts),
+        )
+        return prepared
 
     def combine(self, stream: int, signature: int, operation: int, plan: LowLatencyCombinePlan) -> Receive:
         """Send, and receive if that is to be done at once."""
-        place = self._place
         num_local, slab, hidden = plan.x.shape
-        most, num_topk = slab // place.num_ranks, plan.topk_idx.size(1)
-        info = plan.src_info
+        num_rows, num_topk = plan.topk_idx.shape
+        most, info = slab // self._place.num_ranks, plan.src_info
         size = self._storage_size(num_local, most, num_topk)
         if info.storage_offset() != 0 or info.untyped_storage().nbytes() != 4 * size:
             allowed = f"the tensor that the dispatch of {num_topk} choices a token returned, not a copy of it"
             raise ArgumentError("handle.src_info", "a tensor of another origin", allowed)
-        layouts = self._layouts(most, hidden, num_topk, num_local)
-        depth = self.num_slots(layouts)
-        num_rows = plan.topk_idx.size(0)
-        shape = programs.CombineShape(hidden, num_topk, num_local, place.shrinks, place.exact, depth)
+        key = (None, num_rows, hidden, num_topk, num_local, most)
+        prepared = self._prepared.get(key) or self._prepare_combine(key, signature, operation)
         tensors = (plan.topk_idx, plan.topk_weights, plan.x, info, plan.out, plan.wait_stats)
-        layout = layouts[2]
-        numbers = (num_rows, most, place.rank, signature, place.offset, self._slot_bytes(layout), layout[0],
-                   operation, place.timeout)  # fmt: skip
-        parts = programs.num_parts(hidden)
-        senders = 1 + self._at_most(max(num_rows, 1) * place.num_ranks * parts)
-        receivers = self._at_most(max(num_rows, 1) * parts)
+        return self._run(stream, prepared, tensors, plan.receives_now)
 
-        def launch(stream: int, ticket: int, senders: int, receivers: int) -> None:
-            programs.combine(stream, self._context, ticket, tensors, numbers, senders, receivers, shape, place.target)
-
-        return self._run(stream, launch, senders, receivers, plan.receives_now, tensors)
+    def _prepare_combine(
+        self, key: tuple[None, int, int, int, int, int], signature: int, operation: int
+    ) -> _Prepared:
+        place = self._place
+        _, num_rows, hidden, num_topk, num_local, most = key
+        layouts = self._layouts(most, hidden, num_topk, num_local)
+        depth, layout = self.num_slots(layouts), layouts[2]
+        part = programs.part_of(hidden, num_rows, num_topk)
+        shape = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
+        parts = -(-hidden // part)
+        prepared = self._prepared[key] = _Prepared(
+            programs.combine(shape, place.target),
+            (*self._numbers(num_rows, most, signature, layout), layout[0], operation, place.timeout),
+            2 + self._at_most(max(num_rows, 1) * place.num_ranks * parts),
+            self._at_most(max(num_rows, 1) * parts),
+        )
+        return prepared
 
     def warm(self, scale_format: ScaleFormat, most: int, hidden: int, num_topk: int, num_local: int) -> None:
         """Compile what operations of these shapes launch."""
         place = self._place
-        self._check_limits(most, num_local)
         depth = self.num_slots(self._layouts(most, hidden, num_topk, num_local))
-        dispatches = programs.DispatchShape(scale_format, hidden, num_topk, num_local, place.shrinks, depth)
-        combines = programs.CombineShape(hidden, num_topk, num_local, place.shrinks, place.exact, depth)
-        programs.warm(dispatches, combines, place.target)
+        for num_tokens in {1, most}:
+            part = programs.part_of(hidden, num_tokens)
+            dispatches = programs.DispatchShape(scale_format, hidden, num_topk, num_local, part, place.shrinks, depth)
+            programs.dispatch(dispatches, place.target).warm()
+            part = programs.part_of(hidden, num_tokens, num_topk)
+            combines = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
+            programs.combine(combines, place.target).warm()
+
+    def _numbers(self, num_rows: int, most: int, signature: int, layout: tuple[int, ...]) -> tuple[int, ...]:
+        place = self._place
+        return place.address, num_rows, most, place.rank, signature, place.offset, self._slot_bytes(layout)
 
     def _at_most(self, num_items: int) -> int:
         return max(min(num_items, self._place.most_programs), 1)
 
-    def _check_limits(self, most: int, num_local: int) -> None:
-        limit = min(MOST_TOKENS, (1 << 31) // (num_local * self._place.num_ranks)) - 1
-        if most > limit:
-            raise ArgumentError("num_max_dispatch_tokens_per_rank", most, f"at most {limit}")
-
     def _layouts(self, most: int, hidden: int, num_topk: int, num_local: int) -> tuple[tuple[int, ...], ...]:
         ranks = self._place.num_ranks
+        limit = min(MOST_TOKENS, (1 << 31) // (num_local * ranks)) - 1
+        if most > limit:
+            raise ArgumentError("num_max_dispatch_tokens_per_rank", most, f"at most {limit}")
         return programs.layouts(ranks, most, hidden, num_topk, num_local, self._place.exact)
 
     def _run(
-        self,
-        stream: int,
-        launch: Callable[[int, int, int, int], None],
-        senders: int,
-        receivers: int,
-        receives_now: bool,
-        tensors: tuple[torch.Tensor | None, ...],
+        self, stream: int, prepared: _Prepared, tensors: tuple[torch.Tensor | None, ...], receives_now: bool
     ) -> Receive:
         while self._pending and self._pending[0].number <= self._num_sent + 1 - self._depth:
             self._pending[0].finish(stream)
         self._num_sent += 1
+        variants, numbers, senders, receivers = prepared
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if receives_now:
-            launch(stream, 0, senders, receivers)
+            arguments = (*self._context, 0, *addresses, *numbers, senders)
+            variants.both.launch(senders + receivers, stream, arguments)
             return Receive(self, self._num_sent)
         device = next(tensor.device for tensor in tensors if tensor is not None)
-        ticket = torch.empty(2, dtype=torch.int64, device=device)
-        launch(stream, ticket.data_ptr(), senders, 0)
+        ticket = torch.empty(1, dtype=torch.int64, device=device)
+        common = (*self._context, ticket.data_ptr(), *addresses, *numbers)
+        variants.send.launch(senders, stream, (*common, senders))
 
         def receive(stream: int) -> None:
-            launch(stream, ticket.data_ptr(), 0, receivers)
+            variants.receive.launch(receivers, stream, (*common, 0))
 
         pending = Receive(self, self._num_sent, receive, (*tensors, ticket), self.is_capturing())
         self._pending.append(pending)

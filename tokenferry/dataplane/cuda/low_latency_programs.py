@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,20 +20,23 @@ _I8, _I32, _I64, _F32, _BF16 = torch.uint8, torch.int32, torch.int64, torch.floa
 _EXACT = {"enable_fp_fusion": False}  # a product is rounded before it is added, as on CPU ranks
 _DISPATCH = Kernel(
     dispatch_kernels.dispatch,
-    (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 14),
+    (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 15),
     _EXACT,
 )
 _COMBINE = Kernel(
     combine_kernels.combine,
-    (_I64, _I64, _I64, _I64, _I64, _F32, _BF16, _I32, _BF16, *(None,) * 11),
+    (_I64, _I64, _I64, _I64, _I64, _F32, _BF16, _I32, _BF16, *(None,) * 12),
     _EXACT,
 )
 GROUP = 128
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 """Threads of a program; one where programs are simulated, whose polls are of as many words as there are ranks."""
-PART = 1024
-"""Elements of a row that a program moves at a time: 16 bytes a thread."""
+PART, LARGE_PART = 1024, 4096
+"""Elements of a row that a program moves at a time: the most where tokens are many."""
+MANY_TOKENS = 32
+MOST_HELD = 1 << 15
+"""Elements that a program holds while it waits for weights: a part of every row of a token."""
 
 
 class DispatchShape(NamedTuple):
@@ -43,6 +46,7 @@ class DispatchShape(NamedTuple):
     hidden: int
     num_topk: int
     num_local_experts: int
+    part: int
     shrinks: bool
     depth: int
 
@@ -53,6 +57,7 @@ class CombineShape(NamedTuple):
     hidden: int
     num_topk: int
     num_local_experts: int
+    part: int
     shrinks: bool
     exact: bool
     depth: int
@@ -70,13 +75,12 @@ def num_scales(scale_format: ScaleFormat, hidden: int) -> int:
     return -(-groups // 4) if scale_format == ScaleFormat.UE8M0 else groups
 
 
-def num_parts(hidden: int) -> int:
-    """Parts of a row."""
-    return -(-hidden // (GROUP * _num_groups(hidden)))
-
-
-def _num_groups(hidden: int) -> int:
-    return min(max(_power_of_two(-(-hidden // GROUP)), 4), PART // GROUP)
+def part_of(hidden: int, num_tokens: int, rows_held: int = 1) -> int:
+    """Elements of a part: at least four groups, at most what holds the row."""
+    part = LARGE_PART if num_tokens > MANY_TOKENS else PART
+    while part > PART and part * rows_held > MOST_HELD:
+        part //= 2
+    return min(max(GROUP * _power_of_two(-(-hidden // GROUP)), 4 * GROUP), part)
 
 
 @functools.cache
@@ -95,27 +99,44 @@ def layouts(
     return (*result, (off_weights, off_weights + rows * num_topk * 4))
 
 
-def _addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+class Variants:
+    """The kernel of an operation that receives at once, and the two of one that does not; compiled when needed."""
 
+    def __init__(self, compile_one: Callable[[bool, bool], Variant]) -> None:
+        self._compile = compile_one
 
-def dispatch(
-    stream: int,
-    context: tuple[int, int, int],
-    ticket: int,
-    tensors: Sequence[torch.Tensor | None],
-    numbers: tuple[int, ...],
-    senders: int,
-    receivers: int,
-    shape: DispatchShape,
-    target: Target,
-) -> None:
-    """Launch ``dispatch``: so many programs that send and that receive, or none of one kind."""
-    variant = _dispatch(senders > 0, receivers > 0, shape, target)
-    variant.launch(senders + receivers, stream, (*context, ticket, *_addresses(tensors), *numbers, senders))
+    @functools.cached_property
+    def both(self) -> Variant:
+        """Sends and receives."""
+        return self._compile(True, True)
+
+    @functools.cached_property
+    def send(self) -> Variant:
+        """Sends."""
+        return self._compile(True, False)
+
+    @functools.cached_property
+    def receive(self) -> Variant:
+        """Receives."""
+        return self._compile(False, True)
+
+    def warm(self) -> None:
+        """Compile all three."""
+        _ = self.both, self.send, self.receive
 
 
 @functools.cache
+def dispatch(shape: DispatchShape, target: Target) -> Variants:
+    """Those of dispatch."""
+    return Variants(lambda sends, receives: _dispatch(sends, receives, shape, target))
+
+
+@functools.cache
+def combine(shape: CombineShape, target: Target) -> Variants:
+    """Those of combine."""
+    return Variants(lambda sends, receives: _combine(sends, receives, shape, target))
+
+
 def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target) -> Variant:
     topk = _power_of_two(shape.num_topk)
     num_experts = shape.num_local_experts * target.num_ranks
@@ -132,10 +153,10 @@ def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target)
         KB=topk,
         E=num_experts,
         L=shape.num_local_experts,
-        GROUPS=_num_groups(shape.hidden),
+        GROUPS=shape.part // GROUP,
         BINS=min(_power_of_two(num_experts), 1024),
         LB=min(_power_of_two(shape.num_local_experts), 128),
-        BLOCK=min(4096 // topk, 1024),
+        BLOCK=min(2048 // topk, 1024),
         R=target.num_ranks,
         RB=_power_of_two(target.num_ranks),
         DEPTH=shape.depth,
@@ -143,23 +164,6 @@ def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target)
     )
 
 
-def combine(
-    stream: int,
-    context: tuple[int, int, int],
-    ticket: int,
-    tensors: Sequence[torch.Tensor | None],
-    numbers: tuple[int, ...],
-    senders: int,
-    receivers: int,
-    shape: CombineShape,
-    target: Target,
-) -> None:
-    """Launch ``combine``: so many programs that send and that receive, or none of one kind."""
-    variant = _combine(senders > 0, receivers > 0, shape, target)
-    variant.launch(senders + receivers, stream, (*context, ticket, *_addresses(tensors), *numbers, senders))
-
-
-@functools.cache
 def _combine(sends: bool, receives: bool, shape: CombineShape, target: Target) -> Variant:
     return _COMBINE.variant(
         NUM_WARPS,
@@ -172,17 +176,10 @@ def _combine(sends: bool, receives: bool, shape: CombineShape, target: Target) -
         KB=_power_of_two(shape.num_topk),
         E=shape.num_local_experts * target.num_ranks,
         L=shape.num_local_experts,
-        WIDTH=GROUP * _num_groups(shape.hidden),
+        WIDTH=shape.part,
         BLOCK=1024,
         R=target.num_ranks,
         RB=_power_of_two(target.num_ranks),
         DEPTH=shape.depth,
         THREADS=max(THREADS, _power_of_two(target.num_ranks)),
     )
-
-
-def warm(dispatches: DispatchShape, combines: CombineShape, target: Target) -> None:
-    """Compile what operations of such shapes launch."""
-    for sends, receives in ((True, True), (True, False), (False, True)):
-        _dispatch(sends, receives, dispatches, target)
-        _combine(sends, receives, combines, target)

@@ -11,8 +11,12 @@ in a rank's heap, one for every peer, which that peer writes and the rank alone 
 A rank pushes into a slot of a peer when the peer has released what it pushed there before (``SENT_TO``). All words
 only grow; nothing is reset. Epochs are counted on the device: a captured graph may be replayed any number of times.
 
-A kernel has senders, programs with the first numbers, and receivers. Senders wait for earlier operations only, so
-receivers of the same launch may spin beside them: those that are waited for have been placed before.
+Kernels of one Buffer run one after the other. So what a kernel has read is released by the next one, which need not
+find out when all its programs are through.
+
+A kernel has senders, programs with the first numbers, and receivers. Senders wait for earlier operations only, or for
+the first senders of peers, so receivers of the same launch may spin beside them: those that are waited for have been
+placed before. Sender 0 is the mode's, sender 1 releases, the others push rows.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.sync import INTERPRET, clock, is_last, now, report, wait_at_least, zero
+from tokenferry.dataplane.cuda.kernels.sync import INTERPRET, clock, now, report, wait_at_least, zero
 from tokenferry.dataplane.cuda.kernels.words import (
     DETAIL,
     FAILED,
@@ -28,13 +32,14 @@ from tokenferry.dataplane.cuda.kernels.words import (
     MASKED,
     MISMATCH,
     NEWLY_MASKED,
+    PUSH_BEGUN,
     PUSH_EPOCH,
-    PUSH_RECEIVED,
     PUSH_RELEASED,
     PUSH_SENT,
     PUSH_SIGNATURES,
     PUSHED,
     RANKS,
+    RECEIVED,
     SENT_TO,
     TIMED_OUT,
     VERDICTS,
@@ -95,17 +100,33 @@ def signal_ranks(pointers, values, on, RB: tl.constexpr):
 
 @triton.jit
 def poll(words, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr):
-    """The words of all ranks, [RB], the same for every thread."""
+    """The words of all ranks, [RB], acquired, the least that any thread sees, and so the same for every thread.
+
+    Threads that load for themselves may see words at different times, and then go different ways past barriers.
+    """
     i = tl.arange(0, THREADS) % RB
     seen = load_acquire(words + tl.where(i < R, i, 0))
     return tl.min(tl.reshape(seen, [THREADS // RB, RB]), 0)
 
 
 @triton.jit
+def first_look(state, number, THREADS: tl.constexpr):
+    """A number that may grow meanwhile, and whether all is lost, both the same for every thread."""
+    if INTERPRET:
+        return tl.load(number), tl.load(state + FAILED)
+    else:
+        i = tl.arange(0, THREADS) % 2
+        seen = tl.load(tl.where(i == 0, number, state + FAILED), volatile=True)
+        seen = tl.min(tl.reshape(seen, [THREADS // 2, 2]), 0)
+        i = tl.arange(0, 2)
+        return tl.sum(tl.where(i == 0, seen, 0)), tl.sum(tl.where(i == 1, seen, 0))
+
+
+@triton.jit
 def wait_ranks(state, words, goals, on, rank, timeout, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr):
     """Wait until the words of all ranks that are on have reached their goals, or the time is up; return the words.
 
-    This rank's own word is waited for however long it takes: its own programs write it, whose waits end.
+    This rank's own word is waited for longer: its own programs write it, whose waits end, unless they have failed.
     """
     r = tl.arange(0, RB)
     seen = poll(words, R, RB, THREADS)
@@ -125,6 +146,9 @@ def wait_ranks(state, words, goals, on, rank, timeout, R: tl.constexpr, RB: tl.c
             time = clock(state)
             deadline = tl.where(polls == 64, time + timeout, deadline)
             late = time >= deadline
+            if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") != 0:
+                late = polls != 0
+                own = zero()
             polls = tl.where(polls == 1 << 20, 1 << 19, polls)
     return seen
 
@@ -145,30 +169,39 @@ def give_up(state, status, missing, operation, epoch, SHRINK: tl.constexpr, RB: 
 
 
 @triton.jit
-def unmasked(state, R: tl.constexpr, RB: tl.constexpr, SHRINK: tl.constexpr):
+def unmasked(state, R: tl.constexpr, RB: tl.constexpr, SHRINK: tl.constexpr, THREADS: tl.constexpr):
     """The ranks that take part."""
     r = tl.arange(0, RB)
     if SHRINK:
-        return (r < R) & (tl.load(state + MASKED + r, mask=r < R, other=1, volatile=True) == 0)
+        return (r < R) & (poll(state + MASKED, R, RB, THREADS) == 0)
     else:
         return r < R
 
 
 @triton.jit
 def credit(
-    heap, state, status, rank, slot, epoch, operation, timeout,
+    own, state, status, slot, epoch, operation, timeout,
     SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Wait until this rank may push into the slot of every rank; the ranks where it may, as a set of bits."""
     r = tl.arange(0, RB)
-    own = tl.load(heap + rank)
     goals = tl.load(state + SENT_TO + slot * RANKS + r, mask=r < R, other=0)
-    on = unmasked(state, R, RB, SHRINK)
+    on = unmasked(state, R, RB, SHRINK, THREADS)
     seen = wait_ranks(state, words_of(own, PUSH_RELEASED, slot), goals, on, -1, timeout, R, RB, THREADS)
     missing = on & (seen < goals)
     if tl.max(missing.to(tl.int32)) != 0:
         give_up(state, status, missing, operation, epoch, SHRINK, RB)
     return tl.reduce(tl.where(on & (seen >= goals), 1 << r, 0), 0, either)
+
+
+@triton.jit
+def lacks(bits, SHRINK: tl.constexpr, R: tl.constexpr):
+    """Whether a set is not all ranks; with SHRINK those that are not in it are masked, and that is no failure."""
+    every: tl.constexpr = (1 << R) - 1
+    if SHRINK:
+        return zero()
+    else:
+        return (bits.to(tl.int64) & 0xFFFFFFFF != every).to(tl.int32)
 
 
 @triton.jit
@@ -178,24 +211,76 @@ def has(bits, rank):
 
 
 @triton.jit
-def publish(
-    heap, state, ticket, rank, slot, epoch, num_tokens, num_senders,
-    FUSED: tl.constexpr, SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
-):  # fmt: skip
-    """The end of sending, called by every sender: the last one tells the ranks that all has arrived."""
-    if is_last(state + PUSH_SENT, num_senders.to(tl.int64)):
-        r = tl.arange(0, RB)
-        failed = tl.load(state + FAILED, volatile=True)
-        on = unmasked(state, R, RB, SHRINK) & (failed == 0)
-        base = tl.load(heap + r, mask=r < R, other=0)
-        tl.store(state + SENT_TO + slot * RANKS + r, tl.zeros([RB], tl.int64) + epoch, mask=on)
-        if not FUSED:  # the receivers are launched later
-            tl.store(ticket, epoch)
-            tl.store(ticket + 1, 0)
+def begin(state, epoch):
+    """Count this program in, which has read the number of the operation; returns how many came before.
+
+    The answer is not waited for here, and only the first thread's counts.
+    """
+    one = 1 + (epoch >> 62)  # so that the number is read before
+    if INTERPRET:
+        return tl.atomic_add(state + PUSH_BEGUN, one, sem="relaxed", scope="gpu")
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.u64 $0, -1;
+            @p atom.relaxed.gpu.global.add.u64 $0, [$1], $2; }""",
+            "=l,l,l",
+            [state + PUSH_BEGUN, one],
+            tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def end(state, epoch, before):
+    """The last program to begin lets the next kernel be the next operation: all have read the number of this one."""
+    last = tl.num_programs(0).to(tl.int64) - 1
+    if INTERPRET:
+        if before == last:
+            tl.store(state + PUSH_BEGUN, 0)
             tl.store(state + PUSH_EPOCH, epoch)
-        tl.debug_barrier()
+    else:
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b64 z; mov.b64 z, 0; setp.eq.s64 p, $3, $4;
+            @p st.global.b64 [$1], z; @p st.global.b64 [$2], $5; mov.u32 $0, 0; }""",
+            "=r,l,l,l,l,l",
+            [state + PUSH_BEGUN, state + PUSH_EPOCH, before, last, epoch],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def release(heap, state, rank, R: tl.constexpr, RB: tl.constexpr, DEPTH: tl.constexpr):
+    """Give the ranks their credit for all that the kernels before this one have received."""
+    r = tl.arange(0, RB)
+    base = tl.load(heap + r, mask=r < R, other=0)
+    for slot in tl.static_range(DEPTH):
+        received = tl.zeros([RB], tl.int64) + tl.load(state + RECEIVED + slot)
+        signal_ranks(words_of(base, PUSH_RELEASED, slot) + rank, received, r < R, RB)
+
+
+@triton.jit
+def publish(
+    heap, state, rank, slot, epoch, num_tokens, num_senders, failed,
+    SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """The end of sending, called by every sender: the last one tells the ranks that all has arrived.
+
+    ``failed``: whether the sender did not push all that it should have; then nobody is told.
+    """
+    r = tl.arange(0, RB)
+    base = tl.load(heap + r, mask=r < R, other=0)
+    tl.debug_barrier()
+    one = 1 + (failed.to(tl.int64) << 32)
+    before = tl.atomic_add(state + PUSH_SENT, one, sem="acq_rel", scope="gpu")
+    if (before & 0xFFFFFFFF) == num_senders - 1:
+        on = unmasked(state, R, RB, SHRINK, THREADS) & ((before + one) >> 32 == 0)
         value = (epoch << TOKEN_BITS) | num_tokens
         signal_ranks(words_of(base, PUSHED, slot) + rank, tl.zeros([RB], tl.int64) + value, on, RB)
+        tl.store(state + PUSH_SENT, 0)
+        tl.store(state + SENT_TO + slot * RANKS + r, tl.zeros([RB], tl.int64) + epoch, mask=on)
 
 
 @triton.jit
@@ -209,7 +294,7 @@ def sign(heap, rank, slot, signature, bits, RB: tl.constexpr):
 
 @triton.jit
 def arrivals(
-    heap, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
+    own, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
     SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Wait for the ranks; return, [RB], the tokens of each, or -1 of one that did not come.
@@ -217,7 +302,6 @@ def arrivals(
     With SHRINK the first receiver decides who has come, so that all receivers go on with the same ranks.
     """
     r = tl.arange(0, RB)
-    own = tl.load(heap + rank)
     flags = words_of(own, PUSHED, slot)
     goals = tl.zeros([RB], tl.int64) + (epoch << TOKEN_BITS)
     on = r < R
@@ -225,7 +309,7 @@ def arrivals(
         measure_waits(state, flags, epoch << TOKEN_BITS, timeout, longs_at(wait_stats), SHRINK, R)
     if SHRINK:
         if index == 0:
-            on = unmasked(state, R, RB, SHRINK)
+            on = unmasked(state, R, RB, SHRINK, THREADS)
             seen = wait_ranks(state, flags, goals, on, rank, timeout, R, RB, THREADS)
             missing = on & (seen < goals)
             if tl.max(missing.to(tl.int32)) != 0:
@@ -246,6 +330,7 @@ def arrivals(
             give_up(state, status, missing, operation, epoch, SHRINK, RB)
             there = there & (r < 0)
     if index == 0:
+        tl.store(state + RECEIVED + slot, epoch)
         theirs = tl.load(words_of(own, PUSH_SIGNATURES, slot) + r, mask=there, other=0)
         differs = there & (theirs != signature)
         if tl.max(differs.to(tl.int32)) != 0:
@@ -265,24 +350,6 @@ def measure_waits(state, flags, goal, timeout, wait_stats, SHRINK: tl.constexpr,
             patience = tl.where(tl.load(state + MASKED + source) != 0, 0, timeout)
         wait_at_least(state, flags + source, goal, patience)
         tl.store(wait_stats + source, tl.load(wait_stats + source) + now() - start)
-
-
-@triton.jit
-def release(
-    heap, state, ticket, rank, slot, epoch, num_receivers, FUSED: tl.constexpr, R: tl.constexpr, RB: tl.constexpr
-):
-    """The end of receiving, called by every receiver: the last one gives all ranks their credit back."""
-    if FUSED:
-        counter = state + PUSH_RECEIVED
-    else:
-        counter = ticket + 1
-    if is_last(counter, num_receivers.to(tl.int64)):
-        r = tl.arange(0, RB)
-        base = tl.load(heap + r, mask=r < R, other=0)
-        if FUSED:
-            tl.store(state + PUSH_EPOCH, epoch)
-        tl.debug_barrier()
-        signal_ranks(words_of(base, PUSH_RELEASED, slot) + rank, tl.zeros([RB], tl.int64) + epoch, r < R, RB)
 
 
 @triton.jit

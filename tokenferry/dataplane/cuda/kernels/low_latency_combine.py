@@ -19,10 +19,14 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     TOKEN_BITS,
     TOKEN_MASK,
     arrivals,
+    begin,
     credit,
     either,
+    end,
+    first_look,
     give_up,
     has,
+    lacks,
     publish,
     release,
     sign,
@@ -33,7 +37,7 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     words_of,
 )
 from tokenferry.dataplane.cuda.kernels.sync import wait_at_least, zero
-from tokenferry.dataplane.cuda.kernels.words import FAILED, PUSH_EPOCH, PUSHED_WEIGHTS
+from tokenferry.dataplane.cuda.kernels.words import PUSH_EPOCH, PUSHED_WEIGHTS
 
 SKIP = tl.constexpr(0x7FC5AFE0)
 """The bits of a NaN that stands for no weight."""
@@ -67,31 +71,34 @@ def push_weights(
 
 @triton.jit
 def send_sum(
-    heap, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout, source, token, part,
-    SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
-    RB: tl.constexpr, THREADS: tl.constexpr,
+    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout, source, token,
+    part, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr,
+    R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """A part of the sum of a token's rows on this rank, sent home."""
+    """A part of the sum of a token's rows on this rank, sent home; returns whether that failed."""
     r = tl.arange(0, RB)
-    own = tl.load(heap + rank)
     h = part * WIDTH + tl.arange(0, WIDTH)
     place = (source * most + token).to(tl.int64)
     size = most.to(tl.int64) * (L * R)
+    failed = zero()
     rows = ()
     any_row = zero()
     for k in tl.static_range(K):
         row = tl.load(table + place * K + k).to(tl.int64)
         here = (row >= 0) & (row < size)
         any_row = any_row | here.to(tl.int32)
-        rows = rows + (  # type: ignore[assignment]
-            tl.load(x + row * H + h, mask=here & (h < H), other=0.0),
-        )
+        values = tl.load(x + row * H + h, mask=here & (h < H), other=0.0)
+        rows = rows + (values,)  # type: ignore[assignment]
     if any_row != 0:
-        bits = credit(heap, state, status, rank, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+        # The rows are under way while the weights are waited for.
+        bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
         flag = words_of(own, PUSHED_WEIGHTS, slot) + source
         there = wait_at_least(state, flag, epoch << TOKEN_BITS, timeout)
         if not there:
             give_up(state, status, r == source, operation, epoch, SHRINK, RB)
+        failed = lacks(bits, SHRINK, R)
+        if not SHRINK:
+            failed = failed | (there == 0).to(tl.int32)
         there = there & (token < (tl.load(flag) & TOKEN_MASK))
         weights = (own + at + off_weights).to(tl.pointer_type(tl.int32)) + place * K
         total = tl.zeros([WIDTH], tl.float32)
@@ -107,19 +114,20 @@ def send_sum(
             home = tl.load(heap + source) + at + (rank * most + token).to(tl.int64) * (H * 2)
             home = tl.multiple_of(home.to(tl.pointer_type(tl.bfloat16)), 16)
             tl.store(home + h, total.to(tl.bfloat16), mask=h < H)
+    return failed
 
 
 @triton.jit
 def send_rows(
-    heap, state, status, x, table, most, rank, slot, epoch, at, operation, timeout, source, token, part,
+    heap, own, state, status, x, table, most, slot, epoch, at, operation, timeout, source, token, part,
     SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
     RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """A part of each of a token's rows on this rank, sent home."""
+    """A part of each of a token's rows on this rank, sent home; returns whether that failed."""
     h = part * WIDTH + tl.arange(0, WIDTH)
     place = (source * most + token).to(tl.int64)
     size = most.to(tl.int64) * (L * R)
-    bits = credit(heap, state, status, rank, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+    bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
     if has(bits, source):
         home = tl.load(heap + source) + at + token.to(tl.int64) * (K * H * 2)
         home = tl.multiple_of(home.to(tl.pointer_type(tl.bfloat16)), 16)
@@ -128,43 +136,48 @@ def send_rows(
             here = (row >= 0) & (row < size)
             values = tl.load(x + row * H + h, mask=here & (h < H), other=0.0)
             tl.store(home + k * H + h, values, mask=here & (h < H))
+    return lacks(bits, SHRINK, R)
 
 
 @triton.jit
 def send(
-    heap, state, status, ticket, ids, weights, x, table, num_tokens, most, rank, slot, epoch, signature, at,
-    off_weights, operation, timeout, num_senders,
-    FUSED: tl.constexpr, EXACT: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    L: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
-    RB: tl.constexpr, THREADS: tl.constexpr,
+    heap, own, state, status, ids, weights, x, table, num_tokens, most, rank, slot, epoch, signature, at, off_weights,
+    operation, timeout, num_senders,
+    EXACT: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, L: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    DEPTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """What a sender does."""
     pid = tl.program_id(0)
+    failed = zero()
     if pid == 0:
-        bits = credit(heap, state, status, rank, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+        bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+        failed = lacks(bits, SHRINK, R)
         sign(heap, rank, slot, signature, bits, RB)
         if not EXACT:
             push_weights(
                 heap, ids, weights, num_tokens, most, rank, slot, epoch, at, off_weights, bits, E, K, R, RB, BLOCK
             )  # fmt: skip
+    elif pid == 1:
+        release(heap, state, rank, R, RB, DEPTH)
     else:
         r = tl.arange(0, RB)
-        on = unmasked(state, R, RB, SHRINK)
+        on = unmasked(state, R, RB, SHRINK, THREADS)
         tokens = tl.load(table + most * (R * K) + r, mask=on, other=0)
         tokens = tl.minimum(tl.maximum(tokens, 0), most)
-        for item in range(pid - 1, tl.sum(tokens) * PARTS, num_senders - 1):
+        for item in range(pid - 2, tl.sum(tokens) * PARTS, num_senders - 2):
             source, token, part = source_of(tokens, item, PARTS, RB)
             if EXACT:
-                send_rows(
-                    heap, state, status, x, table, most, rank, slot, epoch, at, operation, timeout, source, token,
+                failed = failed | send_rows(
+                    heap, own, state, status, x, table, most, slot, epoch, at, operation, timeout, source, token,
                     part, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
                 )  # fmt: skip
             else:
-                send_sum(
-                    heap, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout,
+                failed = failed | send_sum(
+                    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout,
                     source, token, part, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
                 )  # fmt: skip
-    publish(heap, state, ticket, rank, slot, epoch, num_tokens, num_senders, FUSED, SHRINK, R, RB)
+    publish(heap, state, rank, slot, epoch, num_tokens, num_senders, failed, SHRINK, R, RB, THREADS)
 
 
 @triton.jit
@@ -208,34 +221,32 @@ def add_rows(
 
 @triton.jit
 def receive(
-    heap, state, status, ticket, ids, weights, out, wait_stats, num_tokens, most, rank, slot, epoch, signature, at,
-    operation, timeout, num_senders,
-    FUSED: tl.constexpr, EXACT: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr,
-    K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
-    R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
+    own, state, status, ids, weights, out, wait_stats, num_tokens, most, rank, slot, epoch, signature, at, operation,
+    timeout, num_senders,
+    EXACT: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr,
+    L: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """What a receiver does."""
     index = tl.program_id(0) - num_senders
     num_receivers = tl.num_programs(0) - num_senders
     tokens = arrivals(
-        heap, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
+        own, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
         SHRINK, R, RB, THREADS,
     )  # fmt: skip
     there = tl.reduce(tl.where(tokens >= 0, 1 << tl.arange(0, RB), 0), 0, either)
-    base = tl.load(heap + rank) + at
     for item in range(index, num_tokens * PARTS, num_receivers):
         token, part = split(item, PARTS)
         if EXACT:
-            add_rows(base, ids, weights, out, there, token, part, H, K, E, L, WIDTH)
+            add_rows(own + at, ids, weights, out, there, token, part, H, K, E, L, WIDTH)
         else:
-            add_sums(base, ids, out, there, most, token, part, H, K, KB, E, L, WIDTH, R)
-    release(heap, state, ticket, rank, slot, epoch, num_receivers, FUSED, R, RB)
+            add_sums(own + at, ids, out, there, most, token, part, H, K, KB, E, L, WIDTH, R)
 
 
 @triton.jit(
     do_not_specialize=[
-        "wait_stats", "num_tokens", "most", "rank", "signature", "area", "slot_bytes", "off_weights", "operation",
-        "timeout", "num_senders",
+        "wait_stats", "own", "num_tokens", "most", "rank", "signature", "area", "slot_bytes", "off_weights",
+        "operation", "timeout", "num_senders",
     ]
 )  # fmt: skip
 def combine(
@@ -249,6 +260,7 @@ def combine(
     src_info,
     out,
     wait_stats: tl.int64,
+    own: tl.int64,
     num_tokens: tl.int32,
     most: tl.int32,
     rank: tl.int32,
@@ -277,24 +289,29 @@ def combine(
 ):
     """As :func:`.low_latency_dispatch.dispatch`; the table lies behind ``src_info``."""
     PARTS: tl.constexpr = (H + WIDTH - 1) // WIDTH
-    if tl.load(state + FAILED) == 0:
-        if SENDS:
-            epoch = tl.load(state + PUSH_EPOCH) + 1
-        else:
-            epoch = tl.load(ticket)
+    if SENDS:
+        epoch, failed = first_look(state, state + PUSH_EPOCH, THREADS)
+        epoch += 1
+        before = begin(state, epoch)
+    else:
+        epoch, failed = first_look(state, ticket, THREADS)
+    if failed == 0:
         slot = epoch % DEPTH
         at = area + slot * slot_bytes
         if SENDS:
             if tl.program_id(0) < num_senders:
                 send(
-                    heap, state, status, ticket, ids, weights, x, src_info + most.to(tl.int64) * (L * R), num_tokens,
-                    most, rank, slot, epoch, signature, at, off_weights, operation, timeout, num_senders, RECEIVES,
-                    EXACT, SHRINK, H, K, E, L, WIDTH, PARTS, BLOCK, R, RB, THREADS,
+                    heap, own, state, status, ids, weights, x, src_info + most.to(tl.int64) * (L * R), num_tokens,
+                    most, rank, slot, epoch, signature, at, off_weights, operation, timeout, num_senders, EXACT,
+                    SHRINK, H, K, E, L, WIDTH, PARTS, BLOCK, R, RB, DEPTH, THREADS,
                 )  # fmt: skip
         if RECEIVES:
             if tl.program_id(0) >= num_senders:
                 receive(
-                    heap, state, status, ticket, ids, weights, out, wait_stats,
-                    num_tokens, most, rank, slot, epoch, signature, at, operation, timeout, num_senders, SENDS, EXACT,
-                    SHRINK, H, K, KB, E, L, WIDTH, PARTS, R, RB, THREADS,
+                    own, state, status, ids, weights, out, wait_stats, num_tokens, most, rank, slot, epoch, signature,
+                    at, operation, timeout, num_senders, EXACT, SHRINK, H, K, KB, E, L, WIDTH, PARTS, R, RB, THREADS,
                 )  # fmt: skip
+    if SENDS:
+        if not RECEIVES:
+            tl.store(ticket, epoch)
+        end(state, epoch, before)

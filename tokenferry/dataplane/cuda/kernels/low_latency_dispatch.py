@@ -5,7 +5,7 @@ A slot of the push area holds, of each source: ``rows`` [N, bytes], ``scales`` [
 expert is the receiver's, else -1; position: how many choices of this source, by (token, choice), have that expert and
 come before. So row of a choice = rows of earlier sources for the expert + position, whatever arrives when.
 
-Senders: program 0 counts, the others push parts of rows. Receivers: program 0 writes tables, the others spread rows.
+Sender 0 counts, the others push parts of rows. Receiver 0 writes tables, the others spread rows.
 Formats of rows: 0, as they are; 1 to 3, FP8 with plain, rounded and UE8M0 scales as in
 :mod:`tokenferry.dataplane.cpu.fp8`.
 """
@@ -17,9 +17,13 @@ import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.low_latency import (
     arrivals,
+    begin,
     credit,
     either,
+    end,
+    first_look,
     has,
+    lacks,
     longs_at,
     publish,
     release,
@@ -28,7 +32,7 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     split,
 )
 from tokenferry.dataplane.cuda.kernels.sync import report, zero
-from tokenferry.dataplane.cuda.kernels.words import BAD_EXPERT, CROWDED, FAILED, PUSH_EPOCH
+from tokenferry.dataplane.cuda.kernels.words import BAD_EXPERT, CROWDED, PUSH_EPOCH
 
 GROUP = tl.constexpr(128)
 SMALLEST_AMAX = tl.constexpr(1e-4)
@@ -113,19 +117,40 @@ def positions_of(ids, token, e, K: tl.constexpr, KB: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def send_part(
-    heap, state, status, ids, x, most, rank, slot, epoch, at, off_scales, off_choices, operation, timeout, token,
-    part, FORMAT: tl.constexpr, HAS_FP8: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
-    K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr,
+def send_choices(
+    heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, timeout, token,
+    SHRINK: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     RB: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """A part of a token's row, and beside the first its choices, to the ranks."""
+    """A token's choices, to all ranks; returns those that may be sent to."""
     k = tl.arange(0, KB)
     e = tl.load(ids + token * K + k, mask=k < K, other=-1)
     e = tl.where((e >= 0) & (e < E), e, -1).to(tl.int32)
-    owner = e // L
-    goes = tl.reduce(tl.where(e >= 0, 1 << owner, 0), 0, either)
+    position = positions_of(ids, token, e, K, KB, BLOCK)
+    choice = (position.to(tl.int64) << 32) | (e % L)
+    choice = tl.where((e >= 0) & (position < most), choice, -1)
+    bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+    place = (rank * most + token).to(tl.int64) * K
+    for step in range(R):
+        reader = (rank + step) % R
+        if has(bits, reader):
+            choices = (tl.load(heap + reader) + at + off_choices).to(tl.pointer_type(tl.int64)) + place
+            tl.store(choices + k, tl.where(e // L == reader, choice, -1), mask=k < K)
+    return bits
+
+
+@triton.jit
+def send_part(
+    heap, own, state, status, ids, x, most, rank, slot, epoch, at, off_scales, operation, timeout, token, part,
+    FORMAT: tl.constexpr, HAS_FP8: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
+    K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr,
+    RB: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """A part of a token's row, to the ranks of its experts; returns those that may be sent to."""
+    k = tl.arange(0, KB)
     row = token.to(tl.int64) * H
+    e = tl.load(ids + token * K + k, mask=k < K, other=-1)
+    # All loads are under way before the first is waited for.
     if FORMAT == 0:
         WORDS: tl.constexpr = GROUPS * GROUP // 2
         w = part * WORDS + tl.arange(0, WORDS)
@@ -135,21 +160,20 @@ def send_part(
         g = part * GROUPS + tl.arange(0, GROUPS)
         c = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = (g < H // GROUP)[:, None] & (c >= 0)
-        values = tl.load(x + row + c, mask=inside, other=0).to(tl.float32)
+        values = tl.load(x + row + c, mask=inside, other=0)
+    bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+    e = tl.where((e >= 0) & (e < E), e, -1).to(tl.int32)
+    goes = tl.reduce(tl.where(e >= 0, 1 << (e // L), 0), 0, either)
+    if FORMAT > 0:
+        values = values.to(tl.float32)
         factor, scale = scales_of(tl.max(tl.abs(values), 1), FORMAT)
         data = e4m3(values * factor[:, None], HAS_FP8)
         scale = tl.where(g < H // GROUP, scale, 0)
-    choice = tl.zeros([KB], tl.int64) - 1
-    if part == 0:
-        position = positions_of(ids, token, e, K, KB, BLOCK)
-        choice = (position.to(tl.int64) << 32) | (e % L)
-        choice = tl.where((e >= 0) & (position < most), choice, -1)
-    bits = credit(heap, state, status, rank, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
     place = (rank * most + token).to(tl.int64)
     for step in range(R):
         reader = (rank + step) % R
-        base = tl.load(heap + reader) + at
         if has(bits & goes, reader):
+            base = tl.load(heap + reader) + at
             if FORMAT == 0:
                 target = tl.multiple_of((base + place * (H * 2)).to(tl.pointer_type(tl.int32)), 16)
                 tl.store(target + w, data, mask=w < H // 2)
@@ -162,9 +186,7 @@ def send_part(
                 else:
                     scales = (base + off_scales + place * (S * 4)).to(tl.pointer_type(tl.int32))
                     tl.store(scales + g, scale, mask=g < S)
-        if (part == 0) & has(bits, reader):
-            choices = (base + off_choices + place * (K * 8)).to(tl.pointer_type(tl.int64))
-            tl.store(choices + k, tl.where(owner == reader, choice, -1), mask=k < K)
+    return bits
 
 
 @triton.jit
@@ -230,52 +252,62 @@ def spread_part(
 
 @triton.jit
 def send(
-    heap, state, status, ticket, ids, x, num_tokens, most, rank, slot, epoch, signature, at, off_scales, off_choices,
+    heap, own, state, status, ids, x, num_tokens, most, rank, slot, epoch, signature, at, off_scales, off_choices,
     off_counts, operation, timeout, num_senders,
-    FUSED: tl.constexpr, FORMAT: tl.constexpr, HAS_FP8: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, GROUPS: tl.constexpr,
-    PARTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_FP8: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
+    K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, DEPTH: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
-    """What a sender does."""
+    """What a sender does. The choices of a token are sent as a part of their own, behind those of its row."""
     pid = tl.program_id(0)
+    failed = zero()
     if pid == 0:
-        bits = credit(heap, state, status, rank, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+        bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+        failed = lacks(bits, SHRINK, R)
         sign(heap, rank, slot, signature, bits, RB)
         count_choices(
             heap, status, ids, num_tokens, most, rank, epoch, operation, at, off_counts, bits, E, K, L, BINS, BLOCK
         )  # fmt: skip
+    elif pid == 1:
+        release(heap, state, rank, R, RB, DEPTH)
     else:
-        for item in range(pid - 1, num_tokens * PARTS, num_senders - 1):
-            token, part = split(item, PARTS)
-            send_part(
-                heap, state, status, ids, x, most, rank, slot, epoch, at, off_scales, off_choices, operation, timeout,
-                token, part, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E, L, GROUPS, R, RB, BLOCK, THREADS,
-            )  # fmt: skip
-    publish(heap, state, ticket, rank, slot, epoch, num_tokens, num_senders, FUSED, SHRINK, R, RB)
+        for item in range(pid - 2, num_tokens * (PARTS + 1), num_senders - 2):
+            token, part = split(item, PARTS + 1)
+            if part == PARTS:
+                bits = send_choices(
+                    heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, timeout,
+                    token, SHRINK, K, KB, E, L, R, RB, BLOCK, THREADS,
+                )  # fmt: skip
+            else:
+                bits = send_part(
+                    heap, own, state, status, ids, x, most, rank, slot, epoch, at, off_scales, operation, timeout,
+                    token, part, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E, L, GROUPS, R, RB, THREADS,
+                )  # fmt: skip
+            failed = failed | lacks(bits, SHRINK, R)
+    publish(heap, state, rank, slot, epoch, num_tokens, num_senders, failed, SHRINK, R, RB, THREADS)
 
 
 @triton.jit
 def receive(
-    heap, state, status, ticket, out, out_scales, src_info, layout_range, num_received, stats, wait_stats, most, rank,
-    slot, epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders,
-    FUSED: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, SHRINK: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, L: tl.constexpr,
-    PARTS: tl.constexpr, LB: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
+    own, state, status, out, out_scales, src_info, layout_range, num_received, stats, wait_stats, most, rank, slot,
+    epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders,
+    ROW: tl.constexpr, WORDS: tl.constexpr, SHRINK: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr,
+    KB: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, LB: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """What a receiver does."""
     index = tl.program_id(0) - num_senders
     num_receivers = tl.num_programs(0) - num_senders
     tokens = arrivals(
-        heap, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
+        own, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
         SHRINK, R, RB, THREADS,
     )  # fmt: skip
-    base = tl.load(heap + rank) + at
+    base = own + at
     table = src_info + most.to(tl.int64) * (L * R)
     if index == 0:
         counts = (base + off_counts).to(tl.pointer_type(tl.int32))
-        write_tables(
-            counts, tokens, layout_range, num_received, stats, table + most * (R * K), L, R, RB, LB
-        )  # fmt: skip
+        write_tables(counts, tokens, layout_range, num_received, stats, table + most * (R * K), L, R, RB, LB)
     else:
         tokens = tl.maximum(tokens, 0)
         for item in range(index - 1, tl.sum(tokens) * PARTS, num_receivers - 1):
@@ -284,12 +316,11 @@ def receive(
                 base, out, out_scales, src_info, table, tokens, most, off_scales, off_choices, off_counts, source,
                 token, part, ROW, S, SB, K, KB, L, WORDS, R, RB,
             )  # fmt: skip
-    release(heap, state, ticket, rank, slot, epoch, num_receivers, FUSED, R, RB)
 
 
 @triton.jit(
     do_not_specialize=[
-        "stats", "wait_stats", "num_tokens", "most", "rank", "signature", "area", "slot_bytes", "off_scales",
+        "own", "stats", "wait_stats", "num_tokens", "most", "rank", "signature", "area", "slot_bytes", "off_scales",
         "off_choices", "off_counts", "operation", "timeout", "num_senders",
     ]
 )  # fmt: skip
@@ -307,6 +338,7 @@ def dispatch(
     num_received,
     stats: tl.int64,
     wait_stats: tl.int64,
+    own: tl.int64,
     num_tokens: tl.int32,
     most: tl.int32,
     rank: tl.int32,
@@ -341,32 +373,38 @@ def dispatch(
 ):
     """The first ``num_senders`` programs send if any are to, the others receive. ``stats`` are addresses, or 0.
 
-    ``src_info`` is followed by the table for :mod:`.low_latency_combine`: int32 [R, N, K], row of each choice in the
-    slabs or -1, and int32 [R], tokens of each source.
+    What is sent here and received by a later launch leaves its number in ``ticket``. ``src_info`` is followed by the
+    table for :mod:`.low_latency_combine`: int32 [R, N, K], row of each choice in the slabs or -1, and int32 [R],
+    tokens of each source.
     """
     PARTS: tl.constexpr = (H + GROUPS * GROUP - 1) // (GROUPS * GROUP)
     ITEM: tl.constexpr = 2 if FORMAT == 0 else 1
     SB: tl.constexpr = GROUPS // 4 if FORMAT == 3 else GROUPS
-    if tl.load(state + FAILED) == 0:
-        if SENDS:
-            epoch = tl.load(state + PUSH_EPOCH) + 1
-        else:
-            epoch = tl.load(ticket)
+    if SENDS:
+        epoch, failed = first_look(state, state + PUSH_EPOCH, THREADS)
+        epoch += 1
+        before = begin(state, epoch)
+    else:
+        epoch, failed = first_look(state, ticket, THREADS)
+    if failed == 0:
         slot = epoch % DEPTH
         at = area + slot * slot_bytes
         if SENDS:
             if tl.program_id(0) < num_senders:
                 send(
-                    heap, state, status, ticket, ids, x, num_tokens, most, rank, slot, epoch, signature, at,
-                    off_scales, off_choices, off_counts, operation, timeout, num_senders, RECEIVES, FORMAT, HAS_FP8, SHRINK, H, S,
-                    K, KB, E, L, GROUPS, PARTS, BINS, BLOCK, R, RB, THREADS,
+                    heap, own, state, status, ids, x, num_tokens, most, rank, slot, epoch, signature, at, off_scales,
+                    off_choices, off_counts, operation, timeout, num_senders, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E,
+                    L, GROUPS, PARTS, BINS, BLOCK, R, RB, DEPTH, THREADS,
                 )  # fmt: skip
         if RECEIVES:
             if tl.program_id(0) >= num_senders:
                 receive(
-                    heap, state, status, ticket, out, out_scales, src_info, layout_range, num_received,
-                    stats, wait_stats, most, rank, slot,
-                    epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders, SENDS,
-                    H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, S, SB, K, KB, L, PARTS, LB, R,
-                    RB, THREADS,
+                    own, state, status, out, out_scales, src_info, layout_range, num_received, stats, wait_stats,
+                    most, rank, slot, epoch, signature, at, off_scales, off_choices, off_counts, operation,
+                    timeout, num_senders, H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, S, SB, K, KB, L, PARTS, LB,
+                    R, RB, THREADS,
                 )  # fmt: skip
+    if SENDS:
+        if not RECEIVES:
+            tl.store(ticket, epoch)
+        end(state, epoch, before)

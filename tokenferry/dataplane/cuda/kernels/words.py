@@ -90,10 +90,12 @@ ROUND_ARRIVED = tl.constexpr(8)
 LAYOUT_ARRIVED = tl.constexpr(10)
 CLOCK = tl.constexpr(11)
 PUSH_EPOCH = tl.constexpr(12)
-PUSH_SENT = tl.constexpr(13)
-PUSH_RECEIVED = tl.constexpr(14)
+PUSH_BEGUN = tl.constexpr(13)
+PUSH_SENT = tl.constexpr(14)
 VERDICTS = tl.constexpr(16)
 """By slot: the ranks that have come, as the first receiver decided."""
+RECEIVED = tl.constexpr(16 + MAX_SLOTS)
+"""By slot: the last epoch that is received when the next kernel begins."""
 MASKED = tl.constexpr(32)
 """By rank: whether low-latency operations go on without it."""
 SENT_TO = tl.constexpr(32 + MAX_RANKS)
