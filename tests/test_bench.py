@@ -31,6 +31,7 @@ from tokenferry.cli.bench_machine import describe_command
 from tokenferry.cli.bench_report import fit_tokens, report_of, slowest_rank_statistics
 from tokenferry.cli.ranks import RankPool
 
+LOW_LATENCY = ["--mode", "low-latency"]
 SMALL = ["--ranks", "2", "--hidden", "128", "--experts", "8", "--topk", "2", "--iterations", "2"]
 
 
@@ -197,6 +198,21 @@ def test_against_refuses_other_files(content: str | None, tmp_path: Path) -> Non
         (["--seconds", "1", "--iterations", "1"], "--iterations"),
         (["--save", "../name"], "--save"),
         (["--loud"], "--loud"),
+        (["--max-tokens", "8"], "--max-tokens"),
+        (["--exact"], "--exact"),
+        (["--mode", "slow"], "--mode"),
+        ([*LOW_LATENCY, "--modes", "pair"], "--modes"),
+        ([*LOW_LATENCY, "--mb", "1"], "--mb"),
+        ([*LOW_LATENCY, "--sms", "8"], "--sms"),
+        ([*LOW_LATENCY, "--kernels"], "--kernels"),
+        ([*LOW_LATENCY, "--num-nvl-bytes", "1M"], "--num-nvl-bytes"),
+        ([*LOW_LATENCY, "--seconds", "1"], "--seconds"),
+        ([*LOW_LATENCY, "--dtype", "fp32"], "--dtype"),
+        ([*LOW_LATENCY, "--tokens", "9", "--max-tokens", "8"], "--max-tokens"),
+        ([*LOW_LATENCY, "--hidden", "64"], "--hidden"),
+        ([*LOW_LATENCY, "--experts", "9"], "--experts"),
+        ([*LOW_LATENCY, "--topk", "33"], "--topk"),
+        ([*LOW_LATENCY, "--against", "missing.json"], "--against"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 Arguments and orchestration. ``bench_cases`` runs a case on the ranks, ``bench_baseline`` is the other contender,
 ``bench_report`` and ``bench_plot`` say what came out, ``bench_machine`` what it ran on. GPUs are timed in other ways:
-``bench_cuda`` takes over for them.
+``bench_cuda`` takes over for them, and ``bench_low_latency`` for the low-latency operations of any device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tokenferry.cli import bench_cuda, bench_low_latency
 from tokenferry.cli.bench_cases import (
     BASELINE,
     CHAINED_PAIRS,
@@ -91,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape.add_argument("--seed", type=int, default=0, help="of rows and routing (default 0)")
     run = parser.add_argument_group("what to run")
+    bench_low_latency.add_arguments(run, _positive)
     run.add_argument("--modes", choices=list(CUDA_MODES), nargs="+", help="(default: all; cached-pair: cuda only)")
     run.add_argument("--sms", type=_sms, nargs="+", help=f"cuda: SMs of an operation (default {_DEFAULT_SMS})")
     run.add_argument(
@@ -111,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline", action=argparse.BooleanOptionalAction, default=True, help=f"run {BASELINE} too (default: yes)"
     )
     out = parser.add_argument_group("results")
-    out.add_argument("--output", type=Path, default=Path("bench-out"), help="directory for bench.json and bench.png")
+    out.add_argument("--output", type=Path, default=Path("bench-out"), help="directory for the JSON and the PNG file")
     out.add_argument(
         "--save",
         metavar="NAME",
@@ -119,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="",
         help="write bench/results/NAME.json and .png of the checkout instead; with cuda NAME may be left out",
     )
-    out.add_argument("--draw", type=Path, metavar="FILE.json", help="run nothing; draw a result of cuda beside it")
+    out.add_argument("--draw", type=Path, metavar="FILE.json", help="run nothing; draw a result (cuda, low-latency)")
     out.add_argument("--against", type=Path, metavar="FILE.json", help="compare with an earlier result")
     out.add_argument("--force", action="store_true", help="compare even if the earlier machine was another one")
     out.add_argument("--no-plot", dest="plot", action="store_false", help="write no PNG")
@@ -136,10 +138,12 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.draw is not None:
         return _draw(args)
+    if bench_low_latency.settle(args):
+        return _hand_over(args, bench_low_latency)
     _settle(args)
-    target = _target(args)
     if args.device == "cuda":
-        return _run_cuda(args, target)
+        return _hand_over(args, bench_cuda)
+    target = _target(args)
     cases = _cases(args)
     machine, commit = describe_machine(args.device), describe_commit()
     earlier = _earlier(args, machine)
@@ -203,27 +207,26 @@ def _run(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], p
     return reports
 
 
-def _run_cuda(args: argparse.Namespace, target: tuple[Path, str]) -> int:
-    """Run the cases on GPUs."""
-    shapes = _shapes(args)
+def _hand_over(args: argparse.Namespace, runner: ModuleType) -> int:
+    """Run a benchmark of another module."""
+    shapes, target = _shapes(args), _target(args)
     try:
-        plot = _need("tokenferry.cli.bench_cuda_plot") if args.plot else None
+        plot = _need(f"{runner.__name__}_plot") if args.plot else None
     except BenchError as error:
         print(f"tokenferry bench: {error}", file=sys.stderr)
         return 1
-    from tokenferry.cli import bench_cuda
-
-    return bench_cuda.run(args, shapes, target, functools.partial(_earlier, args), plot)
+    return int(runner.run(args, shapes, target, functools.partial(_earlier, args), plot))
 
 
 def _draw(args: argparse.Namespace) -> int:
-    """Draw an earlier result of GPUs."""
+    """Draw an earlier result of GPUs, or of the low-latency mode."""
     path = args.draw.with_suffix(".png")
     try:
         results = load_results(args.draw)
-        if results["machine"]["device"] != "cuda":
-            raise ValueError("not a result of --device cuda")
-        _need("tokenferry.cli.bench_cuda_plot").draw(results, path)
+        runner = bench_low_latency if results.get("mode") == bench_low_latency.LOW_LATENCY else bench_cuda
+        if runner is bench_cuda and results["machine"]["device"] != "cuda":
+            raise ValueError("not a result of --device cuda or --mode low-latency")
+        _need(f"{runner.__name__}_plot").draw(results, path)
     except (OSError, ValueError) as error:
         args.fail(f"argument --draw: {args.draw}: {error}")
     except BenchError as error:

@@ -1,0 +1,353 @@
+"""The cases of the low-latency benchmark: what a rank runs, checks and counts, and the ways in which it times a call.
+
+*call*: from a drained device and a start that all ranks share, the time around one call. *chained*: the same around a
+chain of calls, for one of them. *host*: the wall time that the host spends in one call of that chain. *graph*: a
+replay of a CUDA graph of several calls, for one of them; how decoding runs. *send* and *receive*: the two launches of
+an operation that returns a hook; when the second begins, all ranks have sent.
+
+Legend of dims: T tokens of this rank, N most tokens of any rank, H elements of a row, K choices, E experts,
+L = E / R local experts, R ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.buffer import Buffer
+from tokenferry.cli.bench_cases import OURS, SCALE_BLOCK, BenchError
+from tokenferry.cli.bench_cuda_cases import DEEPEP, nccl_group
+from tokenferry.cli.bench_low_latency_clocks import Clock, GraphClock, HostClock
+
+OPERATIONS = ("dispatch", "combine", "pair")
+KINDS = ("call", "chained", "host", "graph")
+"""The ways of timing; CPU ranks have no graphs."""
+PHASES = ("send", "receive")
+"""The launches of a dispatch or a combine with a hook."""
+DTYPES = ("fp8", "bf16")
+"""What dispatch sends; combine sends bfloat16."""
+
+_TIMEOUT = 60.0
+"""Seconds: the first calls of a rank compile kernels while its peers wait."""
+_TOLERANCES = {"bf16": 2**-6, "fp8": 2**-4 + 2**-6}
+"""Relative errors that roundings explain: bfloat16 once or twice, after three bits behind the point with fp8."""
+_SMALLEST = 1e-3
+"""Absolute errors that small elements of a block of fp8 may have."""
+
+Samples = dict[str, dict[str, list[float]]]
+"""Seconds of one call in every repetition, by operation and by way of timing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LowLatencyCase:
+    """One token count and dtype."""
+
+    device: str
+    ranks: int
+    tokens: int
+    """Of each rank."""
+    max_tokens: int
+    """What the operations are told that a rank has at most."""
+    hidden: int
+    dtype: str
+    """One of :data:`DTYPES`."""
+    topk: int
+    experts: int
+    """Of all ranks."""
+    exact: bool
+    """Whether combine sends every row, as CPU ranks always do."""
+    seed: int
+
+    def row_bytes(self, operation: str) -> int:
+        """Bytes of a row, its scales included, that dispatch or combine sends."""
+        if operation == "dispatch" and self.dtype == "fp8":
+            return self.hidden + self.hidden // SCALE_BLOCK * 4
+        return 2 * self.hidden
+
+    def size_hint(self, maker: Any = Buffer) -> int:
+        """Bytes for ``num_rdma_bytes``, as a contender's Buffer class says."""
+        return int(maker.get_low_latency_rdma_size_hint(self.max_tokens, self.hidden, self.ranks, self.experts))
+
+
+class Effort(NamedTuple):
+    """How much of everything is run; the same on all ranks."""
+
+    calls: int = 30
+    """Samples of *call*."""
+    stretches: int = 5
+    """Samples of *chained* and *host*."""
+    chain: int = 20
+    """Calls in a stretch."""
+    replays: int = 10
+    """Samples of *graph*."""
+    captured: int = 10
+    """Calls in a graph."""
+    phases: int = 20
+    """Samples of *send* and *receive*."""
+    warm_ups: int = 3
+    """Calls that are not timed: the first ones compile and allocate."""
+
+    def limited(self, iterations: int | None) -> Effort:
+        """With so many samples of a call, and no more of anything else."""
+        if iterations is None:
+            return self
+        return self._replace(
+            calls=iterations,
+            stretches=min(self.stretches, iterations),
+            replays=min(self.replays, iterations),
+            phases=min(self.phases, iterations),
+        )
+
+
+CPU_EFFORT = Effort(calls=10, stretches=3, chain=4, phases=5, warm_ups=1)
+"""Calls take a thousand times as long there."""
+
+
+class Traffic(NamedTuple):
+    """What the tokens of a rank have to do with other ranks."""
+
+    tokens: int
+    rows: int
+    """Pairs of a token and another rank that has experts of it."""
+    choices: int
+    """Pairs of a token and an expert of it on another rank."""
+
+
+class RankResult(NamedTuple):
+    """What one rank found out about a case."""
+
+    samples: dict[str, Samples]
+    """By contender."""
+    traffic: Traffic
+    heap_bytes: int
+    """Memory that the library has taken."""
+
+
+class Workload(NamedTuple):
+    """What one rank brings to a case."""
+
+    x: torch.Tensor
+    """bfloat16 [T, H]."""
+    topk_idx: torch.Tensor
+    """int64 [T, K]: distinct experts, uniform."""
+    topk_weights: torch.Tensor
+    """float32 [T, K]: positive, of any sum."""
+
+
+class Contender:
+    """The operations of one Buffer in a case, its experts returning the rows as they come.
+
+    An fp8 row comes back as bfloat16, converted beforehand, because converting is not communication.
+
+    Args:
+        name: for errors.
+        case: what to run.
+        work: of this rank.
+        buffer: of tokenferry, or another one with its low-latency methods.
+    """
+
+    def __init__(self, name: str, case: LowLatencyCase, work: Workload, buffer: Any) -> None:
+        self._name = name
+        self._case = case
+        self._work = work
+        self._buffer = buffer
+        first = self.dispatch()
+        self._handle = first[2]
+        self._rows = expert_rows(first[0], first[1])
+
+    def dispatch(self, return_recv_hook: bool = False) -> tuple[Any, ...]:
+        """Dispatch; the hook comes last."""
+        case, work = self._case, self._work
+        result: tuple[Any, ...] = self._buffer.low_latency_dispatch(
+            work.x,
+            work.topk_idx,
+            case.max_tokens,
+            case.experts,
+            use_fp8=case.dtype == "fp8",
+            return_recv_hook=return_recv_hook,
+        )
+        return result
+
+    def combine(self, return_recv_hook: bool = False) -> tuple[Any, ...]:
+        """Combine along the handle of the first dispatch; the hook comes last."""
+        return self._combine(self._rows, self._handle, return_recv_hook)
+
+    def pair(self) -> tuple[Any, ...]:
+        """Dispatch and combine."""
+        there = self.dispatch()
+        return self._combine(self._rows if self._case.dtype == "fp8" else there[0], there[2])
+
+    def _combine(self, rows: torch.Tensor, handle: Any, return_recv_hook: bool = False) -> tuple[Any, ...]:
+        work = self._work
+        result: tuple[Any, ...] = self._buffer.low_latency_combine(
+            rows, work.topk_idx, work.topk_weights, handle, return_recv_hook=return_recv_hook
+        )
+        return result
+
+    def check(self, rank: int) -> None:
+        """Run a pair and look at what comes back.
+
+        Raises:
+            BenchError: it is not what was sent, times the weights.
+        """
+        work, dtype = self._work, self._case.dtype
+        wanted = work.x.float() * work.topk_weights.sum(1, keepdim=True)
+        error = (self.pair()[0].float() - wanted).abs()
+        wrong = ~(error <= _TOLERANCES[dtype] * wanted.abs() + _SMALLEST)  # also where there is no number
+        if wrong.any():
+            raise BenchError(
+                f"{self._name}, {self._case.tokens} tokens, {dtype}: rank {rank} got {int(wrong.sum())} of "
+                f"{wrong.numel()} elements wrong"
+            )
+
+
+def prepare(case: LowLatencyCase, rank: int) -> Workload:
+    """Make the inputs of one rank."""
+    generator = torch.Generator(case.device).manual_seed(case.seed + rank)
+    scores = torch.rand(case.tokens, case.experts, generator=generator, device=case.device)
+    weights = torch.rand(case.tokens, case.topk, generator=generator, device=case.device)
+    rows = torch.randn(case.tokens, case.hidden, generator=generator, device=case.device)
+    return Workload(rows.to(torch.bfloat16), scores.topk(case.topk, dim=1).indices, weights)
+
+
+def expert_rows(received: torch.Tensor | tuple[torch.Tensor, torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+    """bfloat16 [L, R * N, H]: received rows as the experts take them, unset past the last of each expert."""
+    if isinstance(received, torch.Tensor):
+        return received
+    data, scales = received
+    groups = data.size(2) // SCALE_BLOCK
+    rows = torch.empty(data.shape, dtype=torch.bfloat16, device=data.device)
+    for expert, count in enumerate(counts.tolist()):
+        blocks = data[expert, :count].float().view(count, groups, SCALE_BLOCK)
+        rows[expert, :count] = (blocks * scales[expert, :count].unsqueeze(2)).flatten(1).to(torch.bfloat16)
+    return rows
+
+
+def count_traffic(topk_idx: torch.Tensor, rank: int, ranks: int, experts: int) -> Traffic:
+    """Count the rows that the tokens of a rank need."""
+    owners = topk_idx // (experts // ranks)
+    member = torch.zeros(len(owners), ranks, dtype=torch.bool, device=owners.device).scatter_(1, owners, True)
+    member[:, rank] = False
+    return Traffic(len(owners), int(member.sum()), int((owners != rank).sum()))
+
+
+def measure(clock: Clock, contender: Contender, effort: Effort) -> Samples:
+    """Time the operations of a contender in all ways."""
+    samples = {name: _time(clock, getattr(contender, name), effort) for name in OPERATIONS}
+    for name in ("dispatch", "combine"):
+        samples[name].update(_time_phases(clock, getattr(contender, name), effort))
+    return samples
+
+
+def _time(clock: Clock, call: Callable[[], object], effort: Effort) -> dict[str, list[float]]:
+    clock.stretch(call, effort.warm_ups)
+    calls = [clock.stretch(call, 1) for _ in range(effort.calls)]
+    chains = [clock.stretch(call, effort.chain) for _ in range(effort.stretches)]
+    samples = {
+        "call": [stretch.device for stretch in calls],
+        "chained": [stretch.device / effort.chain for stretch in chains],
+        "host": [stretch.host / effort.chain for stretch in chains],
+    }
+    replay = clock.capture(call, effort.captured)
+    if replay is not None:
+        clock.launch(replay)  # the first one loads the graph
+        samples["graph"] = [clock.launch(replay) / effort.captured for _ in range(effort.replays)]
+    return samples
+
+
+def _time_phases(clock: Clock, send: Callable[[bool], tuple[Any, ...]], effort: Effort) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    results: list[tuple[Any, ...]] = []
+    for turn in range(1 + effort.phases):
+        sent = clock.launch(lambda: results.append(send(True)))
+        result = results.pop()  # its tensors are to live until they are set
+        received = clock.launch(result[-1])
+        if turn > 0:  # the first one loads kernels
+            samples["send"].append(sent)
+            samples["receive"].append(received)
+    return samples
+
+
+def run_cases(
+    rank: int,
+    num_ranks: int,
+    cases: Sequence[LowLatencyCase],
+    largest: LowLatencyCase,
+    effort: Effort,
+    rivals: Sequence[str],
+    clock: Clock | None,
+) -> list[RankResult]:
+    """Check and time cases that differ in tokens and dtype alone; all ranks of the default group call it together.
+
+    Args:
+        rank: this rank.
+        num_ranks: ranks of the group, those of the cases.
+        cases: what to run, on one Buffer.
+        largest: the case of the whole run that needs most memory.
+        effort: how much.
+        rivals: contenders to run beside tokenferry: :data:`DEEPEP`.
+        clock: by default one that suits the device.
+
+    Returns:
+        A result for each case.
+
+    Raises:
+        BenchError: a contender does not return what was sent, times the weights.
+    """
+    shape, results = cases[0], []
+    clock = clock or (GraphClock() if shape.device == "cuda" else HostClock())
+    with Buffer(
+        dist.group.WORLD,
+        num_rdma_bytes=shape.size_hint(),
+        low_latency_mode=True,
+        exact_combine=shape.exact,
+        timeout=_TIMEOUT,
+        device=shape.device,
+    ) as buffer:
+        for case in cases:
+            work = prepare(case, rank)
+            most, fp8 = case.max_tokens, case.dtype == "fp8"
+            buffer.low_latency_warmup(most, case.hidden, case.topk, case.experts, use_fp8=fp8)
+            samples = {}
+            for name in (OURS, *rivals):
+                contender = Contender(name, case, work, _deepep(case, largest) if name == DEEPEP else buffer)
+                contender.check(rank)
+                samples[name] = measure(clock, contender, effort)
+                clock.drain()
+                contender.check(rank)  # raises what the last kernels may have reported, too
+            assert buffer.runtime is not None
+            traffic = count_traffic(work.topk_idx, rank, case.ranks, case.experts)
+            results.append(RankResult(samples, traffic, buffer.runtime.allocated_bytes()))
+        clock.drain()
+        dist.barrier()
+    torch.cuda.empty_cache()  # the next token count needs blocks of other sizes
+    return results
+
+
+def _deepep(case: LowLatencyCase, largest: LowLatencyCase) -> Any:
+    """DeepEP's Buffer, ready for a case.
+
+    UNTESTED: written after the description of its API, never run, for want of a machine that has DeepEP.
+    """
+    buffer = _deepep_buffer(largest)
+    buffer.clean_low_latency_buffer(case.max_tokens, case.hidden, case.experts)
+    return buffer
+
+
+@functools.cache
+def _deepep_buffer(largest: LowLatencyCase) -> Any:
+    """One for the whole run: the memory under it is not made for being set up again and again."""
+    maker = importlib.import_module("deep_ep").Buffer
+    return maker(
+        nccl_group() if largest.device == "cuda" else dist.group.WORLD,
+        0,
+        largest.size_hint(maker),
+        low_latency_mode=True,
+        num_qps_per_rank=largest.experts // largest.ranks,
+    )
