@@ -294,7 +294,7 @@ def sign(heap, rank, slot, signature, bits, RB: tl.constexpr):
 
 @triton.jit
 def arrivals(
-    own, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
+    own, state, status, rank, slot, epoch, signature, most, operation, timeout, wait_stats, index,
     SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Wait for the ranks; return, [RB], the tokens of each, or -1 of one that did not come.
@@ -337,7 +337,8 @@ def arrivals(
             tl.store(state + FAILED, 1)
             tl.store(status + DETAIL + r, differs.to(tl.int64), mask=r < R)
             report(status, MISMATCH, operation, epoch)
-    return tl.where(there, seen & TOKEN_MASK, -1).to(tl.int32)
+    # A rank that disagrees may have more tokens than there is room for.
+    return tl.where(there, tl.minimum(seen & TOKEN_MASK, most), -1).to(tl.int32)
 
 
 @triton.jit

@@ -188,8 +188,9 @@ def add_sums(
 ):  # fmt: skip
     """A part of a token's result from the sums of the ranks."""
     k, h = tl.arange(0, KB), part * WIDTH + tl.arange(0, WIDTH)
-    e = tl.load(ids + token * K + k, mask=k < K, other=-1).to(tl.int32)
-    bits = tl.reduce(tl.where((e >= 0) & (e < E), 1 << (e // L), 0), 0, either) & there
+    e = tl.load(ids + token * K + k, mask=k < K, other=-1)
+    e = tl.where((e >= 0) & (e < E), e, -1).to(tl.int32)
+    bits = tl.reduce(tl.where(e >= 0, 1 << (e // L), 0), 0, either) & there
     total = tl.zeros([WIDTH], tl.float32)
     for r in tl.static_range(R):
         on = has(bits, r)
@@ -210,9 +211,9 @@ def add_rows(
     rows = tl.multiple_of(rows, 16)
     total = tl.zeros([WIDTH], tl.float32)
     for k in tl.static_range(K):
-        e = tl.load(ids + token * K + k).to(tl.int32)
+        e = tl.load(ids + token * K + k)
         on = (e >= 0) & (e < E)
-        on = on & has(there, tl.where(on, e // L, 0))
+        on = on & has(there, tl.where(on, e // L, 0).to(tl.int32))
         weight = tl.load(weights + token * K + k)
         row = tl.load(rows + k * H + h, mask=on & (h < H), other=0.0)
         total = tl.where(on, total + row.to(tl.float32) * weight, total)
@@ -231,7 +232,7 @@ def receive(
     index = tl.program_id(0) - num_senders
     num_receivers = tl.num_programs(0) - num_senders
     tokens = arrivals(
-        own, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
+        own, state, status, rank, slot, epoch, signature, most, operation, timeout, wait_stats, index,
         SHRINK, R, RB, THREADS,
     )  # fmt: skip
     there = tl.reduce(tl.where(tokens >= 0, 1 << tl.arange(0, RB), 0), 0, either)

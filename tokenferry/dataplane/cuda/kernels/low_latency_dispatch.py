@@ -104,14 +104,15 @@ def count_choices(
 
 
 @triton.jit
-def positions_of(ids, token, e, K: tl.constexpr, KB: tl.constexpr, BLOCK: tl.constexpr):
+def positions_of(ids, token, e, E: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BLOCK: tl.constexpr):
     """[KB]: how many choices before those of a token, or among them, have the same expert."""
     k = tl.arange(0, KB)
     mine = token * K + k
     found = tl.zeros([KB], tl.int32)
     for start in range(0, token * K + K, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        others = tl.load(ids + i, mask=i < token * K + K, other=-2).to(tl.int32)
+        others = tl.load(ids + i, mask=i < token * K + K, other=-1)
+        others = tl.where((others >= 0) & (others < E), others, -2).to(tl.int32)
         found += tl.sum(((others[None, :] == e[:, None]) & (i[None, :] < mine[:, None])).to(tl.int32), 1)
     return found
 
@@ -126,7 +127,7 @@ def send_choices(
     k = tl.arange(0, KB)
     e = tl.load(ids + token * K + k, mask=k < K, other=-1)
     e = tl.where((e >= 0) & (e < E), e, -1).to(tl.int32)
-    position = positions_of(ids, token, e, K, KB, BLOCK)
+    position = positions_of(ids, token, e, E, K, KB, BLOCK)
     choice = (position.to(tl.int64) << 32) | (e % L)
     choice = tl.where((e >= 0) & (position < most), choice, -1)
     bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
@@ -300,7 +301,7 @@ def receive(
     index = tl.program_id(0) - num_senders
     num_receivers = tl.num_programs(0) - num_senders
     tokens = arrivals(
-        own, state, status, rank, slot, epoch, signature, operation, timeout, wait_stats, index,
+        own, state, status, rank, slot, epoch, signature, most, operation, timeout, wait_stats, index,
         SHRINK, R, RB, THREADS,
     )  # fmt: skip
     base = own + at
