@@ -161,7 +161,7 @@ class LowLatencyDispatchPlan(NamedTuple):
     recv_scales: torch.Tensor | None
     """[L, R * N, S], the transpose of contiguous [L, S, R * N]."""
     recv_src_info: torch.Tensor
-    """int32 [L, R * N], from :meth:`DataPlane.empty_src_info`."""
+    """int32 [L, R * N], from :meth:`DataPlane.low_latency_tables`."""
     layout_range: torch.Tensor
     """int64 [L, R]: (begin << 32) | count."""
     recv_count: torch.Tensor
@@ -233,8 +233,14 @@ class DataPlane(Protocol):
         Only dtypes and widths count, not the number of rows.
         """
 
-    def empty_src_info(self, num_local_experts: int, num_max_tokens: int, num_topk: int) -> torch.Tensor:
-        """int32 [L, R * N], unset, for a low-latency dispatch of K choices a token and its combines."""
+    def low_latency_tables(
+        self, num_local_experts: int, num_max_tokens: int, num_topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unset tensors for a low-latency dispatch of K choices a token, and its combines.
+
+        Returns:
+            int32 [L, R * N] for the source tokens, int64 [L, R] for the ranges, int32 [L] for the counts.
+        """
 
     def warm_low_latency(
         self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int

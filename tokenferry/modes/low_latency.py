@@ -10,6 +10,7 @@ L = E / R local experts, R ranks, S scale columns.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -75,14 +76,11 @@ def dispatch(
     num_local = num_experts // ranks
     rows = check_tensor("x", x, shape=(None, None), dtypes=(torch.bfloat16,), device=device)
     num_tokens, hidden = rows.shape
-    require(num_tokens <= most, "x", f"{num_tokens} rows", f"at most num_max_dispatch_tokens_per_rank = {most}")
+    if num_tokens > most:
+        raise ArgumentError("x", f"{num_tokens} rows", f"at most num_max_dispatch_tokens_per_rank = {most}")
     step = GROUP if use_fp8 else 8
-    require(
-        hidden > 0 and hidden % step == 0,
-        "x",
-        f"rows of {hidden} elements",
-        f"a positive multiple of {step} elements",
-    )
+    if hidden == 0 or hidden % step != 0:
+        raise ArgumentError("x", f"rows of {hidden} elements", f"a positive multiple of {step} elements")
     scale_format = scale_format_of(use_fp8, round_scale, use_ue8m0)
     ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
     if party.plane.values_at_hand:
@@ -99,14 +97,8 @@ def dispatch(
         recv_scales = torch.empty((num_local, columns, slab), dtype=dtype, device=device).transpose(1, 2)
     recv_dtype = torch.float8_e4m3fn if use_fp8 else torch.bfloat16
     recv_x = plane.empty_rows(num_local * slab, hidden, recv_dtype).view(num_local, slab, hidden)
-    handle = _OwnHandle(
-        src_info=plane.empty_src_info(num_local, most, ids.size(1)),
-        layout_range=torch.empty((num_local, ranks), dtype=torch.int64, device=device),
-        num_max_dispatch_tokens_per_rank=most,
-        hidden=hidden,
-        num_experts=num_experts,
-    )
-    count = torch.empty(num_local, dtype=torch.int32, device=device)
+    src_info, layout_range, count = plane.low_latency_tables(num_local, most, ids.size(1))
+    handle = _OwnHandle(src_info, layout_range, most, hidden, num_experts)
     plan = LowLatencyDispatchPlan(
         topk_idx=ids,
         x=rows,
@@ -116,24 +108,14 @@ def dispatch(
         num_max_tokens=most,
         recv_x=recv_x,
         recv_scales=recv_scales,
-        recv_src_info=handle.src_info,
-        layout_range=handle.layout_range,
+        recv_src_info=src_info,
+        layout_range=layout_range,
         recv_count=count,
         recv_stats=_check_stats(party, "cumulative_local_expert_recv_stats", recv_stats, num_local, torch.int32),
         wait_stats=_check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
         receives_now=receives_now,
     )
-    signature = Signature(
-        operation=OperationKind.LOW_LATENCY_DISPATCH,
-        dtype=int(scale_format),
-        row_bytes=hidden,
-        num_topk=ids.size(1),
-        num_experts=num_experts,
-        scale_bytes=0,
-        scale_dtype=0,
-        handle=0,
-        num_max_tokens=most,
-    )
+    signature = _signature(OperationKind.LOW_LATENCY_DISPATCH, scale_format, hidden, ids.size(1), num_experts, most)
     pending = plane.low_latency_dispatch(signature, plan)
     if receives_now:
         pending.finish()
@@ -161,8 +143,8 @@ def combine(
         rows = zero_copy_buffer
     ids = check_topk_idx(party, topk_idx, None, num_experts)
     num_tokens = ids.size(0)
-    allowed = f"at most num_max_dispatch_tokens_per_rank = {most}"
-    require(num_tokens <= most, "topk_idx", f"{num_tokens} rows", allowed)
+    if num_tokens > most:
+        raise ArgumentError("topk_idx", f"{num_tokens} rows", f"at most num_max_dispatch_tokens_per_rank = {most}")
     weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
     if out is None:
         result = party.plane.empty_rows(num_tokens, hidden, rows.dtype)
@@ -182,16 +164,8 @@ def combine(
         wait_stats=_check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
         receives_now=receives_now,
     )
-    signature = Signature(
-        operation=OperationKind.LOW_LATENCY_COMBINE,
-        dtype=0,
-        row_bytes=hidden,
-        num_topk=ids.size(1),
-        num_experts=num_experts,
-        scale_bytes=0,
-        scale_dtype=0,
-        handle=0,
-        num_max_tokens=most,
+    signature = _signature(
+        OperationKind.LOW_LATENCY_COMBINE, ScaleFormat.NONE, hidden, ids.size(1), num_experts, most
     )
     pending = party.plane.low_latency_combine(signature, plan)
     if receives_now:
@@ -245,6 +219,13 @@ def check_handle(party: Party, handle: object) -> LowLatencyHandle:
         device=party.device,
     )
     return LowLatencyHandle(src_info, ranges, most, hidden, num_experts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _signature(
+    operation: OperationKind, scale_format: ScaleFormat, hidden: int, num_topk: int, num_experts: int, most: int
+) -> Signature:
+    return Signature(operation, int(scale_format), hidden, num_topk, num_experts, 0, 0, 0, most)
 
 
 def combine_buffer_shape(party: Party, known: LowLatencyHandle) -> tuple[int, int, int]:

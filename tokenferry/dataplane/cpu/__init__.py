@@ -85,10 +85,16 @@ class CpuDataPlane:
             raise BufferStateError(f"rank {listed} masked: only low-latency operations go on without it")
         self._pending.finish()
 
-    def empty_src_info(self, num_local_experts: int, num_max_tokens: int, num_topk: int) -> torch.Tensor:
-        """See :meth:`tokenferry.dataplane.DataPlane.empty_src_info`."""
-        slab = self.heap.num_ranks * num_max_tokens
-        return torch.empty((num_local_experts, slab), dtype=torch.int32, device=_CPU)
+    def low_latency_tables(
+        self, num_local_experts: int, num_max_tokens: int, num_topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
+        ranks = self.heap.num_ranks
+        return (
+            torch.empty((num_local_experts, ranks * num_max_tokens), dtype=torch.int32, device=_CPU),
+            torch.empty((num_local_experts, ranks), dtype=torch.int64, device=_CPU),
+            torch.empty(num_local_experts, dtype=torch.int32, device=_CPU),
+        )
 
     def warm_low_latency(
         self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int

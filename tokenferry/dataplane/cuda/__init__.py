@@ -337,9 +337,11 @@ class CudaDataPlane:
 
     # Low latency, on the current stream.
 
-    def empty_src_info(self, num_local_experts: int, num_max_tokens: int, num_topk: int) -> torch.Tensor:
-        """See :meth:`tokenferry.dataplane.DataPlane.empty_src_info`."""
-        return self._low_latency.empty_src_info(num_local_experts, num_max_tokens, num_topk, self._device)
+    def low_latency_tables(
+        self, num_local_experts: int, num_max_tokens: int, num_topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
+        return self._low_latency.tables(num_local_experts, num_max_tokens, num_topk, self._device)
 
     def warm_low_latency(
         self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int

@@ -101,18 +101,33 @@ class LowLatency:
             "num_rdma_bytes", f"{self._place.nbytes} bytes", f"at least {need} bytes for operations of this shape"
         )
 
-    def empty_src_info(
+    def tables(
         self, num_local_experts: int, num_max_tokens: int, num_topk: int, device: torch.device
-    ) -> torch.Tensor:
-        """int32 [L, R * N], with the table for combine behind it in its storage."""
-        slab = self._place.num_ranks * num_max_tokens
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`; all in one piece of memory.
+
+        The ranges, int64 [L, R], follow ``src_info`` and the table behind it, then the counts.
+        """
+        ranks, slab = self._place.num_ranks, self._place.num_ranks * num_max_tokens
+        first = self._ranges_at(num_local_experts, num_max_tokens, num_topk)
         size = self._storage_size(num_local_experts, num_max_tokens, num_topk)
-        block = torch.empty(size, dtype=torch.int32, device=device)
-        return block.as_strided((num_local_experts, slab), (slab, 1))
+        longs = torch.empty(size // 8, dtype=torch.int64, device=device)
+        ints = longs.view(torch.int32)
+        return (
+            ints.as_strided((num_local_experts, slab), (slab, 1)),
+            longs.as_strided((num_local_experts, ranks), (ranks, 1), first // 8),
+            ints.as_strided((num_local_experts,), (1,), first // 4 + 2 * num_local_experts * ranks),
+        )
+
+    def _ranges_at(self, num_local: int, most: int, num_topk: int) -> int:
+        """Bytes of the source tokens, the table and the tokens of each source."""
+        ranks = self._place.num_ranks
+        return align_up(4 * (num_local * ranks * most + ranks * most * num_topk + ranks), 16)
 
     def _storage_size(self, num_local: int, most: int, num_topk: int) -> int:
-        ranks = self._place.num_ranks
-        return num_local * ranks * most + ranks * most * num_topk + ranks
+        """Bytes of what :meth:`tables` allocates."""
+        ranges = 8 * num_local * self._place.num_ranks
+        return align_up(self._ranges_at(num_local, most, num_topk) + ranges + 4 * num_local, 16)
 
     def dispatch(self, stream: int, signature: int, operation: int, plan: LowLatencyDispatchPlan) -> Receive:
         """Send, and receive if that is to be done at once."""
@@ -157,7 +172,7 @@ class LowLatency:
         num_rows, num_topk = plan.topk_idx.shape
         most, info = slab // self._place.num_ranks, plan.src_info
         size = self._storage_size(num_local, most, num_topk)
-        if info.storage_offset() != 0 or info.untyped_storage().nbytes() != 4 * size:
+        if info.storage_offset() != 0 or info.untyped_storage().nbytes() != size:
             allowed = f"the tensor that the dispatch of {num_topk} choices a token returned, not a copy of it"
             raise ArgumentError("handle.src_info", "a tensor of another origin", allowed)
         key = (None, num_rows, hidden, num_topk, num_local, most)
