@@ -60,6 +60,13 @@ class MetaPlane:
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         self.given += [signature, plan, outs]
 
+    def low_latency_tables(self, num_local: int, most: int, num_topk: int) -> tuple[torch.Tensor, ...]:
+        return (
+            int32(num_local, RANKS * most),
+            torch.empty((num_local, RANKS), dtype=torch.int64, device=META),
+            int32(num_local),
+        )
+
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Any:
         return SimpleNamespace(finish=lambda: None)
 
@@ -127,13 +134,12 @@ def test_along_a_handle(num_worst_tokens: int) -> None:
     assert weights is None
 
 
-def test_low_latency() -> None:
+@pytest.mark.parametrize("receives_now", [False, True])
+def test_low_latency(receives_now: bool) -> None:
     who, _ = party()
     x, ids, weights = inputs()
-    sent = low_latency.dispatch(who, x, ids, 8, EXPERTS, None, None, False, False, False)
-    sent.receive()
-    out, receive = low_latency.combine(who, sent.x, ids, weights, sent.handle, None, None, None)
-    receive()
+    sent = low_latency.dispatch(who, x, ids, 8, EXPERTS, None, None, False, False, False, receives_now)
+    out, _ = low_latency.combine(who, sent.x, ids, weights, sent.handle, None, None, None, receives_now)
     assert out.shape == (TOKENS, HIDDEN)
 
 
