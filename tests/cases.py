@@ -256,11 +256,15 @@ class Scenario:
 
     def combine(self, buffer: Buffer, handle: Any, *, weights: bool = True, **options: Any) -> tuple[Any, ...]:
         """A combine of this scenario's rows, with top-k weights or without."""
-        padding = len(handle[3]) - self.num_rows[self.rank]
+        padding = self.rows_of_handle(handle) - self.num_rows[self.rank]
         rows, weight_rows = (
             torch.cat([t, t.new_full((padding, t.size(1)), torch.nan)]) for t in (self.own_rows, self.own_weights)
         )
         return buffer.combine(rows, handle, weight_rows if weights else None, bias=self.bias, **options)
+
+    def rows_of_handle(self, handle: Any) -> int:
+        """Rows of the outputs that the handle belongs to."""
+        return len(handle[3])
 
     def check_rows(self, recv_x: Any) -> None:
         """Compare received rows (and scales) as far as they are defined."""
@@ -324,29 +328,29 @@ class Scenario:
             assert combined_weights is None
         assert event.event is None
 
-    def check_all(self, buffer: Buffer) -> None:
+    def check_all(self, buffer: Buffer, **options: Any) -> None:
         """Every kind of call on this scenario, each against the oracle."""
         poisoning = poisoned_memory if self.device == "cpu" else filled_memory
         with poisoning() as poisoned:
-            result = self.dispatch(buffer)
+            result = self.dispatch(buffer, **options)
         handle = result[4]
         self.check_dispatch(result)
         if poisoned is not None:
             outputs = [*(result[0] if isinstance(result[0], tuple) else (result[0],)), *result[1:3]]
             assert all(output.data_ptr() in poisoned for output in outputs if output.numel())
         with poisoning():
-            self.check_cached(buffer.dispatch(self.x, handle=handle))
-            result = self.dispatch(buffer, topk=False)
+            self.check_cached(buffer.dispatch(self.x, handle=handle, **options))
+            result = self.dispatch(buffer, topk=False, **options)
             self.check_dispatch(result, topk=False)
-            self.check_combine(self.combine(buffer, result[4], weights=False), weights=False)
+            self.check_combine(self.combine(buffer, result[4], weights=False, **options), weights=False)
             num_worst_tokens = max(1, self.num_rows[self.rank] + self.case.spare_rows)
-            result = self.dispatch(buffer, num_worst_tokens=num_worst_tokens)
+            result = self.dispatch(buffer, num_worst_tokens=num_worst_tokens, **options)
             self.check_dispatch(result, num_worst_tokens=num_worst_tokens)
-            cached = buffer.dispatch(self.x, handle=result[4])
+            cached = buffer.dispatch(self.x, handle=result[4], **options)
             assert (cached[0][0] if isinstance(cached[0], tuple) else cached[0]).size(0) == num_worst_tokens
             self.check_cached(cached)
-            self.check_combine(self.combine(buffer, result[4]))
-            self.check_combine(self.combine(buffer, handle))
+            self.check_combine(self.combine(buffer, result[4], **options))
+            self.check_combine(self.combine(buffer, handle, **options))
         self.check_handle(handle)
 
 

@@ -147,3 +147,94 @@ def combine(
                 out[token] += rows_of[target][row].to(wide)
                 row += 1
     return out.to(dtype)
+
+
+def combine_between_nodes(
+    inputs: list[Inputs],
+    num_experts: int,
+    rank: int,
+    rows_of: list[torch.Tensor],
+    node_of: list[int],
+    biases: list[torch.Tensor] | None = None,
+    exact: bool = False,
+) -> torch.Tensor:
+    """As :func:`combine`, but each node's ranks are summed first, and that sum is rounded unless ``exact``."""
+    num_ranks = len(inputs)
+    members = [membership(given.topk_idx, num_ranks, num_experts) for given in inputs]
+    num_tokens, width, dtype = inputs[rank].x.size(0), rows_of[0].size(1), rows_of[0].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.zeros(num_tokens, width, dtype=wide)
+    for bias in biases or []:
+        out += bias.to(wide)
+    for node in range(max(node_of) + 1):
+        partial = torch.zeros(num_tokens, width, dtype=wide)
+        for target in range(num_ranks):
+            if node_of[target] != node:
+                continue
+            row = sum(int(members[source][:, target].sum()) for source in range(rank))
+            for token in range(num_tokens):
+                if members[rank][token, target]:
+                    partial[token] += rows_of[target][row].to(wide)
+                    row += 1
+        out += partial if exact else partial.to(dtype).to(wide)
+    return out.to(dtype)
+
+
+def internode_handle(
+    inputs: list[Inputs], num_experts: int, rank: int, node_of: list[int]
+) -> dict[str, torch.Tensor]:
+    """The handle of a dispatch between nodes, with a single channel."""
+    num_ranks, num_nodes, here = len(inputs), max(node_of) + 1, node_of[rank]
+    ranks_of = [[r for r in range(num_ranks) if node_of[r] == node] for node in range(num_nodes)]
+    index = ranks_of[here].index(rank)
+    members = [membership(given.topk_idx, num_ranks, num_experts) for given in inputs]
+    mine = members[rank]
+
+    def goes_to(source: int, token: int, node: int) -> bool:
+        return any(bool(members[source][token, target]) for target in ranks_of[node])
+
+    rdma_head = torch.full((len(mine), num_nodes), -1, dtype=torch.int32)
+    sent = [0] * num_nodes
+    for token in range(len(mine)):
+        for node in range(num_nodes):
+            if goes_to(rank, token, node):
+                rdma_head[token, node] = sent[node]
+                sent[node] += 1
+    relayed, nvl_head = [], []
+    for node in range(num_nodes):
+        source = ranks_of[node][index]
+        tokens = [token for token in range(len(members[source])) if goes_to(source, token, here)]
+        relayed.append(len(tokens))
+        seen = [0] * len(ranks_of[here])
+        for token in tokens:
+            row = []
+            for place, target in enumerate(ranks_of[here]):
+                has = bool(members[source][token, target])
+                row.append(seen[place] if has else -1)
+                seen[place] += has
+            nvl_head.append(row)
+    starts, received, meta = [], [], []
+    for source in range(num_ranks):
+        starts.append(len(meta))
+        place = 0
+        for token in range(len(members[source])):
+            if members[source][token, rank]:
+                meta.append([node_of[source], token if node_of[source] == here else place])
+            place += goes_to(source, token, here)
+        received.append(len(meta))
+
+    def ints(values: object, *shape: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32).view(shape)
+
+    return {
+        "is_token_in_rank": mine,
+        "rdma_channel_prefix_matrix": ints(sent, -1, 1),
+        "gbl_channel_prefix_matrix": ints([int(column.sum()) for column in mine.unbind(1)], -1, 1),
+        "recv_rdma_channel_prefix_matrix": ints(relayed, -1, 1),
+        "recv_rdma_rank_prefix_sum": ints([sum(relayed[: node + 1]) for node in range(num_nodes)], -1),
+        "recv_gbl_channel_prefix_matrix": ints(starts, -1, 1),
+        "recv_gbl_rank_prefix_sum": ints(received, -1),
+        "recv_src_meta": ints(meta, -1, 2).view(torch.uint8),
+        "send_rdma_head": rdma_head,
+        "send_nvl_head": ints(nvl_head, -1, len(ranks_of[here])),
+    }

@@ -93,14 +93,13 @@ def test_timeout_variable(pool_of: PoolOf) -> None:
 def _nodes(rank: int, num_ranks: int) -> None:
     gc.collect()
     before = len(segments())
-    splits = [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 2, 3]]
-    for split in splits:
+    for split in ([0, 0, 0, 1], [0, 1, 2, 1]):
         with (
             mock.patch.dict(os.environ, {"TOKENFERRY_NODE": f"node{split[rank]}"}),
-            pytest.raises(TokenferryError, match="node"),
+            pytest.raises(TokenferryError, match="same number of ranks"),
         ):
             Buffer(dist.group.WORLD, timeout=TIMEOUT)
-        with pytest.raises(TokenferryError, match="node"):
+        with pytest.raises(TokenferryError, match="same number of ranks"):
             Buffer(dist.group.WORLD, node=split[rank], timeout=TIMEOUT)
     assert named_segments() == []
     gc.collect()
@@ -111,5 +110,5 @@ def _nodes(rank: int, num_ranks: int) -> None:
         check_works(buffer)
 
 
-def test_two_nodes_raise_on_every_rank(pool_of: PoolOf) -> None:
+def test_unequal_nodes_raise_on_every_rank(pool_of: PoolOf) -> None:
     pool_of(4).run(_nodes)

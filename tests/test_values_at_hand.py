@@ -40,7 +40,7 @@ class MetaPlane:
     def __init__(self) -> None:
         self.given: list[Any] = []
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
+    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         member = torch.empty((len(topk_idx), RANKS), dtype=torch.bool, device=META)
         return Layout(int32(RANKS), int32(num_experts), member)
 
@@ -91,7 +91,8 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def dispatch(who: Party, *, num_worst_tokens: int = 0) -> intranode.Received:
     x, ids, weights = inputs()
     per_rank, per_expert, member = intranode.layout(who, ids, EXPERTS)
-    return intranode.dispatch(who, x, per_rank, member, per_expert, ids, weights, 4, num_worst_tokens)
+    given = intranode.check_inputs(who, x, per_rank, member, per_expert, ids, weights, 4, num_worst_tokens)
+    return intranode.dispatch(who, given)
 
 
 @pytest.mark.parametrize("num_worst_tokens", [0, 20])

@@ -15,7 +15,7 @@ from tokenferry.errors import (
     TokenferryError,
 )
 from tokenferry.events import EventHandle, EventOverlap
-from tokenferry.handles import DispatchHandle
+from tokenferry.handles import DispatchHandle, InternodeHandle
 from tokenferry.modes.intranode import topk_idx_t
 from tokenferry.topology import Topology
 from tokenferry.version import __version__
@@ -30,6 +30,7 @@ __all__ = [
     "EventHandle",
     "EventOverlap",
     "HeapError",
+    "InternodeHandle",
     "MismatchError",
     "PeerError",
     "PeerLostError",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.distributed as dist
 
+from tokenferry.buffer_internode import InternodeMethods
 from tokenferry.buffer_low_latency import LowLatencyMethods
 from tokenferry.config import (
     ALIGNMENT,
@@ -19,16 +20,17 @@ from tokenferry.config import (
 )
 from tokenferry.construction import (
     AnyRuntime,
+    Wishes,
+    choose_carrier,
     choose_device,
     construct_runtime,
     note_ignored,
-    runtime_maker,
     timeout_seconds,
 )
 from tokenferry.errors import BufferStateError
 from tokenferry.events import EventHandle, EventOverlap
-from tokenferry.handles import DispatchHandle
-from tokenferry.modes import intranode
+from tokenferry.handles import Handle
+from tokenferry.modes import internode, intranode
 from tokenferry.rendezvous import meet
 from tokenferry.streams import CommStream, check_events
 from tokenferry.topology import Topology
@@ -39,7 +41,7 @@ logger = logging.getLogger("tokenferry")
 _Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class Buffer(LowLatencyMethods):
+class Buffer(LowLatencyMethods, InternodeMethods):
     """The expert-parallel communication buffer of one rank: dispatch and combine among the ranks of a group.
 
     Construction is collective over ``group``: every rank must construct. Every operation is collective too: all
@@ -61,7 +63,7 @@ class Buffer(LowLatencyMethods):
         allow_nvlink_for_normal_mode: accepted, without meaning here.
         enable_shrink: low-latency operations mask ranks that die or stay silent, and go on without them.
         exact_combine: low-latency combines on GPUs send every row, and round once, instead of one sum, rounded to
-            bfloat16, for each token and rank; CPU ranks always do.
+            bfloat16, for each token and rank; CPU ranks always do. Between nodes partial sums travel in float32.
         comm: an mpi4py communicator, used where ``group`` is None.
         timeout: seconds to wait for a peer that makes no progress; by default the environment variable
             ``TOKENFERRY_TIMEOUT``, else 100.
@@ -69,11 +71,13 @@ class Buffer(LowLatencyMethods):
             environment variable ``TOKENFERRY_DEVICE``, else the current GPU if there is one.
         heap_bytes: GPU memory for :meth:`empty`, equal on all ranks.
         node: name of the node this rank is on; by default found as :func:`tokenferry.topology.node_key` says.
+        carrier: what moves rows between nodes; by default the environment variable ``TOKENFERRY_CARRIER``, else
+            ``"process_group"``: Gloo, over TCP.
 
     Raises:
         ArgumentError: an argument is not allowed.
-        TokenferryError: the ranks are on several nodes, or shared memory is not to be had on some rank. Raised
-            on every rank.
+        TokenferryError: nodes of unequal size, no shared memory or no connection between nodes on some rank.
+            Raised on every rank.
     """
 
     num_sms: ClassVar[int] = 20
@@ -99,6 +103,7 @@ class Buffer(LowLatencyMethods):
         device: torch.device | str | int | None = None,
         heap_bytes: int = 0,
         node: str | int | None = None,
+        carrier: str | None = None,
     ) -> None:
         self.runtime: AnyRuntime | None = None
         num_nvl_bytes = check_int("num_nvl_bytes", num_nvl_bytes, minimum=0, multiple_of=ALIGNMENT)
@@ -126,10 +131,18 @@ class Buffer(LowLatencyMethods):
         push_bytes = num_rdma_bytes if low_latency_mode else 0
         chosen = choose_device(device)
         heap_bytes = check_int("heap_bytes", heap_bytes, minimum=0)
-        make = runtime_maker(
-            chosen, group, num_nvl_bytes, push_bytes, heap_bytes, seconds, enable_shrink, exact_combine
+        wishes = Wishes(
+            chosen,
+            group,
+            num_nvl_bytes,
+            push_bytes,
+            heap_bytes,
+            seconds,
+            enable_shrink and low_latency_mode,
+            exact_combine,
+            choose_carrier(carrier),
         )
-        self.runtime = construct_runtime(rendezvous, make, node)
+        self.runtime = construct_runtime(rendezvous, wishes, node)
         logger.info(
             "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s",
             self.rank,
@@ -166,9 +179,7 @@ class Buffer(LowLatencyMethods):
         Raises:
             BufferStateError: the Buffer was destroyed.
         """
-        topology = self._live_runtime().topology
-        assert topology is not None
-        return topology
+        return self._live_runtime().topology
 
     def _live_runtime(self) -> AnyRuntime:
         if self.runtime is None:
@@ -282,7 +293,7 @@ class Buffer(LowLatencyMethods):
             allocate_on_comm_stream: needs ``previous_event`` with an event, and ``async_finish``.
 
         Returns:
-            ``num_tokens_per_rank`` int32 [R], ``num_tokens_per_rdma_rank`` (None inside a node),
+            ``num_tokens_per_rank`` int32 [R], ``num_tokens_per_rdma_rank`` int32 [G] (None inside a node),
             ``num_tokens_per_expert`` int32 [E] (duplicates count), ``is_token_in_rank`` bool [T, R], and the event.
 
         Raises:
@@ -291,9 +302,11 @@ class Buffer(LowLatencyMethods):
         event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
-            result = intranode.layout(runtime.party(), topk_idx, num_experts)
-            done = turn.finish((topk_idx,), result)
-        return result.num_tokens_per_rank, None, result.num_tokens_per_expert, result.is_token_in_rank, done
+            party = runtime.party()
+            result = intranode.layout(party, topk_idx, num_experts)
+            per_node = internode.tokens_per_node(party, result.is_token_in_rank) if party.nodes else None
+            done = turn.finish((topk_idx,), (*result, per_node))
+        return result.num_tokens_per_rank, per_node, result.num_tokens_per_expert, result.is_token_in_rank, done
 
     def dispatch(
         self,
@@ -316,7 +329,7 @@ class Buffer(LowLatencyMethods):
         torch.Tensor | None,
         torch.Tensor | None,
         list[int] | None,
-        DispatchHandle | None,
+        Handle | None,
         EventOverlap,
     ]:
         """Send every token once to every rank that holds one of its experts.
@@ -327,7 +340,7 @@ class Buffer(LowLatencyMethods):
             handle: of an earlier dispatch: sends ``x`` along the same routes, without new counts. Excludes
                 ``topk_idx`` and ``topk_weights``; the count arguments are not looked at.
             num_tokens_per_rank: int32 [R], from :meth:`get_dispatch_layout`.
-            num_tokens_per_rdma_rank: not looked at inside a node.
+            num_tokens_per_rdma_rank: int32 [G], from :meth:`get_dispatch_layout`; not looked at inside a node.
             is_token_in_rank: bool [T, R], from :meth:`get_dispatch_layout`.
             num_tokens_per_expert: int32 [E], from :meth:`get_dispatch_layout`.
             topk_idx: int64 [T, K], K <= 32, contiguous; together with ``topk_weights`` or not at all.
@@ -362,22 +375,20 @@ class Buffer(LowLatencyMethods):
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
             party = runtime.party(num_sms)
             if handle is not None:
-                received = intranode.cached_dispatch(party, x, handle)
+                if party.nodes is None:
+                    received = intranode.cached_dispatch(party, x, handle)
+                else:
+                    received = internode.cached_dispatch(party, x, handle, self._chunk(config))
                 read = (*_as_tuple(x), *handle)
             else:
-                received = intranode.dispatch(
-                    party,
-                    x,
-                    num_tokens_per_rank,
-                    is_token_in_rank,
-                    num_tokens_per_expert,
-                    topk_idx,
-                    topk_weights,
-                    expert_alignment,
-                    num_worst_tokens,
-                )
                 counts = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
-                read = (*_as_tuple(x), *counts, topk_idx, topk_weights)
+                top = (topk_idx, topk_weights)
+                given = intranode.check_inputs(party, x, *counts, *top, expert_alignment, num_worst_tokens)
+                if party.nodes is None:
+                    received = intranode.dispatch(party, given)
+                else:
+                    received = internode.dispatch(party, given, num_tokens_per_rdma_rank, self._chunk(config))
+                read = (*_as_tuple(x), *counts, *top)
             written = (
                 received.x,
                 received.scales,
@@ -414,7 +425,8 @@ class Buffer(LowLatencyMethods):
 
         Returns:
             ``combined_x`` [T, H] of x's dtype: ``bias_0 + bias_1 + sum over ranks, ascending``, in float32 (float64
-            for float64) with one rounding; ``combined_topk_weights`` float32 [T, K] or None; the event.
+            for float64) with one rounding; between nodes the sum over the ranks of each node is rounded first, unless
+            ``exact_combine`` is set; ``combined_topk_weights`` float32 [T, K] or None; the event.
 
         Raises:
             ArgumentError: an argument is not allowed; no peer was touched.
@@ -425,7 +437,11 @@ class Buffer(LowLatencyMethods):
         event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
-            combined, weights = intranode.combine(runtime.party(num_sms), x, handle, topk_weights, bias)
+            party = runtime.party(num_sms)
+            if party.nodes is None:
+                combined, weights = intranode.combine(party, x, handle, topk_weights, bias)
+            else:
+                combined, weights = internode.combine(party, x, handle, topk_weights, bias, self._chunk(config))
             done = turn.finish((x, *handle, topk_weights, *_as_tuple(bias)), (combined, weights))
         return combined, weights, done
 
@@ -456,6 +472,9 @@ class Buffer(LowLatencyMethods):
         with runtime.comm.turn(None, False, False):
             intranode.warm(runtime.party(), hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
         self._all_gather(None)
+
+    def _chunk(self, config: Config | None) -> int:
+        return internode.chunk_of(config or dispatch_preset(self.group_size, Buffer.num_sms))
 
     @staticmethod
     def _unpack_bias(bias: object) -> tuple[object, object]:

@@ -6,16 +6,18 @@ import functools
 import logging
 import math
 import os
+import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from tokenferry.errors import ArgumentError, TokenferryError
+from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, DEADLINE_SHARE, Rail, check_carrier
 from tokenferry.rendezvous import Rendezvous
 from tokenferry.runtime import Runtime
-from tokenferry.topology import node_key
+from tokenferry.topology import Topology, node_key
 from tokenferry.validation import require
 
 if TYPE_CHECKING:
@@ -49,35 +51,78 @@ def choose_device(device: torch.device | str | int | None) -> torch.device:
     return chosen if chosen.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-def runtime_maker(
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-    stage_limit: int,
-    push_bytes: int,
-    heap_bytes: int,
-    timeout: float,
-    may_mask: bool,
-    exact_combine: bool,
-) -> Callable[[int, int], AnyRuntime]:
-    """What constructs the runtime of a rank, from the rank and their number."""
-    if device.type == "cpu":
-        limit = max(stage_limit, push_bytes)
-        return functools.partial(Runtime, stage_limit=limit, timeout=timeout, may_mask=may_mask)
-    if group is None:
+class Wishes(NamedTuple):
+    """What the arguments of a Buffer ask of its runtime."""
+
+    device: torch.device
+    group: dist.ProcessGroup | None
+    stage_limit: int
+    push_bytes: int
+    heap_bytes: int
+    timeout: float
+    may_mask: bool
+    exact_combine: bool
+    carrier: str
+
+
+def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
+    """Construct the runtime of a rank: locally, without a word to the others.
+
+    Args:
+        wishes: of the caller.
+        topology: who is where.
+        key: names the Buffer among all of the group; equal on its ranks.
+    """
+    if topology.num_nodes > 1:
+        _check_several_nodes(wishes, topology)
+    if wishes.device.type == "cpu":
+        return Runtime(
+            topology,
+            max(wishes.stage_limit, wishes.push_bytes),
+            wishes.timeout,
+            wishes.may_mask,
+            _rail_maker(wishes, topology, key),
+            wishes.exact_combine,
+        )
+    if wishes.group is None:
         raise ArgumentError("group", None, "a torch.distributed process group on GPUs (device='cpu' takes comm=)")
     from tokenferry.runtime_cuda import CudaRuntime
 
-    return functools.partial(
-        CudaRuntime,
-        group=group,
-        device=device,
-        stage_limit=stage_limit,
-        push_bytes=push_bytes,
-        heap_bytes=heap_bytes,
-        timeout=timeout,
-        may_mask=may_mask,
-        exact_combine=exact_combine,
+    return CudaRuntime(
+        topology,
+        group=wishes.group,
+        device=wishes.device,
+        stage_limit=wishes.stage_limit,
+        push_bytes=wishes.push_bytes,
+        heap_bytes=wishes.heap_bytes,
+        timeout=wishes.timeout,
+        may_mask=wishes.may_mask,
+        exact_combine=wishes.exact_combine,
     )
+
+
+def _check_several_nodes(wishes: Wishes, topology: Topology) -> None:
+    where = f"on {topology.num_nodes} nodes (TOKENFERRY_NODE overrides what counts as a node)"
+    if wishes.device.type != "cpu":
+        raise TokenferryError(f"this version moves tokens between nodes on CPU ranks only: the GPUs are {where}")
+    require(wishes.group is not None, "group", None, f"a torch.distributed process group, with ranks {where}")
+    require(not wishes.may_mask, "enable_shrink", True, f"False, with ranks {where}")
+
+
+def _rail_maker(wishes: Wishes, topology: Topology, key: str) -> Callable[[], Rail] | None:
+    if topology.num_nodes == 1:
+        return None
+    assert wishes.group is not None
+    timeout = DEADLINE_SHARE * wishes.timeout
+    key = f"{key}/{topology.local_index}"
+    return functools.partial(CARRIERS[wishes.carrier], wishes.group, topology, key, timeout)
+
+
+def choose_carrier(carrier: str | None) -> str:
+    """The carrier between nodes that the caller or the environment names."""
+    if carrier is not None:
+        return check_carrier("carrier", carrier)
+    return check_carrier(CARRIER_VARIABLE, os.environ.get(CARRIER_VARIABLE, "process_group"))
 
 
 def timeout_seconds(timeout: float | None) -> float:
@@ -101,23 +146,23 @@ def note_ignored(**is_set: bool) -> None:
             logger.info("%s has no meaning inside one node and is ignored", name)
 
 
-def construct_runtime(
-    rendezvous: Rendezvous, make: Callable[[int, int], AnyRuntime], node: str | int | None
-) -> AnyRuntime:
-    """Create, exchange and open the heaps; if that fails on one rank, it fails on all."""
+def construct_runtime(rendezvous: Rendezvous, wishes: Wishes, node: str | int | None) -> AnyRuntime:
+    """Create, exchange and open the heaps and rails; if that fails on one rank, it fails on all."""
+    found = rendezvous.all_gather((node_key(node), f"tokenferry/{secrets.token_hex(8)}"))
+    topology = Topology.from_keys(rendezvous.rank, [key for key, _ in found])
     runtime: AnyRuntime | None = None
     handle, failure = bytearray(), ""
     try:
-        runtime = make(rendezvous.rank, rendezvous.num_ranks)
+        runtime = make_runtime(wishes, topology, found[0][1])
         handle = runtime.get_local_ipc_handle()
     except RuntimeError as error:  # also those of torch: no memory, no symmetric memory
         failure = str(error) or type(error).__name__
     try:
-        offers = rendezvous.all_gather((node_key(node), bytes(handle), failure))
-        _raise_any_failure([offer[2] for offer in offers])
+        offers = rendezvous.all_gather((bytes(handle), failure))
+        _raise_any_failure([offer[1] for offer in offers])
         assert runtime is not None
         try:
-            runtime.sync([offer[0] for offer in offers], [offer[1] for offer in offers])
+            runtime.sync([offer[0] for offer in offers])
         except RuntimeError as error:
             failure = str(error) or type(error).__name__
         _raise_any_failure(rendezvous.all_gather(failure))

@@ -50,6 +50,7 @@ class PeerError(TokenferryError):
         operation: name of the operation, e.g. ``"dispatch"``.
         epoch: its number, counted from 1 in the life of the Buffer and equal on all ranks.
         ranks: the ranks at fault.
+        reason: what is wrong with them.
     """
 
     def __init__(self, operation: str, epoch: int, ranks: Sequence[int], reason: str) -> None:
@@ -58,6 +59,7 @@ class PeerError(TokenferryError):
         self.operation = operation
         self.epoch = epoch
         self.ranks = tuple(ranks)
+        self.reason = reason
 
 
 class PeerTimeoutError(PeerError):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from tokenferry.dataplane import DataPlane
 from tokenferry.dataplane.cpu import CpuDataPlane
-from tokenferry.errors import BufferStateError, TokenferryError
+from tokenferry.errors import BufferStateError
 from tokenferry.memory.heap import Heap
 from tokenferry.modes.intranode import Party
+from tokenferry.modes.nodes import Nodes
+from tokenferry.rail import Rail
 from tokenferry.streams import NoStream
 from tokenferry.topology import Topology
 
@@ -23,24 +25,35 @@ class Runtime:
     """The heap and the data plane of one rank.
 
     Args:
-        rank: this rank.
-        num_ranks: ranks of the group.
+        topology: who is where.
         stage_limit: ceiling for the stage in bytes; 0 for the default.
         timeout: seconds to wait for a peer that makes no progress.
         may_mask: whether low-latency operations mask ranks that fail, and go on.
+        make_rail: what makes this rank's rail; None where all ranks are on one node.
+        exact_combine: whether partial sums travel between nodes in float32.
 
     Raises:
         HeapError: shared memory cannot be created.
     """
 
-    def __init__(self, rank: int, num_ranks: int, stage_limit: int, timeout: float, may_mask: bool = False) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        stage_limit: int,
+        timeout: float,
+        may_mask: bool = False,
+        make_rail: Callable[[], Rail] | None = None,
+        exact_combine: bool = False,
+    ) -> None:
         self.device = torch.device("cpu")
-        self.topology: Topology | None = None
+        self.topology = topology
         self.comm = NoStream()
-        self._rank = rank
-        self._num_ranks = num_ranks
-        self._heap = Heap(rank, num_ranks, stage_limit or DEFAULT_STAGE_BYTES, timeout)
+        ranks = topology.local_ranks
+        self._heap = Heap(topology.local_index, len(ranks), stage_limit or DEFAULT_STAGE_BYTES, timeout, ranks)
         self._heap.may_mask = may_mask
+        self._make_rail = make_rail
+        self._exact = exact_combine
+        self._nodes: Nodes | None = None
         self._scratch: torch.Tensor | None = None
         self._combine_rows: torch.Tensor | None = None
         self._plane: DataPlane | None = None
@@ -49,28 +62,22 @@ class Runtime:
         """What the peers need to open this rank's heap."""
         return bytearray(json.dumps(self._heap.handle).encode())
 
-    def sync(self, node_keys: Sequence[str], ipc_handles: Sequence[bytes | bytearray]) -> None:
-        """Open the peers' heaps.
+    def sync(self, ipc_handles: Sequence[bytes | bytearray]) -> None:
+        """Open the heaps of this node's ranks, and the rail.
 
         Args:
-            node_keys: :func:`tokenferry.topology.node_key` of every rank.
             ipc_handles: :meth:`get_local_ipc_handle` of every rank.
 
         Raises:
             BufferStateError: called before.
-            TokenferryError: the ranks are on several nodes.
             HeapError: a peer's heap cannot be opened.
+            TokenferryError: there is no connection to another node.
         """
         if self._plane is not None:
             raise BufferStateError("sync() was called before")
-        topology = Topology.from_keys(self._rank, node_keys)
-        if topology.num_nodes > 1:
-            raise TokenferryError(
-                f"the {topology.num_ranks} ranks are on {topology.num_nodes} nodes: this version moves tokens inside "
-                "one node only (TOKENFERRY_NODE overrides what counts as a node)"
-            )
-        self._heap.attach([_parse_handle(handle) for handle in ipc_handles])
-        self.topology = topology
+        self._heap.attach([_parse_handle(ipc_handles[rank]) for rank in self.topology.local_ranks])
+        if self._make_rail is not None:
+            self._nodes = Nodes(self.topology, self._make_rail(), self._exact)
         self._plane = CpuDataPlane(self._heap)
 
     def hide(self) -> None:
@@ -92,7 +99,9 @@ class Runtime:
         """
         if self._plane is None:
             raise BufferStateError("the Buffer is not synced")
-        return Party(self._plane, self._rank, self._num_ranks, self.device)
+        return Party(
+            self._plane, self.topology.rank, self.topology.num_ranks, self.device, num_sms, nodes=self._nodes
+        )
 
     def local_stage(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes]: the head of this rank's stage, made real."""
@@ -123,6 +132,8 @@ class Runtime:
     def destroy(self) -> None:
         """Let go of all memory. Local: no peer is waited for. May be called again."""
         self._heap.close()
+        if self._nodes is not None:
+            self._nodes.rail.close()
         self._scratch = self._combine_rows = None
 
 

@@ -26,8 +26,7 @@ class CudaRuntime:
     """The heap, the regions and the data plane of one rank on a GPU.
 
     Args:
-        rank: this rank.
-        num_ranks: ranks of the group.
+        topology: who is where; on one node.
         group: the process group, of any backend.
         device: the GPU of this rank.
         stage_limit: ceiling for the stage in bytes; 0 for the default.
@@ -43,8 +42,7 @@ class CudaRuntime:
 
     def __init__(
         self,
-        rank: int,
-        num_ranks: int,
+        topology: Topology,
         *,
         group: dist.ProcessGroup,
         device: torch.device,
@@ -55,13 +53,12 @@ class CudaRuntime:
         may_mask: bool,
         exact_combine: bool,
     ) -> None:
+        rank, num_ranks = topology.rank, topology.num_ranks
         if num_ranks > words.MAX_RANKS:
             raise TokenferryError(f"{num_ranks} ranks share this node: at most {words.MAX_RANKS} can on GPUs")
         self.device = device
-        self.topology: Topology | None = None
+        self.topology = topology
         self.comm = CommStream(device)
-        self._rank = rank
-        self._num_ranks = num_ranks
         self._group = group
         self._timeout = timeout
         self._plane: CudaDataPlane | None = None
@@ -85,26 +82,18 @@ class CudaRuntime:
         gpu = str(torch.cuda.get_device_properties(self.device).uuid)
         return bytearray(json.dumps([*self._regions.handle, self._heap.size, gpu]).encode())
 
-    def sync(self, node_keys: Sequence[str], ipc_handles: Sequence[bytes | bytearray]) -> None:
+    def sync(self, ipc_handles: Sequence[bytes | bytearray]) -> None:
         """Map the peers' heaps and mailboxes. Collective.
 
         Args:
-            node_keys: :func:`tokenferry.topology.node_key` of every rank.
             ipc_handles: :meth:`get_local_ipc_handle` of every rank.
 
         Raises:
             BufferStateError: called before.
-            TokenferryError: the ranks are on several nodes.
             HeapError: a peer's memory cannot be mapped.
         """
         if self._plane is not None:
             raise BufferStateError("sync() was called before")
-        topology = Topology.from_keys(self._rank, node_keys)
-        if topology.num_nodes > 1:
-            raise TokenferryError(
-                f"the {topology.num_ranks} ranks are on {topology.num_nodes} nodes: this version moves tokens inside "
-                "one node only (TOKENFERRY_NODE overrides what counts as a node)"
-            )
         offers = [json.loads(bytes(handle)) for handle in ipc_handles]
         sizes = sorted({int(size) for _, _, size, _ in offers})
         if len(sizes) > 1:
@@ -112,9 +101,8 @@ class CudaRuntime:
         self._heap.attach(self._group)  # first: all ranks come to this, whatever fails on one of them afterwards
         self._regions.attach([(str(name), int(size)) for name, size, _, _ in offers])
         self._regions.set_heap(self._heap.addresses, self._heap.size)
-        self.topology = topology
         gpus = [gpu for _, _, _, gpu in offers]
-        most = _resident_programs(self.device, gpus.count(gpus[self._rank]))
+        most = _resident_programs(self.device, gpus.count(gpus[self.topology.rank]))
         self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most, *self._options)
 
     def hide(self) -> None:
@@ -133,7 +121,7 @@ class CudaRuntime:
         """
         if self._plane is None:
             raise BufferStateError("the Buffer is not synced")
-        return Party(self._plane, self._rank, self._num_ranks, self.device, num_sms)
+        return Party(self._plane, self.topology.rank, self.topology.num_ranks, self.device, num_sms)
 
     def local_stage(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes]: the head of this rank's stage.

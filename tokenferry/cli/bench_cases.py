@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tokenferry.buffer import Buffer
 from tokenferry.cli.bench_baseline import Routes, TorchDistributed
-from tokenferry.handles import DispatchHandle
+from tokenferry.handles import Handle
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -215,7 +215,7 @@ def tokenferry_calls(case: Case, work: Workload, buffer: Buffer) -> dict[str, Ca
         counts = buffer.get_dispatch_layout(work.topk_idx, case.experts)
         return Result([counts[0], counts[2], counts[3]], [])
 
-    def fresh() -> tuple[Result, DispatchHandle]:
+    def fresh() -> tuple[Result, Handle]:
         rows, ids, weights, counts, handle, _ = buffer.dispatch(
             x,
             num_tokens_per_rank=work.num_tokens_per_rank,

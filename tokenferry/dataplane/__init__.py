@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from tokenferry.dtypes import describe_dtype
 from tokenferry.handles import DispatchHandle
 
 
@@ -55,6 +56,22 @@ class Signature(NamedTuple):
     """Low latency: most tokens of a rank."""
 
 
+def describe_difference(rank: int, signature: Signature, other_rank: int, other: Signature) -> str:
+    """Where two signatures differ, or an empty string."""
+    for name, mine, theirs in zip(Signature._fields, signature, other, strict=True):
+        if mine != theirs:
+            shown = f"rank {rank} has {_describe(name, mine)}, rank {other_rank} has {_describe(name, theirs)}"
+            return f"ranks disagree on {name}: {shown}"
+    return ""
+
+
+def _describe(name: str, value: int) -> str:
+    if name == "operation":
+        known = value in OperationKind.__members__.values()
+        return OperationKind(value).name.lower() if known else str(value)
+    return describe_dtype(value) if name.endswith("dtype") else str(value)
+
+
 class SendPlan(NamedTuple):
     """What a rank brings to a dispatch."""
 
@@ -78,6 +95,8 @@ class SendPlan(NamedTuple):
     """Routes known from an earlier dispatch (cached dispatch), else None."""
     num_sms: int = 0
     """SMs that the operation may use, where there are any; 0: the data plane chooses."""
+    experts: range | None = None
+    """Ids of this rank's experts; None: its share of num_tokens_per_expert, by its place among the ranks."""
 
 
 class Outputs(NamedTuple):
@@ -93,6 +112,8 @@ class Outputs(NamedTuple):
     """float32 [M', K]: 0 where the id is -1."""
     recv_src_idx: torch.Tensor | None
     """int32 [M']; -1 in rows past the last received. None with a handle."""
+    starts: Sequence[int] | None = None
+    """Where the rows of each source rank begin. Nothing else is written then. None: one after the other."""
 
 
 class DispatchExchange(Protocol):
@@ -118,6 +139,15 @@ class DispatchExchange(Protocol):
         """Fill the outputs."""
 
 
+class HeldRows(NamedTuple):
+    """The rows that a rank holds for each source rank, ordered by source token."""
+
+    starts: Sequence[int]
+    """First row of each source; they follow each other."""
+    tokens: Sequence[torch.Tensor]
+    """Integers: source tokens of the rows of each source."""
+
+
 class ReducePlan(NamedTuple):
     """What a rank brings to a combine. Rows of x are ordered by (source rank, source token)."""
 
@@ -129,6 +159,15 @@ class ReducePlan(NamedTuple):
     """Of the dispatch that brought the rows."""
     num_sms: int = 0
     """As in :class:`SendPlan`."""
+    held: HeldRows | None = None
+    """Which rows of the columns are summed, where not all are. Of the handle only the membership counts then."""
+
+
+class Part(NamedTuple):
+    """Rows to be summed: row i belongs to token ``tokens[i]``, ascending; None: to token i."""
+
+    tokens: torch.Tensor | None
+    rows: torch.Tensor
 
 
 class ScaleFormat(IntEnum):
@@ -214,8 +253,8 @@ class DataPlane(Protocol):
     """Whether reading a tensor's values costs the host nothing. Modes check values only then; elsewhere the data
     plane finds bad values itself, and raises at the next point where the host waits."""
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
-        """Counts and membership of int64 [T, K] expert ids (-1: no choice). No communication."""
+    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
+        """Counts and membership of int64 [T, K] expert ids (-1: no choice) among R ranks. No communication."""
 
     def dispatch(self, signature: Signature, plan: SendPlan) -> AbstractContextManager[DispatchExchange]:
         """Publish the rows and agree on the counts; the caller allocates and calls ``pull`` inside."""
@@ -226,6 +265,20 @@ class DataPlane(Protocol):
         Accumulation is in float32 (float64 for float64 columns), biases first, then ranks ascending,
         with one rounding at the end.
         """
+
+    def sum_rows(
+        self, parts: Sequence[Part], biases: Sequence[torch.Tensor], out: torch.Tensor, num_sms: int = 0
+    ) -> None:
+        """Write sums of local rows, [T, width]: biases first, then parts in their order, rounded once.
+
+        Accumulation is as in :meth:`pull_reduce`. No communication.
+        """
+
+    def check(self) -> None:
+        """Raise if operations cannot run: the Buffer is destroyed, or an operation failed."""
+
+    def give_up(self, reason: str) -> None:
+        """No operation runs here any more; ranks that wait for this one are told why."""
 
     def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:
         """Make ready for dispatches of such plans, and combines of such columns: what takes long the first time.

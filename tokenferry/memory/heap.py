@@ -3,6 +3,7 @@
 Every rank owns one segment that all ranks of the node map. Owner ``o``'s segment holds::
 
     line 0              magic, version, rank, ranks, state, whether deaths show by lock
+    line 1, 2           why an operation failed here, in words; written before the state that says so
     inbox[s][slot]      headers of messages from s to o, written by s; word 0 is the flag
     released[r]         how many of o's messages r has finished reading, written by r
     first[s]            the first message of s that o may expect, written by s when it unmasks o
@@ -37,6 +38,7 @@ from tokenferry.config import ALIGNMENT, align_up
 from tokenferry.errors import (
     BufferStateError,
     HeapError,
+    PeerError,
     PeerLostError,
     PeerTimeoutError,
     StepBackError,
@@ -45,11 +47,12 @@ from tokenferry.memory.shm import Segment, fence
 from tokenferry.memory.waiting import Waiter
 
 MAGIC = 0x746F6B656E666572
-VERSION = 1
+VERSION = 2
 SLOTS = 8
 """Messages of one owner that may be unread at a time."""
 HEADER_WORDS = 32
 _LINE_WORDS = ALIGNMENT // 8
+_REASON_BYTES = 2 * ALIGNMENT
 _PAGE = 4096
 _SMALLEST_STAGE = 16 * _PAGE
 _SMALLEST_RESERVE = 64 << 20
@@ -89,6 +92,7 @@ class Heap:
         num_ranks: ranks of the group.
         stage_limit: bytes the stage may grow to.
         timeout: seconds to wait for a peer that makes no progress.
+        names: what messages call each rank; by default its number here.
 
     Construction creates the own segment; :meth:`attach` opens those of the peers; both are local.
 
@@ -96,7 +100,10 @@ class Heap:
         HeapError: shared memory cannot be created.
     """
 
-    def __init__(self, rank: int, num_ranks: int, stage_limit: int, timeout: float) -> None:
+    def __init__(
+        self, rank: int, num_ranks: int, stage_limit: int, timeout: float, names: Sequence[int] | None = None
+    ) -> None:
+        self.names = tuple(range(num_ranks) if names is None else names)
         self.rank = rank
         self.num_ranks = num_ranks
         self.timeout = timeout
@@ -107,7 +114,7 @@ class Heap:
         self._masked: set[int] = set()
         self._times_masked = [0] * num_ranks
         self._masked_at = [0] * num_ranks
-        self._inbox = _LINE_WORDS
+        self._inbox = _LINE_WORDS + _REASON_BYTES // 8
         self._released = self._inbox + num_ranks * SLOTS * HEADER_WORDS
         self._first = self._released + num_ranks * _LINE_WORDS
         self._stage = align_up((self._first + num_ranks * _LINE_WORDS) * 8, _PAGE)
@@ -159,7 +166,8 @@ class Heap:
             self._segments[peer] = segment
             found = list(segment.words[:_STATE_WORD])
             if found != [MAGIC, VERSION, peer, self.num_ranks]:
-                raise HeapError(f"the segment of rank {peer} starts with {found}: not a heap of this group")
+                name = self.names[peer]
+                raise HeapError(f"the segment of rank {name} starts with {found}: not a heap of this group")
 
     def unlink(self) -> None:
         """Take the own segment's name away, once every rank has it open."""
@@ -180,7 +188,7 @@ class Heap:
     def whole_stage(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes]: the head of the own stage, made real."""
         with self.lock:
-            self._check_usable()
+            self.check_usable()
             self.ensure_stage(nbytes, nbytes)
             return self.stage_view(self.rank, 0, nbytes)
 
@@ -308,7 +316,8 @@ class Heap:
         segment = self._segment(rank)
         start = self._stage + offset
         if offset < 0 or nbytes < 0 or start + nbytes > segment.size:
-            raise HeapError(f"bytes {offset} to {offset + nbytes} lie outside of the stage of rank {rank}")
+            name = self.names[rank]
+            raise HeapError(f"bytes {offset} to {offset + nbytes} lie outside of the stage of rank {name}")
         return segment.bytes[start : start + nbytes]
 
     # Masking: going on without a rank.
@@ -363,22 +372,34 @@ class Heap:
     def guarded(self) -> Iterator[None]:
         """Keep other threads of this process out, and remember failure."""
         with self.lock:
-            self._check_usable()
+            self.check_usable()
             try:
                 yield
             except StepBackError:
                 raise
-            except BaseException:
-                self.fail()
+            except BaseException as error:
+                self.fail(f"{type(error).__name__}: {error}")
                 raise
 
-    def fail(self) -> None:
-        """Tell everyone that an operation failed here: no rank waits for this one any more."""
-        if self._finalizer.alive:
-            fence()  # whoever sees this sees all that was published before
+    def fail(self, reason: str) -> None:
+        """Tell everyone that an operation failed here, and why: no rank waits for this one any more."""
+        if self._finalizer.alive and self._own.words[_STATE_WORD] == State.OPEN:
+            text = reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES, b"\0")
+            self._own.words[_LINE_WORDS : _LINE_WORDS + _REASON_BYTES // 8] = array("q", text)
+            fence()  # whoever sees this sees the reason, and all that was published before
             self._own.words[_STATE_WORD] = State.FAILED
 
-    def _check_usable(self) -> None:
+    def _reason_of(self, rank: int) -> str:
+        words = self._segment(rank).words[_LINE_WORDS : _LINE_WORDS + _REASON_BYTES // 8]
+        text = words.tobytes().rstrip(b"\0").decode(errors="ignore")
+        return "".join(character for character in text if character.isprintable())
+
+    def check_usable(self) -> None:
+        """Raise if operations cannot run here.
+
+        Raises:
+            BufferStateError: closed, failed, or inherited by a fork.
+        """
         if os.getpid() != self._creator:
             raise BufferStateError("the Buffer belongs to the process that constructed it, not to a fork of it")
         if not self._finalizer.alive:
@@ -400,7 +421,7 @@ class Heap:
         if closed:
             return closed, "has destroyed its Buffer"
         if gave_up:
-            return gave_up, "gave up on an operation"
+            return gave_up, f"gave up on an operation ({self._reason_of(gave_up[0])})"
         return None
 
     def _is_dead(self, rank: int) -> bool:
@@ -455,11 +476,14 @@ class Operation:
                 waiter, trouble = Waiter(), None
                 continue
             if trouble is not None:
-                raise PeerLostError(self.name, self.epoch, *trouble)
+                raise self._error(PeerLostError, *trouble)
             if waiter.is_time_to_look():
                 # What a rank published before it ended still counts: trouble is final after one more step.
                 trouble = self.heap.trouble(missing)
                 if trouble is None and waiter.seconds() > self.heap.timeout:
                     reason = f"no sign of life for {waiter.seconds():.1f} s"
-                    raise PeerTimeoutError(self.name, self.epoch, missing, reason)
+                    raise self._error(PeerTimeoutError, missing, reason)
             waiter.pause()
+
+    def _error(self, kind: type[PeerError], ranks: Sequence[int], reason: str) -> PeerError:
+        return kind(self.name, self.epoch, [self.heap.names[rank] for rank in ranks], reason)

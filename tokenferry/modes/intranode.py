@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 import torch
 
+from tokenferry.config import align_up
 from tokenferry.dataplane import DataPlane, Layout, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.dtypes import dtype_code
 from tokenferry.errors import ArgumentError
-from tokenferry.handles import DispatchHandle
+from tokenferry.handles import DispatchHandle, Handle
+from tokenferry.modes.nodes import Nodes
 from tokenferry.validation import check_int, check_tensor, describe, require
 
 topk_idx_t = torch.int64
@@ -42,6 +44,8 @@ class Party(NamedTuple):
     device: torch.device
     num_sms: int = 0
     """SMs that an operation may use; 0: the data plane chooses."""
+    nodes: Nodes | None = None
+    """The way to the ranks on other nodes, if there are any. The plane reaches the ranks of the own node."""
 
 
 class Received(NamedTuple):
@@ -52,7 +56,26 @@ class Received(NamedTuple):
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
     num_per_expert: list[int] | None
-    handle: DispatchHandle | None
+    handle: Handle | None
+
+
+class Inputs(NamedTuple):
+    """What a dispatch with fresh counts is given, checked."""
+
+    rows: Rows
+    topk_idx: torch.Tensor | None
+    """int64 [T, K], contiguous."""
+    topk_weights: torch.Tensor | None
+    """float32 [T, K], contiguous."""
+    is_token_in_rank: torch.Tensor
+    """bool [T, R]."""
+    num_tokens_per_rank: torch.Tensor
+    """int32 [R]."""
+    num_tokens_per_expert: torch.Tensor
+    """int32 [E]."""
+    num_experts: int
+    expert_alignment: int
+    num_worst_tokens: int
 
 
 class Rows(NamedTuple):
@@ -95,7 +118,8 @@ def check_num_experts(party: Party, name: str, num_experts: int) -> int:
 def layout(party: Party, topk_idx: torch.Tensor, num_experts: int) -> Layout:
     """Counts and membership; see :meth:`tokenferry.Buffer.get_dispatch_layout`."""
     num_experts = check_num_experts(party, "num_experts", num_experts)
-    return party.plane.layout(check_topk_idx(party, topk_idx, None, num_experts), num_experts)
+    ids = check_topk_idx(party, topk_idx, None, num_experts)
+    return party.plane.layout(ids, num_experts, party.num_ranks)
 
 
 def check_rows(party: Party, x: object) -> Rows:
@@ -115,11 +139,12 @@ def check_rows(party: Party, x: object) -> Rows:
         data = check_tensor("x", x, shape=(None, None), device=party.device)
     if data.dtype.is_complex:
         raise ArgumentError("x", describe(data), "a real dtype")
-    _check_row_bytes(data)
-    return Rows(_packed(data), None if scales is None else _packed(scales))
+    check_row_bytes(data)
+    return Rows(packed(data), None if scales is None else packed(scales))
 
 
-def _check_row_bytes(rows: torch.Tensor) -> None:
+def check_row_bytes(rows: torch.Tensor) -> None:
+    """Raise unless rows are a positive multiple of 16 bytes."""
     row_bytes = rows.size(1) * rows.element_size()
     if row_bytes == 0 or row_bytes % ROW_ALIGNMENT != 0:
         allowed = f"rows of a positive multiple of {ROW_ALIGNMENT} bytes"
@@ -193,7 +218,7 @@ def _checksum(party: Party, handle: DispatchHandle) -> int:
     return zlib.crc32(str(handle.rank_prefix_matrix.tolist()).encode())
 
 
-def dispatch(
+def check_inputs(
     party: Party,
     x: object,
     num_tokens_per_rank: object,
@@ -203,8 +228,8 @@ def dispatch(
     topk_weights: object,
     expert_alignment: int,
     num_worst_tokens: int,
-) -> Received:
-    """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`."""
+) -> Inputs:
+    """Check what a dispatch with fresh counts is given."""
     rows = check_rows(party, x)
     num_tokens, ranks, device = rows.x.size(0), party.num_ranks, party.device
     int32 = (torch.int32,)
@@ -240,30 +265,38 @@ def dispatch(
         raise ArgumentError("num_worst_tokens", f"{num_worst_tokens} without topk_idx", allowed)
     ids = weights = None
     if topk_idx is not None:
-        ids = _packed(check_topk_idx(party, topk_idx, num_tokens, num_experts))
+        ids = packed(check_topk_idx(party, topk_idx, num_tokens, num_experts))
         weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
-        weights = _packed(weights)
+        weights = packed(weights)
+    return Inputs(rows, ids, weights, member, per_rank, per_expert, num_experts, expert_alignment, num_worst_tokens)
+
+
+def dispatch(party: Party, given: Inputs) -> Received:
+    """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`."""
+    rows, ids, weights, member = given.rows, given.topk_idx, given.topk_weights, given.is_token_in_rank
+    ranks, device = party.num_ranks, party.device
     num_topk = 0 if ids is None else ids.size(1)
     plan = SendPlan(
-        *_as_bytes(*rows),
+        *as_bytes(*rows),
         topk_idx=ids,
         topk_weights=weights,
         is_token_in_rank=member,
-        num_tokens_per_rank=per_rank,
-        num_tokens_per_expert=per_expert,
-        num_worst_tokens=num_worst_tokens,
+        num_tokens_per_rank=given.num_tokens_per_rank,
+        num_tokens_per_expert=given.num_tokens_per_expert,
+        num_worst_tokens=given.num_worst_tokens,
         handle=None,
         num_sms=party.num_sms,
     )
-    with party.plane.dispatch(signature_of(OperationKind.DISPATCH, rows, num_topk, num_experts), plan) as exchange:
+    signature = signature_of(OperationKind.DISPATCH, rows, num_topk, given.num_experts)
+    with party.plane.dispatch(signature, plan) as exchange:
         num_rows = exchange.num_rows
-        recv_x, recv_scales = _empty_rows(party, rows, num_rows)
+        recv_x, recv_scales = empty_rows_like(party, rows, num_rows)
         recv_ids = recv_weights = None
         if ids is not None:
             recv_ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
             recv_weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
         recv_src_idx = torch.empty(num_rows, dtype=torch.int32, device=device)
-        exchange.pull(Outputs(*_as_bytes(recv_x, recv_scales), recv_ids, recv_weights, recv_src_idx))
+        exchange.pull(Outputs(*as_bytes(recv_x, recv_scales), recv_ids, recv_weights, recv_src_idx))
     handle = _OwnHandle(
         rank_prefix_matrix=exchange.rank_prefix_matrix,
         channel_prefix_matrix=exchange.channel_prefix_matrix,
@@ -273,7 +306,7 @@ def dispatch(
         send_head=exchange.send_head,
     )
     handle.fits = (ranks, device, member.shape)
-    aligned = [-(-count // expert_alignment) * expert_alignment for count in exchange.num_received_per_expert]
+    aligned = [align_up(count, given.expert_alignment) for count in exchange.num_received_per_expert]
     return Received(recv_x, recv_scales, recv_ids, recv_weights, aligned, handle)
 
 
@@ -285,7 +318,7 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     if rows.x.size(0) != num_tokens:
         raise ArgumentError("x", f"{rows.x.size(0)} rows", f"the {num_tokens} rows of the handle")
     plan = SendPlan(
-        *_as_bytes(*rows),
+        *as_bytes(*rows),
         topk_idx=None,
         topk_weights=None,
         is_token_in_rank=known.is_token_in_rank,
@@ -297,8 +330,8 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     )
     signature = signature_of(OperationKind.CACHED_DISPATCH, rows, handle=_checksum(party, known))
     with party.plane.dispatch(signature, plan) as exchange:
-        recv_x, recv_scales = _empty_rows(party, rows, exchange.num_rows)
-        exchange.pull(Outputs(*_as_bytes(recv_x, recv_scales), None, None, None))
+        recv_x, recv_scales = empty_rows_like(party, rows, exchange.num_rows)
+        exchange.pull(Outputs(*as_bytes(recv_x, recv_scales), None, None, None))
     return Received(recv_x, recv_scales, None, None, None, None)
 
 
@@ -308,19 +341,9 @@ def combine(
     """Sum the rows of every token over the ranks that had it; see :meth:`tokenferry.Buffer.combine`."""
     known = check_handle(party, handle)
     num_rows, num_tokens = known.recv_src_idx.numel(), known.is_token_in_rank.size(0)
-    rows = check_tensor("x", x, shape=(num_rows, None), dtypes=COMBINE_DTYPES, device=party.device)
-    _check_row_bytes(rows)
-    columns = [_packed(rows)]
-    num_topk = 0
-    if topk_weights is not None:
-        weights = check_tensor(
-            "topk_weights", topk_weights, shape=(num_rows, None), dtypes=(torch.float32,), device=party.device
-        )
-        num_topk = weights.size(1)
-        if not 0 < num_topk <= MAX_TOPK:
-            raise ArgumentError("topk_weights", describe(weights), f"1 to {MAX_TOPK} columns")
-        columns.append(_packed(weights))
-    biases = [] if bias is None else _check_biases(party, bias, (num_tokens, rows.size(1)), rows.dtype)
+    columns = check_columns(party, x, topk_weights, num_rows)
+    biases = check_biases(party, bias, (num_tokens, columns[0].size(1)), columns[0].dtype)
+    num_topk = columns[1].size(1) if len(columns) > 1 else 0
     plan = ReducePlan(columns, biases, known, party.num_sms)
     outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
     signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk, handle=_checksum(party, known))
@@ -328,7 +351,22 @@ def combine(
     return outs[0], outs[1] if topk_weights is not None else None
 
 
-def _check_biases(party: Party, bias: object, shape: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+def check_columns(party: Party, x: object, topk_weights: object, num_rows: int) -> list[torch.Tensor]:
+    """The rows that a combine sums, and the weights if there are any, checked: packed [num_rows, width]."""
+    rows = check_tensor("x", x, shape=(num_rows, None), dtypes=COMBINE_DTYPES, device=party.device)
+    check_row_bytes(rows)
+    columns = [packed(rows)]
+    if topk_weights is not None:
+        weights = check_tensor(
+            "topk_weights", topk_weights, shape=(num_rows, None), dtypes=(torch.float32,), device=party.device
+        )
+        if not 0 < weights.size(1) <= MAX_TOPK:
+            raise ArgumentError("topk_weights", describe(weights), f"1 to {MAX_TOPK} columns")
+        columns.append(packed(weights))
+    return columns
+
+
+def check_biases(party: Party, bias: object, shape: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
     """The biases that are not None, checked, outside of autograd."""
     return [
         _resolved(check_tensor(name, given, shape=shape, dtypes=(dtype,), device=party.device))
@@ -370,7 +408,7 @@ def signature_of(
     )
 
 
-def _empty_rows(party: Party, rows: Rows, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def empty_rows_like(party: Party, rows: Rows, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Unset outputs of ``num_rows`` rows for such rows."""
     x, scales = rows
     recv_x = party.plane.empty_rows(num_rows, x.size(1), x.dtype)
@@ -382,7 +420,7 @@ def _resolved(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_neg() if tensor.requires_grad or tensor.is_neg() else tensor
 
 
-def _packed(tensor: torch.Tensor) -> torch.Tensor:
+def packed(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor [n, width], resolved, with strides (width, 1) also where it has one column or no rows."""
     tensor = _resolved(tensor)
     if tensor.stride() == (tensor.size(1), 1):
@@ -391,7 +429,7 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
     return packed.as_strided(packed.shape, (packed.size(1), 1))
 
 
-def _as_bytes(x: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def as_bytes(x: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same memory as uint8 [n, bytes of a row]; for packed rows."""
     return x.view(torch.uint8), None if scales is None else scales.view(torch.uint8)
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from tokenferry.buffer import Buffer
 from tokenferry.config import Config
 from tokenferry.errors import ArgumentError
-from tokenferry.handles import DispatchHandle
+from tokenferry.handles import Handle, make_handle
 
 
 def dispatch(
@@ -35,7 +35,7 @@ def dispatch(
     expert_alignment: int = 1,
     num_worst_tokens: int = 0,
     config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], DispatchHandle]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], Handle]:
     """Send every token once to every rank that holds one of its experts. Collective.
 
     Differentiable once in ``x`` and ``topk_weights``. Whether each of the two requires a gradient must be the same
@@ -103,7 +103,7 @@ class _Dispatch(torch.autograd.Function):
         expert_alignment: int,
         num_worst_tokens: int,
         config: Config | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], DispatchHandle]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], Handle]:
         per_rank, per_rdma_rank, per_expert, is_token_in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
         recv_x, recv_topk_idx, recv_topk_weights, per_local_expert, handle, _ = buffer.dispatch(
             x,
@@ -124,7 +124,7 @@ class _Dispatch(torch.autograd.Function):
         assert handle is not None
         if num_worst_tokens:
             # Unset memory may hold NaN, and a zero gradient times NaN is NaN in the weights that touch these rows.
-            _clear_unused(recv_x, handle, buffer.rank)
+            _clear_unused(recv_x, handle)
         ctx.buffer = buffer
         ctx.config = config
         ctx.save_for_backward(recv_topk_idx < 0, *handle)
@@ -154,9 +154,9 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        handle = DispatchHandle._make(ctx.saved_tensors)
+        handle = make_handle(ctx.saved_tensors)
         out = ctx.buffer.dispatch(grad, handle=handle)[0]
-        _clear_unused(out, handle, ctx.buffer.rank)
+        _clear_unused(out, handle)
         return out, None, None, None
 
 
@@ -169,11 +169,11 @@ def _apply_dispatch(
     expert_alignment: int,
     num_worst_tokens: int,
     config: Config | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], DispatchHandle]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], Handle]:
     received = _Dispatch.apply(  # type: ignore[no-untyped-call]
         x, topk_weights, buffer, topk_idx, num_experts, expert_alignment, num_worst_tokens, config
     )
-    return cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], DispatchHandle], received)
+    return cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], Handle], received)
 
 
 def _dispatch_float64(
@@ -185,7 +185,7 @@ def _dispatch_float64(
     expert_alignment: int,
     num_worst_tokens: int,
     config: Config | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], DispatchHandle]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], Handle]:
     """Dispatch with the weights as further columns of the rows: the Buffer's own weights are float32."""
     if x.dtype != torch.float64:
         raise ArgumentError("topk_weights", f"{topk_weights.dtype} beside x in {x.dtype}", "float32")
@@ -205,11 +205,8 @@ def _dispatch_float64(
     return recv[:, :hidden], recv_topk_idx, recv_topk_weights, per_local_expert, handle
 
 
-def _clear_unused(rows: torch.Tensor, handle: DispatchHandle, rank: int) -> None:
+def _clear_unused(rows: torch.Tensor, handle: Handle) -> None:
     """Zero the rows of a worst-case output that no token arrived in; on a GPU without a look at their number."""
-    if rows.is_cuda:
-        rows.masked_fill_((handle.recv_src_idx < 0).unsqueeze(1), 0.0)
-        return
-    num_received = int(handle.rank_prefix_matrix[-1, rank])
-    if num_received < rows.size(0):
-        rows[num_received:].zero_()
+    unused = handle.unused
+    if rows.is_cuda or bool(unused.any()):
+        rows.masked_fill_(unused.unsqueeze(1), 0.0)

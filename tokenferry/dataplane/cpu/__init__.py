@@ -18,13 +18,14 @@ from tokenferry.dataplane import (
     Layout,
     LowLatencyCombinePlan,
     LowLatencyDispatchPlan,
+    Part,
     Pending,
     ReducePlan,
     ScaleFormat,
     SendPlan,
     Signature,
 )
-from tokenferry.dataplane.cpu.combine import Combine
+from tokenferry.dataplane.cpu.combine import Combine, sum_rows
 from tokenferry.dataplane.cpu.dispatch import Dispatch
 from tokenferry.dataplane.cpu.low_latency import CombineReceive, DispatchReceive, PendingReceives, Receive
 from tokenferry.dataplane.cpu.pages import advise_huge_pages
@@ -43,9 +44,8 @@ class CpuDataPlane:
         self.heap = heap
         self._pending = PendingReceives(heap)
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
+    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
-        num_ranks = self.heap.num_ranks
         per_rank = num_experts // num_ranks
         absent = topk_idx < 0
         member = torch.zeros(topk_idx.size(0), num_ranks + 1, dtype=torch.bool, device=_CPU)
@@ -74,6 +74,20 @@ class CpuDataPlane:
             exchange = Combine(self.heap, operation, signature, plan, outs)
             exchange.agree()
             exchange.pull_reduce()
+
+    def sum_rows(
+        self, parts: Sequence[Part], biases: Sequence[torch.Tensor], out: torch.Tensor, num_sms: int = 0
+    ) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.sum_rows`."""
+        sum_rows(parts, biases, out)
+
+    def check(self) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.check`."""
+        self.heap.check_usable()
+
+    def give_up(self, reason: str) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.give_up`."""
+        self.heap.fail(reason)
 
     def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.warm`: nothing takes long the first time."""

@@ -22,7 +22,7 @@ from itertools import pairwise
 
 import torch
 
-from tokenferry.dataplane import ReducePlan, Signature
+from tokenferry.dataplane import HeldRows, Part, ReducePlan, Signature
 from tokenferry.dataplane.cpu.exchange import Exchange, offsets, rows_of
 from tokenferry.errors import HeapError
 from tokenferry.memory.heap import Heap, Operation
@@ -48,9 +48,7 @@ class Combine(Exchange):
         self._plan = plan
         self._outs = outs
         self._bytes = [column.view(torch.uint8) for column in plan.columns]
-        ends = plan.handle.rank_prefix_matrix[:, self.rank].tolist()
-        self._starts = [0, *ends[:-1]]
-        self._ends = ends
+        self._starts, self._sources = plan.held or _held_rows(plan, self.rank)
         member = plan.handle.is_token_in_rank
         self._num_tokens = member.size(0)
         self._tokens = [member[:, rank].nonzero().flatten() for rank in range(self.num_ranks)]
@@ -59,8 +57,7 @@ class Combine(Exchange):
         self._plan_rounds()
 
     def _plan_rounds(self) -> None:
-        recv_src_idx = self._plan.handle.recv_src_idx
-        sources = [recv_src_idx[self._starts[s] : self._ends[s]] for s in range(self.num_ranks)]
+        sources = self._sources
         num_remote = sum(len(sources[peer]) for peer in self.peers)
         row_bytes = sum(column.size(1) for column in self._bytes)
         fixed_bytes = 128 * len(self._bytes)
@@ -128,47 +125,84 @@ class Combine(Exchange):
             return
         for index, out in enumerate(self._outs):
             biases = self._plan.biases if index == 0 else ()
-            rows = [self._rows(rank, index) for rank in range(self.num_ranks)]
-            self._reduce_column(rows, biases, out, start, end)
+            parts = [Part(tokens, self._rows(rank, index)) for rank, tokens in enumerate(self._tokens)]
+            short = add_up(parts, biases, out, start, end, self._rows_before)
+            if short is not None:
+                raise HeapError(f"rank {self.heap.names[short]} sent fewer rows than are needed")
 
     def _rows(self, rank: int, index: int) -> torch.Tensor:
         """The rows at hand of one column: those of the rank's current message, or of the own tensor."""
         column = self._plan.columns[index]
         if rank == self.rank:
-            return column[self._starts[rank] : self._ends[rank]]
+            return column[self._starts[rank] : self._starts[rank] + len(self._sources[rank])]
         if rank not in self.heads:
             return column[:0]
         head = self.heads[rank]
         sections = offsets([head.num_rows * part.size(1) for part in self._bytes])
         if sections[-1] != head.nbytes or head.start + head.length > head.num_rows:
-            raise HeapError(f"rank {rank} sent a message that contradicts itself: {head}")
+            raise HeapError(f"rank {self.heap.names[rank]} sent a message that contradicts itself: {head}")
         part = rows_of(self.payload(rank), sections[index], head.num_rows, self._bytes[index].size(1))
         return part[head.start : head.start + head.length].view(column.dtype)
 
-    def _reduce_column(
-        self, rows: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], out: torch.Tensor, start: int, end: int
-    ) -> None:
-        dtype = torch.promote_types(out.dtype, torch.float32)
-        width = out.size(1)
-        step = max(1, _BLOCK_BYTES // (dtype.itemsize * width))
-        edges = [*range(start, end, step), end]
-        edge_tensor = torch.tensor(edges, dtype=torch.int64, device=_CPU)
-        cuts = [torch.searchsorted(tokens, edge_tensor).tolist() for tokens in self._tokens]
-        for rank in range(self.num_ranks):
-            cuts[rank] = [cut - self._rows_before[rank] for cut in cuts[rank]]
-            if cuts[rank][-1] > len(rows[rank]):
-                raise HeapError(f"rank {rank} sent {len(rows[rank])} rows where {cuts[rank][-1]} are needed")
-        accumulator = torch.empty((min(step, end - start), width), dtype=dtype, device=_CPU)
-        for block, (low, high) in enumerate(pairwise(edges)):
-            total = accumulator[: high - low]
-            total.zero_()
-            for bias in biases:
-                total.add_(bias[low:high])
-            for rank, part in enumerate(rows):
-                first, last = cuts[rank][block], cuts[rank][block + 1]
-                if last - first == high - low:
-                    total.add_(part[first:last])
-                elif last > first:
-                    tokens = self._tokens[rank][first + self._rows_before[rank] : last + self._rows_before[rank]]
-                    total.index_add_(0, tokens - low, part[first:last].to(dtype))
-            out[low:high].copy_(total)
+
+def _held_rows(plan: ReducePlan, rank: int) -> HeldRows:
+    """What the rank holds by the handle."""
+    ends = plan.handle.rank_prefix_matrix[:, rank].tolist()
+    starts = [0, *ends[:-1]]
+    tokens = [plan.handle.recv_src_idx[start:end] for start, end in zip(starts, ends, strict=True)]
+    return HeldRows(starts, tokens)
+
+
+def sum_rows(parts: Sequence[Part], biases: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """See :meth:`tokenferry.dataplane.DataPlane.sum_rows`."""
+    add_up(parts, biases, out, 0, len(out), [0] * len(parts))
+
+
+def add_up(
+    parts: Sequence[Part],
+    biases: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    start: int,
+    end: int,
+    rows_before: Sequence[int],
+) -> int | None:
+    """Write the sums of tokens ``start`` to ``end``, block by block.
+
+    Args:
+        parts: what is summed, in this order.
+        biases: [T, width], added first.
+        out: [T, width].
+        start: the first token.
+        end: the token past the last.
+        rows_before: of each part, how many of its tokens have their rows in front of those given.
+
+    Returns:
+        The first part that has too few rows, if there is one; nothing is written then.
+    """
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    width = out.size(1)
+    step = max(1, _BLOCK_BYTES // (dtype.itemsize * max(1, width)))
+    edges = [*range(start, end, step), end]
+    edge_tensor = torch.tensor(edges, dtype=torch.int64, device=_CPU)
+    cuts = []
+    for index, (part, before) in enumerate(zip(parts, rows_before, strict=True)):
+        where = edge_tensor if part.tokens is None else torch.searchsorted(part.tokens, edge_tensor)
+        cuts.append([int(cut) - before for cut in where])
+        if cuts[-1][-1] > len(part.rows):
+            return index
+    accumulator = torch.empty((min(step, end - start), width), dtype=dtype, device=_CPU)
+    for block, (low, high) in enumerate(pairwise(edges)):
+        total = accumulator[: high - low]
+        total.zero_()
+        for bias in biases:
+            total.add_(bias[low:high])
+        for part, before, cut in zip(parts, rows_before, cuts, strict=True):
+            first, last = cut[block], cut[block + 1]
+            if last - first == high - low:
+                total.add_(part.rows[first:last])
+            elif last > first:
+                assert part.tokens is not None
+                tokens = part.tokens[first + before : last + before]
+                total.index_add_(0, tokens - low, part.rows[first:last].to(dtype))
+        out[low:high].copy_(total)
+    return None

@@ -105,8 +105,9 @@ class Dispatch(Exchange):
         worst, handle = self._plan.num_worst_tokens, self._plan.handle
         per_expert = counts[:, self.num_ranks : -1].sum(0).tolist()
         num_local = len(per_expert) // self.num_ranks
-        self._experts = range(self.rank * num_local, (self.rank + 1) * num_local)
-        self.num_received_per_expert = [] if worst else [per_expert[expert] for expert in self._experts]
+        share = range(self.rank * num_local, (self.rank + 1) * num_local)
+        self._experts = share if self._plan.experts is None else self._plan.experts
+        self.num_received_per_expert = [] if worst else [per_expert[expert] for expert in share]
         needed = self.rank_prefix_matrix[-1].tolist()
         self.num_rows = (worst or needed[self.rank]) if handle is None else len(handle.recv_src_idx)
         given = counts[:, -1].tolist()
@@ -121,23 +122,32 @@ class Dispatch(Exchange):
 
     def pull(self, outputs: Outputs) -> None:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
-        self._outputs = columns_of(outputs)
-        self._recv_src_idx = outputs.recv_src_idx
+        self._columns_out = columns_of(outputs)
+        self._outputs = outputs
         ends = self.rank_prefix_matrix[:, self.rank].tolist()
         self._filled = [0, *ends[:-1]]
         self._ends = ends
+        if outputs.starts is None:
+            _mark_unused(outputs, ends[-1])
+        else:
+            counts = [end - start for start, end in zip(self._filled, ends, strict=True)]
+            self._filled = list(outputs.starts)
+            self._ends = [start + count for start, count in zip(outputs.starts, counts, strict=True)]
         self._first_round = set(self.peers)
         own = self._tokens[self.rank]
-        start, end = self._filled[self.rank], ends[self.rank]
-        if self._recv_src_idx is not None:
-            self._recv_src_idx[start:end] = own
-            self._recv_src_idx[ends[-1] :].fill_(-1)
-        for column, output in zip(self._columns, self._outputs, strict=True):
+        start, end = self._filled[self.rank], self._ends[self.rank]
+        for column, output in zip(self._columns, self._columns_out, strict=True):
             take_rows(column, own, output[start:end])
+        self._note_rows(start, end, own)
         self.drive()
+
+    def _note_rows(self, start: int, end: int, tokens: torch.Tensor) -> None:
+        """Finish rows that have arrived: where they came from, and their choices."""
+        outputs = self._outputs
+        if outputs.recv_src_idx is not None:
+            outputs.recv_src_idx[start:end] = tokens
         if outputs.topk_idx is not None and outputs.topk_weights is not None:
-            outputs.topk_idx[ends[-1] :].fill_(-1)
-            localise(outputs.topk_idx, outputs.topk_weights, self._experts)
+            localise(outputs.topk_idx[start:end], outputs.topk_weights[start:end], self._experts)
 
     def read(self) -> bool:
         """See :meth:`Exchange.read`."""
@@ -155,20 +165,26 @@ class Dispatch(Exchange):
         start = self._filled[peer]
         end = self._filled[peer] = start + head.length
         if sections[-1] != head.nbytes or head.start + head.length > head.bound or end > self._ends[peer]:
-            raise HeapError(f"rank {peer} sent a message that contradicts its counts: {head}")
+            raise HeapError(f"rank {self.heap.names[peer]} sent a message that contradicts its counts: {head}")
         payload = self.payload(peer)
         positions = ints_of(payload, sections[2] + 4 * head.start, head.length)
-        if self._recv_src_idx is not None:
-            self._recv_src_idx[start:end] = ints_of(payload, sections[1] + 4 * head.start, head.length)
-        for output, section in zip(self._outputs, sections[3:-1], strict=True):
+        for output, section in zip(self._columns_out, sections[3:-1], strict=True):
             rows = rows_of(payload, section, head.num_rows, output.size(1))
             take_rows(rows, positions, output[start:end])
+        self._note_rows(start, end, ints_of(payload, sections[1] + 4 * head.start, head.length))
 
 
 def columns_of(payloads: SendPlan | Outputs) -> list[torch.Tensor]:
     """uint8 [n, W]: the rows, then the other payloads that travel, in the order of both messages and outputs."""
     tensors = (payloads.rows, payloads.scales, payloads.topk_idx, payloads.topk_weights)
     return [tensor.view(torch.uint8) for tensor in tensors if tensor is not None]
+
+
+def _mark_unused(outputs: Outputs, start: int) -> None:
+    """Set the rows from ``start`` on to what rows past the last received one have."""
+    for tensor, value in ((outputs.recv_src_idx, -1), (outputs.topk_idx, -1), (outputs.topk_weights, 0)):
+        if tensor is not None:
+            tensor[start:].fill_(value)
 
 
 def localise(topk_idx: torch.Tensor, topk_weights: torch.Tensor, experts: range) -> None:

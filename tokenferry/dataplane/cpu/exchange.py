@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 
 from tokenferry.config import align_up
-from tokenferry.dataplane import OperationKind, Signature
-from tokenferry.dtypes import describe_dtype
+from tokenferry.dataplane import Signature, describe_difference
 from tokenferry.errors import CapacityError, HeapError, MismatchError, StepBackError
 from tokenferry.memory.heap import Heap, Message, Operation
 
@@ -61,7 +60,7 @@ def parse(message: Message) -> tuple[Head, Signature]:
     end = middle + len(Signature._fields)
     head = Head._make(message.fields[:middle])
     if min(head) < 0:
-        raise HeapError(f"rank {message.source} sent a malformed message: {head}")
+        raise HeapError(f"a rank ({message.source} of its node) sent a malformed message: {head}")
     return head, Signature._make(message.fields[middle:end])
 
 
@@ -193,8 +192,10 @@ class Exchange(ABC):
         """Compare what all ranks said in their first messages."""
         signatures = {**self._signatures, self.rank: self.signature}
         statuses = {self.rank: int(self.status), **{peer: head.status for peer, head in self.heads.items()}}
+        names = self.heap.names
         differences = {
-            rank: describe_difference(0, signatures[0], rank, signatures[rank]) for rank in range(self.num_ranks)
+            rank: describe_difference(names[0], signatures[0], names[rank], signatures[rank])
+            for rank in range(self.num_ranks)
         }
         odd = [rank for rank, difference in differences.items() if difference]
         if odd:
@@ -205,7 +206,8 @@ class Exchange(ABC):
 
     def step_back(self, kind: type[StepBackError], ranks: Sequence[int], reason: str) -> StepBackError:
         """The exception that every rank raises."""
-        return kind(self.operation.name, self.operation.epoch, ranks, reason)
+        names = [self.heap.names[rank] for rank in ranks]
+        return kind(self.operation.name, self.operation.epoch, names, reason)
 
     def drive(self) -> None:
         """Send the remaining rounds and read everything, each as soon as it can be done."""
@@ -221,22 +223,6 @@ class Exchange(ABC):
     @abstractmethod
     def read(self) -> bool:
         """Read what can be read of the current messages and release them; returns whether that was anything."""
-
-
-def describe_difference(rank: int, signature: Signature, other_rank: int, other: Signature) -> str:
-    """Where two signatures differ, or an empty string."""
-    for name, mine, theirs in zip(Signature._fields, signature, other, strict=True):
-        if mine != theirs:
-            shown = f"rank {rank} has {_describe(name, mine)}, rank {other_rank} has {_describe(name, theirs)}"
-            return f"ranks disagree on {name}: {shown}"
-    return ""
-
-
-def _describe(name: str, value: int) -> str:
-    if name == "operation":
-        known = value in OperationKind.__members__.values()
-        return OperationKind(value).name.lower() if known else str(value)
-    return describe_dtype(value) if name.endswith("dtype") else str(value)
 
 
 def offsets(sizes: Sequence[int]) -> list[int]:

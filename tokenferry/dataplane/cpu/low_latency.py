@@ -21,8 +21,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, ScaleFormat, Signature
-from tokenferry.dataplane.cpu.exchange import Head, describe_difference, ints_of, offsets, parse, rows_of
+from tokenferry.dataplane import (
+    LowLatencyCombinePlan,
+    LowLatencyDispatchPlan,
+    ScaleFormat,
+    Signature,
+    describe_difference,
+)
+from tokenferry.dataplane.cpu.exchange import Head, ints_of, offsets, parse, rows_of
 from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
 from tokenferry.errors import HeapError, MismatchError, PeerLostError, PeerTimeoutError
 from tokenferry.memory.heap import Heap, Operation
@@ -167,15 +173,17 @@ class Receive(ABC):
         if message is None:
             return None
         head, theirs = parse(message)
-        reason = describe_difference(self.heap.rank, self.signature, peer, theirs)
+        names = self.heap.names
+        reason = describe_difference(names[self.heap.rank], self.signature, names[peer], theirs)
         if head.epoch != self.operation.epoch:
             if self.heap.may_mask:  # it went on without this rank for a while: nothing of this operation comes
                 del self._sent_to[peer]
                 return None
             reason = f"it is at operation {head.epoch} already"
         if reason:
-            self.heap.fail()  # nobody has agreed to step back here
-            raise MismatchError(self.operation.name, self.operation.epoch, [peer], reason)
+            error = MismatchError(self.operation.name, self.operation.epoch, [names[peer]], reason)
+            self.heap.fail(str(error))  # nobody has agreed to step back here
+            raise error
         return head
 
     def _survive(self, step: Callable[[], tuple[bool, Sequence[int]]]) -> None:
@@ -269,7 +277,7 @@ class DispatchReceive(Receive):
         num_rows = head.num_rows
         sections = offsets([num_rows * width for width in self._widths])
         if max(sections[-1], 1) != head.nbytes:
-            raise HeapError(f"rank {source} sent a message that contradicts itself: {head}")
+            raise HeapError(f"rank {self.heap.names[source]} sent a message that contradicts itself: {head}")
         payload = self.heap.stage_view(source, head.offset, head.nbytes)
         return [
             rows_of(payload, section, num_rows, width).view(dtype)
@@ -379,7 +387,7 @@ class CombineReceive(Receive):
     def _message_of(self, rank: int, head: Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert self._plan is not None
         if max(offsets(self._sizes(head.num_rows))[-1], 1) != head.nbytes:
-            raise HeapError(f"rank {rank} sent a message that contradicts itself: {head}")
+            raise HeapError(f"rank {self.heap.names[rank]} sent a message that contradicts itself: {head}")
         payload = self.heap.stage_view(rank, head.offset, head.nbytes)
         tokens, experts, rows = self._parts(payload, head.num_rows)
         part = slice(head.start, head.start + head.length)

@@ -21,6 +21,7 @@ from tokenferry.dataplane import (
     LowLatencyCombinePlan,
     LowLatencyDispatchPlan,
     Outputs,
+    Part,
     Pending,
     ReducePlan,
     ScaleFormat,
@@ -190,7 +191,7 @@ class CudaDataPlane:
 
     # High throughput.
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
+    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
         self.check()
         ranks, num_tokens = self.num_ranks, topk_idx.size(0)
@@ -330,6 +331,16 @@ class CudaDataPlane:
             self._target,
             min(plan.num_sms or DEFAULT_NUM_SMS, self._most_programs),
         )
+
+    def sum_rows(
+        self, parts: Sequence[Part], biases: Sequence[torch.Tensor], out: torch.Tensor, num_sms: int = 0
+    ) -> None:
+        """Needed between nodes only, which Buffers on GPUs refuse to span."""
+        raise NotImplementedError("GPUs on several nodes")
+
+    def give_up(self, reason: str) -> None:
+        """As :meth:`sum_rows`."""
+        raise NotImplementedError("GPUs on several nodes")
 
     def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.warm`."""

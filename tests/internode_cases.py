@@ -1,0 +1,88 @@
+"""Cases of dispatch and combine between nodes, which are groups of ranks of this machine; run on the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from tests import oracle
+from tests.cases import TIMEOUT, Case, Scenario, same
+from tokenferry import Buffer, Config, InternodeHandle
+
+LAYOUTS: dict[str, tuple[int, ...]] = {
+    "2x1": (0, 1),
+    "3x1": (0, 1, 2),
+    "2x2": (0, 0, 1, 1),
+    "2x2 alternating": (1, 0, 1, 0),
+    "3x2": (0, 0, 1, 1, 2, 2),
+    "3x2 mixed": (2, 0, 1, 1, 0, 2),
+    "2x4": (0, 0, 0, 0, 1, 1, 1, 1),
+}
+"""Node of each rank, by name."""
+
+
+def make_buffer(rank: int, layout: str, **options: Any) -> Buffer:
+    """A Buffer among nodes of this layout."""
+    return Buffer(dist.group.WORLD, timeout=TIMEOUT, node=LAYOUTS[layout][rank], **options)
+
+
+def small_chunks(rows: int) -> Config:
+    """With which so many rows are a chunk."""
+    return Config(2, 6, 256, max(1, rows // 2), max(2, rows))
+
+
+class NodeScenario(Scenario):
+    """A case on one of the ranks of several nodes."""
+
+    def __init__(self, case: Case, rank: int, layout: str, exact: bool = False) -> None:
+        node_of = LAYOUTS[layout]
+        super().__init__(case, rank, len(node_of))
+        first_seen = list(dict.fromkeys(node_of))
+        self.node_of = [first_seen.index(node) for node in node_of]
+        self.wanted_handle = oracle.internode_handle(self.inputs, self.num_experts, rank, self.node_of)
+        self.wanted_combined = oracle.combine_between_nodes(
+            self.inputs, self.num_experts, rank, self.rows_of, self.node_of, self.biases, exact
+        )
+        self.wanted_weights = oracle.combine_between_nodes(
+            self.inputs, self.num_experts, rank, self.weights_of, self.node_of
+        )
+
+    def check_handle(self, handle: Any, num_worst_tokens: int = 0) -> None:
+        """Compare a handle element by element."""
+        assert isinstance(handle, InternodeHandle)
+        for name, element in zip(InternodeHandle._fields, handle, strict=True):
+            if name == "recv_src_meta" and num_worst_tokens:
+                assert len(element) == num_worst_tokens
+                assert (element[self.num_rows[self.rank] :] == 255).all()
+                element = element[: self.num_rows[self.rank]]
+            same(element, self.wanted_handle[name], name)
+
+    def rows_of_handle(self, handle: Any) -> int:
+        """Rows of the outputs that the handle belongs to."""
+        return len(handle[7])
+
+
+def check_nodes(
+    rank: int, num_ranks: int, layout: str, case: Case, chunk: int = 0, num_nvl_bytes: int = 0, exact: bool = False
+) -> None:
+    """Every kind of call on one case."""
+    options: dict[str, Any] = {} if not chunk else {"config": small_chunks(chunk)}
+    with make_buffer(rank, layout, num_nvl_bytes=num_nvl_bytes, exact_combine=exact) as buffer:
+        NodeScenario(case, rank, layout, exact).check_all(buffer, **options)
+
+
+def check_rail_bytes(rank: int, num_ranks: int, layout: str, case: Case) -> tuple[int, int]:
+    """Bytes that the rail carried in a dispatch, and those of the rows to other nodes."""
+    with make_buffer(rank, layout) as buffer:
+        scenario = NodeScenario(case, rank, layout)
+        runtime = buffer.runtime
+        assert runtime is not None
+        rail = runtime.party().nodes.rail
+        before = rail.bytes_sent
+        result = scenario.dispatch(buffer)
+        scenario.check_dispatch(result)
+        sent = rail.bytes_sent - before
+        wanted = scenario.wanted_handle["rdma_channel_prefix_matrix"].view(-1)
+        remote = int(wanted.sum() - wanted[scenario.node_of[rank]])
+        return sent, remote * case.row_bytes

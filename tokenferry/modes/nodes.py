@@ -1,0 +1,339 @@
+"""How the ranks of several nodes agree on an operation before a row moves.
+
+A rank talks to the ranks of its node through the data plane, and to one rank of every other node through its rail:
+the one with its own local index. What every rank must know goes in three steps::
+
+    offers      over the rail      my signature; how many rows I send you, in what chunks
+    shares      inside the node    what the rails said; rows that I relay to each rank, and expect from each
+    verdicts    over the rail      what is wrong on my node, if anything
+
+After the shares all ranks of a node know the same, and whether any two ranks of the group disagree: each node sees
+the signatures of all. What a node alone can know, the verdicts tell the others. So all go on, or all step back.
+
+Legend: G nodes of L ranks, R = G L; rank n of node s is the n-th rank there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+
+from tokenferry.dataplane import DataPlane, Outputs, SendPlan, Signature, describe_difference
+from tokenferry.errors import (
+    CapacityError,
+    MismatchError,
+    PeerError,
+    PeerLostError,
+    PeerTimeoutError,
+    StepBackError,
+)
+from tokenferry.rail import Parts, Rail, RailError, Transfer
+from tokenferry.topology import Topology
+
+_WORDS = torch.int64
+_OFFER_WORDS = len(Signature._fields) + 3
+
+
+class Who(Protocol):
+    """The part of a party that agreement needs."""
+
+    @property
+    def plane(self) -> DataPlane:
+        """Reaches the ranks of the node."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+
+
+class Verdict(NamedTuple):
+    """What is wrong, if anything, in numbers that every rank turns into the same exception."""
+
+    kind: int = 0
+    rank: int = 0
+    other: int = 0
+    field: int = 0
+    """Of the signature."""
+    given: int = 0
+    wanted: int = 0
+
+
+_FINE, _SIGNATURES, _CAPACITY, _ROUTES, _STAGE = range(5)
+
+
+class Offer(NamedTuple):
+    """What a rank says to its peer on another node."""
+
+    signature: Signature
+    epoch: int
+    num_rows: int
+    """Rows that the peer gets of it."""
+    chunk: int
+    """In chunks of so many."""
+
+
+class Share(NamedTuple):
+    """What a rank tells the others of its node."""
+
+    verdict: Verdict
+    num_rows: list[int]
+    """[G]: rows of each source node that it relays."""
+    chunks: list[int]
+    """[G]: rows of a chunk of these."""
+    counts: list[list[int]]
+    """[G][L]: of these, the rows for each rank of the node."""
+    expected: list[list[int]]
+    """[G][L]: rows that it expects of each source rank, if it knows. Else nothing."""
+    worst: int
+    """Rows of its outputs, where fixed; else 0."""
+    extra: list[int]
+    """What the operation adds: as many words on all ranks."""
+
+
+class Nodes:
+    """The way to the ranks on other nodes.
+
+    Args:
+        topology: who is where.
+        rail: to the ranks of the same local index.
+        exact: whether partial sums travel in float32.
+    """
+
+    def __init__(self, topology: Topology, rail: Rail, exact: bool) -> None:
+        self.topology = topology
+        self.rail = rail
+        self.exact = exact
+        self._lock = threading.Lock()
+        self._epoch = 0
+
+    @property
+    def others(self) -> list[int]:
+        """The other nodes, the next one first: so that not all ranks begin with the same one."""
+        here, count = self.topology.node, self.topology.num_nodes
+        return [(here + step) % count for step in range(1, count)]
+
+    @contextmanager
+    def operation(self, who: Who, name: str, signature: Signature) -> Iterator[Operation]:
+        """Run one operation among all ranks. If it fails after the agreement, no operation runs here any more."""
+        with self._lock:
+            who.plane.check()
+            self._epoch += 1
+            operation = Operation(self, who, name, self._epoch, signature)
+            try:
+                yield operation
+            except BaseException as caught:
+                error = self._translated(caught, operation)
+                if not (isinstance(error, StepBackError) and not operation.is_agreed):
+                    who.plane.give_up(f"{type(error).__name__}: {error}")
+                    self.rail.close()
+                if error is caught:
+                    raise
+                raise error from caught
+
+    def _translated(self, error: BaseException, operation: Operation) -> BaseException:
+        """In terms of the operation, not of a part of it."""
+        if isinstance(error, RailError):
+            ranks = self.topology.ranks_of_node(error.node)
+            kind = PeerTimeoutError if error.timed_out else PeerLostError
+            listed = ", ".join(map(str, ranks))
+            reason = f"node {error.node} (ranks {listed}), over the rail: {error}"
+            return kind(operation.name, operation.epoch, [self.topology.rail[error.node]], reason)
+        if isinstance(error, PeerError) and (error.operation, error.epoch) != (operation.name, operation.epoch):
+            kind_of = PeerLostError if isinstance(error, StepBackError) and operation.is_agreed else type(error)
+            return kind_of(operation.name, operation.epoch, error.ranks, error.reason)
+        return error
+
+
+class Operation:
+    """One operation in progress.
+
+    Attributes:
+        signature: what all ranks must agree on.
+        is_agreed: all ranks go on: what fails from here on cannot be undone.
+    """
+
+    def __init__(self, nodes: Nodes, who: Who, name: str, epoch: int, signature: Signature) -> None:
+        self.name = name
+        self.epoch = epoch
+        self.is_agreed = False
+        self._nodes = nodes
+        self._who = who
+        self.signature = signature
+        self._verdict = Verdict()
+
+    def post(self, sends: Parts, receives: Parts) -> Transfer:
+        """See :meth:`tokenferry.rail.Rail.post`."""
+        return self._nodes.rail.post(sends, receives)
+
+    def exchange(self, sends: Parts, receives: Parts) -> None:
+        """Post, and wait for everything."""
+        transfer = self.post(sends, receives)
+        for node in receives:
+            transfer.wait(node)
+        transfer.finish()
+
+    def offer(self, num_rows: Sequence[int], chunk: int) -> dict[int, Offer]:
+        """Tell the ranks of the rail how many rows they get.
+
+        Args:
+            num_rows: [G].
+            chunk: rows of a chunk.
+
+        Returns:
+            Their offers, of the nodes whose signature is the same as that of this rank. With the others nothing
+            further is exchanged; all ranks step back in :meth:`share`.
+        """
+        words = {
+            node: self._words([*self.signature, self.epoch, num_rows[node], chunk]) for node in self._nodes.others
+        }
+        theirs = {node: self._empty(_OFFER_WORDS) for node in self._nodes.others}
+        self.exchange({node: [part] for node, part in words.items()}, {node: [part] for node, part in theirs.items()})
+        offers = {}
+        for node in sorted(theirs):
+            *signature, epoch, rows, size = theirs[node].tolist()
+            offer = Offer(Signature._make(signature), epoch, rows, size)
+            if offer.signature == self.signature:
+                offers[node] = offer
+            elif self._verdict.kind == _FINE:
+                self._verdict = self._difference(node, offer.signature)
+        return offers
+
+    def _difference(self, node: int, theirs: Signature) -> Verdict:
+        field = next(i for i, (a, b) in enumerate(zip(self.signature, theirs, strict=True)) if a != b)
+        topology = self._nodes.topology
+        mine, other = (topology.rank, self.signature[field]), (topology.rail[node], theirs[field])
+        (low, given), (high, wanted) = sorted((mine, other))
+        return Verdict(_SIGNATURES, low, high, field, given, wanted)
+
+    def check_routes(self, offers: Mapping[int, Offer], num_rows: Sequence[int]) -> None:
+        """Compare the rows that come with those that this rank's handle has, [G]; :meth:`share` raises."""
+        for node, offer in offers.items():
+            if offer.num_rows != num_rows[node] and self._verdict.kind == _FINE:
+                topology = self._nodes.topology
+                self._verdict = Verdict(
+                    _ROUTES, topology.rank, topology.rail[node], 0, offer.num_rows, num_rows[node]
+                )
+
+    def share(
+        self,
+        members: Sequence[torch.Tensor],
+        chunks: Sequence[int],
+        expected: Sequence[Sequence[int]],
+        worst: int,
+        extra: Sequence[int],
+    ) -> list[Share]:
+        """Tell the ranks of the node what :class:`Share` has, find out whether all ranks of all nodes go on.
+
+        Args:
+            members: [G]: bool [rows, L], the ranks that each row goes to which this rank relays.
+            chunks: as in :class:`Share`, like the rest.
+            expected: or empty.
+            worst: or 0.
+            extra: of the operation.
+
+        Returns:
+            The shares of the ranks of the node.
+
+        Raises:
+            MismatchError, CapacityError: on every rank.
+        """
+        topology = self._nodes.topology
+        num_rows = [len(member) for member in members]
+        counts = [count for member in members for count in member.sum(0).tolist()]
+        wanted = [count for row in expected for count in row]
+        mine = [*self._verdict, *num_rows, *chunks, *counts, *wanted, worst, *extra]
+        try:
+            rows = self._gather(mine)
+        except CapacityError as error:
+            shares = []
+            found = Verdict(_STAGE, error.ranks[0])
+        else:
+            shares = [_parse(row, topology.num_nodes, len(topology.local_ranks), bool(expected)) for row in rows]
+            found = self._judge(shares)
+        if found.kind == _SIGNATURES:
+            self._raise(found)  # all nodes know
+        theirs = {node: self._empty(len(found)) for node in self._nodes.others}
+        words = self._words(found)
+        self.exchange({node: [words] for node in theirs}, {node: [part] for node, part in theirs.items()})
+        verdicts = {node: Verdict._make(part.tolist()) for node, part in theirs.items()} | {topology.node: found}
+        for node in sorted(verdicts):
+            if verdicts[node].kind != _FINE:
+                self._raise(verdicts[node])
+        self.is_agreed = True
+        return shares
+
+    def _gather(self, mine: Sequence[int]) -> list[list[int]]:
+        """One row to every rank of the node: a dispatch."""
+        padded = [*mine, 0][: len(mine) + len(mine) % 2]  # rows are multiples of 16 bytes
+        row = self._words(padded).view(1, -1)
+        device = self._who.device
+        count = len(self._nodes.topology.local_ranks)
+        member = torch.ones((1, count), dtype=torch.bool, device=device)
+        plan = SendPlan(row.view(torch.uint8), None, None, None, member, None, None, 0, None)
+        rows = torch.empty((count, len(padded)), dtype=_WORDS, device=device)
+        with self._who.plane.dispatch(self.signature, plan) as exchange:
+            exchange.pull(Outputs(rows.view(torch.uint8), None, None, None, None))
+        found: list[list[int]] = rows.tolist()
+        return found
+
+    def _judge(self, shares: Sequence[Share]) -> Verdict:
+        """The first thing that is wrong on this node."""
+        topology = self._nodes.topology
+        for share in shares:
+            if share.verdict.kind == _SIGNATURES:
+                return share.verdict
+        for share in shares:
+            if share.verdict.kind != _FINE:
+                return share.verdict
+        for reader, share in enumerate(shares):
+            rank = topology.local_ranks[reader]
+            received = sum(relay.counts[node][reader] for relay in shares for node in range(topology.num_nodes))
+            if share.worst and share.worst < received:
+                return Verdict(_CAPACITY, rank, 0, 0, share.worst, received)
+            for index, relay in enumerate(shares):
+                for node in range(topology.num_nodes):
+                    given = relay.counts[node][reader]
+                    if share.expected and share.expected[node][index] != given:
+                        source = topology.ranks_of_node(node)[index]
+                        return Verdict(_ROUTES, rank, source, 0, given, share.expected[node][index])
+        return Verdict()
+
+    def _raise(self, verdict: Verdict) -> None:
+        kind, rank, other, field, given, wanted = verdict
+        if kind == _SIGNATURES:
+            changed = list(self.signature)
+            changed[field] = given
+            one = Signature._make(changed)
+            changed[field] = wanted
+            reason = describe_difference(rank, one, other, Signature._make(changed))
+            raise MismatchError(self.name, self.epoch, [other], reason)
+        if kind == _CAPACITY:
+            reason = f"num_worst_tokens: got {given}; allowed: at least the {wanted} rows it receives"
+            raise CapacityError(self.name, self.epoch, [rank], reason)
+        if kind == _STAGE:
+            raise CapacityError(self.name, self.epoch, [rank], "no shared memory for the stage")
+        reason = f"ranks disagree on handle: rank {other} has {given} rows for it, its own has {wanted}"
+        raise MismatchError(self.name, self.epoch, [rank], reason)
+
+    def _words(self, words: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(words, dtype=_WORDS, device=self._who.device)
+
+    def _empty(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=_WORDS, device=self._who.device)
+
+
+def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool) -> Share:
+    rest = iter(words)
+
+    def take(count: int) -> list[int]:
+        return [next(rest) for _ in range(count)]
+
+    verdict = Verdict._make(take(len(Verdict._fields)))
+    num_rows, chunks = take(nodes), take(nodes)
+    counts = [take(ranks) for _ in range(nodes)]
+    expected = [take(ranks) for _ in range(nodes)] if has_expected else []
+    return Share(verdict, num_rows, chunks, counts, expected, take(1)[0], list(rest))

@@ -1,0 +1,171 @@
+"""Where the rows of an operation between nodes go, and the handle that keeps it.
+
+Legend of dims: T tokens of this rank, R ranks on G nodes, L on each, M received rows, B rows that this rank relays.
+The *place* of a row is its source token where source and relay are one rank, else its number among the rows that the
+relay got from the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from tokenferry.errors import ArgumentError
+from tokenferry.handles import InternodeHandle
+from tokenferry.topology import Topology
+from tokenferry.validation import check_tensor, describe, require
+
+_NAMES = tuple(f"handle.{name}" for name in InternodeHandle._fields)
+
+
+class Routes(NamedTuple):
+    """The routes of an operation, as one rank sees them in its three roles."""
+
+    tokens: list[torch.Tensor]
+    """[G]: int64, the tokens that it sends to each node, ascending."""
+    members: list[torch.Tensor]
+    """[G]: bool [rows, L], the ranks of its node that each row goes to which it relays; by source node. Of its own
+    node: bool [T, L], every token."""
+    starts: list[list[int]]
+    """[G][L]: its first received row of each source rank."""
+    counts: list[list[int]]
+    """[G][L]: its received rows of each source rank."""
+
+    @property
+    def num_relayed(self) -> list[int]:
+        """[G]: rows of each source node that it relays."""
+        return [len(member) for member in self.members]
+
+
+def in_nodes(topology: Topology, is_token_in_rank: torch.Tensor) -> torch.Tensor:
+    """Membership in nodes, bool [T, G]: whether a token goes to some rank of the node, from bool [T, R]."""
+    columns = [is_token_in_rank[:, topology.ranks_of_node(node)].any(1) for node in range(topology.num_nodes)]
+    return torch.stack(columns, 1)
+
+
+def starts_of(topology: Topology, counts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """[G][L]: the first row of each source rank, of rows ordered by source rank, from their counts [G][L]."""
+    starts = [[0] * len(row) for row in counts]
+    total = 0
+    for node, index in _places(topology):
+        starts[node][index] = total
+        total += counts[node][index]
+    return starts
+
+
+def _places(topology: Topology) -> list[tuple[int, int]]:
+    """Node and local index of every rank."""
+    return [(node, topology.ranks_of_node(node).index(rank)) for rank, node in enumerate(topology.node_of)]
+
+
+def make_handle(
+    topology: Topology,
+    routes: Routes,
+    is_token_in_rank: torch.Tensor,
+    num_tokens_per_rank: torch.Tensor,
+    places: torch.Tensor,
+) -> InternodeHandle:
+    """The handle of a dispatch.
+
+    Args:
+        topology: who is where.
+        routes: of the dispatch.
+        is_token_in_rank: bool [T, R].
+        num_tokens_per_rank: int32 [R].
+        places: int32 [M], of the received rows, -1 where there is none.
+    """
+    device = is_token_in_rank.device
+
+    def column(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device).view(-1, 1)
+
+    node_member = in_nodes(topology, is_token_in_rank)
+    members = list(routes.members)
+    members[topology.node] = members[topology.node][routes.tokens[topology.node]]
+    relayed = column([len(member) for member in members])
+    by_rank = _places(topology)
+    counts = [routes.counts[node][index] for node, index in by_rank]
+    meta = torch.full((len(places), 2), -1, dtype=torch.int32, device=device)
+    for node, index in by_rank:
+        start = routes.starts[node][index]
+        meta[start : start + routes.counts[node][index], 0] = node
+    meta[:, 1] = places
+    return InternodeHandle(
+        is_token_in_rank=is_token_in_rank,
+        rdma_channel_prefix_matrix=column([len(tokens) for tokens in routes.tokens]),
+        gbl_channel_prefix_matrix=num_tokens_per_rank.view(-1, 1).clone(),
+        recv_rdma_channel_prefix_matrix=relayed,
+        recv_rdma_rank_prefix_sum=relayed.view(-1).cumsum(0, dtype=torch.int32),
+        recv_gbl_channel_prefix_matrix=column([routes.starts[node][index] for node, index in by_rank]),
+        recv_gbl_rank_prefix_sum=column(counts).view(-1).cumsum(0, dtype=torch.int32),
+        recv_src_meta=meta.view(torch.uint8),
+        send_rdma_head=_heads(node_member),
+        send_nvl_head=torch.cat([_heads(member) for member in members]),
+    )
+
+
+def _heads(member: torch.Tensor) -> torch.Tensor:
+    """int32 of the same shape: the position of each true value among those of its column, -1 for the others."""
+    return member.cumsum(0, dtype=torch.int32).sub_(1).masked_fill_(~member, -1)
+
+
+def check_handle(topology: Topology, device: torch.device, handle: object) -> tuple[InternodeHandle, Routes]:
+    """The handle as an :class:`InternodeHandle`, and its routes, if it fits this group.
+
+    Raises:
+        ArgumentError: it does not, or it contradicts itself.
+    """
+    if not isinstance(handle, (tuple, list)) or len(handle) != len(_NAMES):
+        given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
+        raise ArgumentError("handle", given, f"the {len(_NAMES)} tensors that dispatch returned")
+    ranks, nodes, local = topology.num_ranks, topology.num_nodes, len(topology.local_ranks)
+    shapes: tuple[tuple[int | None, ...], ...] = (
+        (None, ranks),
+        (nodes, 1),
+        (ranks, 1),
+        (nodes, 1),
+        (nodes,),
+        (ranks, 1),
+        (ranks,),
+        (None, 8),
+        (None, nodes),
+        (None, local),
+    )
+    for name, value, shape in zip(_NAMES, handle, shapes, strict=True):
+        dtype = {_NAMES[0]: torch.bool, _NAMES[7]: torch.uint8}.get(name, torch.int32)
+        check_tensor(name, value, shape=shape, dtypes=(dtype,), device=device)
+    known = InternodeHandle._make(element.contiguous() for element in handle)
+    return known, _routes_of(topology, known)
+
+
+def places_of(handle: InternodeHandle) -> torch.Tensor:
+    """int32 [M]: the places of the received rows."""
+    return handle.recv_src_meta.view(torch.int32)[:, 1]
+
+
+def _routes_of(topology: Topology, handle: InternodeHandle) -> Routes:
+    num_tokens, here = len(handle.is_token_in_rank), topology.node
+    heads, name = handle.send_rdma_head, "handle.send_rdma_head"
+    require(len(heads) == num_tokens, name, f"{len(heads)} rows", f"{num_tokens}, as in is_token_in_rank")
+    tokens = [column.nonzero().flatten() for column in (heads >= 0).unbind(1)]
+    ends = handle.recv_rdma_rank_prefix_sum.tolist()
+    relayed = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    name = "handle.recv_rdma_rank_prefix_sum"
+    require(min(relayed) >= 0, name, ends, "ascending sums")
+    require(ends[-1] == len(handle.send_nvl_head), name, ends, f"{len(handle.send_nvl_head)} rows, as send_nvl_head")
+    members = list(torch.split(handle.send_nvl_head >= 0, relayed))
+    members[here] = handle.is_token_in_rank[:, topology.local_ranks]
+    sums = handle.recv_gbl_rank_prefix_sum.tolist()
+    received = [end - start for start, end in zip([0, *sums[:-1]], sums, strict=True)]
+    name, num_rows = "handle.recv_gbl_rank_prefix_sum", len(handle.recv_src_meta)
+    require(min(received) >= 0, name, sums, "ascending sums")
+    require(sums[-1] <= num_rows, name, sums, f"at most the {num_rows} rows of recv_src_meta")
+    places, counts = places_of(handle), [[0] * len(topology.local_ranks) for _ in range(topology.num_nodes)]
+    for rank, (node, index) in enumerate(_places(topology)):
+        counts[node][index] = received[rank]
+        part = places[sums[rank] - received[rank] : sums[rank]]
+        ascends = bool((part.diff() > 0).all()) and not bool((part < 0).any())
+        require(ascends, "handle.recv_src_meta", describe(handle.recv_src_meta), f"ascending places of rank {rank}")
+    return Routes(tokens, members, starts_of(topology, counts), counts)
