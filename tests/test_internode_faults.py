@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -56,13 +57,13 @@ def _disagreements(rank: int, num_ranks: int) -> list[str]:
         handle = scenario.dispatch(buffer)[4]
         for odd in range(num_ranks):
             other = NodeScenario(Case(tokens=CASE.tokens, num_topk=3, row_bytes=256), rank, LAYOUT)
-            refused(MismatchError, lambda: (other if rank == odd else scenario).dispatch(buffer))
+            refused(MismatchError, partial((other if rank == odd else scenario).dispatch, buffer))
             experts = NodeScenario(Case(tokens=CASE.tokens, num_topk=3, local_experts=5), rank, LAYOUT)
-            refused(MismatchError, lambda: (experts if rank == odd else scenario).dispatch(buffer))
+            refused(MismatchError, partial((experts if rank == odd else scenario).dispatch, buffer))
             call = scenario.combine if rank == odd else lambda b, h: b.dispatch(scenario.x, handle=h)
-            refused(MismatchError, lambda: call(buffer, handle))
+            refused(MismatchError, partial(call, buffer, handle))
             worst = 1 if rank == odd else 1000
-            refused(CapacityError, lambda: scenario.dispatch(buffer, num_worst_tokens=worst))
+            refused(CapacityError, partial(scenario.dispatch, buffer, num_worst_tokens=worst))
             works(buffer, rank)
         elsewhere = NodeScenario(Case(tokens=CASE.tokens, num_topk=3, seed=7), rank, LAYOUT)
         foreign = elsewhere.dispatch(buffer)[4]

@@ -49,9 +49,12 @@ class RankPool:
     Args:
         num_ranks: number of processes.
         num_threads: torch threads in each; by default the cores are shared out.
+        begin: a module-level function that each process calls with its rank first of all, before the group is made.
     """
 
-    def __init__(self, num_ranks: int, num_threads: int | None = None) -> None:
+    def __init__(
+        self, num_ranks: int, num_threads: int | None = None, begin: Callable[[int], None] | None = None
+    ) -> None:
         self.num_ranks = num_ranks
         threads = num_threads or max(1, (os.cpu_count() or 1) // num_ranks)
         context = multiprocessing.get_context("forkserver")
@@ -66,7 +69,7 @@ class RankPool:
                     ours, theirs = context.Pipe()
                     process = context.Process(
                         target=_serve,
-                        args=(rank, num_ranks, threads, store, theirs),
+                        args=(rank, num_ranks, threads, store, theirs, begin),
                         daemon=True,
                         name=f"rank-{rank}",
                     )
@@ -168,8 +171,17 @@ def _interrupts_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _serve(rank: int, num_ranks: int, num_threads: int, store: str, connection: Connection) -> None:
+def _serve(
+    rank: int,
+    num_ranks: int,
+    num_threads: int,
+    store: str,
+    connection: Connection,
+    begin: Callable[[int], None] | None,
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops everyone
+    if begin is not None:
+        begin(rank)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(num_threads)
     dist.init_process_group(
