@@ -127,7 +127,9 @@ def test_prints_what_it_predicts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "64 ranks (8 x 8)" in shown
     assert f"{plan.routing.ranks:.2f} ranks on {plan.routing.nodes:.2f} nodes" in shown
     assert f"{dispatch.seconds * 1e6:,.1f}  limit: {dispatch.bottleneck} in {dispatch.chunks} chunks" in shown
-    assert f"Config(num_sms={plan.configs[0].num_sms})" in shown
+    for config in plan.configs:
+        ring = config.num_max_rdma_chunked_recv_tokens
+        assert f"Config(num_sms={config.num_sms}, num_max_rdma_chunked_recv_tokens={ring})" in shown
     assert f"rail {plan.memory['rail'] / 2**20:,.1f}" in shown
     assert "not a measurement" in shown
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m tokenferry demo`` and ``python -m tokenferry bench``.
+"""The command line: ``python -m tokenferry`` with ``demo``, ``bench`` or ``plan``.
 
 A sub-command is a module of this package with ``add_arguments(parser)`` and ``main(args) -> int``; only the one
 that runs is imported.
@@ -15,6 +15,7 @@ from tokenferry.version import __version__
 COMMANDS = {
     "demo": "watch tokens travel between ranks on this machine",
     "bench": "time dispatch and combine on this machine, beside torch.distributed",
+    "plan": "predict dispatch and combine on a cluster, from bytes and rates",
 }
 
 
