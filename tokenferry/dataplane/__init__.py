@@ -183,6 +183,18 @@ class ScaleFormat(IntEnum):
     """FP8, the exponents of such scales, four in an int32."""
 
 
+class Relays(NamedTuple):
+    """Between nodes: what a rank sends inside its node are the tokens of all ranks of its rail, N of each.
+
+    The tables of a plan are those of all R ranks then, and source tokens are theirs.
+    """
+
+    order: Sequence[tuple[int, int]]
+    """[R]: which rank of the node relays a source rank, as which of its G sources."""
+    num_max_tokens: int
+    """N, of a source rank. That of the plan is G * N."""
+
+
 class LowLatencyDispatchPlan(NamedTuple):
     """What a rank brings to a low-latency dispatch, and where the result goes. N rows of a source fit a slab."""
 
@@ -211,6 +223,7 @@ class LowLatencyDispatchPlan(NamedTuple):
     """int64 [R], added to."""
     receives_now: bool
     """Whether ``finish`` is called at once."""
+    relays: Relays | None = None
 
 
 class LowLatencyCombinePlan(NamedTuple):
@@ -234,6 +247,7 @@ class LowLatencyCombinePlan(NamedTuple):
     """int64 [R], added to."""
     receives_now: bool
     """As in :class:`LowLatencyDispatchPlan`."""
+    relays: Relays | None = None
 
 
 class Pending(Protocol):
@@ -287,7 +301,7 @@ class DataPlane(Protocol):
         """
 
     def low_latency_tables(
-        self, num_local_experts: int, num_max_tokens: int, num_topk: int
+        self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unset tensors for a low-latency dispatch of K choices a token, and its combines.
 

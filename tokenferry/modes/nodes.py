@@ -107,7 +107,7 @@ class Nodes:
         self.topology = topology
         self.rail = rail
         self.exact = exact
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._epoch = 0
 
     @property
@@ -118,17 +118,24 @@ class Nodes:
 
     @contextmanager
     def operation(self, who: Who, name: str, signature: Signature) -> Iterator[Operation]:
-        """Run one operation among all ranks. If it fails after the agreement, no operation runs here any more."""
+        """Run one operation among all ranks, or its first half. See :meth:`guarded`."""
         with self._lock:
             who.plane.check()
             self._epoch += 1
             operation = Operation(self, who, name, self._epoch, signature)
-            try:
+            with self.guarded(operation):
                 yield operation
+
+    @contextmanager
+    def guarded(self, operation: Operation) -> Iterator[None]:
+        """Run a part of an operation. If that fails after the agreement, no operation runs here any more."""
+        with self._lock:
+            try:
+                yield
             except BaseException as caught:
                 error = self._translated(caught, operation)
                 if not (isinstance(error, StepBackError) and not operation.is_agreed):
-                    who.plane.give_up(f"{type(error).__name__}: {error}")
+                    operation.who.plane.give_up(f"{type(error).__name__}: {error}")
                     self.rail.close()
                 if error is caught:
                     raise
@@ -138,13 +145,15 @@ class Nodes:
         """In terms of the operation, not of a part of it."""
         if isinstance(error, RailError):
             ranks = self.topology.ranks_of_node(error.node)
-            kind = PeerTimeoutError if error.timed_out else PeerLostError
+            lost: type[PeerError] = PeerTimeoutError if error.timed_out else PeerLostError
             listed = ", ".join(map(str, ranks))
             reason = f"node {error.node} (ranks {listed}), over the rail: {error}"
-            return kind(operation.name, operation.epoch, [self.topology.rail[error.node]], reason)
+            return lost(operation.name, operation.epoch, [self.topology.rail[error.node]], reason)
         if isinstance(error, PeerError) and (error.operation, error.epoch) != (operation.name, operation.epoch):
-            kind_of = PeerLostError if isinstance(error, StepBackError) and operation.is_agreed else type(error)
-            return kind_of(operation.name, operation.epoch, error.ranks, error.reason)
+            has_room = not (isinstance(error, CapacityError) and operation.is_agreed)  # else it is too late
+            return (type(error) if has_room else PeerLostError)(
+                operation.name, operation.epoch, error.ranks, error.reason
+            )
         return error
 
 
@@ -152,6 +161,7 @@ class Operation:
     """One operation in progress.
 
     Attributes:
+        who: takes part.
         signature: what all ranks must agree on.
         is_agreed: all ranks go on: what fails from here on cannot be undone.
     """
@@ -161,7 +171,7 @@ class Operation:
         self.epoch = epoch
         self.is_agreed = False
         self._nodes = nodes
-        self._who = who
+        self.who = who
         self.signature = signature
         self._verdict = Verdict()
 
@@ -201,6 +211,17 @@ class Operation:
             elif self._verdict.kind == _FINE:
                 self._verdict = self._difference(node, offer.signature)
         return offers
+
+    def compare(self) -> None:
+        """Compare signatures along the rail, where nothing else is to be agreed on: what differs cannot be undone.
+
+        Raises:
+            MismatchError: a rank of the rail has another one.
+        """
+        self.is_agreed = True
+        self.offer([0] * self._nodes.topology.num_nodes, 0)
+        if self._verdict.kind != _FINE:
+            self._raise(self._verdict)
 
     def _difference(self, node: int, theirs: Signature) -> Verdict:
         field = next(i for i, (a, b) in enumerate(zip(self.signature, theirs, strict=True)) if a != b)
@@ -270,12 +291,12 @@ class Operation:
         """One row to every rank of the node: a dispatch."""
         padded = [*mine, 0][: len(mine) + len(mine) % 2]  # rows are multiples of 16 bytes
         row = self._words(padded).view(1, -1)
-        device = self._who.device
+        device = self.who.device
         count = len(self._nodes.topology.local_ranks)
         member = torch.ones((1, count), dtype=torch.bool, device=device)
         plan = SendPlan(row.view(torch.uint8), None, None, None, member, None, None, 0, None)
         rows = torch.empty((count, len(padded)), dtype=_WORDS, device=device)
-        with self._who.plane.dispatch(self.signature, plan) as exchange:
+        with self.who.plane.dispatch(self.signature, plan) as exchange:
             exchange.pull(Outputs(rows.view(torch.uint8), None, None, None, None))
         found: list[list[int]] = rows.tolist()
         return found
@@ -320,10 +341,10 @@ class Operation:
         raise MismatchError(self.name, self.epoch, [rank], reason)
 
     def _words(self, words: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(words, dtype=_WORDS, device=self._who.device)
+        return torch.tensor(words, dtype=_WORDS, device=self.who.device)
 
     def _empty(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=_WORDS, device=self._who.device)
+        return torch.empty(count, dtype=_WORDS, device=self.who.device)
 
 
 def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool) -> Share:

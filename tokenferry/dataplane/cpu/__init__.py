@@ -100,13 +100,12 @@ class CpuDataPlane:
         self._pending.finish()
 
     def low_latency_tables(
-        self, num_local_experts: int, num_max_tokens: int, num_topk: int
+        self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
-        ranks = self.heap.num_ranks
         return (
-            torch.empty((num_local_experts, ranks * num_max_tokens), dtype=torch.int32, device=_CPU),
-            torch.empty((num_local_experts, ranks), dtype=torch.int64, device=_CPU),
+            torch.empty((num_local_experts, num_ranks * num_max_tokens), dtype=torch.int32, device=_CPU),
+            torch.empty((num_local_experts, num_ranks), dtype=torch.int64, device=_CPU),
             torch.empty(num_local_experts, dtype=torch.int32, device=_CPU),
         )
 

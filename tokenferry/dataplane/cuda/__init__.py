@@ -349,7 +349,7 @@ class CudaDataPlane:
     # Low latency, on the current stream.
 
     def low_latency_tables(
-        self, num_local_experts: int, num_max_tokens: int, num_topk: int
+        self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
         return self._low_latency.tables(num_local_experts, num_max_tokens, num_topk, self._device)
