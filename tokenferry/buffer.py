@@ -144,12 +144,14 @@ class Buffer(LowLatencyMethods, InternodeMethods):
         )
         self.runtime = construct_runtime(rendezvous, wishes, node)
         logger.info(
-            "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s",
+            "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s, nodes %s, carrier between them: %s",
             self.rank,
             self.group_size,
             chosen,
             num_nvl_bytes,
             seconds,
+            self.topology.node_of,
+            wishes.carrier if self.topology.num_nodes > 1 else "none",
         )
 
     # Life cycle.
