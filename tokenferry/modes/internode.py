@@ -328,7 +328,7 @@ def combine(
         chunks = [chunk] * nodes.topology.num_nodes
         chunks[nodes.topology.node] = _whole(known.is_token_in_rank)
         shares = operation.share(routes.members, chunks, routes.counts, 0, ())
-        homes = _Homecoming(party, operation, routes, shares, offers, columns, places_of(known)).run()
+        homes = _Homecoming(party, operation, routes, shares, offers, columns, places_of(known).contiguous()).run()
         outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
         for index, out in enumerate(outs):
             parts = [Part(home.tokens, home.columns[index]) for home in homes]
