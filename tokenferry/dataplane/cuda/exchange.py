@@ -22,6 +22,8 @@ class CudaDispatch:
         self._is_open = False
         self.num_rows = 0
         self.num_received_per_expert: list[int] = []
+        self.num_expanded_rows = 0
+        self.num_pairs = self.expert_ends = plan.is_token_in_rank[:0]
         handle = plan.handle
         if handle is not None:
             self.num_rows = handle.recv_src_idx.numel()
