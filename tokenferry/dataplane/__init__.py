@@ -172,9 +172,9 @@ class ReducePlan(NamedTuple):
     """Of the dispatch that brought the rows."""
     num_sms: int = 0
     """As in :class:`SendPlan`."""
-    copies: torch.Tensor | None = None
-    """Expanded: int32 [M, K], with rows of any stride: the copies of each row, or -1. What a row sends is the sum of
-    its copies, choices ascending, in float32 (float64 for such)."""
+    metadata: torch.Tensor | None = None
+    """Expanded: as in :class:`Outputs`. What a row sends is the sum of its copies, choices ascending, in float32
+    (float64 for such)."""
     sum_dtype: torch.dtype | None = None
     """Expanded: dtype of these sums on their way: that of the column, or a wider one."""
 

@@ -288,9 +288,9 @@ def combine(
     _check_row_bytes(rows)
     given, hidden = rows.shape
     columns = [_packed(rows)]
-    copies = sum_dtype = None
+    metadata = sum_dtype = None
     if handle.do_expand:
-        copies = _metadata(party, handle, num_rows, None, given)[:, 2:]
+        metadata = _metadata(party, handle, num_rows, None, given)
         if one_rounding:
             sum_dtype = torch.promote_types(rows.dtype, torch.float32)
     else:
@@ -298,9 +298,9 @@ def combine(
         allowed = f"the {num_rows} rows that dispatch returned, or at least those of them that came"
         require(fewest <= given <= num_rows, "x", f"{given} rows", allowed)
     if topk_weights is not None:
-        columns.append(_combine_weights(party, topk_weights, given, copies))
+        columns.append(_combine_weights(party, topk_weights, given, metadata))
     biases = [] if bias is None else _check_biases(party, bias, (num_tokens, hidden), rows.dtype)
-    plan = ReducePlan(columns, biases, routes, party.num_sms, copies, sum_dtype)
+    plan = ReducePlan(columns, biases, routes, party.num_sms, metadata, sum_dtype)
     outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
     num_topk = columns[1].size(1) if len(columns) > 1 else 0
     signature = signature_of(
@@ -310,13 +310,14 @@ def combine(
     return outs[0], outs[1] if len(outs) > 1 else None
 
 
-def _combine_weights(party: Party, given: object, num_rows: int, copies: torch.Tensor | None) -> torch.Tensor:
+def _combine_weights(party: Party, given: object, num_rows: int, metadata: torch.Tensor | None) -> torch.Tensor:
     """float32 [M, K]: weights of received rows; of expanded ones, those of their copies, 0 where there is none."""
-    shape = (num_rows, None) if copies is None else (num_rows,)
+    shape = (num_rows, None) if metadata is None else (num_rows,)
     weights = check_tensor("topk_weights", given, shape=shape, dtypes=_FLOAT32, device=party.device)
-    if copies is None:
+    if metadata is None:
         require(0 < weights.size(1) <= MAX_TOPK, "topk_weights", describe(weights), f"1 to {MAX_TOPK} columns")
         return _packed(weights)
+    copies = metadata[:, 2:]
     require(copies.size(1) > 0, "handle.recv_src_metadata", "no choices", f"1 to {MAX_TOPK} choices")
     if not num_rows:
         return weights.new_zeros(copies.shape)

@@ -49,7 +49,7 @@ class Combine(Exchange):
         self._plan = plan
         self._outs = outs
         self._dtypes = [column.dtype for column in plan.columns]
-        if plan.copies is not None and plan.sum_dtype is not None:
+        if plan.metadata is not None and plan.sum_dtype is not None:
             self._dtypes[0] = plan.sum_dtype
         widths = [column.size(1) for column in plan.columns]
         self._widths = [width * dtype.itemsize for width, dtype in zip(widths, self._dtypes, strict=True)]
@@ -110,16 +110,16 @@ class Combine(Exchange):
 
     def _take(self, column: int, first: int, out: torch.Tensor) -> None:
         """Write the rows of a column from ``first`` on: as they are, or the sums of their copies."""
-        rows, copies = self._plan.columns[column], self._plan.copies
-        if column == 0 and copies is not None:
-            sum_copies(rows, copies[first : first + len(out)], out, _BLOCK_BYTES)
+        rows, metadata = self._plan.columns[column], self._plan.metadata
+        if column == 0 and metadata is not None:
+            sum_copies(rows, metadata[first : first + len(out), 2:], out, _BLOCK_BYTES)
         else:
             out.copy_(rows[first : first + len(out)])
 
     def _taken(self, column: int, first: int, end: int) -> torch.Tensor:
         """Some rows of a column: those of the tensor itself, or the sums of their copies."""
         rows = self._plan.columns[column]
-        if column > 0 or self._plan.copies is None:
+        if column > 0 or self._plan.metadata is None:
             return rows[first:end]
         sums = torch.empty((end - first, rows.size(1)), dtype=self._dtypes[column], device=_CPU)
         self._take(column, first, sums)

@@ -311,7 +311,8 @@ def fill_tail(out_ids, out_weights, src_idx, start, end, worker, workers, tid, K
 @gluon.jit(
     do_not_specialize=[
         "place_rows", "place_scales", "place_ids", "place_weights", "signature", "num_tokens", "num_rows",
-        "first_expert", "num_local", "list_capacity", "stage", "half", "num_stagers", "rank", "operation", "timeout",
+        "first_expert", "num_local", "num_max_tokens", "num_expanded", "list_capacity", "stage", "half",
+        "num_stagers", "rank", "operation", "timeout",
     ]
 )  # fmt: skip
 def dispatch(
@@ -330,6 +331,8 @@ def dispatch(
     out_weights,
     src_idx,
     prefix,
+    metadata,
+    bases,
     place_rows: tl.int64,
     place_scales: tl.int64,
     place_ids: tl.int64,
@@ -339,6 +342,8 @@ def dispatch(
     num_rows: tl.int64,
     first_expert: tl.int32,
     num_local: tl.int32,
+    num_max_tokens: tl.int64,
+    num_expanded: tl.int64,
     list_capacity: tl.int64,
     stage: tl.int64,
     half: tl.int64,
