@@ -232,6 +232,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "bulk dispatch": lambda: dispatch(8, 14336, 8, bulk=True),
     "bulk dispatch fp8": lambda: dispatch(8, 7168, 8, 56 * 4, bulk=True),
     "bulk dispatch cached": lambda: dispatch(8, 14336, 0, cached=True, bulk=True),
+    "bulk dispatch expanded": lambda: expanded(8, 14336, 8, bulk=True),
+    "bulk dispatch expanded fp8": lambda: expanded(8, 7168, 8, 56 * 4, bulk=True),
+    "bulk dispatch expanded cached": lambda: expanded(8, 14336, 8, cached=True, bulk=True),
     "bulk combine bf16": lambda: combine(8, BFLOAT16, 14336, bulk=True),
     "bulk combine fp32": lambda: combine(8, FLOAT32, 28672, bulk=True),
 }

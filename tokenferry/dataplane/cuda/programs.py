@@ -225,15 +225,16 @@ def dispatch(
 def _dispatch(
     cached: bool, row_bytes: int, scale_bytes: int, num_topk: int, target: Target, expand: bool = False
 ) -> Variant:
-    """The variant by the bulk-copy engine, unless a few rows do not fit shared memory, or rows are expanded."""
-    slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk)
-    room = SHARED_BYTES - bulk_dispatch_kernels.TABLE_BYTES - 1024 if target.can_bulk and not expand else 0
+    """The variant by the bulk-copy engine, unless a few rows do not fit shared memory."""
+    slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk, expand)
+    room = SHARED_BYTES - bulk_dispatch_kernels.TABLE_BYTES - 1024 if target.can_bulk else 0
     for num_warps in (4, 2, 1) if row_bytes <= 2048 else (2, 1):
         slots = min(room // (num_warps * slot), 16)
         if slots >= _FEWEST_SLOTS:
             return _BULK_DISPATCH.variant(
                 num_warps,
                 CACHED=cached,
+                EXPAND=expand,
                 ROW=row_bytes,
                 SCALES=scale_bytes,
                 K=num_topk,
