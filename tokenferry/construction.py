@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.errors import ArgumentError, TokenferryError
-from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, DEADLINE_SHARE, Rail, check_carrier
+from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, DEADLINE_SHARE, PROCESS_GROUP, Rail, check_carrier
 from tokenferry.rendezvous import Rendezvous
 from tokenferry.runtime import Runtime
 from tokenferry.topology import Topology, node_key
@@ -62,7 +62,8 @@ class Wishes(NamedTuple):
     timeout: float
     may_mask: bool
     exact_combine: bool
-    carrier: str
+    carrier: str = PROCESS_GROUP
+    may_span_nodes: bool = True
 
 
 def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
@@ -103,6 +104,8 @@ def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
 
 def _check_several_nodes(wishes: Wishes, topology: Topology) -> None:
     where = f"on {topology.num_nodes} nodes (TOKENFERRY_NODE overrides what counts as a node)"
+    if not wishes.may_span_nodes:
+        raise TokenferryError(f"this kind of Buffer keeps to one node, and the ranks are {where}")
     if wishes.device.type != "cpu":
         raise TokenferryError(f"this version moves tokens between nodes on CPU ranks only: the GPUs are {where}")
     require(wishes.group is not None, "group", None, f"a torch.distributed process group, with ranks {where}")
@@ -122,7 +125,7 @@ def choose_carrier(carrier: str | None) -> str:
     """The carrier between nodes that the caller or the environment names."""
     if carrier is not None:
         return check_carrier("carrier", carrier)
-    return check_carrier(CARRIER_VARIABLE, os.environ.get(CARRIER_VARIABLE, "process_group"))
+    return check_carrier(CARRIER_VARIABLE, os.environ.get(CARRIER_VARIABLE, PROCESS_GROUP))
 
 
 def timeout_seconds(timeout: float | None) -> float:

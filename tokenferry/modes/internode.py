@@ -237,7 +237,7 @@ class _Delivery:
             num_worst_tokens=0,
             handle=None,
             num_sms=party.num_sms,
-            experts=self._experts(),
+            expert_ids=self._experts(),
         )
         starts = self._filled[node]
         with party.plane.dispatch(self._operation.signature, plan) as exchange:
@@ -413,7 +413,7 @@ class _Homecoming:
         member = self._routes.members[node][slice(*edges[topology.local_index])]
         nothing = self._places[:0]
         handle = DispatchHandle(nothing, nothing, nothing, nothing, member, nothing)
-        plan = ReducePlan(self._columns, (), handle, self._party.num_sms, HeldRows(starts, tokens))
+        plan = ReducePlan(self._columns, (), handle, self._party.num_sms, held=HeldRows(starts, tokens))
         sums = self._empty(len(member))
         self._party.plane.pull_reduce(self._operation.signature, plan, sums)
         return sums
