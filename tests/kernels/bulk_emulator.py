@@ -24,12 +24,12 @@ import triton.language as tl
 from triton.runtime import interpreter as stock
 
 from tests.kernels import interpreter
-from tests.kernels.mutants import _found_at, _forgotten
+from tests.kernels.mutants import _forgotten, _found_at
 
 PACKAGE = "tokenferry.dataplane.cuda.kernels"
 SHARED_BYTES = (128 + 64 + 32) * 1024
-SOON = 0.1
-"""How likely a copy that is under way goes on at each step."""
+SOON = (0.0, 0.2)
+"""How likely a copy that is under way goes on at each step: in every other program only when it is waited for."""
 
 
 class Engine:
@@ -39,6 +39,7 @@ class Engine:
         self.shared = np.full(SHARED_BYTES, 0xEE, np.uint8)
         self.base = self.shared.ctypes.data
         self.random = random.Random(seed)
+        self.soon = SOON[seed % 2]
         self.barriers: dict[int, list[int]] = {}
         """By address: parity of the phase, arrivals that it still needs, of how many, bytes that it waits for."""
         self.loads: list[tuple[int, int, int, int]] = []
@@ -46,11 +47,11 @@ class Engine:
         """By thread: groups of target, source, bytes, what was read (None: not yet)."""
 
     def step(self) -> None:
-        for load in [load for load in self.loads if self.random.random() < SOON]:
+        for load in [load for load in self.loads if self.random.random() < self.soon]:
             self.land(load)
         for groups in self.groups.values():
             for store in groups:
-                if self.random.random() < SOON:
+                if self.random.random() < self.soon:
                     self.read(store)
 
     def land(self, load: tuple[int, int, int, int]) -> None:
@@ -80,7 +81,7 @@ class Engine:
 def engine() -> Engine:
     program: Any = interpreter.running.program
     if not hasattr(program, "engine"):
-        program.engine = Engine(hash(program.index) + len(program.grid))
+        program.engine = Engine(program.index[0])
     program.engine.step()
     return program.engine
 
@@ -230,15 +231,20 @@ def _gluon() -> tuple[ModuleType, ModuleType]:
     return gluon, language
 
 
-def bulk_dispatch(path: Any = None) -> ModuleType:
-    """The module ``bulk_dispatch``, its kernels readable by the interpreter; ``path``: with a mutant of its columns."""
+def bulk_dispatch(name: str = "", path: Any = None) -> ModuleType:
+    """The module ``bulk_dispatch``, its kernels readable by the interpreter.
+
+    Args:
+        name: a module of the kernels, and
+        path: where it is found instead.
+    """
     gluon, language = _gluon()
     shims = {gluon.__name__: gluon, language.__name__: language}
     with (
         _forgotten(PACKAGE),
         mock.patch.dict(sys.modules, shims),
         mock.patch.object(triton.experimental, "gluon", gluon),
-        nullcontext() if path is None else _found_at(f"{PACKAGE}.bulk_columns", path),
+        nullcontext() if path is None else _found_at(name, path),
     ):
         importlib.import_module(PACKAGE)
         sys.modules[f"{PACKAGE}.bulk"] = emulated_bulk()

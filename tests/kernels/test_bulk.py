@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import InterpreterError
 
 from tests.cases import Case
 from tests.kernels import bulk_emulator
@@ -16,7 +17,7 @@ from tests.kernels.expert_world import ExpandedRank, run_ranks, simulate
 from tests.kernels.test_expert_major import CASES, DIRECT
 from tests.kernels.world import Rank, Simulated, World
 from tokenferry.dataplane.cuda import programs
-from tokenferry.dataplane.cuda.kernels import bulk_columns
+from tokenferry.dataplane.cuda.kernels import bulk_columns, bulk_dispatch
 
 SMALL = Case(tokens=(5, 6), num_topk=3, alignment=2, row_bytes=16, combine_bytes=16)
 
@@ -57,24 +58,58 @@ def test_compact(monkeypatch: Any, direct: str) -> None:
         rank.check_dispatch()
 
 
-MUTANTS = {
-    "slot before it is written": ("    meet(lane)\n", "    store_bulk(target, slot, lane * 0 + ROW, lane * 0)\n"),
-    "another choice's copy": ("target + there * ROW, slot", "target + there * 0 + ROW * row, slot"),
+def many_rows(monkeypatch: Any, seed: int, module: ModuleType | None = None) -> None:
+    """More rows for each warp than its ring has slots."""
+    slots = 4 * 128 * 5
+    monkeypatch.setattr(programs, "SHARED_BYTES", slots + programs.bulk_dispatch_kernels.TABLE_BYTES + 1024)
+    world = world_of(monkeypatch, seed, "direct", 1 << 10, module)
+    case = Case(tokens=(30, 40), num_topk=2, row_bytes=32, routing="all", seed=seed)
+    ranks = [Rank(world, case, rank, num_sms=2) for rank in range(2)]
+    for rank in ranks:
+        rank.layout()
+        rank.notify(80)
+        rank.pull(80)
+    world.run()
+    for rank in ranks:
+        rank.check_dispatch()
+
+
+def test_rings_go_round(monkeypatch: Any) -> None:
+    many_rows(monkeypatch, 1)
+
+
+COPIES = {
+    "another row": ("target + there * ROW, slot", "target + row * ROW, slot"),
     "sources before": ("base + (packed >> PACK_SHIFT)", "(packed >> PACK_SHIFT)"),
     "first choice": ("(first < 0) & (other >= 0)", "other >= 0"),
-    "only this rank's experts": ("mine & (packed >= 0) & (expert >= 0)", "mine & (packed >= 0)"),
+    "experts of other ranks": ("(expert >= 0) & (expert < num_local)", "(expert >= -9)"),
+}
+ENGINE = {
+    "rows before they are there": ("            wait_parity(bars + use_at * 8, parity + tid * 0)\n", ""),
+    "slots before they are read": ("            wait_stores_read(tid, SLOTS - LAG - 1)\n", ""),
+    "the phase before": ("parity ^ 1, parity)\n            use_at", "parity, parity)\n            use_at"),
+    "the end before all is written": ("                wait_stores(tid)\n        finish", "        finish"),
 }
 
 
-def mutant(old: str, new: str) -> ModuleType:
-    source = Path(bulk_columns.__file__).read_text()
-    assert source.count(old) == 1
-    path = Path(tempfile.mkdtemp()) / "bulk_columns.py"
+def mutant(module: ModuleType, old: str, new: str) -> ModuleType:
+    source = Path(module.__file__ or "").read_text()
+    if source.count(old) != 1:
+        raise ValueError(f"{old!r} occurs {source.count(old)} times")
+    path = Path(tempfile.mkdtemp(prefix="mutants-")) / Path(module.__file__ or "").name
     path.write_text(source.replace(old, new))
-    return bulk_emulator.bulk_dispatch(path)
+    return bulk_emulator.bulk_dispatch(module.__name__, path)
 
 
-@pytest.mark.parametrize("name", [name for name in MUTANTS if name != "slot before it is written"])
-def test_fault_is_found(monkeypatch: Any, name: str) -> None:
-    with pytest.raises(AssertionError):
-        run(monkeypatch, SMALL, 1, "mixed", mutant(*MUTANTS[name]))
+@pytest.mark.parametrize("name", COPIES)
+def test_fault_in_copies_is_found(monkeypatch: Any, name: str) -> None:
+    module = mutant(bulk_columns, *COPIES[name])
+    with pytest.raises((AssertionError, InterpreterError)):
+        run(monkeypatch, SMALL, 1, "mixed", module)
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_fault_in_the_use_of_the_engine_is_found(monkeypatch: Any, name: str) -> None:
+    module = mutant(bulk_dispatch, *ENGINE[name])
+    with pytest.raises((AssertionError, InterpreterError)):  # the latter from within a helper
+        many_rows(monkeypatch, 1, module)
