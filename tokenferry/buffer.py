@@ -32,6 +32,7 @@ from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import Handle
 from tokenferry.modes import internode, intranode
 from tokenferry.rendezvous import meet
+from tokenferry.shrink import ShrinkMethods
 from tokenferry.streams import CommStream, check_events
 from tokenferry.topology import Topology
 from tokenferry.validation import check_int, require
@@ -41,7 +42,7 @@ logger = logging.getLogger("tokenferry")
 _Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class Buffer(LowLatencyMethods, InternodeMethods):
+class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods):
     """The expert-parallel communication buffer of one rank: dispatch and combine among the ranks of a group.
 
     Construction is collective over ``group``: every rank must construct. Every operation is collective too: all
@@ -131,7 +132,7 @@ class Buffer(LowLatencyMethods, InternodeMethods):
         push_bytes = num_rdma_bytes if low_latency_mode else 0
         chosen = choose_device(device)
         heap_bytes = check_int("heap_bytes", heap_bytes, minimum=0)
-        wishes = Wishes(
+        self._wishes = Wishes(
             chosen,
             group,
             num_nvl_bytes,
@@ -142,7 +143,8 @@ class Buffer(LowLatencyMethods, InternodeMethods):
             exact_combine,
             choose_carrier(carrier),
         )
-        self.runtime = construct_runtime(rendezvous, wishes, node)
+        self._node = node
+        self.runtime = construct_runtime(rendezvous, self._wishes, node)
         logger.info(
             "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s, nodes %s, carrier between them: %s",
             self.rank,
@@ -151,7 +153,7 @@ class Buffer(LowLatencyMethods, InternodeMethods):
             num_nvl_bytes,
             seconds,
             self.topology.node_of,
-            wishes.carrier if self.topology.num_nodes > 1 else "none",
+            self._wishes.carrier if self.topology.num_nodes > 1 else "none",
         )
 
     # Life cycle.

@@ -161,11 +161,12 @@ def construct_runtime(rendezvous: Rendezvous, wishes: Wishes, node: str | int | 
     except RuntimeError as error:  # also those of torch: no memory, no symmetric memory
         failure = str(error) or type(error).__name__
     try:
-        offers = rendezvous.all_gather((bytes(handle), failure))
+        offers = rendezvous.all_gather((handle.decode(), failure))
         _raise_any_failure([offer[1] for offer in offers])
         assert runtime is not None
         try:
-            runtime.sync([offer[0] for offer in offers])
+            runtime.sync([offer[0].encode() for offer in offers])
+            runtime.key = found[0][1]
         except RuntimeError as error:
             failure = str(error) or type(error).__name__
         _raise_any_failure(rendezvous.all_gather(failure))

@@ -46,6 +46,7 @@ class Runtime:
         exact_combine: bool = False,
     ) -> None:
         self.device = torch.device("cpu")
+        self.key = ""
         self.topology = topology
         self.comm = NoStream()
         ranks = topology.local_ranks

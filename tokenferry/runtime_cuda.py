@@ -57,6 +57,7 @@ class CudaRuntime:
         if num_ranks > words.MAX_RANKS:
             raise TokenferryError(f"{num_ranks} ranks share this node: at most {words.MAX_RANKS} can on GPUs")
         self.device = device
+        self.key = ""
         self.topology = topology
         self.comm = CommStream(device)
         self._group = group
