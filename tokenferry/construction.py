@@ -65,6 +65,15 @@ class Wishes(NamedTuple):
     carrier: str = PROCESS_GROUP
     may_span_nodes: bool = True
 
+    def shared(self) -> dict[str, str]:
+        """What must be the same on all ranks, by the name of the argument."""
+        return {
+            "device": self.device.type,
+            "carrier": self.carrier,
+            "exact_combine": str(self.exact_combine),
+            "enable_shrink": str(self.may_mask),
+        }
+
 
 def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
     """Construct the runtime of a rank: locally, without a word to the others.
@@ -151,8 +160,13 @@ def note_ignored(**is_set: bool) -> None:
 
 def construct_runtime(rendezvous: Rendezvous, wishes: Wishes, node: str | int | None) -> AnyRuntime:
     """Create, exchange and open the heaps and rails; if that fails on one rank, it fails on all."""
-    found = rendezvous.all_gather((node_key(node), f"tokenferry/{secrets.token_hex(8)}"))
-    topology = Topology.from_keys(rendezvous.rank, [key for key, _ in found])
+    found = rendezvous.all_gather((node_key(node), f"tokenferry/{secrets.token_hex(8)}", wishes.shared()))
+    for name, first in found[0][2].items():
+        given = [of_rank[2][name] for of_rank in found]
+        listed = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(given))
+        if any(value != first for value in given):
+            raise TokenferryError(f"the ranks of a Buffer must agree on {name}: {listed}")
+    topology = Topology.from_keys(rendezvous.rank, [of_rank[0] for of_rank in found])
     runtime: AnyRuntime | None = None
     handle, failure = bytearray(), ""
     try:

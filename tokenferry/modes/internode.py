@@ -321,7 +321,7 @@ def combine(
     columns = intranode.check_columns(party, x, topk_weights, num_rows)
     biases = intranode.check_biases(party, bias, (num_tokens, columns[0].size(1)), columns[0].dtype)
     num_topk = columns[1].size(1) if len(columns) > 1 else 0
-    signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk, num_experts=int(nodes.exact))
+    signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk)
     with nodes.operation(party, "combine", signature) as operation:
         offers = operation.offer(routes.num_relayed, chunk)
         operation.check_routes(offers, [len(tokens) for tokens in routes.tokens])
