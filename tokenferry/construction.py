@@ -172,18 +172,23 @@ def construct_runtime(rendezvous: Rendezvous, wishes: Wishes, node: str | int | 
     try:
         runtime = make_runtime(wishes, topology, found[0][1])
         handle = runtime.get_local_ipc_handle()
-    except RuntimeError as error:  # also those of torch: no memory, no symmetric memory
+    except Exception as error:  # whatever it is, the others must not wait
         failure = str(error) or type(error).__name__
     try:
         offers = rendezvous.all_gather((handle.decode(), failure))
         _raise_any_failure([offer[1] for offer in offers])
         assert runtime is not None
-        try:
-            runtime.sync([offer[0].encode() for offer in offers])
-            runtime.key = found[0][1]
-        except RuntimeError as error:
-            failure = str(error) or type(error).__name__
-        _raise_any_failure(rendezvous.all_gather(failure))
+        runtime.key = found[0][1]
+        handles = [offer[0].encode() for offer in offers]
+        steps: list[Callable[[], None]] = [functools.partial(runtime.sync, handles)]
+        if topology.num_nodes > 1:
+            steps.append(runtime.connect)
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                failure = str(error) or type(error).__name__
+            _raise_any_failure(rendezvous.all_gather(failure))
         runtime.hide()
     except BaseException:
         if runtime is not None:

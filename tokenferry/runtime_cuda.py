@@ -106,6 +106,9 @@ class CudaRuntime:
         most = _resident_programs(self.device, gpus.count(gpus[self.topology.rank]))
         self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most, *self._options)
 
+    def connect(self) -> None:
+        """Never called: Buffers on GPUs keep to one node."""
+
     def hide(self) -> None:
         """Take the name of the mailbox away, once every rank has synced."""
         self._regions.unlink()

@@ -339,6 +339,9 @@ class DataPlane(Protocol):
     def check(self) -> None:
         """Raise if operations cannot run: the Buffer is destroyed, or an operation failed."""
 
+    def has_room(self, row_bytes: int) -> bool:
+        """Whether rows of so many bytes can be staged, one at a time at least."""
+
     def give_up(self, reason: str) -> None:
         """No operation runs here any more; ranks that wait for this one are told why."""
 

@@ -22,7 +22,6 @@ import torch
 
 from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, Part, Pending, Relays, Signature
 from tokenferry.modes.nodes import Nodes, Operation
-from tokenferry.modes.routes import places_of_ranks
 from tokenferry.rail import Transfer
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def combine(party: Party, nodes: Nodes, signature: Signature, plan: LowLatencyCo
 
 
 def _relays(nodes: Nodes, most: int) -> Relays:
-    return Relays([(index, node) for node, index in places_of_ranks(nodes.topology)], most)
+    return Relays([(index, node) for node, index in nodes.topology.places], most)
 
 
 def _on_all_nodes(
@@ -158,6 +157,7 @@ class _Homecoming:
         return (self._out,)
 
     def finish(self) -> None:
+        self._operation.who.plane.check()
         with self._nodes.guarded(self._operation):
             for node in self._nodes.others:
                 self._transfer.wait(node)

@@ -18,12 +18,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 
 from tokenferry.dataplane import DataPlane, Outputs, SendPlan, Signature, describe_difference
 from tokenferry.errors import (
+    BufferStateError,
     CapacityError,
     MismatchError,
     PeerError,
@@ -62,7 +64,7 @@ class Verdict(NamedTuple):
     wanted: int = 0
 
 
-_FINE, _SIGNATURES, _CAPACITY, _ROUTES, _STAGE = range(5)
+_FINE, _SIGNATURES, _NODE, _CAPACITY, _ROUTES, _STAGE = range(6)
 
 
 class Offer(NamedTuple):
@@ -110,7 +112,7 @@ class Nodes:
         self._lock = threading.RLock()
         self._epoch = 0
 
-    @property
+    @cached_property
     def others(self) -> list[int]:
         """The other nodes, the next one first: so that not all ranks begin with the same one."""
         here, count = self.topology.node, self.topology.num_nodes
@@ -130,16 +132,30 @@ class Nodes:
     def guarded(self, operation: Operation) -> Iterator[None]:
         """Run a part of an operation. If that fails after the agreement, no operation runs here any more."""
         with self._lock:
+            error: BaseException | None = None
             try:
                 yield
             except BaseException as caught:
                 error = self._translated(caught, operation)
-                if not (isinstance(error, StepBackError) and not operation.is_agreed):
+                if not (isinstance(error, StepBackError) and self._goes_on(operation)):
                     operation.who.plane.give_up(f"{type(error).__name__}: {error}")
                     self.rail.close()
                 if error is caught:
                     raise
-                raise error from caught
+                raise error from None
+            finally:
+                del error  # its traceback holds this frame
+
+    @staticmethod
+    def _goes_on(operation: Operation) -> bool:
+        """Whether all ranks have stepped back, and nothing else is wrong."""
+        if operation.is_agreed:
+            return False
+        try:
+            operation.who.plane.check()
+        except BufferStateError:
+            return False
+        return True
 
     def _translated(self, error: BaseException, operation: Operation) -> BaseException:
         """In terms of the operation, not of a part of it."""
@@ -195,7 +211,10 @@ class Operation:
 
         Returns:
             Their offers, of the nodes whose signature is the same as that of this rank. With the others nothing
-            further is exchanged; all ranks step back in :meth:`share`.
+            further is exchanged before the verdicts; all ranks step back in :meth:`share`.
+
+        Raises:
+            RailError: a rank of the rail is at another operation, or what it says makes no sense.
         """
         words = {
             node: self._words([*self.signature, self.epoch, num_rows[node], chunk]) for node in self._nodes.others
@@ -206,6 +225,8 @@ class Operation:
         for node in sorted(theirs):
             *signature, epoch, rows, size = theirs[node].tolist()
             offer = Offer(Signature._make(signature), epoch, rows, size)
+            if epoch != self.epoch or not 0 <= rows < 1 << 31 or size < 1:
+                raise RailError(node, False, f"out of step: {offer}")
             if offer.signature == self.signature:
                 offers[node] = offer
             elif self._verdict.kind == _FINE:
@@ -219,8 +240,9 @@ class Operation:
             MismatchError: a rank of the rail has another one.
         """
         self.is_agreed = True
-        self.offer([0] * self._nodes.topology.num_nodes, 0)
+        self.offer([0] * self._nodes.topology.num_nodes, 1)
         if self._verdict.kind != _FINE:
+            self._exchange_verdicts(self._verdict)  # the others may be in an operation that has them
             self._raise(self._verdict)
 
     def _difference(self, node: int, theirs: Signature) -> Verdict:
@@ -246,6 +268,7 @@ class Operation:
         expected: Sequence[Sequence[int]],
         worst: int,
         extra: Sequence[int],
+        row_bytes: int,
     ) -> list[Share]:
         """Tell the ranks of the node what :class:`Share` has, find out whether all ranks of all nodes go on.
 
@@ -255,6 +278,7 @@ class Operation:
             expected: or empty.
             worst: or 0.
             extra: of the operation.
+            row_bytes: of all that moves with a row inside the node.
 
         Returns:
             The shares of the ranks of the node.
@@ -266,26 +290,37 @@ class Operation:
         num_rows = [len(member) for member in members]
         counts = [count for member in members for count in member.sum(0).tolist()]
         wanted = [count for row in expected for count in row]
+        if self._verdict.kind == _FINE and not self.who.plane.has_room(row_bytes):
+            self._verdict = Verdict(_STAGE, topology.rank)
         mine = [*self._verdict, *num_rows, *chunks, *counts, *wanted, worst, *extra]
+        shares, failure = [], None
         try:
             rows = self._gather(mine)
-        except CapacityError as error:
-            shares = []
-            found = Verdict(_STAGE, error.ranks[0])
+        except StepBackError as error:
+            failure = error
+            found = self._verdict
+            if found.kind != _SIGNATURES:
+                found = Verdict(_STAGE if isinstance(error, CapacityError) else _NODE, error.ranks[0])
         else:
             shares = [_parse(row, topology.num_nodes, len(topology.local_ranks), bool(expected)) for row in rows]
             found = self._judge(shares)
-        if found.kind == _SIGNATURES:
-            self._raise(found)  # all nodes know
-        theirs = {node: self._empty(len(found)) for node in self._nodes.others}
-        words = self._words(found)
-        self.exchange({node: [words] for node in theirs}, {node: [part] for node, part in theirs.items()})
-        verdicts = {node: Verdict._make(part.tolist()) for node, part in theirs.items()} | {topology.node: found}
+        verdicts = self._exchange_verdicts(found)
+        if failure is not None:
+            raise failure
+        if found.kind != _FINE:
+            self._raise(found)
         for node in sorted(verdicts):
             if verdicts[node].kind != _FINE:
                 self._raise(verdicts[node])
         self.is_agreed = True
         return shares
+
+    def _exchange_verdicts(self, found: Verdict) -> dict[int, Verdict]:
+        """Tell the ranks of the rail what is wrong on this node; those of the other nodes."""
+        theirs = {node: self._empty(len(found)) for node in self._nodes.others}
+        words = self._words(found)
+        self.exchange({node: [words] for node in theirs}, {node: [part] for node, part in theirs.items()})
+        return {node: Verdict._make(part.tolist()) for node, part in theirs.items()}
 
     def _gather(self, mine: Sequence[int]) -> list[list[int]]:
         """One row to every rank of the node: a dispatch."""
@@ -332,6 +367,8 @@ class Operation:
             changed[field] = wanted
             reason = describe_difference(rank, one, other, Signature._make(changed))
             raise MismatchError(self.name, self.epoch, [other], reason)
+        if kind == _NODE:
+            raise MismatchError(self.name, self.epoch, [rank], "disagrees with ranks of its node")
         if kind == _CAPACITY:
             reason = f"num_worst_tokens: got {given}; allowed: at least the {wanted} rows it receives"
             raise CapacityError(self.name, self.epoch, [rank], reason)

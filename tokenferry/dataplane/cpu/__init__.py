@@ -27,6 +27,7 @@ from tokenferry.dataplane import (
 )
 from tokenferry.dataplane.cpu.combine import Combine, sum_rows
 from tokenferry.dataplane.cpu.dispatch import Dispatch
+from tokenferry.dataplane.cpu.exchange import least_room
 from tokenferry.dataplane.cpu.low_latency import CombineReceive, DispatchReceive, PendingReceives, Receive
 from tokenferry.dataplane.cpu.pages import advise_huge_pages
 from tokenferry.errors import BufferStateError
@@ -84,6 +85,10 @@ class CpuDataPlane:
     def check(self) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.check`."""
         self.heap.check_usable()
+
+    def has_room(self, row_bytes: int) -> bool:
+        """See :meth:`tokenferry.dataplane.DataPlane.has_room`."""
+        return self.heap.can_stage(least_room(row_bytes, self.heap.num_ranks))
 
     def give_up(self, reason: str) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.give_up`."""

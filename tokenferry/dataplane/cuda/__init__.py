@@ -397,6 +397,10 @@ class CudaDataPlane:
         """Needed between nodes only, which Buffers on GPUs refuse to span."""
         raise NotImplementedError("GPUs on several nodes")
 
+    def has_room(self, row_bytes: int) -> bool:
+        """As :meth:`sum_rows`."""
+        raise NotImplementedError("GPUs on several nodes")
+
     def give_up(self, reason: str) -> None:
         """As :meth:`sum_rows`."""
         raise NotImplementedError("GPUs on several nodes")
