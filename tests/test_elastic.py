@@ -193,8 +193,8 @@ def _bad_construction(rank: int, num_ranks: int) -> None:
         ("num_bytes", {"num_bytes": -1}),
         ("num_max_tokens_per_rank", {"num_max_tokens_per_rank": -1}),
         ("hidden", {"hidden": 1.5}),
-        ("timeout", {"num_gpu_timeout_secs": 0}),
-        ("timeout", {"num_cpu_timeout_secs": -1}),
+        ("num_gpu_timeout_secs", {"num_gpu_timeout_secs": 0}),
+        ("num_cpu_timeout_secs", {"num_cpu_timeout_secs": "long", "num_gpu_timeout_secs": 5}),
         ("device", {"device": "tpu"}),
     ):
         with pytest.raises(ArgumentError, match=f"^{name}: got"):

@@ -116,9 +116,8 @@ class ElasticBuffer:
         self.num_max_tokens_per_rank = check_int("num_max_tokens_per_rank", num_max_tokens_per_rank, minimum=0)
         hidden = check_int("hidden", hidden, minimum=0)
         num_topk = check_int("num_topk", num_topk, minimum=0)
-        given = [seconds for seconds in (num_cpu_timeout_secs, num_gpu_timeout_secs) if seconds is not None]
-        for seconds in given:
-            timeout_seconds(seconds)
+        deadlines = {"num_cpu_timeout_secs": num_cpu_timeout_secs, "num_gpu_timeout_secs": num_gpu_timeout_secs}
+        given = [_check_seconds(name, value) for name, value in deadlines.items() if value is not None]
         seconds = timeout_seconds(max(given) if given else None)
         note_ignored(sl_idx=sl_idx != 3, num_allocated_qps=num_allocated_qps != 0)
         rendezvous = meet(group, None)
@@ -461,6 +460,12 @@ class ElasticBuffer:
 
 def _or(given: int | None, default: int) -> int:
     return default if given is None else given
+
+
+def _check_seconds(name: str, given: object) -> float:
+    is_positive = isinstance(given, (int, float)) and not isinstance(given, bool) and given > 0
+    require(is_positive, name, repr(given), "a number of seconds above 0")
+    return float(given)  # type: ignore[arg-type]
 
 
 def _event(name: str, given: object) -> EventHandle | None:
