@@ -18,13 +18,15 @@ SPARE_TOKENS = 3
 class Elastic:
     """A case on one rank: the calls with their checks."""
 
-    def __init__(self, case: Case, rank: int, num_ranks: int, *, expand: bool, cpu_sync: bool = True) -> None:
-        self.case, self.rank, self.num_ranks = case, rank, num_ranks
+    def __init__(
+        self, case: Case, rank: int, num_ranks: int, *, expand: bool, cpu_sync: bool = True, device: str = "cpu"
+    ) -> None:
+        self.case, self.rank, self.num_ranks, self.device = case, rank, num_ranks, device
         self.expand, self.cpu_sync = expand, cpu_sync
         self.num_experts = num_ranks * case.local_experts
         self.most = max(case.tokens) + SPARE_TOKENS
         self.inputs = [make_inputs(case, peer, num_ranks) for peer in range(num_ranks)]
-        self.given = self.inputs[rank]
+        self.given = make_inputs(case, rank, num_ranks, device)
         self.wants = [
             expected(self.inputs, self.num_experts, peer, case.alignment, self.most) for peer in range(num_ranks)
         ]
@@ -84,6 +86,7 @@ class Elastic:
             return
         assert ids is None
         assert weights.dim() == 1
+        weights = weights.cpu()
         for row, where in enumerate(self.want.rows):
             if where is not None:
                 assert weights[row] == self.inputs[where[0]].topk_weights[where[1], where[2]]
@@ -99,7 +102,7 @@ class Elastic:
         assert handle.num_max_tokens_per_rank == self.most
         assert isinstance(handle.num_sms, int)
         assert handle.num_sms > 0
-        same(handle.topk_idx, self.given.topk_idx, "topk_idx")
+        same(handle.topk_idx, self.inputs[self.rank].topk_idx, "topk_idx")
         assert handle.num_recv_tokens == (count if self.cpu_sync else self.num_ranks * self.most)
         assert handle.num_recv_tokens_per_expert_list == (want.aligned if self.cpu_sync else [])
         psum = want.psum_expanded if self.expand else want.psum_compact
@@ -122,7 +125,7 @@ class Elastic:
     def check_slots(self, handle: EPHandle) -> None:
         """``dst_buffer_slot_idx``: rank * N + position among the tokens for the rank."""
         head = oracle.dispatch(self.inputs, self.num_experts, self.rank).send_head
-        slots = torch.full_like(self.given.topk_idx, -1, dtype=torch.int32)
+        slots = torch.full(self.given.topk_idx.shape, -1, dtype=torch.int32)
         for token, choices in enumerate(self.given.topk_idx.tolist()):
             for choice, expert in enumerate(choices):
                 if expert >= 0:
@@ -161,8 +164,9 @@ class Elastic:
         biases = [
             torch.randn(shape, generator=generator(self.case, self.rank, 7 + i)).to(dtype) for i in range(num_biases)
         ]
-        bias = {0: None, 1: biases[:1] and biases[0], 2: tuple(biases)}[num_biases]
-        rows, of_rows = self.expert_rows(self.rank, num_rows)
+        own_biases = tuple(bias.to(self.device) for bias in biases)
+        bias = {0: None, 1: own_biases[:1] and own_biases[0], 2: own_biases}[num_biases]
+        rows, of_rows = (tensor.to(self.device) for tensor in self.expert_rows(self.rank, num_rows))
         before = handle.recv_src_metadata.clone()
         combined, combined_weights, event = buffer.combine(rows, handle, of_rows if weights else None, bias=bias)
         assert event.event is None
@@ -181,7 +185,7 @@ class Elastic:
     def check_all(self, buffer: ElasticBuffer) -> None:
         """Every kind of call."""
         for padded in (False, True) if self.expand else (False,):
-            stats = torch.arange(self.case.local_experts, dtype=torch.int32)
+            stats = torch.arange(self.case.local_experts, dtype=torch.int32, device=self.device)
             options: dict[str, Any] = {"do_zero_padding": padded, "cumulative_local_expert_recv_stats": stats}
             recv_x, ids, weights, handle, event = self.dispatch(buffer, **options)
             assert event.event is None

@@ -40,7 +40,7 @@ CASES = {
     "nothing": Case(tokens=(6, 5), routing="nothing", alignment=4),
     "no tokens": Case(tokens=(0, 0), alignment=4),
     "idle rank": Case(tokens=(0, 9), num_topk=2, alignment=4),
-    "float32": Case(tokens=(6, 7), routing="all", combine_dtype=torch.float32, alignment=2),
+    "float32": Case(tokens=(6, 7), routing="own", num_topk=5, combine_dtype=torch.float32, alignment=2),
     "float64": Case(tokens=(6, 7), combine_dtype=torch.float64, num_topk=4),
     "one choice": Case(tokens=(6, 7), num_topk=1, alignment=128),
 }
@@ -50,7 +50,7 @@ MODES = {"compact": (False, True), "expanded": (True, True), "compact worst": (F
 def _check(rank: int, num_ranks: int, case: Case, modes: tuple[str, ...], num_bytes: int, multiple: bool) -> None:
     with elastic_buffer(dist.group.WORLD, num_bytes, allow_multiple_reduction=multiple) as buffer, poisoned_memory():
         for expand, cpu_sync in (MODES[mode] for mode in modes):
-            if case.routing in ("duplicates", "one_expert", "all") and not cpu_sync:
+            if case.routing in ("duplicates", "one_expert", "own") and not cpu_sync:
                 case = replace(case, routing="random", local_experts=8)  # no room for an expert that is chosen twice
             Elastic(case, rank, num_ranks, expand=expand, cpu_sync=cpu_sync).check_all(buffer)
 
@@ -64,7 +64,9 @@ def test_against_the_oracle(pool_of: PoolOf, num_ranks: int, name: str) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize("num_bytes", [0, 128, 4096])
 def test_small_stages_and_one_rounding(pool_of: PoolOf, num_ranks: int, num_bytes: int) -> None:
-    case = Case(tokens=(23, 40), num_topk=4, local_experts=3, alignment=4, combine_bytes=256)
+    case = Case(
+        tokens=(23, 40), num_topk=4, local_experts=3, alignment=4, row_bytes=8192, combine_bytes=8192
+    )  # more than the smallest stage holds
     pool_of(num_ranks).run(_check, case, ("compact", "expanded"), num_bytes, False)
 
 
@@ -193,8 +195,8 @@ def _bad_construction(rank: int, num_ranks: int) -> None:
         ("num_bytes", {"num_bytes": -1}),
         ("num_max_tokens_per_rank", {"num_max_tokens_per_rank": -1}),
         ("hidden", {"hidden": 1.5}),
-        ("timeout", {"num_gpu_timeout_secs": 0}),
-        ("timeout", {"num_cpu_timeout_secs": -1}),
+        ("num_gpu_timeout_secs", {"num_gpu_timeout_secs": 0}),
+        ("num_cpu_timeout_secs", {"num_cpu_timeout_secs": "long", "num_gpu_timeout_secs": 5}),
         ("device", {"device": "tpu"}),
     ):
         with pytest.raises(ArgumentError, match=f"^{name}: got"):

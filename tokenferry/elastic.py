@@ -41,8 +41,6 @@ _NVLINK_GBS = 323.0
 _FEWEST_SMS = 4
 _ALL_SMS = 16
 """SMs that an operation uses where it need not leave the others to compute: the data plane's own choice."""
-_SCALE_BYTES = 16
-"""The alignment of columns of column-major scales."""
 
 
 class ElasticBuffer:
@@ -118,9 +116,8 @@ class ElasticBuffer:
         self.num_max_tokens_per_rank = check_int("num_max_tokens_per_rank", num_max_tokens_per_rank, minimum=0)
         hidden = check_int("hidden", hidden, minimum=0)
         num_topk = check_int("num_topk", num_topk, minimum=0)
-        given = [seconds for seconds in (num_cpu_timeout_secs, num_gpu_timeout_secs) if seconds is not None]
-        for seconds in given:
-            timeout_seconds(seconds)
+        deadlines = {"num_cpu_timeout_secs": num_cpu_timeout_secs, "num_gpu_timeout_secs": num_gpu_timeout_secs}
+        given = [_check_seconds(name, value) for name, value in deadlines.items() if value is not None]
         seconds = timeout_seconds(max(given) if given else None)
         note_ignored(sl_idx=sl_idx != 3, num_allocated_qps=num_allocated_qps != 0)
         rendezvous = meet(group, None)
@@ -383,7 +380,7 @@ class ElasticBuffer:
             sizes = Sizes(num_experts, given, _or(expert_alignment, 1), do_expand, host_waits, do_zero_padding, sms)
         else:
             sms = check_int("num_sms", num_sms, minimum=0) or expert_major.check_ep_handle(handle).num_sms
-            _check_beside_handle(
+            expert_major.check_beside_handle(
                 handle, topk_idx, num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync, do_expand
             )
         stats = cumulative_local_expert_recv_stats
@@ -398,7 +395,7 @@ class ElasticBuffer:
                 received = expert_major.cached_dispatch(party, x, handle, topk_weights, zero_padding=do_zero_padding)
             scales = received.scales
             if scales is not None and use_tma_aligned_col_major_sf:
-                scales = _column_major(scales)
+                scales = expert_major.column_major(scales)
             if stats is not None:
                 stats.add_(received.handle.num_unaligned_recv_tokens_per_expert)
             outputs = received.x, scales, received.topk_idx, received.topk_weights
@@ -465,6 +462,12 @@ def _or(given: int | None, default: int) -> int:
     return default if given is None else given
 
 
+def _check_seconds(name: str, given: object) -> float:
+    is_positive = isinstance(given, (int, float)) and not isinstance(given, bool) and given > 0
+    require(is_positive, name, repr(given), "a number of seconds above 0")
+    return float(given)  # type: ignore[arg-type]
+
+
 def _event(name: str, given: object) -> EventHandle | None:
     """The event of an argument that may be one, or hold one, or be None."""
     if given is None or isinstance(given, EventHandle):
@@ -472,38 +475,6 @@ def _event(name: str, given: object) -> EventHandle | None:
     if isinstance(given, EventOverlap):
         return given.event
     raise ArgumentError(name, type(given).__name__, "an EventHandle, an EventOverlap or None")
-
-
-def _check_beside_handle(
-    handle: EPHandle,
-    topk_idx: object,
-    num_experts: int | None,
-    num_max_tokens_per_rank: int | None,
-    expert_alignment: int | None,
-    do_cpu_sync: bool | None,
-    do_expand: bool,
-) -> None:
-    """The arguments that the handle already answers."""
-    require(topk_idx is None, "topk_idx", "a tensor beside handle", "None: the handle has the routes already")
-    for name, given in (
-        ("num_experts", num_experts),
-        ("num_max_tokens_per_rank", num_max_tokens_per_rank),
-        ("expert_alignment", expert_alignment),
-    ):
-        known = getattr(handle, name)
-        require(given is None or given == known, name, given, f"None beside handle, or its {known}")
-    require(not do_cpu_sync, "do_cpu_sync", do_cpu_sync, "False or None beside handle: there is nothing to wait for")
-    require(
-        not do_expand or handle.do_expand, "do_expand", do_expand, "False: the rows of the handle are not expanded"
-    )
-
-
-def _column_major(scales: torch.Tensor) -> torch.Tensor:
-    """The same scales [rows, S], column by column, each column beginning on 16 bytes."""
-    num_rows, width = scales.shape
-    step = align_up(max(num_rows, 1), _SCALE_BYTES // scales.element_size())
-    out = torch.empty_strided((num_rows, width), (1, step), dtype=scales.dtype, device=scales.device)
-    return out.copy_(scales)
 
 
 def _tensors_of(handle: EPHandle) -> tuple[torch.Tensor | None, ...]:

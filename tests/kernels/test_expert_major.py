@@ -66,6 +66,22 @@ def test_small_stage_and_three_ranks(monkeypatch: Any) -> None:
     run(monkeypatch, CASES["plain"], 1, "mixed", num_ranks=3, stage_bytes=768)
 
 
+ORDERED = Case(tokens=(6, 5), num_topk=5, routing="own", combine_dtype=torch.float32, row_bytes=32, combine_bytes=32)
+"""Five float32 rows for each token: the order of a sum shows."""
+
+
+def test_copies_are_summed_in_the_order_of_choices(monkeypatch: Any) -> None:
+    run(monkeypatch, ORDERED, 4, sum_dtype=torch.float32)
+
+
+def test_another_order_is_found(monkeypatch: Any) -> None:
+    module = mutated_module(
+        expert_major, "metadata + row * (K + 2) + 2 + k)", "metadata + row * (K + 2) + 1 + K - k)"
+    )
+    with pytest.raises(AssertionError, match="combined: rows"):
+        run(monkeypatch, ORDERED, 4, sum_dtype=torch.float32, modules={"expert_major": module})
+
+
 def test_one_rounding(monkeypatch: Any) -> None:
     run(monkeypatch, CASES["plain"], 2, "mixed", sum_dtype=torch.float32)
 

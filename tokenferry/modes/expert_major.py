@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from tokenferry.config import align_up
 from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ReducePlan, SendPlan
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, EPHandle
@@ -44,6 +45,8 @@ from tokenferry.validation import check_int, check_tensor, describe, require
 _INT32 = (torch.int32,)
 _FLOAT32 = (torch.float32,)
 _MOST = 1 << 31
+_SCALE_BYTES = 16
+"""The alignment of columns of column-major scales."""
 
 
 class Sizes(NamedTuple):
@@ -264,6 +267,30 @@ def check_ep_handle(handle: object) -> EPHandle:
     return handle
 
 
+def check_beside_handle(
+    handle: EPHandle,
+    topk_idx: object,
+    num_experts: int | None,
+    num_max_tokens_per_rank: int | None,
+    expert_alignment: int | None,
+    do_cpu_sync: bool | None,
+    do_expand: bool,
+) -> None:
+    """Check the arguments of a dispatch that its handle already answers."""
+    require(topk_idx is None, "topk_idx", "a tensor beside handle", "None: the handle has the routes already")
+    for name, given in (
+        ("num_experts", num_experts),
+        ("num_max_tokens_per_rank", num_max_tokens_per_rank),
+        ("expert_alignment", expert_alignment),
+    ):
+        known = getattr(handle, name)
+        require(given is None or given == known, name, given, f"None beside handle, or its {known}")
+    require(not do_cpu_sync, "do_cpu_sync", do_cpu_sync, "False or None beside handle: there is nothing to wait for")
+    require(
+        not do_expand or handle.do_expand, "do_expand", do_expand, "False: the rows of the handle are not expanded"
+    )
+
+
 def _metadata(party: Party, handle: EPHandle, num_rows: int, num_topk: int | None, num_expanded: int) -> torch.Tensor:
     """The metadata of a handle, its copies checked to be rows that there are, where values are at hand."""
     name = "handle.recv_src_metadata"
@@ -276,6 +303,14 @@ def _metadata(party: Party, handle: EPHandle, num_rows: int, num_topk: int | Non
         require(low >= -1, name, f"the copy {low}", f"rows from 0 to {num_expanded - 1}, or -1")
         require(high < num_expanded, name, f"the copy {high}", f"rows from 0 to {num_expanded - 1}, or -1")
     return metadata
+
+
+def column_major(scales: torch.Tensor) -> torch.Tensor:
+    """The same scales [rows, S], column by column, each column beginning on 16 bytes."""
+    num_rows, width = scales.shape
+    step = align_up(max(num_rows, 1), _SCALE_BYTES // scales.element_size())
+    out = torch.empty_strided((num_rows, width), (1, step), dtype=scales.dtype, device=scales.device)
+    return out.copy_(scales)
 
 
 def combine(
