@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import cases, low_latency_cases
+from tests import cases, low_latency_cases, operator_cost
 from tests.cases import Case, Scenario
 from tests.conftest import PoolOf
 from tests.operators import ThroughOperators, draw
@@ -169,3 +169,10 @@ def check_no_gradient(rank: int, num_ranks: int) -> None:
 def test_low_latency_has_no_gradient(pool_of: PoolOf) -> None:
     """Inputs that require one pass; backward says what to do."""
     pool_of(2).run(check_no_gradient)
+
+
+def test_cost_is_measured() -> None:
+    """What prints the table of docs/operators.md runs; its figures are not judged here."""
+    figures = operator_cost.measure(rounds=1)
+    assert len(figures) == 8
+    assert all(0 < inference < 1e5 for inference, _, _ in figures.values())
