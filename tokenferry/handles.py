@@ -30,6 +30,11 @@ class DispatchHandle(NamedTuple):
     """int32 [T, R]; position of the token among those this rank sends to the rank, or -1."""
 
     @property
+    def num_rows(self) -> int:
+        """M."""
+        return self.recv_src_idx.size(0)
+
+    @property
     def unused(self) -> torch.Tensor:
         """Bool [M]: rows past the last received one."""
         return self.recv_src_idx < 0
@@ -64,6 +69,11 @@ class InternodeHandle(NamedTuple):
     """int32 [T, G]; position of the token among those this rank sends to the node, or -1."""
     send_nvl_head: torch.Tensor
     """int32 [B, L]; position of the row among those of its source node that this rank relays to the rank, or -1."""
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return self.recv_src_meta.size(0)
 
     @property
     def unused(self) -> torch.Tensor:

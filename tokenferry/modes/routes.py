@@ -43,7 +43,7 @@ def in_nodes(topology: Topology, is_token_in_rank: torch.Tensor) -> torch.Tensor
     """Membership in nodes, bool [T, G]: whether a token goes to some rank of the node, from bool [T, R]."""
     order = [rank for node in range(topology.num_nodes) for rank in topology.ranks_of_node(node)]
     by_node = is_token_in_rank if order == sorted(order) else is_token_in_rank[:, order]
-    return by_node.unflatten(1, (topology.num_nodes, len(topology.local_ranks))).any(2)
+    return by_node.contiguous().view(len(by_node), topology.num_nodes, len(topology.local_ranks)).any(2)
 
 
 def starts_of(topology: Topology, counts: Sequence[Sequence[int]]) -> list[list[int]]:
