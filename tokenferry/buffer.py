@@ -27,10 +27,12 @@ from tokenferry.construction import (
     note_ignored,
     timeout_seconds,
 )
+from tokenferry.dataplane import OperationKind
 from tokenferry.errors import BufferStateError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import Handle
 from tokenferry.modes import internode, intranode
+from tokenferry.observing import StatsMethods, debug_wanted, observed
 from tokenferry.rendezvous import meet
 from tokenferry.streams import CommStream, check_events
 from tokenferry.topology import Topology
@@ -41,7 +43,7 @@ logger = logging.getLogger("tokenferry")
 _Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class Buffer(LowLatencyMethods, InternodeMethods):
+class Buffer(LowLatencyMethods, InternodeMethods, StatsMethods):
     """The expert-parallel communication buffer of one rank: dispatch and combine among the ranks of a group.
 
     Construction is collective over ``group``: every rank must construct. Every operation is collective too: all
@@ -106,6 +108,7 @@ class Buffer(LowLatencyMethods, InternodeMethods):
         carrier: str | None = None,
     ) -> None:
         self.runtime: AnyRuntime | None = None
+        self._debug = debug_wanted()
         num_nvl_bytes = check_int("num_nvl_bytes", num_nvl_bytes, minimum=0, multiple_of=ALIGNMENT)
         num_rdma_bytes = check_int("num_rdma_bytes", num_rdma_bytes, minimum=0, multiple_of=ALIGNMENT)
         seconds = timeout_seconds(timeout)
@@ -308,6 +311,7 @@ class Buffer(LowLatencyMethods, InternodeMethods):
             done = turn.finish((topk_idx,), (*result, per_node))
         return result.num_tokens_per_rank, per_node, result.num_tokens_per_expert, result.is_token_in_rank, done
 
+    @observed(OperationKind.DISPATCH, OperationKind.CACHED_DISPATCH)
     def dispatch(
         self,
         x: _Rows,
@@ -400,6 +404,7 @@ class Buffer(LowLatencyMethods, InternodeMethods):
         rows: _Rows = received.x if received.scales is None else (received.x, received.scales)
         return rows, received.topk_idx, received.topk_weights, received.num_per_expert, received.handle, done
 
+    @observed(OperationKind.COMBINE)
     def combine(
         self,
         x: torch.Tensor,

@@ -16,6 +16,7 @@ Legend: G nodes of L ranks, R = G L; rank n of node s is the n-th rank there.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
@@ -32,6 +33,7 @@ from tokenferry.errors import (
     StepBackError,
 )
 from tokenferry.rail import Parts, Rail, RailError, Transfer
+from tokenferry.stats import Recorder
 from tokenferry.topology import Topology
 
 _WORDS = torch.int64
@@ -101,14 +103,16 @@ class Nodes:
         topology: who is where.
         rail: to the ranks of the same local index.
         exact: whether partial sums travel in float32.
+        recorder: counts the waits for other nodes.
     """
 
-    def __init__(self, topology: Topology, rail: Rail, exact: bool) -> None:
+    def __init__(self, topology: Topology, rail: Rail, exact: bool, recorder: Recorder) -> None:
         self.topology = topology
         self.rail = rail
         self.exact = exact
+        self.recorder = recorder
         self._lock = threading.Lock()
-        self._epoch = 0
+        self.epoch = 0
 
     @property
     def others(self) -> list[int]:
@@ -121,8 +125,8 @@ class Nodes:
         """Run one operation among all ranks. If it fails after the agreement, no operation runs here any more."""
         with self._lock:
             who.plane.check()
-            self._epoch += 1
-            operation = Operation(self, who, name, self._epoch, signature)
+            self.epoch += 1
+            operation = Operation(self, who, name, self.epoch, signature)
             try:
                 yield operation
             except BaseException as caught:
@@ -167,7 +171,7 @@ class Operation:
 
     def post(self, sends: Parts, receives: Parts) -> Transfer:
         """See :meth:`tokenferry.rail.Rail.post`."""
-        return self._nodes.rail.post(sends, receives)
+        return _Counted(self._nodes.rail.post(sends, receives), self._nodes, self.signature.operation)
 
     def exchange(self, sends: Parts, receives: Parts) -> None:
         """Post, and wait for everything."""
@@ -324,6 +328,25 @@ class Operation:
 
     def _empty(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=_WORDS, device=self._who.device)
+
+
+class _Counted(NamedTuple):
+    """A transfer whose waits are counted."""
+
+    transfer: Transfer
+    nodes: Nodes
+    kind: int
+
+    def wait(self, node: int) -> None:
+        started = time.monotonic_ns()
+        try:
+            self.transfer.wait(node)
+        finally:
+            waited = time.monotonic_ns() - started
+            self.nodes.recorder.waited(self.kind, waited, {self.nodes.topology.rail[node]: waited})
+
+    def finish(self) -> None:
+        self.transfer.finish()
 
 
 def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool) -> Share:

@@ -25,7 +25,8 @@ import torch
 from tokenferry.dataplane import HeldRows, Part, ReducePlan, Signature
 from tokenferry.dataplane.cpu.exchange import Exchange, offsets, rows_of
 from tokenferry.errors import HeapError
-from tokenferry.memory.heap import Heap, Operation
+from tokenferry.memory.heap import Heap
+from tokenferry.memory.operation import Operation
 
 _CPU = torch.device("cpu")
 _BLOCK_BYTES = 1 << 19
@@ -101,6 +102,7 @@ class Combine(Exchange):
 
     def pull_reduce(self) -> None:
         """Send what remains and write the outputs."""
+        self.row_bytes = sum(column.size(1) for column in self._bytes)
         self.drive()
         self._reduce_up_to(self._num_tokens)
 

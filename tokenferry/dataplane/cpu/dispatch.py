@@ -19,7 +19,8 @@ import torch
 from tokenferry.dataplane import Outputs, SendPlan, Signature
 from tokenferry.dataplane.cpu.exchange import Exchange, ints_of, offsets, rows_of
 from tokenferry.errors import CapacityError, HeapError
-from tokenferry.memory.heap import Heap, Operation
+from tokenferry.memory.heap import Heap
+from tokenferry.memory.operation import Operation
 
 _CPU = torch.device("cpu")
 
@@ -124,6 +125,7 @@ class Dispatch(Exchange):
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
         self._columns_out = columns_of(outputs)
         self._outputs = outputs
+        self.row_bytes = sum(column.size(1) for column in self._columns) + 8
         ends = self.rank_prefix_matrix[:, self.rank].tolist()
         self._filled = [0, *ends[:-1]]
         self._ends = ends

@@ -16,7 +16,8 @@ import torch
 from tokenferry.config import align_up
 from tokenferry.dataplane import Signature, describe_difference
 from tokenferry.errors import CapacityError, HeapError, MismatchError, StepBackError
-from tokenferry.memory.heap import Heap, Message, Operation
+from tokenferry.memory.heap import Heap, Message
+from tokenferry.memory.operation import Operation
 
 MESSAGE_BYTES = 8 << 20
 """Most bytes of one message; with fewer, hand-overs cost more than the cache saves (docs/performance.md)."""
@@ -70,7 +71,10 @@ class Exchange(ABC):
     def __init__(self, heap: Heap, operation: Operation, signature: Signature) -> None:
         self.heap = heap
         self.operation = operation
+        self.operation.kind = signature.operation
         self.signature = signature
+        self.row_bytes = 0
+        """Read with each row; set by the operation."""
         self.rank = heap.rank
         self.num_ranks = heap.num_ranks
         self.peers = [peer for peer in range(heap.num_ranks) if peer != heap.rank]
@@ -121,6 +125,7 @@ class Exchange(ABC):
     ) -> None:
         """Publish the message at ``offset`` of the stage; ``ranges`` has start and count for every peer."""
         last = int(self.rounds_sent + 1 == self.num_rounds)
+        self.heap.recorder.staged(self.operation.kind, nbytes)
         self.heap.publish(
             {
                 peer: Head(self.operation.epoch, self.status, last, offset, nbytes, num_rows, *ranges[peer], bound)
@@ -145,8 +150,9 @@ class Exchange(ABC):
 
     def release(self, peer: int) -> None:
         """Finish reading the peer's current message."""
-        del self.heads[peer]
+        read = self.heads.pop(peer).length * self.row_bytes
         self.heap.release(peer)
+        self.heap.recorder.read(self.operation.kind, self.heap.names[peer], read)
 
     def payload(self, peer: int) -> torch.Tensor:
         """uint8: the payload of the peer's current message."""

@@ -31,7 +31,8 @@ from tokenferry.dataplane import (
 from tokenferry.dataplane.cpu.exchange import Head, ints_of, offsets, parse, rows_of
 from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
 from tokenferry.errors import HeapError, MismatchError, PeerLostError, PeerTimeoutError
-from tokenferry.memory.heap import Heap, Operation
+from tokenferry.memory.heap import Heap
+from tokenferry.memory.operation import Operation
 
 logger = logging.getLogger("tokenferry")
 _CPU = torch.device("cpu")
@@ -84,6 +85,7 @@ class Receive(ABC):
     def __init__(self, heap: Heap, operation: Operation, signature: Signature, earlier: PendingReceives) -> None:
         self.heap = heap
         self.operation = operation
+        self.operation.kind = signature.operation
         self.signature = signature
         self.is_finished = False
         self._sent_to: dict[int, int] = {}
@@ -122,6 +124,7 @@ class Receive(ABC):
             head = Head(self.operation.epoch, 0, 1, self._offset, nbytes, num_rows, *ranges[peer], 0)
             fields[peer] = (*head, *self.signature)
         self._sent_to = {peer: self.heap.times_masked(peer) for peer in fields}
+        self.heap.recorder.staged(self.operation.kind, nbytes)
         self.heap.publish(fields)
 
     def run(self) -> None:
@@ -203,6 +206,10 @@ class Receive(ABC):
     def read(self, heads: dict[int, Head], waited: dict[int, int]) -> None:
         """Write the outputs from the messages at hand."""
 
+    def note_read(self, peer: int, nbytes: int) -> None:
+        """Count bytes that were read of a peer's message."""
+        self.heap.recorder.read(self.operation.kind, self.heap.names[peer], nbytes)
+
     @abstractmethod
     def forget(self) -> None:
         """Drop all references to the caller's tensors."""
@@ -243,6 +250,8 @@ class DispatchReceive(Receive):
                 experts, tokens, columns = self._own
             elif source in heads:
                 experts, tokens, columns = self._rows_for_me(plan, self._message_of(source, heads[source]))
+                ids_bytes = heads[source].num_rows * self._widths[0]
+                self.note_read(source, ids_bytes + sum(column.nbytes for column in columns))
             else:
                 plan.layout_range[:, source] = begin << 32
                 continue
@@ -366,6 +375,7 @@ class CombineReceive(Receive):
                 (tokens, experts), part = self._own, self._own_rows
             elif rank in heads:
                 tokens, experts, part = self._message_of(rank, heads[rank])
+                self.note_read(rank, len(part) * (8 + self._row_bytes))
             else:
                 continue
             # Equal choices of a token have a row each: the first one stands for all.
