@@ -372,7 +372,7 @@ class _Homecoming:
         self._shares = shares
         self._offers = offers
         self._columns = columns
-        self._places = places
+        self._places = places.contiguous()  # a column of the handle
         self._topology = _nodes(party).topology
         self._others = _nodes(party).others
         exact = _nodes(party).exact
