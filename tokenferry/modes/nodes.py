@@ -26,6 +26,7 @@ import torch
 from tokenferry.dataplane import DataPlane, Outputs, SendPlan, Signature, describe_difference
 from tokenferry.errors import (
     CapacityError,
+    HeapError,
     MismatchError,
     PeerError,
     PeerLostError,
@@ -35,6 +36,7 @@ from tokenferry.errors import (
 from tokenferry.rail import Parts, Rail, RailError, Transfer
 from tokenferry.stats import Recorder
 from tokenferry.topology import Topology
+from tokenferry.validation import MEMORY_BYTES
 
 _WORDS = torch.int64
 _OFFER_WORDS = len(Signature._fields) + 3
@@ -201,6 +203,8 @@ class Operation:
             *signature, epoch, rows, size = theirs[node].tolist()
             offer = Offer(Signature._make(signature), epoch, rows, size)
             if offer.signature == self.signature:
+                if size < 1 or not 0 <= rows * self.signature.row_bytes < MEMORY_BYTES:
+                    raise HeapError(f"node {node} offers {rows} rows in chunks of {size}")
                 offers[node] = offer
             elif self._verdict.kind == _FINE:
                 self._verdict = self._difference(node, offer.signature)
@@ -256,7 +260,8 @@ class Operation:
             shares = []
             found = Verdict(_STAGE, error.ranks[0])
         else:
-            shares = [_parse(row, topology.num_nodes, len(topology.local_ranks), bool(expected)) for row in rows]
+            shape = topology.num_nodes, len(topology.local_ranks), bool(expected), self.signature.row_bytes
+            shares = [_parse(row, *shape) for row in rows]
             found = self._judge(shares)
         if found.kind == _SIGNATURES:
             self._raise(found)  # all nodes know
@@ -349,7 +354,7 @@ class _Counted(NamedTuple):
         self.transfer.finish()
 
 
-def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool) -> Share:
+def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool, row_bytes: int) -> Share:
     rest = iter(words)
 
     def take(count: int) -> list[int]:
@@ -359,4 +364,11 @@ def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool) -> Shar
     num_rows, chunks = take(nodes), take(nodes)
     counts = [take(ranks) for _ in range(nodes)]
     expected = [take(ranks) for _ in range(nodes)] if has_expected else []
-    return Share(verdict, num_rows, chunks, counts, expected, take(1)[0], list(rest))
+    share = Share(verdict, num_rows, chunks, counts, expected, take(1)[0], list(rest))
+    received = sum(map(sum, counts))
+    if (
+        min([*words[len(Verdict._fields) :], *(chunk - 1 for chunk in chunks)]) < 0
+        or received * row_bytes > ranks * MEMORY_BYTES
+    ):
+        raise HeapError(f"a rank of this node relays {num_rows} rows, in chunks of {chunks}, for {counts}")
+    return share

@@ -111,6 +111,8 @@ class Combine(Exchange):
         has_tokens_left = self._done_tokens < self._num_tokens
         if not self.heads or (has_tokens_left and self.is_waiting_for_peers()):
             return False
+        for peer in self.heads if has_tokens_left else ():
+            self._check_length(peer)
         end = min([self._num_tokens, *(head.bound for head in self.heads.values())])
         self._reduce_up_to(end)
         for peer in sorted(self.heads):
@@ -119,6 +121,14 @@ class Combine(Exchange):
                 self._rows_before[peer] += head.length
                 self.release(peer)
         return True
+
+    def _check_length(self, peer: int) -> None:
+        """Raise unless the message at hand has the rows of the tokens below its bound."""
+        head = self.heads[peer]
+        wanted = int(torch.searchsorted(self._tokens[peer], head.bound)) - self._rows_before[peer]
+        if head.length != wanted:
+            name = self.heap.names[peer]
+            raise HeapError(f"rank {name} sent {head.length} rows, not {wanted}, of tokens below {head.bound}")
 
     def _reduce_up_to(self, end: int) -> None:
         """Sum the rows of the tokens from where the last call ended up to ``end``."""

@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 
 from tokenferry.dataplane import Outputs, SendPlan, Signature
-from tokenferry.dataplane.cpu.exchange import Exchange, ints_of, offsets, rows_of
+from tokenferry.dataplane.cpu.exchange import Exchange, check_range, ints_of, offsets, rows_of
 from tokenferry.errors import CapacityError, HeapError
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.operation import Operation
+from tokenferry.validation import MEMORY_BYTES
 
 _CPU = torch.device("cpu")
 
@@ -102,6 +103,9 @@ class Dispatch(Exchange):
         """Compare signatures, derive the counts of all ranks from them, and check fixed-size outputs."""
         super().check_agreement()
         counts = torch.stack([self._counts_of(rank) for rank in range(self.num_ranks)])
+        check_range("counts", counts.flatten(), 0, 1 << 31)
+        rows = counts[:, : self.num_ranks].sum(0)
+        check_range("so many rows", rows * max(1, self._columns[0].size(1)), 0, MEMORY_BYTES)
         self.rank_prefix_matrix = counts[:, : self.num_ranks].cumsum(0, dtype=torch.int32)
         worst, handle = self._plan.num_worst_tokens, self._plan.handle
         per_expert = counts[:, self.num_ranks : -1].sum(0).tolist()
@@ -111,6 +115,8 @@ class Dispatch(Exchange):
         self.num_received_per_expert = [] if worst else [per_expert[expert] for expert in share]
         needed = self.rank_prefix_matrix[-1].tolist()
         self.num_rows = (worst or needed[self.rank]) if handle is None else len(handle.recv_src_idx)
+        if handle is not None and needed[self.rank] > self.num_rows:
+            raise HeapError(f"peers send {needed[self.rank]} rows, the handle has {self.num_rows}")
         given = counts[:, -1].tolist()
         full = [rank for rank in range(self.num_ranks) if given[rank] and given[rank] < needed[rank]]
         if full:
@@ -166,10 +172,12 @@ class Dispatch(Exchange):
         sections = self._sections(num_counts, head.bound, head.num_rows)
         start = self._filled[peer]
         end = self._filled[peer] = start + head.length
-        if sections[-1] != head.nbytes or head.start + head.length > head.bound or end > self._ends[peer]:
+        is_outside = head.start + head.length > head.bound or end > min(self._ends[peer], len(self._outputs.rows))
+        if sections[-1] != head.nbytes or is_outside:
             raise HeapError(f"rank {self.heap.names[peer]} sent a message that contradicts its counts: {head}")
         payload = self.payload(peer)
         positions = ints_of(payload, sections[2] + 4 * head.start, head.length)
+        check_range("positions", positions, 0, head.num_rows)
         for output, section in zip(self._columns_out, sections[3:-1], strict=True):
             rows = rows_of(payload, section, head.num_rows, output.size(1))
             take_rows(rows, positions, output[start:end])

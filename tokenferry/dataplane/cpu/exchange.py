@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokenferry.config import align_up
+from tokenferry.config import ALIGNMENT, align_up
 from tokenferry.dataplane import Signature, describe_difference
 from tokenferry.errors import CapacityError, HeapError, MismatchError, StepBackError
 from tokenferry.memory.heap import Heap, Message
@@ -60,7 +60,7 @@ def parse(message: Message) -> tuple[Head, Signature]:
     middle = len(Head._fields)
     end = middle + len(Signature._fields)
     head = Head._make(message.fields[:middle])
-    if min(head) < 0:
+    if min(head) < 0 or head.offset % ALIGNMENT:
         raise HeapError(f"a rank ({message.source} of its node) sent a malformed message: {head}")
     return head, Signature._make(message.fields[middle:end])
 
@@ -142,6 +142,8 @@ class Exchange(ABC):
             message = self.heap.next_message(peer, self.operation.epoch)
             if message is not None:
                 head, self._signatures[peer] = parse(message)
+                if head.epoch != self.operation.epoch:
+                    raise HeapError(f"rank {self.heap.names[peer]} is at operation {head.epoch} already")
                 self.heads[peer] = head
                 if head.last:
                     self._more_to_come.remove(peer)
@@ -241,9 +243,27 @@ def offsets(sizes: Sequence[int]) -> list[int]:
 
 def rows_of(payload: torch.Tensor, start: int, num_rows: int, width: int) -> torch.Tensor:
     """uint8 [num_rows, width] at byte ``start`` of a payload."""
-    return payload[start : start + num_rows * width].view(num_rows, width)
+    return _part(payload, start, num_rows * width).view(num_rows, width)
 
 
 def ints_of(payload: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """int32 [count] at byte ``start`` of a payload."""
-    return payload[start : start + 4 * count].view(torch.int32)
+    return _part(payload, start, 4 * count).view(torch.int32)
+
+
+def _part(payload: torch.Tensor, start: int, nbytes: int) -> torch.Tensor:
+    if start + nbytes > len(payload):
+        raise HeapError(f"a message of {len(payload)} bytes lacks bytes {start} to {start + nbytes}")
+    return payload[start : start + nbytes]
+
+
+def check_range(what: str, values: torch.Tensor, first: int, end: int) -> None:
+    """Raise unless all integers that a peer sent are in [first, end).
+
+    Raises:
+        HeapError: names what they are.
+    """
+    if len(values):
+        low, high = (int(bound) for bound in values.aminmax())
+        if low < first or high >= end:
+            raise HeapError(f"a peer sent {what} from {low} to {high}: not in [{first}, {end})")

@@ -28,7 +28,7 @@ from tokenferry.dataplane import (
     Signature,
     describe_difference,
 )
-from tokenferry.dataplane.cpu.exchange import Head, ints_of, offsets, parse, rows_of
+from tokenferry.dataplane.cpu.exchange import Head, check_range, ints_of, offsets, parse, rows_of
 from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
 from tokenferry.errors import HeapError, MismatchError, PeerLostError, PeerTimeoutError
 from tokenferry.memory.heap import Heap
@@ -256,6 +256,7 @@ class DispatchReceive(Receive):
                 plan.layout_range[:, source] = begin << 32
                 continue
             counts = torch.bincount(experts, minlength=plan.num_local_experts)
+            check_range("choices of one expert", counts, 0, plan.num_max_tokens + 1)
             first = counts.cumsum(0) - counts
             slots = begin[experts] + torch.arange(len(experts), device=_CPU) - first[experts]
             plan.recv_src_info[experts, slots] = tokens.to(torch.int32)
@@ -284,8 +285,9 @@ class DispatchReceive(Receive):
 
     def _message_of(self, source: int, head: Head) -> list[torch.Tensor]:
         num_rows = head.num_rows
+        assert self._plan is not None
         sections = offsets([num_rows * width for width in self._widths])
-        if max(sections[-1], 1) != head.nbytes:
+        if max(sections[-1], 1) != head.nbytes or num_rows > self._plan.num_max_tokens:
             raise HeapError(f"rank {self.heap.names[source]} sent a message that contradicts itself: {head}")
         payload = self.heap.stage_view(source, head.offset, head.nbytes)
         return [
@@ -396,11 +398,15 @@ class CombineReceive(Receive):
 
     def _message_of(self, rank: int, head: Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert self._plan is not None
-        if max(offsets(self._sizes(head.num_rows))[-1], 1) != head.nbytes:
+        is_outside = head.start + head.length > head.num_rows
+        if max(offsets(self._sizes(head.num_rows))[-1], 1) != head.nbytes or is_outside:
             raise HeapError(f"rank {self.heap.names[rank]} sent a message that contradicts itself: {head}")
         payload = self.heap.stage_view(rank, head.offset, head.nbytes)
         tokens, experts, rows = self._parts(payload, head.num_rows)
         part = slice(head.start, head.start + head.length)
+        share = len(self._plan.layout_range)
+        check_range("tokens", tokens[part], 0, self._plan.src_info.size(1) // self.heap.num_ranks)
+        check_range("experts", experts[part], rank * share, (rank + 1) * share)
         return tokens[part], experts[part], rows[part].view(self._plan.x.dtype)
 
     def forget(self) -> None:
