@@ -108,9 +108,10 @@ class World:
 
     def dispatch(self) -> intranode.Received:
         per_rank, per_expert, member = self.plane._layout
-        return intranode.dispatch(
+        given = intranode.check_inputs(
             self.party, self.x, per_rank, member, per_expert, self.ids, self.weights, 1, RECEIVED
         )
+        return intranode.dispatch(self.party, given)
 
     def cached_dispatch(self) -> intranode.Received:
         return intranode.cached_dispatch(self.party, self.x, self.handle)

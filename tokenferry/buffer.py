@@ -27,10 +27,12 @@ from tokenferry.construction import (
     note_ignored,
     timeout_seconds,
 )
+from tokenferry.dataplane import OperationKind
 from tokenferry.errors import BufferStateError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import Handle
 from tokenferry.modes import internode, intranode
+from tokenferry.observing import StatsMethods, debug_wanted, observed
 from tokenferry.rendezvous import meet
 from tokenferry.shrink import ShrinkMethods
 from tokenferry.streams import CommStream, check_events
@@ -42,7 +44,7 @@ logger = logging.getLogger("tokenferry")
 _Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods):
+class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
     """The expert-parallel communication buffer of one rank: dispatch and combine among the ranks of a group.
 
     Construction is collective over ``group``: every rank must construct. Every operation is collective too: all
@@ -107,6 +109,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods):
         carrier: str | None = None,
     ) -> None:
         self.runtime: AnyRuntime | None = None
+        self._debug = debug_wanted()
         num_nvl_bytes = check_int("num_nvl_bytes", num_nvl_bytes, minimum=0, multiple_of=ALIGNMENT)
         num_rdma_bytes = check_int("num_rdma_bytes", num_rdma_bytes, minimum=0, multiple_of=ALIGNMENT)
         seconds = timeout_seconds(timeout)
@@ -312,6 +315,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods):
             done = turn.finish((topk_idx,), (*result, per_node))
         return result.num_tokens_per_rank, per_node, result.num_tokens_per_expert, result.is_token_in_rank, done
 
+    @observed(OperationKind.DISPATCH, OperationKind.CACHED_DISPATCH)
     def dispatch(
         self,
         x: _Rows,
@@ -404,6 +408,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods):
         rows: _Rows = received.x if received.scales is None else (received.x, received.scales)
         return rows, received.topk_idx, received.topk_weights, received.num_per_expert, received.handle, done
 
+    @observed(OperationKind.COMBINE)
     def combine(
         self,
         x: torch.Tensor,

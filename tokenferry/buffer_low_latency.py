@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenferry.config import low_latency_size_hint
-from tokenferry.dataplane import Pending
+from tokenferry.dataplane import OperationKind, Pending
 from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.events import EventOverlap
 from tokenferry.modes import low_latency
 from tokenferry.modes.intranode import Party
 from tokenferry.modes.low_latency import Dispatched, LowLatencyHandle
+from tokenferry.observing import observed
 from tokenferry.validation import check_int, check_tensor, require
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class LowLatencyMethods:
         """Bytes for ``num_rdma_bytes``; see :func:`tokenferry.config.low_latency_size_hint`."""
         return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
+    @observed(OperationKind.LOW_LATENCY_DISPATCH)
     def low_latency_dispatch(
         self,
         x: torch.Tensor,
@@ -126,6 +128,7 @@ class LowLatencyMethods:
         rows = sent.x if sent.scales is None else (sent.x, sent.scales)
         return rows, sent.num_received, sent.handle, event, _hook(runtime, sent.pending, return_recv_hook)
 
+    @observed(OperationKind.LOW_LATENCY_COMBINE)
     def low_latency_combine(
         self,
         x: torch.Tensor,

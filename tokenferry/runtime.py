@@ -52,6 +52,7 @@ class Runtime:
         ranks = topology.local_ranks
         self._heap = Heap(topology.local_index, len(ranks), stage_limit or DEFAULT_STAGE_BYTES, timeout, ranks)
         self._heap.may_mask = may_mask
+        self.recorder = self._heap.recorder
         self._make_rail = make_rail
         self._exact = exact_combine
         self._nodes: Nodes | None = None
@@ -85,7 +86,7 @@ class Runtime:
             TokenferryError: there is no connection to another node.
         """
         assert self._make_rail is not None
-        self._nodes = Nodes(self.topology, self._make_rail(), self._exact)
+        self._nodes = Nodes(self.topology, self._make_rail(), self._exact, self.recorder)
 
     def hide(self) -> None:
         """Take the names of the shared memory away, once every rank has synced."""
@@ -135,6 +136,15 @@ class Runtime:
     def allocated_bytes(self) -> int:
         """Bytes of shared memory that this rank really takes."""
         return self._heap.allocated_bytes()
+
+    @property
+    def epoch(self) -> int:
+        """Number of the last operation."""
+        return self._heap.epoch if self._nodes is None else self._nodes.epoch
+
+    def rail_bytes(self) -> int:
+        """Bytes sent to other nodes."""
+        return 0 if self._nodes is None else self._nodes.rail.bytes_sent
 
     def destroy(self) -> None:
         """Let go of all memory. Local: no peer is waited for. May be called again."""

@@ -18,6 +18,7 @@ from tokenferry.memory.driver import Driver
 from tokenferry.memory.symm import SymmetricHeap
 from tokenferry.modes.intranode import Party
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
+from tokenferry.stats import Recorder
 from tokenferry.streams import CommStream
 from tokenferry.topology import Topology
 
@@ -66,6 +67,9 @@ class CudaRuntime:
         self._options = may_mask, exact_combine
         self._combine_rows: torch.Tensor | None = None
         self._destroyed = False
+        self.recorder = Recorder()
+        self.epoch = 0
+        """Operations are counted on the device."""
         stage = min(stage_limit or DEFAULT_STAGE_BYTES, DEFAULT_STAGE_BYTES) if _can_share() else stage_limit
         self._regions = Regions(rank, num_ranks, Driver())
         try:
@@ -105,6 +109,7 @@ class CudaRuntime:
         gpus = [gpu for _, _, _, gpu in offers]
         most = _resident_programs(self.device, gpus.count(gpus[self.topology.rank]))
         self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most, *self._options)
+        self._plane.status.recorder = self.recorder
 
     def connect(self) -> None:
         """Never called: Buffers on GPUs keep to one node."""
@@ -155,6 +160,10 @@ class CudaRuntime:
     def allocated_bytes(self) -> int:
         """Bytes of device memory that the heap takes."""
         return self._heap.size
+
+    def rail_bytes(self) -> int:
+        """Bytes sent to other nodes: there are none."""
+        return 0
 
     def destroy(self) -> None:
         """Let go of all memory. Local: no peer is waited for. May be called again."""

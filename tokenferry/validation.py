@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from tokenferry.errors import ArgumentError
 
 _STRIDED = torch.strided
+
+MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+"""Of this machine: rows that need more are a mistake, of this rank or of a peer."""
 
 
 def require(condition: bool, name: str, given: object, allowed: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m tokenferry`` with ``demo``, ``bench`` or ``plan``.
+"""The command line: ``python -m tokenferry`` with ``demo``, ``bench``, ``plan``, ``doctor`` or ``soak``.
 
 A sub-command is a module of this package with ``add_arguments(parser)`` and ``main(args) -> int``; only the one
 that runs is imported.
@@ -16,6 +16,8 @@ COMMANDS = {
     "demo": "watch tokens travel between ranks on this machine",
     "bench": "time dispatch and combine on this machine, beside torch.distributed",
     "plan": "predict dispatch and combine on a cluster, from bytes and rates",
+    "doctor": "look at this machine: what works, what does not, and what to do about it",
+    "soak": "random operations and faults on this machine, checked, for as long as you like",
 }
 
 

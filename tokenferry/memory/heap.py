@@ -27,7 +27,7 @@ import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple
@@ -38,13 +38,11 @@ from tokenferry.config import ALIGNMENT, align_up
 from tokenferry.errors import (
     BufferStateError,
     HeapError,
-    PeerError,
-    PeerLostError,
-    PeerTimeoutError,
     StepBackError,
 )
+from tokenferry.memory.operation import Operation
 from tokenferry.memory.shm import Segment, fence
-from tokenferry.memory.waiting import Waiter
+from tokenferry.stats import Recorder
 
 MAGIC = 0x746F6B656E666572
 VERSION = 2
@@ -109,6 +107,7 @@ class Heap:
         self.timeout = timeout
         self.epoch = 0
         self.lock = threading.Lock()
+        self.recorder = Recorder()
         self.may_mask = False
         self._peers = tuple(peer for peer in range(num_ranks) if peer != rank)
         self._masked: set[int] = set()
@@ -449,49 +448,3 @@ def _let_go(segments: list[Segment | None], rank: int, creator: int) -> None:
         if segment is not None:
             segment.close()
             segments[index] = None
-
-
-class Operation:
-    """One collective operation in progress on a heap.
-
-    Attributes:
-        name: for messages, e.g. ``"dispatch"``.
-        epoch: its number in the life of the heap.
-    """
-
-    def __init__(self, heap: Heap, name: str, epoch: int) -> None:
-        self.heap = heap
-        self.name = name
-        self.epoch = epoch
-
-    def run(self, step: Callable[[], tuple[bool, Sequence[int]]]) -> None:
-        """Call ``step`` until it waits for no rank any more.
-
-        Args:
-            step: does what can be done now; returns whether that was anything, and the ranks it waits for.
-
-        Raises:
-            PeerLostError: a rank that it waits for is dead, has destroyed its Buffer or has given up.
-            PeerTimeoutError: nothing happened for the heap's timeout.
-        """
-        waiter = Waiter()
-        trouble: tuple[list[int], str] | None = None
-        while True:
-            progressed, missing = step()
-            if not missing:
-                return
-            if progressed:
-                waiter, trouble = Waiter(), None
-                continue
-            if trouble is not None:
-                raise self._error(PeerLostError, *trouble)
-            if waiter.is_time_to_look():
-                # What a rank published before it ended still counts: trouble is final after one more step.
-                trouble = self.heap.trouble(missing)
-                if trouble is None and waiter.seconds() > self.heap.timeout:
-                    reason = f"no sign of life for {waiter.seconds():.1f} s"
-                    raise self._error(PeerTimeoutError, missing, reason)
-            waiter.pause()
-
-    def _error(self, kind: type[PeerError], ranks: Sequence[int], reason: str) -> PeerError:
-        return kind(self.name, self.epoch, [self.heap.names[rank] for rank in ranks], reason)

@@ -152,6 +152,8 @@ def _exchange_choices(
     relayed = {node: empty(offer.num_rows) for node, offer in offers.items()}
     sends = {node: _present(of_node(node, tokens[node])) for node in offers}
     operation.exchange(sends, {node: _present(source) for node, source in relayed.items()})
+    for node, source in relayed.items():  # whatever bytes came
+        relayed[node] = source._replace(members=source.members.view(torch.uint8) != 0)
     here = topology.node
     return [
         of_node(here, None) if node == here else relayed.get(node, empty(0)) for node in range(topology.num_nodes)
@@ -380,7 +382,7 @@ class _Homecoming:
         self._shares = shares
         self._offers = offers
         self._columns = columns
-        self._places = places
+        self._places = places.contiguous()  # a column of the handle
         self._topology = _nodes(party).topology
         self._others = _nodes(party).others
         exact = _nodes(party).exact

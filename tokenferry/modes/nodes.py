@@ -16,6 +16,7 @@ Legend: G nodes of L ranks, R = G L; rank n of node s is the n-th rank there.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -27,6 +28,7 @@ from tokenferry.dataplane import DataPlane, Outputs, SendPlan, Signature, descri
 from tokenferry.errors import (
     BufferStateError,
     CapacityError,
+    HeapError,
     MismatchError,
     PeerError,
     PeerLostError,
@@ -34,7 +36,9 @@ from tokenferry.errors import (
     StepBackError,
 )
 from tokenferry.rail import Parts, Rail, RailError, Transfer
+from tokenferry.stats import Recorder
 from tokenferry.topology import Topology
+from tokenferry.validation import MEMORY_BYTES
 
 _WORDS = torch.int64
 _OFFER_WORDS = len(Signature._fields) + 3
@@ -103,14 +107,16 @@ class Nodes:
         topology: who is where.
         rail: to the ranks of the same local index.
         exact: whether partial sums travel in float32.
+        recorder: counts the waits for other nodes.
     """
 
-    def __init__(self, topology: Topology, rail: Rail, exact: bool) -> None:
+    def __init__(self, topology: Topology, rail: Rail, exact: bool, recorder: Recorder) -> None:
         self.topology = topology
         self.rail = rail
         self.exact = exact
+        self.recorder = recorder
         self._lock = threading.RLock()
-        self._epoch = 0
+        self.epoch = 0
 
     @cached_property
     def others(self) -> list[int]:
@@ -123,8 +129,8 @@ class Nodes:
         """Run one operation among all ranks, or its first half. See :meth:`guarded`."""
         with self._lock:
             who.plane.check()
-            self._epoch += 1
-            operation = Operation(self, who, name, self._epoch, signature)
+            self.epoch += 1
+            operation = Operation(self, who, name, self.epoch, signature)
             with self.guarded(operation):
                 yield operation
 
@@ -193,7 +199,7 @@ class Operation:
 
     def post(self, sends: Parts, receives: Parts) -> Transfer:
         """See :meth:`tokenferry.rail.Rail.post`."""
-        return self._nodes.rail.post(sends, receives)
+        return _Counted(self._nodes.rail.post(sends, receives), self._nodes, self.signature.operation)
 
     def exchange(self, sends: Parts, receives: Parts) -> None:
         """Post, and wait for everything."""
@@ -225,7 +231,8 @@ class Operation:
         for node in sorted(theirs):
             *signature, epoch, rows, size = theirs[node].tolist()
             offer = Offer(Signature._make(signature), epoch, rows, size)
-            if epoch != self.epoch or not 0 <= rows < 1 << 31 or size < 1:
+            is_possible = 0 <= rows < 1 << 31 and rows * self.signature.row_bytes < MEMORY_BYTES and size > 0
+            if epoch != self.epoch or not is_possible:
                 raise RailError(node, False, f"out of step: {offer}")
             if offer.signature == self.signature:
                 offers[node] = offer
@@ -302,7 +309,8 @@ class Operation:
             if found.kind != _SIGNATURES:
                 found = Verdict(_STAGE if isinstance(error, CapacityError) else _NODE, error.ranks[0])
         else:
-            shares = [_parse(row, topology.num_nodes, len(topology.local_ranks), bool(expected)) for row in rows]
+            shape = topology.num_nodes, len(topology.local_ranks), bool(expected), self.signature.row_bytes
+            shares = [_parse(row, *shape) for row in rows]
             found = self._judge(shares)
         verdicts = self._exchange_verdicts(found)
         if failure is not None:
@@ -384,7 +392,26 @@ class Operation:
         return torch.empty(count, dtype=_WORDS, device=self.who.device)
 
 
-def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool) -> Share:
+class _Counted(NamedTuple):
+    """A transfer whose waits are counted."""
+
+    transfer: Transfer
+    nodes: Nodes
+    kind: int
+
+    def wait(self, node: int) -> None:
+        started = time.monotonic_ns()
+        try:
+            self.transfer.wait(node)
+        finally:
+            waited = time.monotonic_ns() - started
+            self.nodes.recorder.waited(self.kind, waited, {self.nodes.topology.rail[node]: waited})
+
+    def finish(self) -> None:
+        self.transfer.finish()
+
+
+def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool, row_bytes: int) -> Share:
     rest = iter(words)
 
     def take(count: int) -> list[int]:
@@ -394,4 +421,11 @@ def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool) -> Shar
     num_rows, chunks = take(nodes), take(nodes)
     counts = [take(ranks) for _ in range(nodes)]
     expected = [take(ranks) for _ in range(nodes)] if has_expected else []
-    return Share(verdict, num_rows, chunks, counts, expected, take(1)[0], list(rest))
+    share = Share(verdict, num_rows, chunks, counts, expected, take(1)[0], list(rest))
+    received = sum(map(sum, counts))
+    if (
+        min([*words[len(Verdict._fields) :], *(chunk - 1 for chunk in chunks)]) < 0
+        or received * row_bytes > ranks * MEMORY_BYTES
+    ):
+        raise HeapError(f"a rank of this node relays {num_rows} rows, in chunks of {chunks}, for {counts}")
+    return share

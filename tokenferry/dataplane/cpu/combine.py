@@ -26,7 +26,8 @@ from tokenferry.dataplane import HeldRows, Part, ReducePlan, Signature
 from tokenferry.dataplane.cpu.exchange import Exchange, offsets, rows_of
 from tokenferry.dataplane.cpu.expert_major import sum_copies
 from tokenferry.errors import HeapError
-from tokenferry.memory.heap import Heap, Operation
+from tokenferry.memory.heap import Heap
+from tokenferry.memory.operation import Operation
 
 _CPU = torch.device("cpu")
 _BLOCK_BYTES = 1 << 19
@@ -126,6 +127,7 @@ class Combine(Exchange):
 
     def pull_reduce(self) -> None:
         """Send what remains and write the outputs."""
+        self.row_bytes = sum(self._widths)
         self.drive()
         self._reduce_up_to(self._num_tokens)
 
@@ -134,6 +136,8 @@ class Combine(Exchange):
         has_tokens_left = self._done_tokens < self._num_tokens
         if not self.heads or (has_tokens_left and self.is_waiting_for_peers()):
             return False
+        for peer in self.heads if has_tokens_left else ():
+            self._check_length(peer)
         end = min([self._num_tokens, *(head.bound for head in self.heads.values())])
         self._reduce_up_to(end)
         for peer in sorted(self.heads):
@@ -142,6 +146,14 @@ class Combine(Exchange):
                 self._rows_before[peer] += head.length
                 self.release(peer)
         return True
+
+    def _check_length(self, peer: int) -> None:
+        """Raise unless the message at hand has the rows of the tokens below its bound."""
+        head = self.heads[peer]
+        wanted = int(torch.searchsorted(self._tokens[peer], head.bound)) - self._rows_before[peer]
+        if head.length != wanted:
+            name = self.heap.names[peer]
+            raise HeapError(f"rank {name} sent {head.length} rows, not {wanted}, of tokens below {head.bound}")
 
     def _reduce_up_to(self, end: int) -> None:
         """Sum the rows of the tokens from where the last call ended up to ``end``."""

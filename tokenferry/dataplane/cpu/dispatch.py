@@ -20,10 +20,12 @@ from collections.abc import Sequence
 import torch
 
 from tokenferry.dataplane import ExpertPlan, Outputs, SendPlan, Signature
-from tokenferry.dataplane.cpu.exchange import Exchange, ints_of, offsets, rows_of
+from tokenferry.dataplane.cpu.exchange import Exchange, check_range, ints_of, offsets, rows_of
 from tokenferry.dataplane.cpu.expert_major import CopyMap, ends_of, num_expanded, write_sources
 from tokenferry.errors import CapacityError, HeapError
-from tokenferry.memory.heap import Heap, Operation
+from tokenferry.memory.heap import Heap
+from tokenferry.memory.operation import Operation
+from tokenferry.validation import MEMORY_BYTES
 
 _CPU = torch.device("cpu")
 
@@ -111,6 +113,9 @@ class Dispatch(Exchange):
         """Compare signatures, derive the counts of all ranks from them, and check fixed-size outputs."""
         super().check_agreement()
         counts = torch.stack([self._counts_of(rank) for rank in range(self.num_ranks)])
+        check_range("counts", counts.flatten(), 0, 1 << 31)
+        rows = counts[:, : self.num_ranks].sum(0)
+        check_range("so many rows", rows * max(1, self._columns[0].size(1)), 0, MEMORY_BYTES)
         self.rank_prefix_matrix = counts[:, : self.num_ranks].cumsum(0, dtype=torch.int32)
         per_source, limits = counts[:, self.num_ranks :].tensor_split([self._num_experts], 1)
         worst, handle = self._plan.num_worst_tokens, self._plan.handle
@@ -123,6 +128,8 @@ class Dispatch(Exchange):
         self.num_received_per_expert = [] if worst else per_expert[share.start : share.stop]
         needed = self.rank_prefix_matrix[-1].tolist()
         self.num_rows = (worst or needed[self.rank]) if handle is None else len(handle.recv_src_idx)
+        if handle is not None and needed[self.rank] > self.num_rows:
+            raise HeapError(f"peers send {needed[self.rank]} rows, the handle has {self.num_rows}")
         self._check_room("num_worst_tokens", limits[:, 0].tolist(), needed)
         if self._plan.experts is not None:
             self._lay_out_experts(self._plan.experts, per_source, limits)
@@ -156,6 +163,7 @@ class Dispatch(Exchange):
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
         self._out = outputs
         self._outputs = columns_of(outputs)
+        self.row_bytes = sum(column.size(1) for column in self._columns) + 8
         ends = self.rank_prefix_matrix[:, self.rank].tolist()
         self._filled = [0, *ends[:-1]]
         self._ends = ends
@@ -168,6 +176,7 @@ class Dispatch(Exchange):
         self._first_round = set(self.peers)
         own = self._tokens[self.rank]
         self._copies = self._copy_map(outputs)
+        self._room = outputs.rows.size(0) if self._copies is None else self.num_rows
         self._deliver(self.rank, self._columns, own, own)
         self.drive()
         if self._copies is not None:
@@ -216,11 +225,13 @@ class Dispatch(Exchange):
         self._first_round.discard(peer)
         sections = self._sections(num_counts, head.bound, head.num_rows)
         end = self._filled[peer] + head.length
-        if sections[-1] != head.nbytes or head.start + head.length > head.bound or end > self._ends[peer]:
+        is_outside = head.start + head.length > head.bound or end > min(self._ends[peer], self._room)
+        if sections[-1] != head.nbytes or is_outside:
             raise HeapError(f"rank {self.heap.names[peer]} sent a message that contradicts its counts: {head}")
         payload = self.payload(peer)
         tokens = ints_of(payload, sections[1] + 4 * head.start, head.length)
         positions = ints_of(payload, sections[2] + 4 * head.start, head.length)
+        check_range("positions", positions, 0, head.num_rows)
         columns = [
             rows_of(payload, section, head.num_rows, column.size(1))
             for column, section in zip(self._columns, sections[3:-1], strict=True)

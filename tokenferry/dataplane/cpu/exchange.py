@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from tokenferry.config import align_up
+from tokenferry.config import ALIGNMENT, align_up
 from tokenferry.dataplane import Signature, describe_difference
 from tokenferry.errors import CapacityError, HeapError, MismatchError, StepBackError
-from tokenferry.memory.heap import Heap, Message, Operation
+from tokenferry.memory.heap import Heap, Message
+from tokenferry.memory.operation import Operation
 
 MESSAGE_BYTES = 8 << 20
 """Most bytes of one message; with fewer, hand-overs cost more than the cache saves (docs/performance.md)."""
@@ -59,7 +60,7 @@ def parse(message: Message) -> tuple[Head, Signature]:
     middle = len(Head._fields)
     end = middle + len(Signature._fields)
     head = Head._make(message.fields[:middle])
-    if min(head) < 0:
+    if min(head) < 0 or head.offset % ALIGNMENT:
         raise HeapError(f"a rank ({message.source} of its node) sent a malformed message: {head}")
     return head, Signature._make(message.fields[middle:end])
 
@@ -70,7 +71,10 @@ class Exchange(ABC):
     def __init__(self, heap: Heap, operation: Operation, signature: Signature) -> None:
         self.heap = heap
         self.operation = operation
+        self.operation.kind = signature.operation
         self.signature = signature
+        self.row_bytes = 0
+        """Read with each row; set by the operation."""
         self.rank = heap.rank
         self.num_ranks = heap.num_ranks
         self.peers = [peer for peer in range(heap.num_ranks) if peer != heap.rank]
@@ -121,6 +125,7 @@ class Exchange(ABC):
     ) -> None:
         """Publish the message at ``offset`` of the stage; ``ranges`` has start and count for every peer."""
         last = int(self.rounds_sent + 1 == self.num_rounds)
+        self.heap.recorder.staged(self.operation.kind, nbytes)
         self.heap.publish(
             {
                 peer: Head(self.operation.epoch, self.status, last, offset, nbytes, num_rows, *ranges[peer], bound)
@@ -137,6 +142,8 @@ class Exchange(ABC):
             message = self.heap.next_message(peer, self.operation.epoch)
             if message is not None:
                 head, self._signatures[peer] = parse(message)
+                if head.epoch != self.operation.epoch:
+                    raise HeapError(f"rank {self.heap.names[peer]} is at operation {head.epoch} already")
                 self.heads[peer] = head
                 if head.last:
                     self._more_to_come.remove(peer)
@@ -145,8 +152,9 @@ class Exchange(ABC):
 
     def release(self, peer: int) -> None:
         """Finish reading the peer's current message."""
-        del self.heads[peer]
+        read = self.heads.pop(peer).length * self.row_bytes
         self.heap.release(peer)
+        self.heap.recorder.read(self.operation.kind, self.heap.names[peer], read)
 
     def payload(self, peer: int) -> torch.Tensor:
         """uint8: the payload of the peer's current message."""
@@ -244,9 +252,27 @@ def offsets(sizes: Sequence[int]) -> list[int]:
 
 def rows_of(payload: torch.Tensor, start: int, num_rows: int, width: int) -> torch.Tensor:
     """uint8 [num_rows, width] at byte ``start`` of a payload."""
-    return payload[start : start + num_rows * width].view(num_rows, width)
+    return _part(payload, start, num_rows * width).view(num_rows, width)
 
 
 def ints_of(payload: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """int32 [count] at byte ``start`` of a payload."""
-    return payload[start : start + 4 * count].view(torch.int32)
+    return _part(payload, start, 4 * count).view(torch.int32)
+
+
+def _part(payload: torch.Tensor, start: int, nbytes: int) -> torch.Tensor:
+    if start + nbytes > len(payload):
+        raise HeapError(f"a message of {len(payload)} bytes lacks bytes {start} to {start + nbytes}")
+    return payload[start : start + nbytes]
+
+
+def check_range(what: str, values: torch.Tensor, first: int, end: int) -> None:
+    """Raise unless all integers that a peer sent are in [first, end).
+
+    Raises:
+        HeapError: names what they are.
+    """
+    if len(values):
+        low, high = (int(bound) for bound in values.aminmax())
+        if low < first or high >= end:
+            raise HeapError(f"a peer sent {what} from {low} to {high}: not in [{first}, {end})")

@@ -29,10 +29,11 @@ from tokenferry.dataplane import (
     Signature,
     describe_difference,
 )
-from tokenferry.dataplane.cpu.exchange import Head, ints_of, offsets, parse, rows_of
+from tokenferry.dataplane.cpu.exchange import Head, check_range, ints_of, offsets, parse, rows_of
 from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
 from tokenferry.errors import HeapError, MismatchError, PeerLostError, PeerTimeoutError
-from tokenferry.memory.heap import Heap, Operation
+from tokenferry.memory.heap import Heap
+from tokenferry.memory.operation import Operation
 
 logger = logging.getLogger("tokenferry")
 _CPU = torch.device("cpu")
@@ -85,6 +86,7 @@ class Receive(ABC):
     def __init__(self, heap: Heap, operation: Operation, signature: Signature, earlier: PendingReceives) -> None:
         self.heap = heap
         self.operation = operation
+        self.operation.kind = signature.operation
         self.signature = signature
         self.is_finished = False
         self._sent_to: dict[int, int] = {}
@@ -123,6 +125,7 @@ class Receive(ABC):
             head = Head(self.operation.epoch, 0, 1, self._offset, nbytes, num_rows, *ranges[peer], 0)
             fields[peer] = (*head, *self.signature)
         self._sent_to = {peer: self.heap.times_masked(peer) for peer in fields}
+        self.heap.recorder.staged(self.operation.kind, nbytes)
         self.heap.publish(fields)
 
     def run(self) -> None:
@@ -204,6 +207,10 @@ class Receive(ABC):
     def read(self, heads: dict[int, Head], waited: dict[int, int]) -> None:
         """Write the outputs from the messages at hand."""
 
+    def note_read(self, peer: int, nbytes: int) -> None:
+        """Count bytes that were read of a peer's message."""
+        self.heap.recorder.read(self.operation.kind, self.heap.names[peer], nbytes)
+
     @abstractmethod
     def forget(self) -> None:
         """Drop all references to the caller's tensors."""
@@ -242,6 +249,7 @@ class DispatchReceive(Receive):
         here = {self.heap.rank: self._own}
         for peer, head in heads.items():
             here[peer] = self._rows_for_me(plan, self._message_of(peer, head))
+            self.note_read(peer, head.num_rows * self._widths[0] + sum(column.nbytes for column in here[peer][2]))
         for source, (relay, first, end) in enumerate(sources_of(plan.relays, self.heap.num_ranks)):
             if relay not in here:
                 plan.layout_range[:, source] = begin << 32
@@ -251,6 +259,7 @@ class DispatchReceive(Receive):
                 its = ((tokens >= first) & (tokens < end)).nonzero().flatten()
                 experts, tokens, columns = experts[its], tokens[its] - first, [column[its] for column in columns]
             counts = torch.bincount(experts, minlength=plan.num_local_experts)
+            check_range("choices of one expert", counts, 0, plan.num_max_tokens + 1)
             before = counts.cumsum(0) - counts
             slots = begin[experts] + torch.arange(len(experts), device=_CPU) - before[experts]
             plan.recv_src_info[experts, slots] = tokens.to(torch.int32)
@@ -279,8 +288,9 @@ class DispatchReceive(Receive):
 
     def _message_of(self, source: int, head: Head) -> list[torch.Tensor]:
         num_rows = head.num_rows
+        assert self._plan is not None
         sections = offsets([num_rows * width for width in self._widths])
-        if max(sections[-1], 1) != head.nbytes:
+        if max(sections[-1], 1) != head.nbytes or num_rows > self._plan.num_max_tokens:
             raise HeapError(f"rank {self.heap.names[source]} sent a message that contradicts itself: {head}")
         payload = self.heap.stage_view(source, head.offset, head.nbytes)
         return [
@@ -379,6 +389,7 @@ class CombineReceive(Receive):
                 (tokens, experts), part = self._own, self._own_rows
             elif rank in heads:
                 tokens, experts, part = self._message_of(rank, heads[rank])
+                self.note_read(rank, len(part) * (8 + self._row_bytes))
             else:
                 continue
             # Equal choices of a token have a row each: the first one stands for all.
@@ -399,11 +410,16 @@ class CombineReceive(Receive):
 
     def _message_of(self, rank: int, head: Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert self._plan is not None
-        if max(offsets(self._sizes(head.num_rows))[-1], 1) != head.nbytes:
+        is_outside = head.start + head.length > head.num_rows
+        if max(offsets(self._sizes(head.num_rows))[-1], 1) != head.nbytes or is_outside:
             raise HeapError(f"rank {self.heap.names[rank]} sent a message that contradicts itself: {head}")
         payload = self.heap.stage_view(rank, head.offset, head.nbytes)
         tokens, experts, rows = self._parts(payload, head.num_rows)
         part = slice(head.start, head.start + head.length)
+        share = len(self._plan.layout_range)
+        check_range("tokens", tokens[part], 0, self._plan.src_info.size(1) // self.heap.num_ranks)
+        first = self.heap.names[rank] * share
+        check_range("experts", experts[part], first, first + share)
         return tokens[part], experts[part], rows[part].view(self._plan.x.dtype)
 
     def forget(self) -> None:

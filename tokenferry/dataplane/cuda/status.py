@@ -19,6 +19,7 @@ from tokenferry.errors import (
     PeerTimeoutError,
     TokenferryError,
 )
+from tokenferry.stats import Recorder
 
 logger = logging.getLogger("tokenferry")
 
@@ -51,6 +52,7 @@ class Status:
         self._num_ranks = num_ranks
         self._timeout = timeout
         self.failed = False
+        self.recorder = Recorder()
         with torch.inference_mode(False):
             self.words = torch.zeros(words.STATUS_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
             self.counts = torch.zeros(words.HOST_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -92,6 +94,7 @@ class Status:
             TokenferryError: why all ranks stepped back, or who did not come; the operation is over.
         """
         counts, done = self._counts, words.HOST_DONE.value
+        started = time.monotonic_ns()
         look_at = time.monotonic() + _LOOK_EVERY
         try:
             while not counts[done]:
@@ -102,6 +105,8 @@ class Status:
         except BaseException:
             self.failed = True  # nobody will finish this operation
             raise
+        waited = time.monotonic_ns() - started
+        self.recorder.waited(OperationKind.DISPATCH, waited, {})
         if counts[words.HOST_CODE.value]:
             raise self._take(int(counts[words.HOST_CODE.value]))
         first = words.HOST_EXPERTS.value

@@ -1,0 +1,166 @@
+"""The soak: it runs, its reference is right, and it finds what is wrong."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.conftest import PoolOf
+from tokenferry import MismatchError
+from tokenferry.cli import soak as command
+from tokenferry.cli.ranks import RankError
+from tokenferry.cli.soak_faults import DURING, expected
+from tokenferry.cli.soak_ranks import Report, Settings, layouts_of, soak
+from tokenferry.cli.soak_world import FLOATS, World, random_shape, rows, same
+from tokenferry.dataplane.cpu import combine as cpu_combine
+from tokenferry.dataplane.cpu import dispatch as cpu_dispatch
+from tokenferry.dataplane.cpu import low_latency as cpu_low_latency
+
+
+def test_short_soak_from_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenferry", "soak", "--minutes", "0.06", "--ranks", "2", "--seed", "3"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all results as plain PyTorch has them" in done.stdout
+    assert "shared memory with a name         0" in done.stdout
+    assert "LEAK" not in done.stdout
+
+
+def test_soak_of_four_ranks(pool_of: PoolOf) -> None:
+    reports: list[Report] = pool_of(4).run(soak, Settings(4.0, 7, "cpu", 100))
+    assert len({str((report.calls, report.faults, report.layouts)) for report in reports}) == 1
+    assert sum(reports[0].calls.values()) > 10
+    assert all(report.segments == 0 for report in reports)
+    assert all(report.bytes_moved > 0 for report in reports)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_ranks", [3, 6])
+def test_long_soak(pool_of: PoolOf, num_ranks: int) -> None:
+    reports: list[Report] = pool_of(num_ranks).run(soak, Settings(300.0, num_ranks, "cpu", 300))
+    assert len(reports[0].faults) > 6
+    assert not any(leak.is_leak for leak in command.find_leaks(reports, set(), 0))
+
+
+def _wrong(rank: int, num_ranks: int, what: str) -> None:
+    """A soak of a library that makes one mistake."""
+
+    rows_of, take_rows, add_up = cpu_low_latency.rows_of, cpu_dispatch.take_rows, cpu_combine.add_up
+
+    def add_up_wrongly(parts: Any, biases: Any, out: torch.Tensor, *rest: Any) -> Any:
+        result = add_up(parts, biases, out, *rest)
+        out[-1:].add_(1)
+        return result
+
+    def take_wrong_rows(source: torch.Tensor, chosen: torch.Tensor, out: torch.Tensor) -> None:
+        take_rows(source, chosen, out)
+        out.view(torch.uint8)[-1:, -1:].bitwise_xor_(1)
+
+    def stage_wrong_rows(*args: Any) -> torch.Tensor:
+        found = rows_of(*args)
+        return found.roll(1, 0) if found.size(1) > 32 else found
+
+    mistakes: dict[str, tuple[Any, str, Any]] = {
+        "a sum": (cpu_combine, "add_up", add_up_wrongly),
+        "a row": (cpu_dispatch, "take_rows", take_wrong_rows),
+        "a low-latency row": (cpu_low_latency, "rows_of", stage_wrong_rows),
+    }
+    with mock.patch.object(*mistakes[what]):
+        soak(rank, num_ranks, Settings(30.0, 5, "cpu", 60))
+
+
+@pytest.mark.parametrize(
+    ("what", "complaint"),
+    [("a sum", "combined_x"), ("a row", "recv_"), ("a low-latency row", "rows of expert")],
+)
+def test_mistakes_are_found(pool_of: PoolOf, what: str, complaint: str) -> None:
+    with pytest.raises(RankError) as caught:
+        pool_of(2).run(_wrong, what)
+    assert complaint in str(caught.value)
+    assert "episode" in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_reference_is_that_of_the_oracle(seed: int) -> None:
+    chance = random.Random(seed)
+    shape = random_shape(chance, 3, 20)
+    inputs = None
+    for rank in range(3):
+        world = World(shape, rank)
+        inputs = [oracle.Inputs(one.x, one.scales, one.ids, one.weights) for one in world.inputs]
+        wanted = oracle.dispatch(inputs, world.num_experts, rank, 4)
+        result = (
+            wanted.x if wanted.scales is None else (wanted.x, wanted.scales),
+            wanted.topk_idx,
+            wanted.topk_weights,
+            wanted.num_per_expert,
+            None,
+            None,
+        )
+        world.check_received(result, 4, 0)
+        assert world.num_received == oracle.num_received(inputs, world.num_experts)
+        if wanted.x.numel():
+            spoiled = wanted.x.clone()
+            spoiled.view(torch.uint8)[-1, -1] ^= 1
+            with pytest.raises(AssertionError, match="recv_x: 1 of"):
+                world.check_received(
+                    (spoiled if wanted.scales is None else (spoiled, wanted.scales), *result[1:]), 4, 0
+                )
+        dtype = chance.choice(FLOATS)
+        made = torch.Generator().manual_seed(seed)
+        values = [rows(dtype, len(one.x), 64, made) for one in world.inputs]
+        rows_of = [World(shape, peer).expert_rows(values) for peer in range(3)]
+        bias = [rows(dtype, len(values[rank]), 64, made)]
+        one_node = oracle.combine(inputs, world.num_experts, rank, rows_of, bias)
+        same("combined", world.combined(values[rank], bias, [0, 0, 0], False), one_node)
+        for exact in (False, True):
+            nodes = oracle.combine_between_nodes(inputs, world.num_experts, rank, rows_of, [0, 1, 2], bias, exact)
+            same("combined", world.combined(values[rank], bias, [0, 1, 2], exact), nodes)
+
+
+def test_layouts_are_all_the_even_ones() -> None:
+    assert layouts_of(1) == [(0,)]
+    assert layouts_of(4) == [(0, 0, 0, 0), (0, 1, 2, 3), (0, 0, 1, 1), (0, 1, 0, 1)]
+
+
+def test_missing_error_is_a_failure() -> None:
+    with pytest.raises(AssertionError, match="no MismatchError"), expected(MismatchError):
+        pass
+    with pytest.raises(AssertionError, match="blames"), expected(MismatchError, ranks=[2]):
+        raise MismatchError("dispatch", 1, [1], "made up")
+    assert all(fault.inject.__doc__ for fault in DURING.values())
+
+
+def test_leaks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    clean = Report(calls=Counter({"dispatch": 3}), files=(10, 12), resident=(1 << 20, 3 << 20), resident_peak=4 << 20)
+    assert not any(leak.is_leak for leak in command.find_leaks([clean, clean], set(), 0))
+    leaky = Report(segments=2, files=(10, 30))
+    leaks = command.find_leaks([clean, leaky], {"tokenferry-1"}, 1)
+    assert [leak.is_leak for leak in leaks] == [True, True, True, True, False]
+    page = command.summary(Settings(1.0, 2, "cpu", 3), [clean, leaky], leaks, 1.0)
+    assert page.count("LEAK") == 4
+    assert "dispatch                          3" in page
+    assert "+20 in the rank with most" in page
+
+
+def test_named_segments_are_those_of_tokenferry(tmp_path: Path) -> None:
+    (tmp_path / "tokenferry-1").touch()
+    (tmp_path / "other").touch()
+    with mock.patch.object(command, "_SHARED_MEMORY", tmp_path):
+        assert command.named_segments() == {"tokenferry-1"}
+    with mock.patch.object(command, "_SHARED_MEMORY", tmp_path / "none"):
+        assert command.named_segments() == set()

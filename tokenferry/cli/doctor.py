@@ -1,0 +1,143 @@
+"""``tokenferry doctor``: what works on this machine, what does not, and what to do about it.
+
+``--live`` shows the wait statistics at work: ranks of this machine, one of them slow on purpose, and the report that
+names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from tokenferry.cli.doctor_checks import Finding, Level, look_around
+from tokenferry.cli.doctor_live import live
+from tokenferry.cli.doctor_selftest import self_test
+from tokenferry.cli.ranks import RankError
+
+_INTERRUPTED = 130
+_WIDTH = 118
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the doctor.
+
+    Args:
+        parser: to declare them on.
+    """
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--ranks", type=_positive, default=4, help="processes to start (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=5.0, help="of the self-test, or of --live (default: %(default)s)"
+    )
+    parser.add_argument("--no-self-test", action="store_true", help="only look, start no ranks")
+    parser.add_argument("--live", action="store_true", help="show how a slow rank is found, on local ranks")
+    parser.add_argument("--slow", type=int, default=1, help="with --live: the slow rank; -1: none (default: 1)")
+    parser.add_argument(
+        "--delay", type=_seconds, default=50.0, help="with --live: its delay, in ms (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("doctor-out"), help="with --live: folder for the picture (%(default)s)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the doctor.
+
+    Args:
+        args: parsed options, see :func:`add_arguments`.
+
+    Returns:
+        0; 1 if something is broken; 2 if an option is wrong; 130 after Ctrl-C.
+    """
+    try:
+        return _live(args) if args.live else _examine(args)
+    except KeyboardInterrupt:
+        print("interrupted: all ranks were stopped", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _examine(args: argparse.Namespace) -> int:
+    findings = []
+    for finding in look_around(args.ranks):
+        findings.append(finding)
+        _show(finding, args.json)
+    if not args.no_self_test:
+        tests = [("cpu", args.ranks)]
+        if torch.cuda.is_available():
+            tests.append(("cuda", max(2, min(torch.cuda.device_count(), args.ranks))))
+        for device, ranks in tests:
+            findings.append(self_test(device, ranks, args.seconds))
+            _show(findings[-1], args.json)
+    broken = sum(finding.level == Level.BROKEN for finding in findings)
+    if args.json:
+        print(json.dumps({"broken": broken, "findings": [asdict(finding) for finding in findings]}, indent=1))
+    else:
+        print(verdict(findings))
+    return 1 if broken else 0
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """The last line."""
+    counts = {level: sum(finding.level == level for finding in findings) for level in Level}
+    if counts[Level.BROKEN]:
+        return f"\n{counts[Level.BROKEN]} broken, {counts[Level.WARNING]} warnings: see the remedies (->) above"
+    return f"\nNothing is broken; {counts[Level.WARNING]} warnings, {counts[Level.NOTE]} notes"
+
+
+def _show(finding: Finding, is_quiet: bool) -> None:
+    if is_quiet:
+        return
+    head = f"{finding.level:<8} {finding.area:<17}"
+    print(textwrap.fill(finding.what, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head)))
+    if finding.remedy:
+        indent = " " * len(head)
+        print(textwrap.fill(finding.remedy, _WIDTH, initial_indent=indent + "-> ", subsequent_indent=indent + "   "))
+    sys.stdout.flush()
+
+
+def _live(args: argparse.Namespace) -> int:
+    if not -1 <= args.slow < args.ranks:
+        print(f"error: --slow: got {args.slow}; allowed: a rank below {args.ranks}, or -1", file=sys.stderr)
+        return 2
+    picture = args.output / "waits.png"
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture without matplotlib: pip install 'tokenferry[cli]'", file=sys.stderr)
+        picture = None
+    slow = None if args.slow == -1 else args.slow
+    if not args.json:
+        delayed = (
+            "nobody is slow on purpose" if slow is None else f"rank {slow} is {args.delay:g} ms late for each call"
+        )
+        print(f"{args.ranks} ranks dispatch and combine; {delayed}", flush=True)
+    try:
+        report = live(args.ranks, slow, args.delay, args.seconds, picture, is_quiet=args.json)
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps({"slow": report.slow, "waited_ns": report.waited}))
+    else:
+        print(f"\n{report}" + (f"\n\npicture: {picture}" if picture else ""))
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0")
+    return value

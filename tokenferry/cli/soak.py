@@ -1,0 +1,152 @@
+"""``tokenferry soak``: random operations and faults on ranks of this machine, each checked, until the time is over.
+
+Operations of both modes, shapes, dtypes and delays are drawn from a seed; Buffers come and go, on one node and on
+several (groups of the ranks). Every result is compared with plain PyTorch. The run ends with a page that says what
+was done, and what is left: shared memory, files, processes, memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenferry.cli.ranks import RankError, RankPool
+from tokenferry.cli.soak_ranks import Report, Settings, soak
+
+_INTERRUPTED = 130
+_MOST_NEW_FILES = 4
+"""More open files than after the warm-up are a leak."""
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of a soak.
+
+    Args:
+        parser: to declare them on.
+    """
+    parser.add_argument("--minutes", type=_positive_number, default=1.0, help="how long (default: %(default)s)")
+    parser.add_argument("--ranks", type=_positive, default=4, help="processes to start (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=_positive, default=300, help="most tokens of a rank in an operation (default: %(default)s)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run a soak.
+
+    Args:
+        args: parsed options, see :func:`add_arguments`.
+
+    Returns:
+        0; 1 if a result was wrong, a rank failed or something leaked; 130 after Ctrl-C.
+    """
+    settings = Settings(60 * args.minutes, args.seed, args.device, args.tokens)
+    before = named_segments()
+    began = time.monotonic()
+    pool = RankPool(args.ranks, num_threads=1)
+    try:
+        with pool:
+            reports: list[Report] = pool.run(soak, settings)
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(f"again with: tokenferry soak --ranks {args.ranks} --seed {args.seed}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: all ranks were stopped", file=sys.stderr)
+        return _INTERRUPTED
+    leaks = find_leaks(reports, named_segments() - before, sum(process.is_alive() for process in pool.processes))
+    print(summary(settings, reports, leaks, time.monotonic() - began))
+    return 1 if any(leak.is_leak for leak in leaks) else 0
+
+
+def named_segments() -> set[str]:
+    """Shared memory of tokenferry, of any process, that has a name."""
+    if not _SHARED_MEMORY.exists():
+        return set()
+    return {name for name in os.listdir(_SHARED_MEMORY) if name.startswith("tokenferry-")}
+
+
+@dataclass(frozen=True)
+class Leak:
+    """One kind of thing that may be left."""
+
+    what: str
+    found: str
+    is_leak: bool
+
+
+def find_leaks(reports: Sequence[Report], named: set[str], alive: int) -> list[Leak]:
+    """What is left at the end.
+
+    Args:
+        reports: of all ranks.
+        named: segments that have a name and were not there before.
+        alive: processes that run still.
+    """
+    mapped = sum(report.segments for report in reports)
+    files = max(report.files[1] - report.files[0] for report in reports)
+    grown = max(reports, key=lambda report: report.resident[1] - report.resident[0])
+    growth = grown.resident[1] - grown.resident[0]
+    peak = max(report.resident_peak for report in reports)
+    files_text = f"{files:+d} in the rank with most ({reports[0].files[0]} to {reports[0].files[1]} in rank 0)"
+    resident_text = (
+        f"{growth / 2**20:+.1f} MiB in the rank with most "
+        f"({grown.resident[0] / 2**20:.0f} to {grown.resident[1] / 2**20:.0f}, peak of all {peak / 2**20:.0f})"
+    )
+    return [
+        Leak("shared memory with a name", str(len(named)), bool(named)),
+        Leak("shared memory still mapped", f"{mapped} segments", mapped > 0),
+        Leak("open files since the warm-up", files_text, files > _MOST_NEW_FILES),
+        Leak("processes", f"{alive} alive", alive > 0),
+        Leak("resident memory since the warm-up", resident_text, False),
+    ]
+
+
+def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak], seconds: float) -> str:
+    """The page at the end of a run in which all results were right."""
+    first = reports[0]
+    calls = sum(first.calls.values())
+    moved = sum(report.bytes_moved for report in reports)
+    waited = sum(report.waited_ns for report in reports) / len(reports) / 1e9
+    lines = [
+        f"soak: {len(reports)} ranks on {settings.device}, seed {settings.seed}, {seconds:.0f} s",
+        "",
+        f"operations      {calls} on each rank, all results as plain PyTorch has them",
+        *_table(first.calls),
+        f"bytes           {moved / 1e6:,.1f} MB read from other ranks or sent to other nodes, all ranks together",
+        f"idle            {100 * waited / seconds:.0f} % of the time, on average, waiting for other ranks",
+        f"Buffers         {first.episodes} built and destroyed; nodes x ranks:",
+        *_table(first.layouts),
+        f"faults          {sum(first.faults.values())} injected, all survived",
+        *_table(first.faults),
+        "left over",
+        *(f"  {leak.what:<34}{leak.found}{'   LEAK' if leak.is_leak else ''}" for leak in leaks),
+    ]
+    return "\n".join(lines)
+
+
+def _table(counts: Counter[str]) -> list[str]:
+    return [f"  {name:<34}{count}" for name, count in sorted(counts.items())]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0")
+    return value

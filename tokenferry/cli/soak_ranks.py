@@ -1,0 +1,262 @@
+"""What runs on every rank of a soak: random operations, the same on all ranks, each at a time of its own.
+
+An *episode* is the life of one Buffer. Ranks draw what they do together from one generator, and what each does for
+itself (delays, the order of its hooks) from another.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.buffer import Buffer
+from tokenferry.cli.soak_faults import AFTERWARDS, DURING, Bench, expect
+from tokenferry.cli.soak_low_latency import MOST_EXPERTS, MOST_HIDDEN, MOST_TOKENS, burst
+from tokenferry.cli.soak_world import FLOATS, World, random_shape, rows, same, same_rows
+
+TIMEOUT = 60.0
+"""Seconds that a rank waits for another: on a loaded machine a rank may be late without being stuck."""
+_MOST_ALIVE = 4
+"""Handles that are kept for later calls, also on later Buffers."""
+_STAGES = (0, 0, 4096, 65536, 1 << 20)
+_MOST_DELAY = 0.005
+_FAULT_SHARE = 0.12
+_LOOK_EVERY = 6
+"""Operations between two looks at the clock, which all ranks take together."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a soak is asked for."""
+
+    seconds: float
+    seed: int
+    device: str
+    most_tokens: int
+
+
+@dataclass
+class Report:
+    """What one rank did, and what it held."""
+
+    episodes: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
+    bytes_moved: int = 0
+    """Read from other ranks' memory, and sent to other nodes."""
+    waited_ns: int = 0
+    segments: int = 0
+    """Mapped when all Buffers were gone."""
+    files: tuple[int, int] = (0, 0)
+    """Open after the warm-up, and in the end."""
+    resident: tuple[int, int] = (0, 0)
+    """Bytes likewise."""
+    resident_peak: int = 0
+
+
+def layouts_of(num_ranks: int) -> list[tuple[int, ...]]:
+    """Node of every rank: all on one node, and every way to have nodes of the same size."""
+    sizes = [size for size in range(1, num_ranks) if num_ranks % size == 0]
+    blocks = [tuple(rank // size for rank in range(num_ranks)) for size in sizes]
+    mixed = [tuple(rank % (num_ranks // size) for rank in range(num_ranks)) for size in sizes]
+    return [(0,) * num_ranks, *dict.fromkeys(blocks + mixed)]
+
+
+def soak(rank: int, num_ranks: int, settings: Settings) -> Report:
+    """Run episodes until the time is over.
+
+    Raises:
+        AssertionError: a result is wrong, or an error was not what it should be; names the episode.
+    """
+    return _Soak(rank, num_ranks, settings).run()
+
+
+class _Soak:
+    def __init__(self, rank: int, num_ranks: int, settings: Settings) -> None:
+        self.settings = settings
+        self.rank, self.num_ranks = rank, num_ranks
+        self.common = random.Random(settings.seed)
+        self.own = random.Random(settings.seed * 1009 + rank + 1)
+        self.device = torch.device(settings.device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", rank % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
+        self.alive: list[tuple[tuple[int, ...], World, Any]] = []
+        """Layout, world and handle of earlier dispatches."""
+        self.report = Report()
+        self.what = "the start"
+
+    def run(self) -> Report:
+        self.ends = time.monotonic() + self.settings.seconds
+        warm_until = time.monotonic() + self.settings.seconds / 4
+        report = self.report
+        layouts = layouts_of(self.num_ranks) if self.device.type == "cpu" else [(0,) * self.num_ranks]
+        warmed = False
+        while True:
+            layout = self.common.choice(layouts) if report.episodes % 2 else layouts[0]
+            try:
+                self._episode(layout)
+            except BaseException as error:
+                where = f"episode {report.episodes} (nodes {layout}), {self.what}"
+                raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
+            report.episodes += 1
+            report.layouts["x".join(str(n) for n in (max(layout) + 1, layout.count(layout[0])))] += 1
+            goes_on = self._goes_on()
+            self._look(warmed)
+            warmed = warmed or time.monotonic() > warm_until
+            if not goes_on:
+                break
+        self.alive.clear()
+        gc.collect()
+        report.segments = len(segments())
+        return report
+
+    def _goes_on(self) -> bool:
+        """What rank 0's clock says."""
+        word = torch.tensor([int(time.monotonic() < self.ends)])
+        dist.broadcast(word, 0)
+        return bool(word.item())
+
+    def _look(self, warmed: bool) -> None:
+        gc.collect()
+        report, files, resident = self.report, len(os.listdir("/proc/self/fd")), resident_bytes()
+        report.files = (report.files[0] if warmed else files, files)
+        report.resident = (report.resident[0] if warmed else resident, resident)
+        report.resident_peak = max(report.resident_peak, resident)
+
+    def late(self) -> None:
+        """Come later than the others, sometimes."""
+        if self.own.random() < 0.2:
+            time.sleep(self.own.random() * _MOST_DELAY)
+
+    def _episode(self, layout: tuple[int, ...]) -> None:
+        common = self.common
+        exact = common.random() < 0.3
+        one_node = max(layout) == 0
+        self.what = "construction"
+        low_latency_bytes = Buffer.get_low_latency_rdma_size_hint(
+            MOST_TOKENS, MOST_HIDDEN, self.num_ranks, MOST_EXPERTS * self.num_ranks
+        )
+        buffer = Buffer(
+            dist.group.WORLD,
+            common.choice(_STAGES),
+            low_latency_bytes if self.device.type == "cuda" else 0,
+            low_latency_mode=one_node,
+            exact_combine=exact,
+            timeout=TIMEOUT,
+            device=self.device,
+            node=str(layout[self.rank]),
+        )
+        bench = Bench(buffer, self.rank, self.num_ranks, layout, exact, self.device, common, self.own)
+        for turn in range(common.randrange(6, 30)):
+            if turn % _LOOK_EVERY == _LOOK_EVERY - 1 and not self._goes_on():
+                break
+            self.late()
+            self._step(bench)
+        counted = buffer.stats()
+        for of in counted.operations:
+            self.report.calls[of.kind] += of.count
+            self.report.bytes_moved += sum(peer.bytes_read for peer in of.peers)
+            self.report.waited_ns += of.idle.total_ns
+        self.report.bytes_moved += counted.rail_bytes_sent
+        if common.random() < 0.3 and one_node and self.device.type == "cpu":
+            name = common.choice(list(AFTERWARDS))
+            self.what = f"fault: {name}"
+            AFTERWARDS[name](bench)
+            self.report.faults[name] += 1
+        if common.random() < 0.5:
+            buffer.destroy()
+
+    def _step(self, bench: Bench) -> None:
+        common, buffer = self.common, bench.buffer
+        if common.random() < _FAULT_SHARE:
+            name = common.choice([name for name, fault in DURING.items() if fault.fits(bench)])
+            self.what = f"fault: {name}"
+            DURING[name].inject(bench)
+            expect(buffer.is_available(), f"the Buffer is unusable after {name}")
+            self.report.faults[name] += 1
+            return
+        here = [(world, handle) for layout, world, handle in self.alive if layout == bench.layout]
+        name = common.choice(["dispatch", "cached", "combine", "combine"] + ["burst"] * (max(bench.layout) == 0))
+        if name == "burst":
+            self.what = "low-latency burst"
+            burst(bench, self.late)
+        elif name == "dispatch" or not here:
+            self._dispatch(bench)
+        else:
+            world, handle = common.choice(here)
+            self.what = f"{name} along a handle of {world.shape}"
+            if name == "cached":
+                self._cached(bench, world, handle)
+            else:
+                self._combine(bench, world, handle)
+
+    def _dispatch(self, bench: Bench) -> None:
+        common = self.common
+        world = World(random_shape(common, self.num_ranks, self.settings.most_tokens), self.rank)
+        alignment, is_worst = common.choice([1, 1, 8]), common.random() < 0.3
+        spare = common.randrange(20)
+        worst = max(1, world.num_received[self.rank] + spare) if is_worst else 0
+        self.what = f"dispatch of {world.shape}, {worst} worst tokens"
+        result = bench.dispatch(world, expert_alignment=alignment, num_worst_tokens=worst)
+        world.check_received(result, alignment, worst)
+        self.alive.append((bench.layout, world, result[4]))
+        while len(self.alive) > _MOST_ALIVE:
+            self.alive.pop(common.randrange(len(self.alive)))
+
+    def _values(self, world: World, dtype: torch.dtype) -> list[torch.Tensor]:
+        """[T, H] of every rank, fresh."""
+        seed, row_bytes = self.common.getrandbits(40), 16 * self.common.choice([1, 2, 3, 64, 225])
+        return [
+            rows(dtype, count, row_bytes, torch.Generator().manual_seed(seed * 64 + source))
+            for source, count in enumerate(world.shape.tokens)
+        ]
+
+    def _cached(self, bench: Bench, world: World, handle: Any) -> None:
+        values = self._values(world, self.common.choice([*FLOATS, torch.uint8]))
+        got = bench.buffer.dispatch(values[self.rank].to(self.device), handle=handle)[0]
+        same_rows(got[: world.num_received[self.rank]], (world.received(values), None))
+
+    def _combine(self, bench: Bench, world: World, handle: Any) -> None:
+        common, mine = self.common, world.mine
+        values = self._values(world, common.choice(FLOATS))
+        num_biases, has_weights = common.choice([0, 0, 1, 2]), common.random() < 0.5
+        made = torch.Generator().manual_seed(common.getrandbits(40) + self.rank)
+        biases = [torch.randn(values[self.rank].shape, generator=made).to(values[0].dtype) for _ in range(num_biases)]
+        x = world.expert_rows(values)
+        first = self.rank * world.shape.local_experts
+        ids = world.received([one.ids for one in world.inputs])
+        local = (ids >= first) & (ids < first + world.shape.local_experts)
+        weights = torch.where(local, world.received([one.weights for one in world.inputs]), 0.0)
+        worst = len(handle[7] if max(bench.layout) else handle[3])
+        x, weights = (
+            torch.cat([t, t.new_full((worst - len(t), t.size(1)), 7)]).to(self.device) for t in (x, weights)
+        )
+        given = [bias.to(self.device) for bias in biases]
+        bias = (given[0], given[1]) if num_biases == 2 else given[0] if given else None
+        combined, summed, _ = bench.buffer.combine(x, handle, weights if has_weights else None, bias=bias)
+        same("combined_x", combined, world.combined(values[self.rank], biases, list(bench.layout), bench.exact))
+        if summed is not None:
+            same("combined_topk_weights", summed, torch.where(mine.ids >= 0, mine.weights, 0.0))
+
+
+def segments() -> list[str]:
+    """Shared memory of tokenferry that this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in lines if "/tokenferry-" in line]
+
+
+def resident_bytes() -> int:
+    """Of this process, without shared memory."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")

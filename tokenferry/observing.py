@@ -1,0 +1,132 @@
+"""What is seen of a Buffer's operations: counts, ranges for profilers, and lines for the debugging eye."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch.autograd import profiler
+
+from tokenferry.dataplane import OperationKind
+from tokenferry.stats import BufferStats
+
+if TYPE_CHECKING:
+    from tokenferry.runtime import Runtime
+    from tokenferry.runtime_cuda import CudaRuntime
+
+DEBUG_VARIABLE = "TOKENFERRY_DEBUG"
+
+logger = logging.getLogger("tokenferry")
+
+_KIND_NAMES = {kind.value: kind.name.lower() for kind in OperationKind}
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class StatsMethods:
+    """The methods of Buffer that tell what it did."""
+
+    rank: int
+    group_size: int
+    _debug = False
+
+    def _live_runtime(self) -> Runtime | CudaRuntime:
+        raise NotImplementedError
+
+    def stats(self, *, reset: bool = False) -> BufferStats:
+        """What this rank has counted: operations, time in them, bytes, and for whom it waited. Local, and cheap.
+
+        Args:
+            reset: begin again at 0 afterwards.
+
+        Raises:
+            BufferStateError: the Buffer was destroyed.
+        """
+        runtime = self._live_runtime()
+        counted = runtime.recorder.snapshot(self.rank, _KIND_NAMES, self.group_size, runtime.rail_bytes())
+        if reset:
+            runtime.recorder.reset()
+        return counted
+
+
+def debug_wanted() -> bool:
+    """Whether ``TOKENFERRY_DEBUG`` asks for a line about every operation; makes sure that it is seen."""
+    if os.environ.get(DEBUG_VARIABLE, "0") in ("", "0"):
+        return False
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+        logger.addHandler(handler)
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    return True
+
+
+def observed(kind: OperationKind, cached: OperationKind | None = None) -> Callable[[Method], Method]:
+    """Count the calls of a method of Buffer, and show them to whom it may concern.
+
+    While a profiler of torch records what the host does, each call is a range of its own, named
+    ``tokenferry::<method>``; ``torch.autograd.profiler.emit_nvtx`` turns these into NVTX ranges. Profiles of kernels
+    alone do not contain them.
+
+    Args:
+        kind: what to count a call as.
+        cached: likewise with a handle, which is the second argument.
+    """
+
+    def decorate(method: Method) -> Method:
+        name = method.__name__
+        label = f"tokenferry::{name}"
+
+        @functools.wraps(method)
+        def observe(self: Any, *args: Any, **kwargs: Any) -> Any:
+            counted = kind
+            if cached is not None and (args[1] if len(args) > 1 else kwargs.get("handle")) is not None:
+                counted = cached
+            runtime = self.runtime
+            started = time.monotonic_ns()
+            try:
+                if profiler._is_profiler_enabled:
+                    with profiler.record_function(label):
+                        result = method(self, *args, **kwargs)
+                else:
+                    result = method(self, *args, **kwargs)
+            except BaseException as error:
+                if self._debug:
+                    _tell(self, name, time.monotonic_ns() - started, f"raised {type(error).__name__}: {error}")
+                raise
+            spent = time.monotonic_ns() - started
+            if runtime is not None:
+                runtime.recorder.called(counted, spent)
+            if self._debug:
+                given = [*args, *kwargs.values()]
+                _tell(self, name, spent, f"{_shapes(given)} -> {_shapes(_flat(result))}")
+            return result
+
+        return cast(Method, observe)
+
+    return decorate
+
+
+def _tell(buffer: Any, name: str, nanoseconds: int, what: str) -> None:
+    runtime = buffer.runtime
+    epoch = "?" if runtime is None or not runtime.epoch else runtime.epoch
+    logger.info("rank %d epoch %s %s %.3f ms: %s", buffer.rank, epoch, name, nanoseconds / 1e6, what)
+
+
+def _flat(result: object) -> Iterable[object]:
+    if isinstance(result, (tuple, list)):
+        return [part for element in result for part in _flat(element)]
+    return [result]
+
+
+def _shapes(values: Iterable[object]) -> str:
+    """Dtypes and shapes of the tensors among some values, and in tuples among them."""
+    tensors = [value for value in _flat(list(values)) if isinstance(value, torch.Tensor)]
+    return " ".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors)
