@@ -48,7 +48,7 @@ class IdlePlane:
         kinds = ((HIDDEN, torch.bfloat16), (TOPK, torch.int64), (TOPK, torch.float32))
         self._rows = {(n, w, t): torch.empty(n, w, dtype=t) for n in (TOKENS, RECEIVED) for w, t in kinds}
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
+    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         return self._layout
 
     @contextmanager
