@@ -21,8 +21,8 @@ placed before. Sender 0 is the mode's, sender 1 releases, the others push rows.
 Who waits may be waited for. A sender gives up a rank that owes it credit after one timeout, and after two and a
 quarter one whose weights do not come, which may have waited for credit itself. So a live rank whose kernel begins
 within a timeout has published after four and a quarter, and receivers wait for four and a half where several ranks
-are missing; for the only one, which can wait for nobody, one. What is given up is not waited for again. A sender that
-has given ranks up goes on for the others: they get all that is theirs, and miss the same ranks.
+are missing; for the only one, which can wait for nobody, one. No program waits again for whom it has given up. A
+sender that has given ranks up goes on for the others: they get all that is theirs, and miss the same ranks.
 """
 
 from __future__ import annotations
@@ -138,10 +138,10 @@ def wait_ranks(
 ):  # fmt: skip
     """Wait until the words of all ranks that are on have reached their goals, or the time is up; return the words.
 
-    Who is given up meanwhile is not waited for. Receivers wait longer while several are missing or were given up; for
-    this rank's own word as long as it takes, since the waits of its senders end; for nobody once all is lost. Senders
-    tell where lies what this rank has ``received``: if that is too old for own credit, no wait helps. The nanoseconds
-    until each word has come are added to ``wait_stats``, if given.
+    Receivers do not wait for those that are given up meanwhile, and longer while several are missing or were given
+    up; for this rank's own word as long as it takes, since the waits of its senders end; for nobody once all is lost.
+    Senders tell where lies what this rank has ``received``: if that is too old for own credit, no wait helps. The
+    nanoseconds until each word has come are added to ``wait_stats``, if given.
     """
     r = tl.arange(0, RB)
     if wait_stats is not None:
@@ -155,28 +155,27 @@ def wait_ranks(
     late = polls != 0
     deadline = zero().to(tl.int64)
     while ((missing != 0) & (late == 0)) | (own != 0):
+        polls += 1
+        if polls % 64 == 0:
+            time = clock(state)
+            deadline = tl.where(polls == 64, time + timeout, deadline)
+            if received is None:
+                gone = (r < R) & (poll(state + MASKED, R, RB, THREADS) != 0)
+                on = on & (gone == 0)
+                several = tl.sum((behind | gone).to(tl.int32)) > 1
+                late = time >= deadline + tl.where(several, timeout * 7 // 2, 0)
+                if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") != 0:
+                    late = polls != 0
+                    rank = -1
+            else:
+                late = (time >= deadline) | (tl.load(received) < tl.max(goals))
+            polls = tl.where(polls == 1 << 20, 1 << 19, polls)
         seen = poll(words, R, RB, THREADS)
         behind = on & (seen < goals)
         missing = tl.max(behind.to(tl.int32))
         own = tl.max((behind & (r == rank)).to(tl.int32))
-        polls += 1
         if wait_stats is not None:
             waited = tl.where(behind, now() - start, waited)
-        if polls % 64 == 0:
-            time = clock(state)
-            deadline = tl.where(polls == 64, time + timeout, deadline)
-            gone = (r < R) & (poll(state + MASKED, R, RB, THREADS) != 0)
-            on = on & (gone == 0)
-            if received is None:
-                several = tl.sum((behind | gone).to(tl.int32)) > 1
-                late = time >= deadline + tl.where(several, timeout * 7 // 2, 0)
-                if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") != 0:
-                    seen = poll(words, R, RB, THREADS)
-                    late = polls != 0
-                    own = zero()
-            else:
-                late = (time >= deadline) | (tl.load(received) < tl.max(goals))
-            polls = tl.where(polls == 1 << 20, 1 << 19, polls)
     if wait_stats is not None:
         tl.store(wait_stats + r, tl.load(wait_stats + r, mask=r < R, other=0) + waited, mask=r < R)
     return seen
@@ -242,7 +241,7 @@ def credit(
 
 @triton.jit
 def lacks(bits, SHRINK: tl.constexpr, R: tl.constexpr):
-    """NOTHING if a set is empty; 1 if some ranks are not in it; with SHRINK they are masked, and that is no failure."""
+    """NOTHING if a set is empty; 1 if some ranks are not in it, but with SHRINK they are masked: no failure."""
     every: tl.constexpr = (1 << R) - 1
     nothing = tl.where(bits == 0, NOTHING, 0)
     if SHRINK:
@@ -328,7 +327,7 @@ def publish(
         on = unmasked(state, R, RB, SHRINK, THREADS) & (failures < NOTHING)
         if not SHRINK:
             if failures != 0:
-                on = on & (poll(state + MASKED, R, RB, THREADS) == 0)
+                on = on & (tl.load(state + MASKED + r, mask=r < R, other=0) == 0)
         value = (epoch << TOKEN_BITS) | num_tokens
         signal_ranks(words_of(base, PUSHED, slot) + rank, tl.zeros([RB], tl.int64) + value, on, RB)
         tl.store(state + PUSH_SENT, 0)
@@ -358,6 +357,7 @@ def arrivals(
     flags = words_of(own, PUSHED, slot)
     goals = tl.zeros([RB], tl.int64) + (epoch << TOKEN_BITS)
     on = r < R
+    first = index == 0
     if (index == 0) & (wait_stats != 0):
         if SHRINK:
             on = unmasked(state, R, RB, SHRINK, THREADS)
@@ -373,6 +373,8 @@ def arrivals(
             if tl.max(missing.to(tl.int32)) != 0:
                 if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") == 0:
                     give_up(state, status, missing, operation, epoch, SHRINK, RB)
+                else:
+                    first = index < 0
             bits = tl.reduce(tl.where(on & (seen >= goals), tl.full([RB], 1, tl.int64) << r, 0), 0, either)
             tl.debug_barrier()
             tl.atomic_xchg(state + VERDICTS + slot, (epoch << 32) | bits, sem="release", scope="gpu")
@@ -390,8 +392,10 @@ def arrivals(
         if tl.max(missing.to(tl.int32)) != 0:
             if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") == 0:
                 give_up(state, status, missing, operation, epoch, SHRINK, RB)
+            else:
+                first = index < 0
             there = there & (r < 0)
-    if index == 0:
+    if first:
         tl.store(state + RECEIVED + slot, epoch)
         theirs = tl.load(words_of(own, PUSH_SIGNATURES, slot) + r, mask=there, other=0)
         differs = there & (theirs != signature)

@@ -83,8 +83,8 @@ def check_ids(status, ids, num_tokens, operation, epoch, E: tl.constexpr, K: tl.
 
 @triton.jit
 def send_sum(
-    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout, source, token,
-    part, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr,
+    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout, patience,
+    source, token, part, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr,
     R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """A part of the sum of a token's rows on this rank, sent home; returns whether that failed."""
@@ -107,7 +107,8 @@ def send_sum(
         flag = words_of(own, PUSHED_WEIGHTS, slot) + source
         there = has(bits, source)
         if there:
-            patience = tl.where(source == rank, 1 << 61, timeout * 9 // 4)
+            for_ever = zero().to(tl.int64) + (1 << 61)  # this rank's own come from sender 0, whose waits end
+            patience = tl.where(source == rank, for_ever, patience * 9 // 4)
             there = wait_at_least(state, flag, epoch << TOKEN_BITS, patience, state + MASKED + source)
             if not there:
                 if tl.atomic_add(state + MASKED + source, 0, sem="relaxed", scope="gpu") == 0:
@@ -185,15 +186,16 @@ def send(
         tokens = tl.minimum(tl.maximum(tokens, 0), most)
         for item in range(pid - 2, tl.sum(tokens) * PARTS, num_senders - 2):
             source, token, part = source_of(tokens, item, PARTS, RB)
+            once = tl.where(failed != 0, 0, timeout)
             if EXACT:
                 failed = failed | send_rows(
-                    heap, own, state, status, x, table, most, slot, epoch, at, operation, timeout, source, token,
-                    part, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
+                    heap, own, state, status, x, table, most, slot, epoch, at, operation, once, source, token, part,
+                    SHRINK, H, K, L, WIDTH, R, RB, THREADS,
                 )  # fmt: skip
             else:
                 failed = failed | send_sum(
-                    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout,
-                    source, token, part, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
+                    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, once,
+                    timeout, source, token, part, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
                 )  # fmt: skip
     if SHRINK:  # a rank whose tokens dispatch did not bring here, but which has been taken back since, gets no sums
         r = tl.arange(0, RB)

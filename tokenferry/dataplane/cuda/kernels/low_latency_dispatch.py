@@ -275,15 +275,16 @@ def send(
     else:
         for item in range(pid - 2, num_tokens * (PARTS + 1), num_senders - 2):
             token, part = split(item, PARTS + 1)
+            once = tl.where(failed != 0, 0, timeout)
             if part == PARTS:
                 bits = send_choices(
-                    heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, timeout,
-                    token, SHRINK, K, KB, E, L, R, RB, BLOCK, THREADS,
+                    heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, once, token,
+                    SHRINK, K, KB, E, L, R, RB, BLOCK, THREADS,
                 )  # fmt: skip
             else:
                 bits = send_part(
-                    heap, own, state, status, ids, x, most, rank, slot, epoch, at, off_scales, operation, timeout,
-                    token, part, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E, L, GROUPS, R, RB, THREADS,
+                    heap, own, state, status, ids, x, most, rank, slot, epoch, at, off_scales, operation, once, token,
+                    part, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E, L, GROUPS, R, RB, THREADS,
                 )  # fmt: skip
             failed = failed | lacks(bits, SHRINK, R)
     publish(heap, state, rank, slot, epoch, num_tokens, num_senders, failed, SHRINK, R, RB, THREADS)

@@ -90,7 +90,8 @@ def clock(state):
 def wait_at_least(state, flag, value, timeout, given_up=None):
     """Wait until a progress word in own memory has reached ``value``; False if it did not in ``timeout`` ns.
 
-    Nor if the word at ``given_up``, where there is one, is not 0: then who would write has been given up. The clock is looked at every 64 polls, about as many microseconds, and runs from the first look on.
+    Nor if the word at ``given_up``, where there is one, is not 0: then who would write has been given up. The clock
+    is looked at every 64 polls, about as many microseconds, and runs from the first look on.
     """
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
     polls = zero()
