@@ -244,11 +244,12 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             dtype: of the tensor.
             size: shape; by default all that is left behind ``offset``, in one dimension.
             offset: in bytes, a multiple of the element size.
-            use_rdma_buffer: ``num_rdma_bytes`` of memory of their own, which no operation touches, instead of
-                ``num_nvl_bytes`` of the stage.
+            use_rdma_buffer: the ``num_rdma_bytes`` that low-latency operations push rows to on GPUs (on CPU ranks no
+                operation touches them) instead of ``num_nvl_bytes`` of the stage.
 
         Returns:
-            The tensor. Operations write to the stage: use it only while none runs on any rank.
+            The tensor. Operations of this rank and of peers write there: use it only while none runs on any rank,
+            and meet afterwards, in :meth:`clean_low_latency_buffer` for example.
 
         Raises:
             ArgumentError: the tensor does not fit.

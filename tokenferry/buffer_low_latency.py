@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,10 @@ class LowLatencyMethods:
 
     Every operation sends at once and receives when it is called for. With ``return_recv_hook`` the receive waits
     for the hook. Any number of operations may be in flight, hooks may be called in any order, each takes effect
-    once, and a receive may be complete before its hook is called.
+    once, and a receive may be complete before its hook is called. Replays of a CUDA graph are not known to the host:
+    call the hooks of operations sent outside of it before it is replayed.
+
+    On GPUs what kernels find is raised by the next call on the Buffer; outputs are undefined until then.
     """
 
     low_latency_mode: bool
@@ -96,6 +100,8 @@ class LowLatencyMethods:
             ArgumentError: an argument is not allowed; no peer was touched.
             MismatchError: ranks disagree on the operation or its shapes; the Buffer is unusable afterwards.
             PeerTimeoutError, PeerLostError: ranks did not take part (with ``enable_shrink`` they are masked instead).
+            BufferStateError: on GPUs, graph replays came round to an operation whose hook was not called; the Buffer
+                is unusable afterwards.
         """
         _check_finish(async_finish, return_recv_hook)
         runtime = self._live_runtime()
@@ -149,7 +155,8 @@ class LowLatencyMethods:
             topk_idx: int64 [T, K]: those of the dispatch, or the same with further -1.
             topk_weights: float32 [T, K].
             handle: of the dispatch.
-            use_logfmt: accepted; rows travel in bfloat16, which is exact. Excludes ``zero_copy``.
+            use_logfmt: accepted, without effect: rows, or sums of them, travel as they do without it, never in
+                fewer bits than bfloat16. Excludes ``zero_copy``.
             zero_copy: take the rows from :meth:`get_next_low_latency_combine_buffer` instead of ``x``.
             async_finish: return an event.
             return_recv_hook: as in :meth:`low_latency_dispatch`.
@@ -157,8 +164,9 @@ class LowLatencyMethods:
             combine_wait_recv_cost_stats: int64 [R]; the time waited for each rank is added, in nanoseconds.
 
         Returns:
-            [T, H]: the sum over choices, ascending, of weight times row in float32, rounded once; the event; the
-            hook or None.
+            [T, H]: the sum over choices, ascending, of weight times row in float32, rounded once; on GPUs without
+            ``exact_combine`` the sum over ranks, ascending, of such sums over each rank's experts, these rounded to
+            bfloat16 too; the event; the hook or None.
 
         Raises:
             As :meth:`low_latency_dispatch`.
@@ -204,13 +212,16 @@ class LowLatencyMethods:
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Make the Buffer fit for low-latency operations after foreign use of its memory.
 
-        Nothing is left to do here: flags and counters lie outside of the memory that
-        :meth:`tokenferry.Buffer.get_local_buffer_tensor` hands out, and never need cleaning.
+        A collective barrier: when it returns, what any rank has queued on its GPU before the call is done, such as
+        writes to the tensors of :meth:`tokenferry.Buffer.get_local_buffer_tensor`, which rows of peers would get in
+        the way of. Nothing else is left to do: flags and counters lie outside of that memory.
         """
         self._low_latency_party()
         check_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, minimum=1)
         check_int("hidden", hidden, minimum=1)
         check_int("num_experts", num_experts, minimum=1)
+        self._live_runtime().comm.synchronize()
+        self._all_gather(None)
 
     def low_latency_warmup(
         self,
@@ -246,10 +257,15 @@ class LowLatencyMethods:
         """Mask a rank (send it nothing, wait for nothing, skip its experts) or, by default, take it back.
 
         Local: every rank has a view of its own.
+
+        Raises:
+            ArgumentError: no such rank, or this one is to be masked.
+            BufferStateError: without ``enable_shrink``.
         """
         party = self._shrink_party()
         rank = check_int("rank_to_mask", rank_to_mask, minimum=0)
         require(rank < self.group_size, "rank_to_mask", rank, f"a rank below {self.group_size}")
+        require(not mask or rank != self.rank, "rank_to_mask", rank, "another rank than this one")
         with self._live_runtime().comm.in_order():
             party.plane.set_masked(rank, mask)
 
@@ -291,11 +307,13 @@ def _hook(runtime: Runtime | CudaRuntime, pending: Pending, is_wanted: bool) -> 
     """What receives, on the stream that is current then, when it is called first."""
     if not is_wanted:
         return None
-    comm, waiting = runtime.comm, [pending]
+    comm, waiting, lock = runtime.comm, [pending], threading.Lock()
 
     def hook() -> None:
-        if waiting:
-            with comm.in_order(waiting[0].written()):
-                waiting.pop().finish()
+        with lock:
+            if waiting:
+                with comm.in_order():
+                    waiting[0].finish()
+                waiting.clear()
 
     return hook

@@ -57,7 +57,7 @@ class Runtime:
         self._exact = exact_combine
         self._nodes: Nodes | None = None
         self._scratch: torch.Tensor | None = None
-        self._combine_rows: torch.Tensor | None = None
+        self._combine_rows: dict[tuple[int, ...], torch.Tensor] = {}
         self._plane: DataPlane | None = None
 
     def get_local_ipc_handle(self) -> bytearray:
@@ -127,11 +127,14 @@ class Runtime:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
-        """bfloat16 of this shape: rows that a low-latency combine may be given, the same until the shape changes."""
-        if self._combine_rows is None or self._combine_rows.shape != shape:
+        """bfloat16 of this shape: rows that a low-latency combine may be given.
+
+        The same at every call, since captured graphs read them.
+        """
+        if shape not in self._combine_rows:
             with torch.inference_mode(False):
-                self._combine_rows = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        return self._combine_rows
+                self._combine_rows[shape] = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return self._combine_rows[shape]
 
     def allocated_bytes(self) -> int:
         """Bytes of shared memory that this rank really takes."""
@@ -151,7 +154,8 @@ class Runtime:
         self._heap.close()
         if self._nodes is not None:
             self._nodes.rail.close()
-        self._scratch = self._combine_rows = None
+        self._scratch = None
+        self._combine_rows.clear()
 
 
 def _parse_handle(handle: bytes | bytearray) -> tuple[str, int]:

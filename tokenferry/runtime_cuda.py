@@ -65,7 +65,7 @@ class CudaRuntime:
         self._timeout = timeout
         self._plane: CudaDataPlane | None = None
         self._options = may_mask, exact_combine
-        self._combine_rows: torch.Tensor | None = None
+        self._combine_rows: dict[tuple[int, ...], torch.Tensor] = {}
         self._destroyed = False
         self.recorder = Recorder()
         self.epoch = 0
@@ -151,11 +151,14 @@ class CudaRuntime:
         return self._heap.empty(shape, dtype)
 
     def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
-        """bfloat16 of this shape: rows that a low-latency combine may be given, the same until the shape changes."""
-        if self._combine_rows is None or self._combine_rows.shape != shape:
+        """bfloat16 of this shape: rows that a low-latency combine may be given.
+
+        The same at every call, since captured graphs read them.
+        """
+        if shape not in self._combine_rows:
             with torch.inference_mode(False):
-                self._combine_rows = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        return self._combine_rows
+                self._combine_rows[shape] = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return self._combine_rows[shape]
 
     def allocated_bytes(self) -> int:
         """Bytes of device memory that the heap takes."""
@@ -178,7 +181,7 @@ class CudaRuntime:
             self._plane = None
             self._regions.close()
             self._heap.close()
-            self._combine_rows = None
+            self._combine_rows.clear()
 
 
 def _resident_programs(device: torch.device, num_sharing: int) -> int:

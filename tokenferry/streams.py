@@ -58,6 +58,10 @@ class CommStream:
         """Its address for the driver."""
         return self._handle
 
+    def synchronize(self) -> None:
+        """Wait for all that is queued on the device."""
+        torch.cuda.synchronize(self.device)
+
     def start(self) -> None:
         """Make ``comm`` wait for what is queued on ``cur``; called before every launch.
 
@@ -71,21 +75,16 @@ class CommStream:
         """One operation's turn on the stream, a context manager."""
         return Turn(self, event, async_finish, allocate_on_comm_stream)
 
-    def in_order(self, written: Iterable[torch.Tensor | None] = ()) -> InOrder:
-        """Run an operation on the current stream itself, behind earlier ones of this kind on whatever stream.
-
-        Args:
-            written: what it writes that was allocated earlier, on another stream perhaps.
-        """
-        return InOrder(self, written)
+    def in_order(self) -> InOrder:
+        """Run an operation on the current stream itself, behind earlier ones of this kind on whatever stream."""
+        return InOrder(self)
 
 
 class InOrder:
     """See :meth:`CommStream.in_order`."""
 
-    def __init__(self, comm: CommStream, written: Iterable[torch.Tensor | None]) -> None:
+    def __init__(self, comm: CommStream) -> None:
         self._comm = comm
-        self._written = written
         self._device = -1
 
     def __enter__(self) -> None:
@@ -107,9 +106,6 @@ class InOrder:
         comm = self._comm
         if comm._last is not None and _is_capturing(comm._last) == _is_capturing(current):
             current.wait_stream(comm._last)
-        for tensor in self._written:
-            if tensor is not None:
-                tensor.record_stream(current)
         comm._last, comm._last_handle = current, handle
 
     def __exit__(self, *_: object) -> None:
@@ -211,7 +207,10 @@ class Turn:
 class NoStream:
     """Stands for :class:`CommStream` on CPU ranks: work is done when a call returns."""
 
-    def in_order(self, written: Iterable[torch.Tensor | None] = ()) -> AbstractContextManager[None]:
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def in_order(self) -> AbstractContextManager[None]:
         """Nothing to wait for."""
         return nullcontext()
 

@@ -65,8 +65,8 @@ class LowLatencyWorld:
         self.table = torch.tensor([heap.data_ptr() for heap in self.heaps])
         place = host.Place(
             rank=0, num_ranks=num_ranks, address=0, offset=words.CONTROL_BYTES, nbytes=push_bytes,
-            target=Target(num_ranks, False, 0, has_fp8), timeout=1 << 40, most_programs=most_programs,
-            **{"shrinks": False, "exact": False, **options},
+            target=Target(num_ranks, False, 0, has_fp8), most_programs=most_programs,
+            **{"timeout": 1 << 40, "shrinks": False, "exact": False, **options},
         )  # fmt: skip
         self.buffers = []
         for rank in range(num_ranks):

@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import triton.language as tl
 
 from tests.kernels import interpreter
 
@@ -81,6 +82,7 @@ class Simulator:
         self.switch = switch
         self.max_steps = max_steps
         self.steps = 0
+        self.time = 0
         self.memory = _Memory()
         self.returned = threading.Semaphore(0)
         self.is_stopping = False
@@ -123,6 +125,18 @@ class Simulator:
         finally:
             self._stop()
 
+    def let_time_pass(self, monkeypatch: Any, *modules: Any) -> None:
+        """Give the kernels of some modules a clock: a nanosecond for every step of anybody, since the first run.
+
+        Without it the interpreter's stands still, and no deadline ever passes.
+        """
+        for module in modules:
+            monkeypatch.setattr(module, "now", lambda: tl.program_id(0).to(tl.int64) * 0 + self.time)
+
+    def _pass(self) -> None:
+        self.steps += 1
+        self.time += 1
+
     @property
     def is_over_limit(self) -> bool:
         return self.steps > self.max_steps
@@ -151,7 +165,7 @@ class Simulator:
         """Let one program run until it hands over. Programs that poll without news come less often."""
         running = self._running()
         if not running:
-            self.steps += 1
+            self._pass()
             return
         program = self.random.choices(running, [1 / (1 + min(p.polls, 15)) for p in running])[0]
         program.turn.release()
@@ -309,7 +323,7 @@ class _Program:
 
     def _step(self, *, hands_over: bool = False) -> None:
         """Before every memory operation."""
-        self.simulator.steps += 1
+        self.simulator._pass()
         if self.buffer and self.random.random() < ARRIVAL:
             self.let_one_arrive()
         if hands_over or self.simulator.is_over_limit or self.random.random() < self.simulator.switch:

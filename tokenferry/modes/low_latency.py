@@ -163,7 +163,7 @@ def combine(
         first_expert=party.rank * num_local,
         num_experts=num_experts,
         topk_idx=ids,
-        topk_weights=weights.detach() if weights.requires_grad else weights,
+        topk_weights=(weights.detach() if weights.requires_grad else weights).contiguous(),
         out=result.detach() if result.requires_grad else result,
         wait_stats=_check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
         receives_now=receives_now,

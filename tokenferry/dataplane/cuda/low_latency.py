@@ -211,8 +211,9 @@ class LowLatency:
             programs.combine(combines, place.target).warm()
 
     def _numbers(self, num_rows: int, most: int, signature: int, layout: tuple[int, ...]) -> tuple[int, ...]:
-        place = self._place
-        return place.address, num_rows, most, place.rank, signature, place.offset, self._slot_bytes(layout)
+        place, nbytes = self._place, self._slot_bytes(layout)
+        signature = hash((signature, self._depth, nbytes))  # ranks whose slots lie elsewhere disagree
+        return place.address, num_rows, most, place.rank, signature, place.offset, nbytes
 
     def _at_most(self, num_items: int) -> int:
         return max(min(num_items, self._place.most_programs), 1)
@@ -227,6 +228,9 @@ class LowLatency:
     def _run(
         self, stream: int, prepared: _Prepared, tensors: tuple[torch.Tensor | None, ...], receives_now: bool
     ) -> Receive:
+        if self._pending and not self.is_capturing():
+            # What was sent in a capture is received in it, or was never sent.
+            self._pending = deque(pending for pending in self._pending if not pending.is_captured)
         while self._pending and self._pending[0].number <= self._num_sent + 1 - self._depth:
             self._pending[0].finish(stream)
         self._num_sent += 1
@@ -244,13 +248,14 @@ class LowLatency:
         def receive(stream: int) -> None:
             variants.receive.launch(receivers, stream, (*common, 0))
 
-        pending = Receive(self, self._num_sent, receive, (*tensors, ticket), self.is_capturing())
+        pending = Receive(self, self._num_sent, receive, (*tensors, ticket), self.is_capturing(), stream)
         self._pending.append(pending)
         return pending
 
     def forget(self, receive: Receive) -> None:
         """A receive has been launched."""
-        self._pending.remove(receive)
+        if receive in self._pending:
+            self._pending.remove(receive)
 
     def close(self) -> None:
         """Refuse what has not been received: the memory goes away."""
@@ -268,29 +273,37 @@ class Receive:
         receive: Callable[[int], None] | None = None,
         tensors: tuple[torch.Tensor | None, ...] = (),
         is_captured: bool = False,
+        sent_on: int = -1,
     ) -> None:
         self.number = number
+        self.is_captured = is_captured
         self._owner = owner
         self._receive = receive
         self._tensors = tensors
-        self._is_captured = is_captured
+        self._sent_on = sent_on
 
     def written(self) -> tuple[torch.Tensor | None, ...]:
         """See :class:`tokenferry.dataplane.Pending`."""
         return self._tensors
 
     def finish(self, stream: int = -1) -> None:
-        """Launch the receive, unless that has been done."""
+        """Launch the receive on the current stream, whose address may be given, unless that has been done."""
         receive = self._receive
         if receive is None:
             return
         if self._owner.is_closed:
             raise BufferStateError("the Buffer was destroyed")
-        if self._is_captured != self._owner.is_capturing():
-            sent, now = ("in", "outside of") if self._is_captured else ("outside of", "in")
+        if self.is_captured != self._owner.is_capturing():
+            sent, now = ("in", "outside of") if self.is_captured else ("outside of", "in")
             raise BufferStateError(f"a low-latency operation was sent {sent} a CUDA graph and is received {now} it")
         device = self._owner.device
-        receive(stream if stream >= 0 else torch._C._cuda_getCurrentRawStream(device))
+        stream = stream if stream >= 0 else torch._C._cuda_getCurrentRawStream(device)
+        receive(stream)
+        if stream != self._sent_on:  # the memory may be of that one, whose later work must not get it too early
+            current = torch.cuda.current_stream(device)
+            for tensor in self._tensors:
+                if tensor is not None:
+                    tensor.record_stream(current)
         self._receive, self._tensors = None, ()
         self._owner.forget(self)
         self._owner.check()

@@ -33,7 +33,6 @@ _NAMES: dict[int, str] = {
     OperationKind.CACHED_EXPANDED_DISPATCH: "dispatch",
     OperationKind.BARRIER: "barrier",
 }
-_LOW_LATENCY = (OperationKind.LOW_LATENCY_DISPATCH, OperationKind.LOW_LATENCY_COMBINE)
 _LOOK_EVERY = 1.0
 """Seconds between two looks at the health of the device while waiting for it."""
 
@@ -69,9 +68,10 @@ class Status:
         """
         if self.failed:
             raise BufferStateError("an earlier operation failed on this Buffer: destroy it and build a new one")
-        if self._words[words.NEWLY_MASKED.value]:
-            bits, self._words[words.NEWLY_MASKED.value] = int(self._words[words.NEWLY_MASKED.value]), 0
-            masked = [rank for rank in range(self._num_ranks) if bits >> rank & 1]
+        news = self._words[words.NEWLY_MASKED.value :][: self._num_ranks]
+        if news.any():
+            masked = [int(rank) for rank in news.nonzero()[0]]
+            news[masked] = 0
             logger.warning("low latency: no sign of life from ranks %s for %.1f s: masked", masked, self._timeout)
         if self._words[words.CODE.value]:
             raise self._take()
@@ -113,18 +113,20 @@ class Status:
         return int(counts[words.HOST_ROWS.value]), counts[first : first + num_local].tolist()
 
     def _take(self, code: int = 0) -> TokenferryError:
-        """What is reported, which is forgotten then; ``code`` is known better than the words."""
+        """What is reported, which is forgotten then; ``code`` is known better than the words.
+
+        Kernels may report meanwhile, ``CODE`` last: it is taken first, and what says that all is lost stays.
+        """
         first = words.DETAIL.value
-        code = code or int(self._words[words.CODE.value])
+        code, self._words[words.CODE.value] = code or int(self._words[words.CODE.value]), 0
         kind = int(self._words[words.OPERATION.value])
         epoch = int(self._words[words.AT_EPOCH.value])
         details = self._words[first : first + self._num_ranks].tolist()
-        if self._words[words.HAS_FAILED.value] or code == words.TIMED_OUT.value:
+        fatal = int(self._words[words.HAS_FAILED.value])
+        if fatal or code == words.TIMED_OUT.value:
             self.failed = True
-            code = words.TIMED_OUT.value
-        if code == words.MISMATCH.value and kind in _LOW_LATENCY:
-            self.failed = True  # nobody has stepped back
-        self._words[:] = 0
+            code = fatal or code
+        self._words[first : first + self._num_ranks] = 0
         return self._error(code, _NAMES.get(kind, "an operation"), epoch, details)
 
     def _error(self, code: int, name: str, epoch: int, details: list[int]) -> TokenferryError:
@@ -145,6 +147,11 @@ class Status:
             return ArgumentError("topk_idx", f"more choices of one expert ({name}, epoch {epoch})", allowed)
         if code == words.NO_ROOM.value:
             return CapacityError(name, epoch, [self._rank], "choices of one expert twice: no room for all copies")
+        if code == words.NOT_RECEIVED.value:
+            return BufferStateError(
+                f"{name} (epoch {epoch}): an operation whose hook was not called lies in its memory, since graph"
+                " replays have come round to it: call hooks before; destroy this Buffer and build a new one"
+            )
         if code == words.BAD_COUNTS.value:
             return ArgumentError("num_tokens_per_rank", "other counts", "those of is_token_in_rank")
         if code == words.BAD_HANDLE.value:

@@ -17,6 +17,12 @@ find out when all its programs are through.
 A kernel has senders, programs with the first numbers, and receivers. Senders wait for earlier operations only, or for
 the first senders of peers, so receivers of the same launch may spin beside them: those that are waited for have been
 placed before. Sender 0 is the mode's, sender 1 releases, the others push rows.
+
+Who waits may be waited for. A sender gives up a rank that owes it credit after one timeout, and after two and a
+quarter one whose weights do not come, which may have waited for credit itself. So a live rank whose kernel begins
+within a timeout has published after four and a quarter, and receivers wait for four and a half where several ranks
+are missing; for the only one, which can wait for nobody, one. No program waits again for whom it has given up. A
+sender that has given ranks up goes on for the others: they get all that is theirs, and miss the same ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.sync import INTERPRET, clock, now, report, wait_at_least, zero
+from tokenferry.dataplane.cuda.kernels.sync import INTERPRET, clock, now, report, zero
 from tokenferry.dataplane.cuda.kernels.words import (
     DETAIL,
     FAILED,
@@ -32,6 +38,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     MASKED,
     MISMATCH,
     NEWLY_MASKED,
+    NOT_RECEIVED,
     PUSH_BEGUN,
     PUSH_EPOCH,
     PUSH_RELEASED,
@@ -47,6 +54,8 @@ from tokenferry.dataplane.cuda.kernels.words import (
 
 TOKEN_BITS = tl.constexpr(20)
 TOKEN_MASK = tl.constexpr((1 << 20) - 1)
+NOTHING = tl.constexpr(1 << 16)
+"""How a sender failed that has sent nothing, more than a count of senders."""
 
 
 @triton.jit
@@ -123,12 +132,21 @@ def first_look(state, number, THREADS: tl.constexpr):
 
 
 @triton.jit
-def wait_ranks(state, words, goals, on, rank, timeout, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr):
+def wait_ranks(
+    state, words, goals, on, rank, timeout, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
+    received=None, wait_stats=None,
+):  # fmt: skip
     """Wait until the words of all ranks that are on have reached their goals, or the time is up; return the words.
 
-    This rank's own word is waited for longer: its own programs write it, whose waits end, unless they have failed.
+    Receivers do not wait for those that are given up meanwhile, and longer while several are missing or were given
+    up; for this rank's own word as long as it takes, since the waits of its senders end; for nobody once all is lost.
+    Senders tell where lies what this rank has ``received``: if that is too old for own credit, no wait helps. The
+    nanoseconds until each word has come are added to ``wait_stats``, if given.
     """
     r = tl.arange(0, RB)
+    if wait_stats is not None:
+        start = now()
+        waited = tl.zeros([RB], tl.int64)
     seen = poll(words, R, RB, THREADS)
     behind = on & (seen < goals)
     missing = tl.max(behind.to(tl.int32))
@@ -137,35 +155,51 @@ def wait_ranks(state, words, goals, on, rank, timeout, R: tl.constexpr, RB: tl.c
     late = polls != 0
     deadline = zero().to(tl.int64)
     while ((missing != 0) & (late == 0)) | (own != 0):
-        seen = poll(words, R, RB, THREADS)
-        behind = on & (seen < goals)
-        missing = tl.max(behind.to(tl.int32))
-        own = tl.max((behind & (r == rank)).to(tl.int32))
         polls += 1
         if polls % 64 == 0:
             time = clock(state)
             deadline = tl.where(polls == 64, time + timeout, deadline)
-            late = time >= deadline
-            if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") != 0:
-                late = polls != 0
-                own = zero()
+            if received is None:
+                gone = (r < R) & (poll(state + MASKED, R, RB, THREADS) != 0)
+                on = on & (gone == 0)
+                several = tl.sum((behind | gone).to(tl.int32)) > 1
+                late = time >= deadline + tl.where(several, timeout * 7 // 2, 0)
+                if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") != 0:
+                    late = polls != 0
+                    rank = -1
+            else:
+                late = (time >= deadline) | (tl.load(received) < tl.max(goals))
             polls = tl.where(polls == 1 << 20, 1 << 19, polls)
+        seen = poll(words, R, RB, THREADS)
+        behind = on & (seen < goals)
+        missing = tl.max(behind.to(tl.int32))
+        own = tl.max((behind & (r == rank)).to(tl.int32))
+        if wait_stats is not None:
+            waited = tl.where(behind, now() - start, waited)
+    if wait_stats is not None:
+        tl.store(wait_stats + r, tl.load(wait_stats + r, mask=r < R, other=0) + waited, mask=r < R)
     return seen
 
 
 @triton.jit
+def fail(state, status, code, ranks, operation, epoch, RB: tl.constexpr):
+    """All is lost: tell later operations, and the host if that is news."""
+    if tl.atomic_xchg(state + FAILED, 1, sem="relaxed", scope="gpu") == 0:
+        tl.store(status + HAS_FAILED, code)
+        tl.store(status + DETAIL + tl.arange(0, RB), tl.full([RB], 1, tl.int64), mask=ranks)
+        report(status, code, operation, epoch)
+
+
+@triton.jit
 def give_up(state, status, missing, operation, epoch, SHRINK: tl.constexpr, RB: tl.constexpr):
-    """Ranks that did not come: go on without them, or tell the host and all later operations."""
+    """Ranks that did not come: the operation goes on without them, later ones with SHRINK only."""
     r = tl.arange(0, RB)
     if SHRINK:
-        tl.store(state + MASKED + r, tl.full([RB], 1, tl.int64), mask=missing)
-        bits = tl.reduce(tl.where(missing, tl.full([RB], 1, tl.int64) << r, 0), 0, either)
-        tl.store(status + NEWLY_MASKED, bits)
+        news = missing & (tl.load(state + MASKED + r, mask=missing, other=0) == 0)
+        tl.store(status + NEWLY_MASKED + r, tl.full([RB], 1, tl.int64), mask=news)
     else:
-        tl.store(state + FAILED, 1)
-        tl.store(status + HAS_FAILED, 1)
-        tl.store(status + DETAIL + r, tl.full([RB], 1, tl.int64), mask=missing)
-        report(status, TIMED_OUT, operation, epoch)
+        fail(state, status, TIMED_OUT, missing, operation, epoch, RB)
+    tl.store(state + MASKED + r, tl.full([RB], 1, tl.int64), mask=missing)
 
 
 @triton.jit
@@ -183,25 +217,37 @@ def credit(
     own, state, status, slot, epoch, operation, timeout,
     SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Wait until this rank may push into the slot of every rank; the ranks where it may, as a set of bits."""
+    """Wait until this rank may push into the slot of every rank; the ranks where it may, as a set of bits.
+
+    None, if what this rank has sent itself is still there: a receive was not launched before its slot came round.
+    """
     r = tl.arange(0, RB)
     goals = tl.load(state + SENT_TO + slot * RANKS + r, mask=r < R, other=0)
     on = unmasked(state, R, RB, SHRINK, THREADS)
-    seen = wait_ranks(state, words_of(own, PUSH_RELEASED, slot), goals, on, -1, timeout, R, RB, THREADS)
+    received = state + RECEIVED + slot
+    seen = wait_ranks(
+        state, words_of(own, PUSH_RELEASED, slot), goals, on, -1, timeout, R, RB, THREADS, received=received
+    )  # fmt: skip
     missing = on & (seen < goals)
+    on = on & (seen >= goals)
     if tl.max(missing.to(tl.int32)) != 0:
-        give_up(state, status, missing, operation, epoch, SHRINK, RB)
-    return tl.reduce(tl.where(on & (seen >= goals), 1 << r, 0), 0, either)
+        if tl.load(received) < tl.max(goals):
+            fail(state, status, NOT_RECEIVED, r < 0, operation, epoch, RB)
+            on = r < 0
+        else:
+            give_up(state, status, missing, operation, epoch, SHRINK, RB)
+    return tl.reduce(tl.where(on, 1 << r, 0), 0, either)
 
 
 @triton.jit
 def lacks(bits, SHRINK: tl.constexpr, R: tl.constexpr):
-    """Whether a set is not all ranks; with SHRINK those that are not in it are masked, and that is no failure."""
+    """NOTHING if a set is empty; 1 if some ranks are not in it, but with SHRINK they are masked: no failure."""
     every: tl.constexpr = (1 << R) - 1
+    nothing = tl.where(bits == 0, NOTHING, 0)
     if SHRINK:
-        return zero()
+        return nothing
     else:
-        return (bits.to(tl.int64) & 0xFFFFFFFF != every).to(tl.int32)
+        return nothing | (bits.to(tl.int64) & 0xFFFFFFFF != every).to(tl.int32)
 
 
 @triton.jit
@@ -268,7 +314,8 @@ def publish(
 ):  # fmt: skip
     """The end of sending, called by every sender: the last one tells the ranks that all has arrived.
 
-    ``failed``: whether the sender did not push all that it should have; then nobody is told.
+    ``num_tokens``: of this rank, or [RB] what to tell each. ``failed``: not 0 if the sender did not push all that it
+    should have; then those that it has given up are not told, or nobody.
     """
     r = tl.arange(0, RB)
     base = tl.load(heap + r, mask=r < R, other=0)
@@ -276,7 +323,11 @@ def publish(
     one = 1 + (failed.to(tl.int64) << 32)
     before = tl.atomic_add(state + PUSH_SENT, one, sem="acq_rel", scope="gpu")
     if (before & 0xFFFFFFFF) == num_senders - 1:
-        on = unmasked(state, R, RB, SHRINK, THREADS) & ((before + one) >> 32 == 0)
+        failures = (before + one) >> 32
+        on = unmasked(state, R, RB, SHRINK, THREADS) & (failures < NOTHING)
+        if not SHRINK:
+            if failures != 0:
+                on = on & (tl.load(state + MASKED + r, mask=r < R, other=0) == 0)
         value = (epoch << TOKEN_BITS) | num_tokens
         signal_ranks(words_of(base, PUSHED, slot) + rank, tl.zeros([RB], tl.int64) + value, on, RB)
         tl.store(state + PUSH_SENT, 0)
@@ -299,58 +350,59 @@ def arrivals(
 ):  # fmt: skip
     """Wait for the ranks; return, [RB], the tokens of each, or -1 of one that did not come.
 
-    With SHRINK the first receiver decides who has come, so that all receivers go on with the same ranks.
+    With SHRINK the first receiver decides who has come, so that all receivers go on with the same ranks. Its verdict
+    is ``epoch << 32 | ranks``, of which the upper half may go round.
     """
     r = tl.arange(0, RB)
     flags = words_of(own, PUSHED, slot)
     goals = tl.zeros([RB], tl.int64) + (epoch << TOKEN_BITS)
     on = r < R
+    first = index == 0
     if (index == 0) & (wait_stats != 0):
-        measure_waits(state, flags, epoch << TOKEN_BITS, timeout, longs_at(wait_stats), SHRINK, R)
+        if SHRINK:
+            on = unmasked(state, R, RB, SHRINK, THREADS)
+        wait_ranks(
+            state, flags, goals, on, rank, timeout, R, RB, THREADS, wait_stats=longs_at(wait_stats)
+        )  # fmt: skip
+        timeout = timeout * 0
     if SHRINK:
         if index == 0:
             on = unmasked(state, R, RB, SHRINK, THREADS)
             seen = wait_ranks(state, flags, goals, on, rank, timeout, R, RB, THREADS)
             missing = on & (seen < goals)
             if tl.max(missing.to(tl.int32)) != 0:
-                give_up(state, status, missing, operation, epoch, SHRINK, RB)
+                if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") == 0:
+                    give_up(state, status, missing, operation, epoch, SHRINK, RB)
+                else:
+                    first = index < 0
             bits = tl.reduce(tl.where(on & (seen >= goals), tl.full([RB], 1, tl.int64) << r, 0), 0, either)
             tl.debug_barrier()
             tl.atomic_xchg(state + VERDICTS + slot, (epoch << 32) | bits, sem="release", scope="gpu")
         verdict = tl.atomic_add(state + VERDICTS + slot, 0, sem="acquire", scope="gpu")
-        while (verdict >> 32) < epoch:
+        failed = zero().to(tl.int64)
+        while (((verdict >> 32) ^ epoch) & 0xFFFFFFFF != 0) & (failed == 0):
+            failed = tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu")
             verdict = tl.atomic_add(state + VERDICTS + slot, 0, sem="acquire", scope="gpu")
-        there = (r < R) & (((verdict >> r) & 1) != 0)
-        seen = poll(flags, R, RB, THREADS)
+        there = (r < R) & (((verdict >> r) & 1) != 0) & (((verdict >> 32) ^ epoch) & 0xFFFFFFFF == 0)
+        seen = tl.load(flags + r, mask=there, other=0)
     else:
         seen = wait_ranks(state, flags, goals, on, rank, timeout, R, RB, THREADS)
         there = on & (seen >= goals)
         missing = on & (seen < goals)
         if tl.max(missing.to(tl.int32)) != 0:
-            give_up(state, status, missing, operation, epoch, SHRINK, RB)
+            if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") == 0:
+                give_up(state, status, missing, operation, epoch, SHRINK, RB)
+            else:
+                first = index < 0
             there = there & (r < 0)
-    if index == 0:
+    if first:
         tl.store(state + RECEIVED + slot, epoch)
         theirs = tl.load(words_of(own, PUSH_SIGNATURES, slot) + r, mask=there, other=0)
         differs = there & (theirs != signature)
         if tl.max(differs.to(tl.int32)) != 0:
-            tl.store(state + FAILED, 1)
-            tl.store(status + DETAIL + r, differs.to(tl.int64), mask=r < R)
-            report(status, MISMATCH, operation, epoch)
+            fail(state, status, MISMATCH, differs, operation, epoch, RB)
     # A rank that disagrees may have more tokens than there is room for.
     return tl.where(there, tl.minimum(seen & TOKEN_MASK, most), -1).to(tl.int32)
-
-
-@triton.jit
-def measure_waits(state, flags, goal, timeout, wait_stats, SHRINK: tl.constexpr, R: tl.constexpr):
-    """Add, for every rank, the nanoseconds until its flag has come."""
-    start = now()
-    for source in range(R):
-        patience = timeout
-        if SHRINK:
-            patience = tl.where(tl.load(state + MASKED + source) != 0, 0, timeout)
-        wait_at_least(state, flags + source, goal, patience)
-        tl.store(wait_stats + source, tl.load(wait_stats + source) + now() - start)
 
 
 @triton.jit

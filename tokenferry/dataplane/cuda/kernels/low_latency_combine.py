@@ -27,17 +27,17 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     give_up,
     has,
     lacks,
+    poll,
     publish,
     release,
     sign,
     signal_ranks,
     source_of,
     split,
-    unmasked,
     words_of,
 )
-from tokenferry.dataplane.cuda.kernels.sync import wait_at_least, zero
-from tokenferry.dataplane.cuda.kernels.words import PUSH_EPOCH, PUSHED_WEIGHTS
+from tokenferry.dataplane.cuda.kernels.sync import report, wait_at_least, zero
+from tokenferry.dataplane.cuda.kernels.words import BAD_EXPERT, MASKED, PUSH_EPOCH, PUSHED_WEIGHTS
 
 SKIP = tl.constexpr(0x7FC5AFE0)
 """The bits of a NaN that stands for no weight."""
@@ -70,9 +70,21 @@ def push_weights(
 
 
 @triton.jit
+def check_ids(status, ids, num_tokens, operation, epoch, E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Report choices that are none; they do not count."""
+    bad = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, num_tokens * K, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        e = tl.load(ids + i, mask=i < num_tokens * K, other=-1)
+        bad = bad | ((e < -1) | (e >= E)).to(tl.int32)
+    if tl.max(bad) != 0:
+        report(status, BAD_EXPERT, operation, epoch)
+
+
+@triton.jit
 def send_sum(
-    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout, source, token,
-    part, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr,
+    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout, patience,
+    source, token, part, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr,
     R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """A part of the sum of a token's rows on this rank, sent home; returns whether that failed."""
@@ -93,9 +105,16 @@ def send_sum(
         # The rows are under way while the weights are waited for.
         bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
         flag = words_of(own, PUSHED_WEIGHTS, slot) + source
-        there = wait_at_least(state, flag, epoch << TOKEN_BITS, timeout)
-        if not there:
-            give_up(state, status, r == source, operation, epoch, SHRINK, RB)
+        there = has(bits, source)
+        if there:
+            for_ever = zero().to(tl.int64) + (1 << 61)  # this rank's own come from sender 0, whose waits end
+            patience = tl.where(source == rank, for_ever, patience * 9 // 4)
+            there = wait_at_least(state, flag, epoch << TOKEN_BITS, patience, state + MASKED + source)
+            if not there:
+                if tl.atomic_add(state + MASKED + source, 0, sem="relaxed", scope="gpu") == 0:
+                    seen = poll(words_of(own, PUSHED_WEIGHTS, slot), R, RB, THREADS)
+                    missing = (r < R) & (r != rank) & (seen < epoch << TOKEN_BITS)
+                    give_up(state, status, missing | (r == source), operation, epoch, SHRINK, RB)
         failed = lacks(bits, SHRINK, R)
         if not SHRINK:
             failed = failed | (there == 0).to(tl.int32)
@@ -158,25 +177,29 @@ def send(
             push_weights(
                 heap, ids, weights, num_tokens, most, rank, slot, epoch, at, off_weights, bits, E, K, R, RB, BLOCK
             )  # fmt: skip
+        check_ids(status, ids, num_tokens, operation, epoch, E, K, BLOCK)
     elif pid == 1:
         release(heap, state, rank, R, RB, DEPTH)
     else:
         r = tl.arange(0, RB)
-        on = unmasked(state, R, RB, SHRINK, THREADS)
-        tokens = tl.load(table + most * (R * K) + r, mask=on, other=0)
+        tokens = tl.load(table + most * (R * K) + r, mask=r < R, other=0)
         tokens = tl.minimum(tl.maximum(tokens, 0), most)
         for item in range(pid - 2, tl.sum(tokens) * PARTS, num_senders - 2):
             source, token, part = source_of(tokens, item, PARTS, RB)
+            once = tl.where(failed != 0, 0, timeout)
             if EXACT:
                 failed = failed | send_rows(
-                    heap, own, state, status, x, table, most, slot, epoch, at, operation, timeout, source, token,
-                    part, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
+                    heap, own, state, status, x, table, most, slot, epoch, at, operation, once, source, token, part,
+                    SHRINK, H, K, L, WIDTH, R, RB, THREADS,
                 )  # fmt: skip
             else:
                 failed = failed | send_sum(
-                    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout,
-                    source, token, part, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
+                    heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, once,
+                    timeout, source, token, part, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
                 )  # fmt: skip
+    if SHRINK:  # a rank whose tokens dispatch did not bring here, but which has been taken back since, gets no sums
+        r = tl.arange(0, RB)
+        num_tokens = (tl.load(table + most * (R * K) + r, mask=r < R, other=-1) >= 0).to(tl.int32)
     publish(heap, state, rank, slot, epoch, num_tokens, num_senders, failed, SHRINK, R, RB, THREADS)
 
 
@@ -235,7 +258,10 @@ def receive(
         own, state, status, rank, slot, epoch, signature, most, operation, timeout, wait_stats, index,
         SHRINK, R, RB, THREADS,
     )  # fmt: skip
-    there = tl.reduce(tl.where(tokens >= 0, 1 << tl.arange(0, RB), 0), 0, either)
+    there = tokens >= 0
+    if SHRINK:
+        there = tokens > 0
+    there = tl.reduce(tl.where(there, 1 << tl.arange(0, RB), 0), 0, either)
     for item in range(index, num_tokens * PARTS, num_receivers):
         token, part = split(item, PARTS)
         if EXACT:

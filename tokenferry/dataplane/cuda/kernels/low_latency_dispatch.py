@@ -195,9 +195,9 @@ def write_tables(
     counts, tokens, layout_range, num_received, stats, table_tokens, L: tl.constexpr,
     R: tl.constexpr, RB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    """Where the rows of each source lie in each slab, how many there are, and the tokens of each source."""
+    """Where the rows of each source lie in each slab, how many there are, and the tokens of each source or -1."""
     r = tl.arange(0, RB)
-    tl.store(table_tokens + r, tl.maximum(tokens, 0), mask=r < R)
+    tl.store(table_tokens + r, tokens, mask=r < R)
     for start in range(0, L, LB):
         expert = start + tl.arange(0, LB)
         inside = (r < R)[:, None] & (expert < L)[None, :]
@@ -275,15 +275,16 @@ def send(
     else:
         for item in range(pid - 2, num_tokens * (PARTS + 1), num_senders - 2):
             token, part = split(item, PARTS + 1)
+            once = tl.where(failed != 0, 0, timeout)
             if part == PARTS:
                 bits = send_choices(
-                    heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, timeout,
-                    token, SHRINK, K, KB, E, L, R, RB, BLOCK, THREADS,
+                    heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, once, token,
+                    SHRINK, K, KB, E, L, R, RB, BLOCK, THREADS,
                 )  # fmt: skip
             else:
                 bits = send_part(
-                    heap, own, state, status, ids, x, most, rank, slot, epoch, at, off_scales, operation, timeout,
-                    token, part, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E, L, GROUPS, R, RB, THREADS,
+                    heap, own, state, status, ids, x, most, rank, slot, epoch, at, off_scales, operation, once, token,
+                    part, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E, L, GROUPS, R, RB, THREADS,
                 )  # fmt: skip
             failed = failed | lacks(bits, SHRINK, R)
     publish(heap, state, rank, slot, epoch, num_tokens, num_senders, failed, SHRINK, R, RB, THREADS)
@@ -376,7 +377,7 @@ def dispatch(
 
     What is sent here and received by a later launch leaves its number in ``ticket``. ``src_info`` is followed by the
     table for :mod:`.low_latency_combine`: int32 [R, N, K], row of each choice in the slabs or -1, and int32 [R],
-    tokens of each source.
+    tokens of each source, or -1 of one that did not come.
     """
     PARTS: tl.constexpr = (H + GROUPS * GROUP - 1) // (GROUPS * GROUP)
     ITEM: tl.constexpr = 2 if FORMAT == 0 else 1

@@ -87,10 +87,11 @@ def clock(state):
 
 
 @triton.jit
-def wait_at_least(state, flag, value, timeout):
+def wait_at_least(state, flag, value, timeout, given_up=None):
     """Wait until a progress word in own memory has reached ``value``; False if it did not in ``timeout`` ns.
 
-    The clock is looked at every 64 polls, about as many microseconds, and runs from the first look on.
+    Nor if the word at ``given_up``, where there is one, is not 0: then who would write has been given up. The clock
+    is looked at every 64 polls, about as many microseconds, and runs from the first look on.
     """
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
     polls = zero()
@@ -103,6 +104,8 @@ def wait_at_least(state, flag, value, timeout):
             time = clock(state)
             deadline = tl.where(polls == 64, time + timeout, deadline)
             late = time >= deadline
+            if given_up is not None:
+                late = late | (tl.atomic_add(given_up, 0, sem="relaxed", scope="gpu") != 0)
             polls = tl.where(polls == 1 << 20, 1 << 19, polls)
     return seen >= value
 

@@ -97,7 +97,7 @@ VERDICTS = tl.constexpr(16)
 RECEIVED = tl.constexpr(16 + MAX_SLOTS)
 """By slot: the last epoch that is received when the next kernel begins."""
 MASKED = tl.constexpr(32)
-"""By rank: whether low-latency operations go on without it."""
+"""By rank: whether low-latency operations go on without it; what is under way does after a failure, too."""
 SENT_TO = tl.constexpr(32 + MAX_RANKS)
 """By slot and rank: the last epoch whose rows were pushed there."""
 STATE_WORDS = 32 + MAX_RANKS + MAX_SLOTS * MAX_RANKS
@@ -107,10 +107,11 @@ CODE = tl.constexpr(0)
 OPERATION = tl.constexpr(1)
 AT_EPOCH = tl.constexpr(2)
 HAS_FAILED = tl.constexpr(3)
+"""The code of what has made the Buffer useless, if anything has."""
 DETAIL = tl.constexpr(4)
 NEWLY_MASKED = tl.constexpr(4 + MAX_RANKS)
-"""A bit for every rank that a kernel has masked."""
-STATUS_WORDS = 5 + MAX_RANKS
+"""By rank: whether a kernel has masked it."""
+STATUS_WORDS = 4 + 2 * MAX_RANKS
 
 # Codes.
 OK = tl.constexpr(0)
@@ -124,6 +125,7 @@ BAD_HANDLE = tl.constexpr(7)
 UNKNOWN_REGION = tl.constexpr(8)
 CROWDED = tl.constexpr(9)
 NO_ROOM = tl.constexpr(10)
+NOT_RECEIVED = tl.constexpr(11)
 
 # Words that notify leaves in pinned host memory.
 HOST_DONE = tl.constexpr(0)
