@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-from tokenferry.dataplane import OperationKind, Outputs, ScaleFormat, SendPlan
-from tokenferry.dataplane.cuda import launch, low_latency_programs, programs
+from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ScaleFormat, SendPlan
+from tokenferry.dataplane.cuda import expert_major_programs, launch, low_latency_programs, programs
 from tokenferry.handles import DispatchHandle
 
 TOKENS, ROWS, NUM_SMS = 4096, 8192, 16
@@ -101,6 +101,61 @@ def dispatch(
     )  # fmt: skip
 
 
+def expanded(
+    ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, cached: bool = False, bulk: bool = False
+) -> None:
+    plan, handle = plan_of(ranks, row_bytes, topk, scale_bytes, cached=cached), handle_of(ranks)
+    outputs, small = expanded_outputs(row_bytes, topk, scale_bytes), torch.empty(256, dtype=torch.int32)
+    experts = ExpertPlan(64 // ranks, TOKENS, 128, True, ROWS, False, outputs.metadata if cached else None, small)
+    programs.dispatch(
+        0, CONTEXT, plan._replace(experts=experts), outputs, handle.recv_src_idx, handle.rank_prefix_matrix, (0,) * 4,
+        0, ROWS, TOKENS, STAGE, 0, OperationKind.EXPANDED_DISPATCH, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
+        small,
+    )  # fmt: skip
+
+
+def expanded_outputs(row_bytes: int, topk: int, scale_bytes: int = 0) -> Outputs:
+    return Outputs(
+        torch.empty(ROWS, row_bytes, dtype=torch.uint8),
+        torch.empty(ROWS, scale_bytes, dtype=torch.uint8) if scale_bytes else None,
+        torch.empty(ROWS, topk, dtype=torch.int64),
+        torch.empty(ROWS, 1),
+        torch.empty(ROWS, dtype=torch.int32),
+        torch.empty(ROWS, topk + 2, dtype=torch.int32),
+    )
+
+
+def pack(topk: int, experts: int) -> None:
+    ids = torch.empty(TOKENS, topk, dtype=torch.int64)
+    expert_major_programs.pack(0, ids, ids, experts, programs.Target(8, False, 0))
+
+
+def starts(*, expand: bool) -> None:
+    small = torch.empty(64, dtype=torch.int32)
+    expert_major_programs.starts(0, 0, small, (small, small), 128, 0, expand, programs.Target(8, False, 0))
+
+
+def sources() -> None:
+    outputs = expanded_outputs(16, 8)
+    expert_major_programs.sources(
+        0, outputs, handle_of(8).rank_prefix_matrix, TOKENS, 0, programs.Target(8, False, 0)
+    )
+
+
+def pad() -> None:
+    ends = torch.empty(64, dtype=torch.int32)
+    expert_major_programs.pad(0, expanded_outputs(7168, 8, 56 * 4), ends, 128, programs.Target(8, False, 0))
+
+
+def sum_copies(dtype: torch.dtype, wide: torch.dtype) -> None:
+    x, out = torch.empty(ROWS, 7168, dtype=dtype), torch.empty(ROWS, 7168, dtype=wide)
+    metadata = torch.empty(ROWS, 10, dtype=torch.int32)
+    prefix = handle_of(8).rank_prefix_matrix
+    expert_major_programs.sum_copies(
+        0, x, metadata, out, prefix, (0, 0), 0, OperationKind.COMBINE, programs.Target(8, False, 0)
+    )
+
+
 def combine(
     ranks: int, dtype: torch.dtype, row_bytes: int, topk: int = 8, biases: int = 0, *, bulk: bool = False
 ) -> None:
@@ -145,6 +200,16 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "dispatch 16 bytes": lambda: dispatch(8, 16, 1),
     "dispatch without choices": lambda: dispatch(8, 14336, 0),
     "dispatch cached": lambda: dispatch(8, 14336, 0, cached=True),
+    "dispatch expanded": lambda: expanded(8, 14336, 8),
+    "dispatch expanded fp8": lambda: expanded(8, 7168, 8, 56 * 4),
+    "dispatch expanded cached": lambda: expanded(8, 14336, 8, cached=True),
+    "dispatch expanded 32": lambda: expanded(32, 14336, 32),
+    "local pack": lambda: pack(8, 256),
+    "local starts": lambda: starts(expand=True),
+    "local sources": sources,
+    "local pad": pad,
+    "local sum bf16": lambda: sum_copies(BFLOAT16, BFLOAT16),
+    "local sum bf16 wide": lambda: sum_copies(BFLOAT16, FLOAT32),
     "combine bf16 2 ranks": lambda: combine(2, BFLOAT16, 14336),
     "combine bf16": lambda: combine(8, BFLOAT16, 14336),
     "combine bf16 biases": lambda: combine(8, BFLOAT16, 14336, 0, 2),
@@ -167,10 +232,13 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "bulk dispatch": lambda: dispatch(8, 14336, 8, bulk=True),
     "bulk dispatch fp8": lambda: dispatch(8, 7168, 8, 56 * 4, bulk=True),
     "bulk dispatch cached": lambda: dispatch(8, 14336, 0, cached=True, bulk=True),
+    "bulk dispatch expanded": lambda: expanded(8, 14336, 8, bulk=True),
+    "bulk dispatch expanded fp8": lambda: expanded(8, 7168, 8, 56 * 4, bulk=True),
+    "bulk dispatch expanded cached": lambda: expanded(8, 14336, 8, cached=True, bulk=True),
     "bulk combine bf16": lambda: combine(8, BFLOAT16, 14336, bulk=True),
     "bulk combine fp32": lambda: combine(8, FLOAT32, 28672, bulk=True),
 }
-"""One launch each, by name: the kernel's, then the case. Those that begin with "bulk" need sm_90."""
+"""One launch each, by name: the kernel's, then the case. "bulk" needs sm_90, "local" tells no peer anything."""
 
 
 class _Driver:

@@ -24,7 +24,7 @@ LAYOUTS: dict[str, tuple[int, ...]] = {
 
 def make_buffer(rank: int, layout: str, **options: Any) -> Buffer:
     """A Buffer among nodes of this layout."""
-    return Buffer(dist.group.WORLD, timeout=TIMEOUT, node=LAYOUTS[layout][rank], **options)
+    return Buffer(dist.group.WORLD, node=LAYOUTS[layout][rank], **{"timeout": TIMEOUT, **options})
 
 
 def small_chunks(rows: int) -> Config:

@@ -195,6 +195,10 @@ class Scenario:
         }
         if by_rank:
             return oracle.combined_by_rank(ids, self.weights, row_of, self.case.hidden, self.case.local_experts)
+        return self.combined(ids, row_of)
+
+    def combined(self, ids: torch.Tensor, row_of: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
+        """bfloat16 [T, H]: the sums over choices, from the experts' rows by (expert, token)."""
         return oracle.combined(ids, self.weights, row_of, self.case.hidden)
 
     def combine(self, buffer: Buffer, result: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:

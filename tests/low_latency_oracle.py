@@ -61,13 +61,18 @@ def combined(
     topk_idx: torch.Tensor, topk_weights: torch.Tensor, row_of: dict[tuple[int, int], torch.Tensor], hidden: int
 ) -> torch.Tensor:
     """bfloat16 [T, H] from the experts' rows by (expert, token); one that is missing counts nothing."""
-    out = torch.zeros(len(topk_idx), hidden, dtype=torch.bfloat16)
+    return combined_wide(topk_idx, topk_weights, row_of, hidden).to(torch.bfloat16)
+
+
+def combined_wide(
+    topk_idx: torch.Tensor, topk_weights: torch.Tensor, row_of: dict[tuple[int, int], torch.Tensor], hidden: int
+) -> torch.Tensor:
+    """As :func:`combined`, before it is rounded: float32 [T, H]."""
+    out = torch.zeros(len(topk_idx), hidden, dtype=torch.float32)
     for token, ids in enumerate(topk_idx.tolist()):
-        total = torch.zeros(hidden, dtype=torch.float32)
         for choice, expert in enumerate(ids):
             if (expert, token) in row_of:
-                total = total + topk_weights[token, choice] * row_of[expert, token].to(torch.float32)
-        out[token] = total.to(torch.bfloat16)
+                out[token] += topk_weights[token, choice] * row_of[expert, token].to(torch.float32)
     return out
 
 

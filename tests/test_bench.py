@@ -198,6 +198,8 @@ def test_against_refuses_other_files(content: str | None, tmp_path: Path) -> Non
         (["--seconds", "1", "--iterations", "1"], "--iterations"),
         (["--save", "../name"], "--save"),
         (["--loud"], "--loud"),
+        (["--nodes", "3"], "--nodes"),
+        ([*LOW_LATENCY, "--nodes", "2"], "--nodes"),
         (["--max-tokens", "8"], "--max-tokens"),
         (["--exact"], "--exact"),
         (["--mode", "slow"], "--mode"),
@@ -330,6 +332,13 @@ def test_contenders_agree(dtype: str, pool_of: Callable[[int], RankPool]) -> Non
     for mode in MODES:
         case = a_case(mode=mode, dtype=dtype, ranks=2)
         for result in pool_of(2).run(run_case, case, Budget(0.0, 1), True):
+            assert all(len(times) == 1 for times in result.times.values())
+
+
+def test_contenders_agree_between_nodes(pool_of: Callable[[int], RankPool]) -> None:
+    for mode in MODES:
+        case = a_case(mode=mode, nodes=2)
+        for result in pool_of(4).run(run_case, case, Budget(0.0, 1), True):
             assert all(len(times) == 1 for times in result.times.values())
 
 

@@ -243,7 +243,13 @@ def test_ranks_that_share_gpus_and_send_every_row(saved: Path, capsys: pytest.Ca
 
 
 def test_default_cases() -> None:
-    settled: dict[str, Any] = {"mode": "low-latency", "device": "cpu", "num_nvl_bytes": [0], "kernels": False}
+    settled: dict[str, Any] = {
+        "mode": "low-latency",
+        "device": "cpu",
+        "num_nvl_bytes": [0],
+        "kernels": False,
+        "nodes": 1,
+    }
     absent = ("modes", "mb", "sms", "seconds", "max_tokens", "tokens", "dtype", "ranks")
     parser = bench_low_latency.argparse.ArgumentParser()
     args = parser.parse_args([])

@@ -29,8 +29,9 @@ ROOT = Path(__file__).parent.parent
 DISTRIBUTION = ROOT / "compat-dist"
 
 SPELLINGS = {
-    "deep_ep": ["Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t"],
+    "deep_ep": ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "topk_idx_t"],
     "deep_ep.buffer": ["Buffer", "Config", "EventHandle", "EventOverlap"],
+    "deep_ep.buffers.elastic": ["EPHandle", "ElasticBuffer"],
     "deep_ep.buffers.legacy": ["Buffer"],
     "deep_ep.legacy": ["Buffer"],
     "deep_ep.utils": ["EventHandle", "EventOverlap"],
@@ -38,13 +39,11 @@ SPELLINGS = {
     "deep_ep_cpp": ["Config", "EventHandle", "topk_idx_t"],
 }
 ABSENT_NAMES = [
-    "ElasticBuffer",
-    "EPHandle",
     "HybridEPBuffer",
     "get_logical_domain_size",
     "get_physical_domain_size",
 ]
-ABSENT_MODULES = ["deep_ep.buffers.elastic", "deep_ep.hybrid_ep_buffer", "deep_ep._C"]
+ABSENT_MODULES = ["deep_ep.hybrid_ep_buffer", "deep_ep._C"]
 
 CHECK = """
 import importlib, importlib.util, json, sys, time

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CAPABILITIES = (80, 90, 100)
 NAMES = tuple(pytest.importorskip("tests.compile_kernels").LAUNCHES)
+REMOTE = tuple(name for name in NAMES if not name.startswith("local"))
 MOST_SPILLED = 128
 """Bytes: divisions of 64-bit integers are calls, around which a few registers are saved."""
 
@@ -89,7 +90,7 @@ def test_registers_suffice(compiled: Compiled, name: str) -> None:
     assert ".local" not in compiled.ptx(name)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.partition(" ")[0] in ("dispatch", "combine")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("dispatch", "combine", "local sum"))])
 def test_rows_move_by_16_bytes(compiled: Compiled, name: str) -> None:
     found = accesses(compiled.ptx(name))
     if "16 bytes" in name:  # fewer words than threads
@@ -105,14 +106,14 @@ def test_rows_move_by_the_bulk_copy_engine(compiled: Compiled, name: str) -> Non
     assert "fence.proxy.async" in compiled.ptx(name)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "layout"])
+@pytest.mark.parametrize("name", [name for name in REMOTE if name != "layout"])
 def test_peers_are_waited_for_and_signalled_at_system_scope(compiled: Compiled, name: str) -> None:
     ptx = compiled.ptx(name)
     assert re.search(r"ld\.(global\.sys\.acquire|acquire\.sys\.global)\.b64", ptx)
     assert re.search(r"atom\.global\.sys\.release\.exch\.b64|st\.release\.sys", ptx)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", REMOTE)
 def test_no_other_thread_is_between_a_barrier_and_a_release(compiled: Compiled, name: str) -> None:
     """From a release back to the last barrier in the text, nobody but the releasing thread (by its predicate) stores.
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tests.cases import TIMEOUT, Case, Scenario, check_works, named_segments, segments
 from tests.conftest import PoolOf
 from tokenferry import Buffer, PeerTimeoutError, TokenferryError
+from tokenferry import buffer as buffer_module
 
 
 def _changed_defaults(rank: int, num_ranks: int, dtype: torch.dtype, device: str) -> None:
@@ -108,6 +109,24 @@ def _nodes(rank: int, num_ranks: int) -> None:
         assert buffer.topology.num_nodes == 1
         assert buffer.topology.local_ranks == tuple(range(num_ranks))
         check_works(buffer)
+
+
+def _mixed(rank: int, num_ranks: int) -> None:
+    for name, value in (("exact_combine", rank == 1), ("enable_shrink", rank == 2)):
+        with pytest.raises(TokenferryError, match=f"agree on {name}: .*rank 1 has {name == 'exact_combine'}"):
+            Buffer(dist.group.WORLD, low_latency_mode=True, timeout=TIMEOUT, **{name: value})
+    device = torch.device("cuda", 0) if rank == 2 else torch.device("cpu")
+    with (
+        mock.patch.object(buffer_module, "choose_device", return_value=device),
+        pytest.raises(TokenferryError, match=r"agree on device: .*rank 1 has cpu, rank 2 has cuda"),
+    ):
+        Buffer(dist.group.WORLD, timeout=TIMEOUT)
+    with Buffer(dist.group.WORLD, timeout=TIMEOUT) as buffer:
+        check_works(buffer)
+
+
+def test_ranks_that_want_different_buffers(pool_of: PoolOf) -> None:
+    pool_of(3).run(_mixed)
 
 
 def test_unequal_nodes_raise_on_every_rank(pool_of: PoolOf) -> None:

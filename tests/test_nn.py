@@ -301,7 +301,7 @@ def worst_case_rows(rank: int, num_ranks: int) -> None:
         finally:
             plane_type.empty_rows = original
         received = int(handle.rank_prefix_matrix[-1, rank])
-        assert counts == []
+        assert counts.numel() == 0
         assert got.size(0) == 16 > received > 0
         assert not got[received:].any()
         assert (local[received:] == -1).all()
@@ -326,15 +326,6 @@ def wrong_arguments(rank: int, num_ranks: int) -> None:
             ExpertParallelMoE(buffer, 8, 8, 3, 1)
         with pytest.raises(ArgumentError, match="num_topk: got 5"):
             ExpertParallelMoE(buffer, 8, 8, 4, 5)
-        x = torch.ones(1, 8, requires_grad=True)
-        got, *_, handle = dispatch(buffer, x, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), 2)
-        (grad,) = torch.autograd.grad(got.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
-        rows = torch.ones(handle.recv_src_idx.numel(), 8, requires_grad=True)
-        (grad,) = torch.autograd.grad(combine(buffer, rows, handle).square().sum(), rows, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
 
 
 def test_wrong_arguments_are_named(pool_of: PoolOf) -> None:

@@ -60,7 +60,9 @@ class MetaPlane:
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         self.given += [signature, plan, outs]
 
-    def low_latency_tables(self, num_local: int, most: int, num_topk: int) -> tuple[torch.Tensor, ...]:
+    def low_latency_tables(
+        self, num_ranks: int, num_local: int, most: int, num_topk: int
+    ) -> tuple[torch.Tensor, ...]:
         return (
             int32(num_local, RANKS * most),
             torch.empty((num_local, RANKS), dtype=torch.int64, device=META),

@@ -2,6 +2,7 @@
 
 from tokenferry.buffer import Buffer
 from tokenferry.config import Config
+from tokenferry.elastic import ElasticBuffer
 from tokenferry.errors import (
     ArgumentError,
     BufferStateError,
@@ -15,8 +16,9 @@ from tokenferry.errors import (
     TokenferryError,
 )
 from tokenferry.events import EventHandle, EventOverlap
-from tokenferry.handles import DispatchHandle, InternodeHandle
+from tokenferry.handles import DispatchHandle, EPHandle, InternodeHandle
 from tokenferry.modes.intranode import topk_idx_t
+from tokenferry.shrink import Survivors
 from tokenferry.topology import Topology
 from tokenferry.version import __version__
 
@@ -27,6 +29,8 @@ __all__ = [
     "CapacityError",
     "Config",
     "DispatchHandle",
+    "EPHandle",
+    "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
     "HeapError",
@@ -36,6 +40,7 @@ __all__ = [
     "PeerLostError",
     "PeerTimeoutError",
     "StepBackError",
+    "Survivors",
     "TokenferryError",
     "Topology",
     "__version__",

@@ -34,6 +34,7 @@ from tokenferry.handles import Handle
 from tokenferry.modes import internode, intranode
 from tokenferry.observing import StatsMethods, debug_wanted, observed
 from tokenferry.rendezvous import meet
+from tokenferry.shrink import ShrinkMethods
 from tokenferry.streams import CommStream, check_events
 from tokenferry.topology import Topology
 from tokenferry.validation import check_int, require
@@ -43,7 +44,7 @@ logger = logging.getLogger("tokenferry")
 _Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class Buffer(LowLatencyMethods, InternodeMethods, StatsMethods):
+class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
     """The expert-parallel communication buffer of one rank: dispatch and combine among the ranks of a group.
 
     Construction is collective over ``group``: every rank must construct. Every operation is collective too: all
@@ -134,7 +135,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, StatsMethods):
         push_bytes = num_rdma_bytes if low_latency_mode else 0
         chosen = choose_device(device)
         heap_bytes = check_int("heap_bytes", heap_bytes, minimum=0)
-        wishes = Wishes(
+        self._wishes = Wishes(
             chosen,
             group,
             num_nvl_bytes,
@@ -145,14 +146,17 @@ class Buffer(LowLatencyMethods, InternodeMethods, StatsMethods):
             exact_combine,
             choose_carrier(carrier),
         )
-        self.runtime = construct_runtime(rendezvous, wishes, node)
+        self._node = node
+        self.runtime = construct_runtime(rendezvous, self._wishes, node)
         logger.info(
-            "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s",
+            "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s, nodes %s, carrier between them: %s",
             self.rank,
             self.group_size,
             chosen,
             num_nvl_bytes,
             seconds,
+            self.topology.node_of,
+            self._wishes.carrier if self.topology.num_nodes > 1 else "none",
         )
 
     # Life cycle.

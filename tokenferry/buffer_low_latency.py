@@ -273,8 +273,6 @@ class LowLatencyMethods:
         party = self._live_runtime().party()
         if not self.low_latency_mode:
             raise BufferStateError("construct the Buffer with low_latency_mode=True for low-latency operations")
-        if party.nodes is not None:
-            raise BufferStateError("low-latency operations are for ranks of one node, and these are on several")
         return party
 
     def _shrink_party(self) -> Party:

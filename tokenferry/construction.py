@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.errors import ArgumentError, TokenferryError
-from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, DEADLINE_SHARE, Rail, check_carrier
+from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, DEADLINE_SHARE, PROCESS_GROUP, Rail, check_carrier
 from tokenferry.rendezvous import Rendezvous
 from tokenferry.runtime import Runtime
 from tokenferry.topology import Topology, node_key
@@ -62,7 +62,17 @@ class Wishes(NamedTuple):
     timeout: float
     may_mask: bool
     exact_combine: bool
-    carrier: str
+    carrier: str = PROCESS_GROUP
+    may_span_nodes: bool = True
+
+    def shared(self) -> dict[str, str]:
+        """What must be the same on all ranks, by the name of the argument."""
+        return {
+            "device": self.device.type,
+            "carrier": self.carrier,
+            "exact_combine": str(self.exact_combine),
+            "enable_shrink": str(self.may_mask),
+        }
 
 
 def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
@@ -103,6 +113,8 @@ def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
 
 def _check_several_nodes(wishes: Wishes, topology: Topology) -> None:
     where = f"on {topology.num_nodes} nodes (TOKENFERRY_NODE overrides what counts as a node)"
+    if not wishes.may_span_nodes:
+        raise TokenferryError(f"this kind of Buffer keeps to one node, and the ranks are {where}")
     if wishes.device.type != "cpu":
         raise TokenferryError(f"this version moves tokens between nodes on CPU ranks only: the GPUs are {where}")
     require(wishes.group is not None, "group", None, f"a torch.distributed process group, with ranks {where}")
@@ -122,7 +134,7 @@ def choose_carrier(carrier: str | None) -> str:
     """The carrier between nodes that the caller or the environment names."""
     if carrier is not None:
         return check_carrier("carrier", carrier)
-    return check_carrier(CARRIER_VARIABLE, os.environ.get(CARRIER_VARIABLE, "process_group"))
+    return check_carrier(CARRIER_VARIABLE, os.environ.get(CARRIER_VARIABLE, PROCESS_GROUP))
 
 
 def timeout_seconds(timeout: float | None) -> float:
@@ -148,24 +160,35 @@ def note_ignored(**is_set: bool) -> None:
 
 def construct_runtime(rendezvous: Rendezvous, wishes: Wishes, node: str | int | None) -> AnyRuntime:
     """Create, exchange and open the heaps and rails; if that fails on one rank, it fails on all."""
-    found = rendezvous.all_gather((node_key(node), f"tokenferry/{secrets.token_hex(8)}"))
-    topology = Topology.from_keys(rendezvous.rank, [key for key, _ in found])
+    found = rendezvous.all_gather((node_key(node), f"tokenferry/{secrets.token_hex(8)}", wishes.shared()))
+    for name, first in found[0][2].items():
+        given = [of_rank[2][name] for of_rank in found]
+        listed = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(given))
+        if any(value != first for value in given):
+            raise TokenferryError(f"the ranks of a Buffer must agree on {name}: {listed}")
+    topology = Topology.from_keys(rendezvous.rank, [of_rank[0] for of_rank in found])
     runtime: AnyRuntime | None = None
     handle, failure = bytearray(), ""
     try:
         runtime = make_runtime(wishes, topology, found[0][1])
         handle = runtime.get_local_ipc_handle()
-    except RuntimeError as error:  # also those of torch: no memory, no symmetric memory
+    except Exception as error:  # whatever it is, the others must not wait
         failure = str(error) or type(error).__name__
     try:
-        offers = rendezvous.all_gather((bytes(handle), failure))
+        offers = rendezvous.all_gather((handle.decode(), failure))
         _raise_any_failure([offer[1] for offer in offers])
         assert runtime is not None
-        try:
-            runtime.sync([offer[0] for offer in offers])
-        except RuntimeError as error:
-            failure = str(error) or type(error).__name__
-        _raise_any_failure(rendezvous.all_gather(failure))
+        runtime.key = found[0][1]
+        handles = [offer[0].encode() for offer in offers]
+        steps: list[Callable[[], None]] = [functools.partial(runtime.sync, handles)]
+        if topology.num_nodes > 1:
+            steps.append(runtime.connect)
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                failure = str(error) or type(error).__name__
+            _raise_any_failure(rendezvous.all_gather(failure))
         runtime.hide()
     except BaseException:
         if runtime is not None:

@@ -46,6 +46,7 @@ class Runtime:
         exact_combine: bool = False,
     ) -> None:
         self.device = torch.device("cpu")
+        self.key = ""
         self.topology = topology
         self.comm = NoStream()
         ranks = topology.local_ranks
@@ -64,7 +65,7 @@ class Runtime:
         return bytearray(json.dumps(self._heap.handle).encode())
 
     def sync(self, ipc_handles: Sequence[bytes | bytearray]) -> None:
-        """Open the heaps of this node's ranks, and the rail.
+        """Open the heaps of this node's ranks.
 
         Args:
             ipc_handles: :meth:`get_local_ipc_handle` of every rank.
@@ -72,14 +73,20 @@ class Runtime:
         Raises:
             BufferStateError: called before.
             HeapError: a peer's heap cannot be opened.
-            TokenferryError: there is no connection to another node.
         """
         if self._plane is not None:
             raise BufferStateError("sync() was called before")
         self._heap.attach([_parse_handle(ipc_handles[rank]) for rank in self.topology.local_ranks])
-        if self._make_rail is not None:
-            self._nodes = Nodes(self.topology, self._make_rail(), self._exact, self.recorder)
         self._plane = CpuDataPlane(self._heap)
+
+    def connect(self) -> None:
+        """Make the rail, where there are several nodes.
+
+        Raises:
+            TokenferryError: there is no connection to another node.
+        """
+        assert self._make_rail is not None
+        self._nodes = Nodes(self.topology, self._make_rail(), self._exact, self.recorder)
 
     def hide(self) -> None:
         """Take the names of the shared memory away, once every rank has synced."""

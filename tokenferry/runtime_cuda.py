@@ -58,6 +58,7 @@ class CudaRuntime:
         if num_ranks > words.MAX_RANKS:
             raise TokenferryError(f"{num_ranks} ranks share this node: at most {words.MAX_RANKS} can on GPUs")
         self.device = device
+        self.key = ""
         self.topology = topology
         self.comm = CommStream(device)
         self._group = group
@@ -109,6 +110,9 @@ class CudaRuntime:
         most = _resident_programs(self.device, gpus.count(gpus[self.topology.rank]))
         self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most, *self._options)
         self._plane.status.recorder = self.recorder
+
+    def connect(self) -> None:
+        """Never called: Buffers on GPUs keep to one node."""
 
     def hide(self) -> None:
         """Take the name of the mailbox away, once every rank has synced."""

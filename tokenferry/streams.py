@@ -159,6 +159,11 @@ class Turn:
             comm.start()
             torch.cuda.set_stream(comm.stream)
 
+    def wait(self, event: EventHandle | None) -> None:
+        """Let the operation begin after one more event."""
+        if event is not None:
+            event.stream_wait(self._comm.stream)
+
     def _leave(self) -> None:
         comm = self._comm
         comm._waiting_for = None
@@ -226,6 +231,11 @@ class NoTurn:
         if self._event is not None:
             self._event.current_stream_wait()
         return self
+
+    def wait(self, event: EventHandle | None) -> None:
+        """Let the operation begin after one more event."""
+        if event is not None:
+            event.current_stream_wait()
 
     def finish(self, tensors: Iterable[torch.Tensor | None], outputs: Iterable[torch.Tensor | None]) -> EventOverlap:
         """End the operation: an event that has passed, or none."""

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tokenferry.errors import TokenferryError
@@ -71,7 +72,7 @@ class Topology:
         """Ranks of the group."""
         return len(self.node_of)
 
-    @property
+    @cached_property
     def num_nodes(self) -> int:
         """Nodes of the group."""
         return max(self.node_of) + 1
@@ -89,13 +90,26 @@ class Topology:
     @property
     def local_index(self) -> int:
         """Place of this rank among the ranks of its node."""
-        return self.local_ranks.index(self.rank)
+        return self.places[self.rank][1]
 
-    @property
+    @cached_property
     def rail(self) -> tuple[int, ...]:
         """Ranks with this rank's local index, by node."""
-        return tuple(self.ranks_of_node(node)[self.local_index] for node in range(self.num_nodes))
+        return tuple(ranks[self.local_index] for ranks in self._by_node)
+
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Node and local index of every rank."""
+        index = {rank: place for ranks in self._by_node for place, rank in enumerate(ranks)}
+        return tuple((node, index[rank]) for rank, node in enumerate(self.node_of))
 
     def ranks_of_node(self, node: int) -> tuple[int, ...]:
         """Ranks of a node, by local index."""
-        return tuple(rank for rank, where in enumerate(self.node_of) if where == node)
+        return self._by_node[node]
+
+    @cached_property
+    def _by_node(self) -> tuple[tuple[int, ...], ...]:
+        ranks: list[list[int]] = [[] for _ in range(self.num_nodes)]
+        for rank, node in enumerate(self.node_of):
+            ranks[node].append(rank)
+        return tuple(tuple(of_node) for of_node in ranks)

@@ -77,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         help=f"processes to start (default {_DEFAULT_RANKS}, with cuda one per GPU; more of them share GPUs)",
     )
+    shape.add_argument(
+        "--nodes",
+        type=_positive,
+        default=1,
+        help="cpu: groups of ranks that count as nodes, joined by TCP (default 1)",
+    )
     size = shape.add_mutually_exclusive_group()
     size.add_argument("--tokens", type=_positive, nargs="+", help=f"of each rank (default {_DEFAULT_TOKENS})")
     size.add_argument("--mb", type=_positive, nargs="+", help="rows of each rank in MiB, instead of --tokens")
@@ -190,7 +196,8 @@ def _run(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], p
     """Run the cases one after the other and print a line for each."""
     print(f"{_boundary()}\n")
     system = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
-    print(f"{args.ranks} ranks ({_threads(args)} threads each) on {system}, {machine['system']}")
+    where = f" on {args.nodes} nodes, joined by TCP" if args.nodes > 1 else ""
+    print(f"{args.ranks} ranks{where} ({_threads(args)} threads each) on {system}, {machine['system']}")
     print(f"top-{args.topk} of {args.experts} experts, uniform\n")
     print(HEADER)
     reports = []
@@ -239,6 +246,8 @@ def _draw(args: argparse.Namespace) -> int:
 def _settle(args: argparse.Namespace) -> None:
     """Fill in the defaults of the device; ends the program if an argument has no meaning there."""
     if args.device == "cuda":
+        if args.nodes > 1:
+            args.fail("argument --nodes: with --device cuda; allowed: 1")
         if args.seconds is not None:
             args.fail("argument --seconds: with --device cuda; allowed: --iterations")
         if len(args.num_nvl_bytes) > 1:
@@ -252,6 +261,8 @@ def _settle(args: argparse.Namespace) -> None:
         args.sms = args.sms or [_DEFAULT_SMS]
         return
     args.ranks = args.ranks or _DEFAULT_RANKS
+    if args.ranks % args.nodes:
+        args.fail(f"argument --nodes: {args.nodes}; allowed: a divisor of the {args.ranks} ranks")
     args.dtype = args.dtype or ["bf16"]
     args.modes = args.modes or list(MODES)
     if len(args.dtype) > 1:
@@ -302,6 +313,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             experts=args.experts,
             num_nvl_bytes=stage,
             seed=args.seed,
+            nodes=args.nodes,
         )
         for (dtype, count), stage, mode in itertools.product(_shapes(args), args.num_nvl_bytes, args.modes)
     ]

@@ -29,12 +29,18 @@ class Routes(NamedTuple):
 
 
 class TorchDistributed:
-    """Dispatch and combine over a process group, by default the default one."""
+    """Dispatch and combine over a process group, by default the default one.
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    Args:
+        group: of any backend.
+        ranks_per_node: combine sums the rows of so many neighbouring ranks first, and rounds; None: of all.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, ranks_per_node: int | None = None) -> None:
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
         self._group = group
+        self._ranks_per_node = ranks_per_node or self.num_ranks
 
     def dispatch(
         self,
@@ -88,10 +94,15 @@ class TorchDistributed:
     def combine(self, x: torch.Tensor, routes: Routes, num_tokens: int) -> torch.Tensor:
         """Send rows [M, H] back and sum them for every token; returns [T, H]."""
         back = self._exchange([x.view(torch.uint8)], routes.sent, routes.received)[0].view(x.dtype)
-        total = torch.zeros(num_tokens, x.size(1), dtype=torch.float32, device=x.device)
-        # Rank by rank: the float32 copy of the rows stays small.
-        for tokens, rows in zip(routes.tokens, torch.split(back, routes.sent), strict=True):
-            total.index_add_(0, tokens, rows.float())
+        parts = list(zip(routes.tokens, torch.split(back, routes.sent), strict=True))
+        total: torch.Tensor | None = None
+        for first in range(0, self.num_ranks, self._ranks_per_node):
+            partial = torch.zeros(num_tokens, x.size(1), dtype=torch.float32, device=x.device)
+            # Rank by rank: the float32 copy of the rows stays small.
+            for tokens, rows in parts[first : first + self._ranks_per_node]:
+                partial.index_add_(0, tokens, rows.float())
+            total = _plus(total, partial if self._ranks_per_node == self.num_ranks else partial.to(x.dtype))
+        assert total is not None
         return total.to(x.dtype)
 
     def _exchange(
@@ -105,3 +116,7 @@ class TorchDistributed:
         for work in works:
             work.wait()
         return outputs
+
+
+def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    return part.float() if total is None else total.add_(part)

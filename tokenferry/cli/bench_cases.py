@@ -105,6 +105,8 @@ class Case:
     num_nvl_bytes: int
     """Ceiling of the stage; 0 for the library's default."""
     seed: int
+    nodes: int = dataclasses.field(default=1, kw_only=True)
+    """Groups of neighbouring ranks that count as nodes: tokenferry goes between them over TCP."""
 
     @property
     def calls_per_iteration(self) -> int:
@@ -150,6 +152,7 @@ class Workload(NamedTuple):
     num_tokens_per_rank: torch.Tensor
     num_tokens_per_expert: torch.Tensor
     is_token_in_rank: torch.Tensor
+    num_tokens_per_rdma_rank: torch.Tensor | None
 
 
 class RankResult(NamedTuple):
@@ -187,8 +190,8 @@ def random_rows(case: Case, rank: int) -> list[torch.Tensor]:
 def prepare(case: Case, rank: int, buffer: Buffer) -> Workload:
     """Make the inputs of one rank."""
     ids, weights = random_choices(case, rank)
-    per_rank, _, per_expert, member, _ = buffer.get_dispatch_layout(ids, case.experts)
-    return Workload(random_rows(case, rank), ids, weights, per_rank, per_expert, member)
+    per_rank, per_node, per_expert, member, _ = buffer.get_dispatch_layout(ids, case.experts)
+    return Workload(random_rows(case, rank), ids, weights, per_rank, per_expert, member, per_node)
 
 
 def count_traffic(is_token_in_rank: torch.Tensor, rank: int, row_bytes: int) -> tuple[int, int]:
@@ -219,6 +222,7 @@ def tokenferry_calls(case: Case, work: Workload, buffer: Buffer) -> dict[str, Ca
         rows, ids, weights, counts, handle, _ = buffer.dispatch(
             x,
             num_tokens_per_rank=work.num_tokens_per_rank,
+            num_tokens_per_rdma_rank=work.num_tokens_per_rdma_rank,
             is_token_in_rank=work.is_token_in_rank,
             num_tokens_per_expert=work.num_tokens_per_expert,
             topk_idx=work.topk_idx,
@@ -262,7 +266,7 @@ def tokenferry_calls(case: Case, work: Workload, buffer: Buffer) -> dict[str, Ca
 
 def baseline_calls(case: Case, work: Workload, group: dist.ProcessGroup | None = None) -> dict[str, Call]:
     """The modes by ``torch.distributed`` over a group, by default the default one; it has none for the layout."""
-    plain = TorchDistributed(group)
+    plain = TorchDistributed(group, case.ranks // case.nodes)
 
     def fresh() -> tuple[Result, Routes]:
         tensors, counts, routes = plain.dispatch(
@@ -317,7 +321,8 @@ def run_case(rank: int, num_ranks: int, case: Case, budget: Budget, with_baselin
         BenchError: the two contenders do not agree bit for bit.
     """
     clock = CLOCKS[case.device]()
-    with Buffer(dist.group.WORLD, case.num_nvl_bytes, device=case.device) as buffer:
+    node = rank * case.nodes // case.ranks if case.nodes > 1 else None
+    with Buffer(dist.group.WORLD, case.num_nvl_bytes, device=case.device, node=node) as buffer:
         work = prepare(case, rank, buffer)
         calls = {OURS: tokenferry_calls(case, work, buffer)[case.mode]}
         if with_baseline and case.mode != "layout":

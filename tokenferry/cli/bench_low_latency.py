@@ -89,6 +89,7 @@ def settle(args: argparse.Namespace) -> bool:
         ("--mb", args.mb is not None),
         ("--sms", args.sms is not None),
         ("--kernels", args.kernels),
+        ("--nodes", args.nodes > 1),
         ("--num-nvl-bytes", args.num_nvl_bytes != [0]),
         ("--seconds", args.seconds is not None),
     )

@@ -151,7 +151,7 @@ class _Soak:
             dist.group.WORLD,
             common.choice(_STAGES),
             low_latency_bytes if self.device.type == "cuda" else 0,
-            low_latency_mode=one_node,
+            low_latency_mode=True,
             exact_combine=exact,
             timeout=TIMEOUT,
             device=self.device,
@@ -196,7 +196,7 @@ class _Soak:
             self.report.faults[name] += 1
             return
         here = [(world, handle) for layout, world, handle in self.alive if layout == bench.layout]
-        name = common.choice(["dispatch", "cached", "combine", "combine"] + ["burst"] * (max(bench.layout) == 0))
+        name = common.choice(["dispatch", "cached", "combine", "combine", "burst"])
         if name == "burst":
             self.what = "low-latency burst"
             burst(bench, self.late)

@@ -38,6 +38,9 @@ class OperationKind(IntEnum):
     COMBINE = 3
     LOW_LATENCY_DISPATCH = 4
     LOW_LATENCY_COMBINE = 5
+    EXPANDED_DISPATCH = 6
+    CACHED_EXPANDED_DISPATCH = 7
+    BARRIER = 8
 
 
 class Signature(NamedTuple):
@@ -53,7 +56,31 @@ class Signature(NamedTuple):
     handle: int
     """Checksum of the handle's rank_prefix_matrix; 0 without a handle, or where values are not at hand."""
     num_max_tokens: int = 0
-    """Low latency: most tokens of a rank."""
+    """Low latency, and dispatches that tell where rows are from: most tokens of a rank."""
+
+
+class ExpertPlan(NamedTuple):
+    """What a dispatch that tells where rows are from is to do besides; N = ``num_max_tokens``.
+
+    *Expanded*, a received row has a copy for each of its choices of a local expert. The copies for expert e are the
+    rows ``start_e`` to ``end_e`` of the outputs, ordered by (source rank, source token, choice)::
+
+        end_e = start_e + pairs of e,   start_{e + 1} = end_e rounded up to a multiple of the alignment,   start_0 = 0
+    """
+
+    num_local: int
+    """L, experts of this rank."""
+    num_max_tokens: int
+    alignment: int
+    expand: bool
+    num_worst_rows: int = 0
+    """Expanded: rows of the outputs if they are fixed (always so with a handle), else 0."""
+    zero_padding: bool = False
+    """Expanded: whether the rows between ``end_e`` and ``start_{e + 1}`` become zeros."""
+    metadata: torch.Tensor | None = None
+    """Expanded, with a handle: as in :class:`Outputs`; the copies of row i go where its choices say."""
+    expert_ends: torch.Tensor | None = None
+    """Expanded, with a handle: int32 [L], ``end_e``."""
 
 
 def describe_difference(rank: int, signature: Signature, other_rank: int, other: Signature) -> str:
@@ -95,12 +122,19 @@ class SendPlan(NamedTuple):
     """Routes known from an earlier dispatch (cached dispatch), else None."""
     num_sms: int = 0
     """SMs that the operation may use, where there are any; 0: the data plane chooses."""
-    experts: range | None = None
+    experts: ExpertPlan | None = None
+    """Not None: the outputs tell where rows are from, and may be expanded. Choices travel then."""
+    expert_ids: range | None = None
     """Ids of this rank's experts; None: its share of num_tokens_per_expert, by its place among the ranks."""
 
 
 class Outputs(NamedTuple):
-    """Where received rows go; M' = :attr:`DispatchExchange.num_rows`. All contiguous."""
+    """Where received rows go; M' = :attr:`DispatchExchange.num_rows`. All contiguous.
+
+    Expanded, ``rows``, ``scales`` and ``topk_weights`` (then [X, 1]) have X rows, see
+    :attr:`DispatchExchange.num_expanded_rows`; only the copies are set (and zeros between them, if so planned). There
+    is no ``topk_idx`` then.
+    """
 
     rows: torch.Tensor
     """uint8 [M', W]; not set past the last received row."""
@@ -112,6 +146,9 @@ class Outputs(NamedTuple):
     """float32 [M', K]: 0 where the id is -1."""
     recv_src_idx: torch.Tensor | None
     """int32 [M']; -1 in rows past the last received. None with a handle."""
+    metadata: torch.Tensor | None = None
+    """int32 [M', K + 2]: ``source rank * N + source token``; ``source rank * K + first choice of a local expert``;
+    for each choice the expanded row of its copy, or -1. All -1 in rows past the last received. None with a handle."""
     starts: Sequence[int] | None = None
     """Where the rows of each source rank begin. Nothing else is written then. None: one after the other."""
 
@@ -134,6 +171,12 @@ class DispatchExchange(Protocol):
     """int32 [R, 1]; zeros."""
     send_head: torch.Tensor
     """int32 [T, R]; position of a token among those for the rank, or -1."""
+    num_expanded_rows: int
+    """Expanded: rows that the outputs must have, a multiple of the alignment. Else 0."""
+    num_pairs: torch.Tensor
+    """int32 [L]: (token, choice) pairs of each local expert. Only with ``plan.experts``, and without a handle."""
+    expert_ends: torch.Tensor
+    """int32 [L]: expanded, ``end_e``; else the running sum of pairs rounded up to the alignment. Likewise."""
 
     def pull(self, outputs: Outputs) -> None:
         """Fill the outputs."""
@@ -152,13 +195,18 @@ class ReducePlan(NamedTuple):
     """What a rank brings to a combine. Rows of x are ordered by (source rank, source token)."""
 
     columns: Sequence[torch.Tensor]
-    """[at least M, width], contiguous, floating: the rows, then the weights."""
+    """[at least M, width], contiguous, floating: the rows (expanded: their copies, any number), then the weights."""
     biases: Sequence[torch.Tensor]
     """[T, width of column 0]; added to column 0 before any row."""
     handle: DispatchHandle
     """Of the dispatch that brought the rows."""
     num_sms: int = 0
     """As in :class:`SendPlan`."""
+    metadata: torch.Tensor | None = None
+    """Expanded: as in :class:`Outputs`. What a row sends is the sum of its copies, choices ascending, in float32
+    (float64 for such)."""
+    sum_dtype: torch.dtype | None = None
+    """Expanded: dtype of these sums on their way: that of the column, or a wider one."""
     held: HeldRows | None = None
     """Which rows of the columns are summed, where not all are. Of the handle only the membership counts then."""
 
@@ -181,6 +229,18 @@ class ScaleFormat(IntEnum):
     """FP8, float32 scales that are powers of two."""
     UE8M0 = 3
     """FP8, the exponents of such scales, four in an int32."""
+
+
+class Relays(NamedTuple):
+    """Between nodes: what a rank sends inside its node are the tokens of all ranks of its rail, N of each.
+
+    The tables of a plan are those of all R ranks then, and source tokens are theirs.
+    """
+
+    order: Sequence[tuple[int, int]]
+    """[R]: which rank of the node relays a source rank, as which of its G sources."""
+    num_max_tokens: int
+    """N, of a source rank. That of the plan is G * N."""
 
 
 class LowLatencyDispatchPlan(NamedTuple):
@@ -211,6 +271,7 @@ class LowLatencyDispatchPlan(NamedTuple):
     """int64 [R], added to."""
     receives_now: bool
     """Whether ``finish`` is called at once."""
+    relays: Relays | None = None
 
 
 class LowLatencyCombinePlan(NamedTuple):
@@ -234,6 +295,7 @@ class LowLatencyCombinePlan(NamedTuple):
     """int64 [R], added to."""
     receives_now: bool
     """As in :class:`LowLatencyDispatchPlan`."""
+    relays: Relays | None = None
 
 
 class Pending(Protocol):
@@ -277,6 +339,9 @@ class DataPlane(Protocol):
     def check(self) -> None:
         """Raise if operations cannot run: the Buffer is destroyed, or an operation failed."""
 
+    def has_room(self, row_bytes: int) -> bool:
+        """Whether rows of so many bytes can be staged, one at a time at least."""
+
     def give_up(self, reason: str) -> None:
         """No operation runs here any more; ranks that wait for this one are told why."""
 
@@ -287,7 +352,7 @@ class DataPlane(Protocol):
         """
 
     def low_latency_tables(
-        self, num_local_experts: int, num_max_tokens: int, num_topk: int
+        self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unset tensors for a low-latency dispatch of K choices a token, and its combines.
 

@@ -220,6 +220,14 @@ class Heap:
                     self.stage_bytes = align_up(floor, _PAGE)
         return self.stage_bytes
 
+    def can_stage(self, nbytes: int) -> bool:
+        """Whether the stage has so many bytes, now that they are asked for."""
+        with self.lock:
+            try:
+                return self.ensure_stage(nbytes, nbytes) >= nbytes
+            except HeapError:
+                return False
+
     def try_reserve(self, nbytes: int) -> int | None:
         """Find stage room for the next message.
 

@@ -86,7 +86,7 @@ def dispatch(party: Party, given: Inputs, num_tokens_per_rdma_rank: object, chun
         members = [source.members for source in relayed]
         chunks = [offers[node].chunk if node in offers else _whole(members[node]) for node in range(len(sent))]
         chosen = torch.stack([source.num_per_expert for source in relayed]).sum(0).tolist()
-        shares = operation.share(members, chunks, [], given.num_worst_tokens, chosen)
+        shares = operation.share(members, chunks, [], given.num_worst_tokens, chosen, _row_bytes(rows, ids))
         counts = [[share.counts[node][topology.local_index] for share in shares] for node in range(len(sent))]
         routes = Routes(tokens, members, starts_of(topology, counts), counts)
         num_rows = given.num_worst_tokens or sum(map(sum, counts))
@@ -110,6 +110,12 @@ def _check_per_node(party: Party, given: object, sent: list[int]) -> None:
     name = "num_tokens_per_rdma_rank"
     per_node = check_tensor(name, given, shape=(len(sent),), dtypes=(torch.int32,), device=party.device).tolist()
     require(per_node == sent, name, per_node, f"{sent}, as in is_token_in_rank")
+
+
+def _row_bytes(rows: Rows, topk_idx: torch.Tensor | None) -> int:
+    """Of a row and what travels with it."""
+    wide = [part.size(1) * part.element_size() for part in rows if part is not None]
+    return sum(wide) + (0 if topk_idx is None else 12 * topk_idx.size(1))
 
 
 def _whole(member: torch.Tensor) -> int:
@@ -239,7 +245,7 @@ class _Delivery:
             num_worst_tokens=0,
             handle=None,
             num_sms=party.num_sms,
-            experts=self._experts(),
+            expert_ids=self._experts(),
         )
         starts = self._filled[node]
         with party.plane.dispatch(self._operation.signature, plan) as exchange:
@@ -306,7 +312,7 @@ def cached_dispatch(party: Party, x: object, handle: object, chunk: int) -> Rece
         offers = operation.offer([len(tokens) for tokens in routes.tokens], chunk)
         operation.check_routes(offers, routes.num_relayed)
         chunks = [offers[node].chunk if node in offers else _whole(part) for node, part in enumerate(routes.members)]
-        shares = operation.share(routes.members, chunks, routes.counts, 0, ())
+        shares = operation.share(routes.members, chunks, routes.counts, 0, (), _row_bytes(rows, None))
         recv_x, recv_scales = intranode.empty_rows_like(party, rows, len(known.recv_src_meta))
         outputs = Outputs(*as_bytes(recv_x, recv_scales), None, None, None)
         _Delivery(party, operation, routes, shares, chunk, None).run(rows, outputs)
@@ -323,14 +329,16 @@ def combine(
     columns = intranode.check_columns(party, x, topk_weights, num_rows)
     biases = intranode.check_biases(party, bias, (num_tokens, columns[0].size(1)), columns[0].dtype)
     num_topk = columns[1].size(1) if len(columns) > 1 else 0
-    signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk, num_experts=int(nodes.exact))
+    signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk)
     with nodes.operation(party, "combine", signature) as operation:
         offers = operation.offer(routes.num_relayed, chunk)
         operation.check_routes(offers, [len(tokens) for tokens in routes.tokens])
         chunks = [chunk] * nodes.topology.num_nodes
         chunks[nodes.topology.node] = _whole(known.is_token_in_rank)
-        shares = operation.share(routes.members, chunks, routes.counts, 0, ())
-        homes = _Homecoming(party, operation, routes, shares, offers, columns, places_of(known)).run()
+        shares = operation.share(
+            routes.members, chunks, routes.counts, 0, (), sum(c.size(1) * c.element_size() for c in columns)
+        )
+        homes = _Homecoming(party, operation, routes, shares, offers, columns, places_of(known).contiguous()).run()
         outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
         for index, out in enumerate(outs):
             parts = [Part(home.tokens, home.columns[index]) for home in homes]
@@ -415,7 +423,7 @@ class _Homecoming:
         member = self._routes.members[node][slice(*edges[topology.local_index])]
         nothing = self._places[:0]
         handle = DispatchHandle(nothing, nothing, nothing, nothing, member, nothing)
-        plan = ReducePlan(self._columns, (), handle, self._party.num_sms, HeldRows(starts, tokens))
+        plan = ReducePlan(self._columns, (), handle, self._party.num_sms, held=HeldRows(starts, tokens))
         sums = self._empty(len(member))
         self._party.plane.pull_reduce(self._operation.signature, plan, sums)
         return sums

@@ -24,6 +24,7 @@ from tokenferry.dataplane import (
     Signature,
 )
 from tokenferry.errors import ArgumentError
+from tokenferry.modes import internode_low_latency
 from tokenferry.modes.intranode import Party, check_num_experts, check_topk_idx
 from tokenferry.validation import check_int, check_tensor, describe, require
 
@@ -97,7 +98,7 @@ def dispatch(
         recv_scales = torch.empty((num_local, columns, slab), dtype=dtype, device=device).transpose(1, 2)
     recv_dtype = torch.float8_e4m3fn if use_fp8 else torch.bfloat16
     recv_x = plane.empty_rows(num_local * slab, hidden, recv_dtype).view(num_local, slab, hidden)
-    src_info, layout_range, count = plane.low_latency_tables(num_local, most, ids.size(1))
+    src_info, layout_range, count = plane.low_latency_tables(ranks, num_local, most, ids.size(1))
     handle = _OwnHandle(src_info, layout_range, most, hidden, num_experts)
     plan = LowLatencyDispatchPlan(
         topk_idx=ids,
@@ -116,7 +117,10 @@ def dispatch(
         receives_now=receives_now,
     )
     signature = _signature(OperationKind.LOW_LATENCY_DISPATCH, scale_format, hidden, ids.size(1), num_experts, most)
-    pending = plane.low_latency_dispatch(signature, plan)
+    if party.nodes is None:
+        pending = plane.low_latency_dispatch(signature, plan)
+    else:
+        pending = internode_low_latency.dispatch(party, party.nodes, signature, plan)
     if receives_now:
         pending.finish()
     return Dispatched(recv_x, recv_scales, count, handle, pending)
@@ -167,7 +171,10 @@ def combine(
     signature = _signature(
         OperationKind.LOW_LATENCY_COMBINE, ScaleFormat.NONE, hidden, ids.size(1), num_experts, most
     )
-    pending = party.plane.low_latency_combine(signature, plan)
+    if party.nodes is None:
+        pending = party.plane.low_latency_combine(signature, plan)
+    else:
+        pending = internode_low_latency.combine(party, party.nodes, signature, plan, most)
     if receives_now:
         pending.finish()
     return result, pending

@@ -19,12 +19,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 
 from tokenferry.dataplane import DataPlane, Outputs, SendPlan, Signature, describe_difference
 from tokenferry.errors import (
+    BufferStateError,
     CapacityError,
     HeapError,
     MismatchError,
@@ -66,7 +68,7 @@ class Verdict(NamedTuple):
     wanted: int = 0
 
 
-_FINE, _SIGNATURES, _CAPACITY, _ROUTES, _STAGE = range(5)
+_FINE, _SIGNATURES, _NODE, _CAPACITY, _ROUTES, _STAGE = range(6)
 
 
 class Offer(NamedTuple):
@@ -113,10 +115,10 @@ class Nodes:
         self.rail = rail
         self.exact = exact
         self.recorder = recorder
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.epoch = 0
 
-    @property
+    @cached_property
     def others(self) -> list[int]:
         """The other nodes, the next one first: so that not all ranks begin with the same one."""
         here, count = self.topology.node, self.topology.num_nodes
@@ -124,33 +126,56 @@ class Nodes:
 
     @contextmanager
     def operation(self, who: Who, name: str, signature: Signature) -> Iterator[Operation]:
-        """Run one operation among all ranks. If it fails after the agreement, no operation runs here any more."""
+        """Run one operation among all ranks, or its first half. See :meth:`guarded`."""
         with self._lock:
             who.plane.check()
             self.epoch += 1
             operation = Operation(self, who, name, self.epoch, signature)
-            try:
+            with self.guarded(operation):
                 yield operation
+
+    @contextmanager
+    def guarded(self, operation: Operation) -> Iterator[None]:
+        """Run a part of an operation. If that fails after the agreement, no operation runs here any more."""
+        with self._lock:
+            error: BaseException | None = None
+            try:
+                yield
             except BaseException as caught:
                 error = self._translated(caught, operation)
-                if not (isinstance(error, StepBackError) and not operation.is_agreed):
-                    who.plane.give_up(f"{type(error).__name__}: {error}")
+                if not (isinstance(error, StepBackError) and self._goes_on(operation)):
+                    operation.who.plane.give_up(f"{type(error).__name__}: {error}")
                     self.rail.close()
                 if error is caught:
                     raise
-                raise error from caught
+                raise error from None
+            finally:
+                del error  # its traceback holds this frame
+
+    @staticmethod
+    def _goes_on(operation: Operation) -> bool:
+        """Whether all ranks have stepped back, and nothing else is wrong."""
+        if operation.is_agreed:
+            return False
+        try:
+            operation.who.plane.check()
+        except BufferStateError:
+            return False
+        return True
 
     def _translated(self, error: BaseException, operation: Operation) -> BaseException:
         """In terms of the operation, not of a part of it."""
         if isinstance(error, RailError):
             ranks = self.topology.ranks_of_node(error.node)
-            kind = PeerTimeoutError if error.timed_out else PeerLostError
+            lost: type[PeerError] = PeerTimeoutError if error.timed_out else PeerLostError
             listed = ", ".join(map(str, ranks))
             reason = f"node {error.node} (ranks {listed}), over the rail: {error}"
-            return kind(operation.name, operation.epoch, [self.topology.rail[error.node]], reason)
+            return lost(operation.name, operation.epoch, [self.topology.rail[error.node]], reason)
         if isinstance(error, PeerError) and (error.operation, error.epoch) != (operation.name, operation.epoch):
-            kind_of = PeerLostError if isinstance(error, StepBackError) and operation.is_agreed else type(error)
-            return kind_of(operation.name, operation.epoch, error.ranks, error.reason)
+            has_room = not (isinstance(error, CapacityError) and operation.is_agreed)  # else it is too late
+            return (type(error) if has_room else PeerLostError)(
+                operation.name, operation.epoch, error.ranks, error.reason
+            )
         return error
 
 
@@ -158,6 +183,7 @@ class Operation:
     """One operation in progress.
 
     Attributes:
+        who: takes part.
         signature: what all ranks must agree on.
         is_agreed: all ranks go on: what fails from here on cannot be undone.
     """
@@ -167,7 +193,7 @@ class Operation:
         self.epoch = epoch
         self.is_agreed = False
         self._nodes = nodes
-        self._who = who
+        self.who = who
         self.signature = signature
         self._verdict = Verdict()
 
@@ -191,7 +217,10 @@ class Operation:
 
         Returns:
             Their offers, of the nodes whose signature is the same as that of this rank. With the others nothing
-            further is exchanged; all ranks step back in :meth:`share`.
+            further is exchanged before the verdicts; all ranks step back in :meth:`share`.
+
+        Raises:
+            RailError: a rank of the rail is at another operation, or what it says makes no sense.
         """
         words = {
             node: self._words([*self.signature, self.epoch, num_rows[node], chunk]) for node in self._nodes.others
@@ -202,13 +231,25 @@ class Operation:
         for node in sorted(theirs):
             *signature, epoch, rows, size = theirs[node].tolist()
             offer = Offer(Signature._make(signature), epoch, rows, size)
+            if epoch != self.epoch or not 0 <= rows * self.signature.row_bytes < MEMORY_BYTES or size < 1:
+                raise RailError(node, False, f"out of step: {offer}")
             if offer.signature == self.signature:
-                if size < 1 or not 0 <= rows * self.signature.row_bytes < MEMORY_BYTES:
-                    raise HeapError(f"node {node} offers {rows} rows in chunks of {size}")
                 offers[node] = offer
             elif self._verdict.kind == _FINE:
                 self._verdict = self._difference(node, offer.signature)
         return offers
+
+    def compare(self) -> None:
+        """Compare signatures along the rail, where nothing else is to be agreed on: what differs cannot be undone.
+
+        Raises:
+            MismatchError: a rank of the rail has another one.
+        """
+        self.is_agreed = True
+        self.offer([0] * self._nodes.topology.num_nodes, 1)
+        if self._verdict.kind != _FINE:
+            self._exchange_verdicts(self._verdict)  # the others may be in an operation that has them
+            self._raise(self._verdict)
 
     def _difference(self, node: int, theirs: Signature) -> Verdict:
         field = next(i for i, (a, b) in enumerate(zip(self.signature, theirs, strict=True)) if a != b)
@@ -233,6 +274,7 @@ class Operation:
         expected: Sequence[Sequence[int]],
         worst: int,
         extra: Sequence[int],
+        row_bytes: int,
     ) -> list[Share]:
         """Tell the ranks of the node what :class:`Share` has, find out whether all ranks of all nodes go on.
 
@@ -242,6 +284,7 @@ class Operation:
             expected: or empty.
             worst: or 0.
             extra: of the operation.
+            row_bytes: of all that moves with a row inside the node.
 
         Returns:
             The shares of the ranks of the node.
@@ -253,38 +296,49 @@ class Operation:
         num_rows = [len(member) for member in members]
         counts = [count for member in members for count in member.sum(0).tolist()]
         wanted = [count for row in expected for count in row]
+        if self._verdict.kind == _FINE and not self.who.plane.has_room(row_bytes):
+            self._verdict = Verdict(_STAGE, topology.rank)
         mine = [*self._verdict, *num_rows, *chunks, *counts, *wanted, worst, *extra]
+        shares, failure = [], None
         try:
             rows = self._gather(mine)
-        except CapacityError as error:
-            shares = []
-            found = Verdict(_STAGE, error.ranks[0])
+        except StepBackError as error:
+            failure = error
+            found = self._verdict
+            if found.kind != _SIGNATURES:
+                found = Verdict(_STAGE if isinstance(error, CapacityError) else _NODE, error.ranks[0])
         else:
             shape = topology.num_nodes, len(topology.local_ranks), bool(expected), self.signature.row_bytes
             shares = [_parse(row, *shape) for row in rows]
             found = self._judge(shares)
-        if found.kind == _SIGNATURES:
-            self._raise(found)  # all nodes know
-        theirs = {node: self._empty(len(found)) for node in self._nodes.others}
-        words = self._words(found)
-        self.exchange({node: [words] for node in theirs}, {node: [part] for node, part in theirs.items()})
-        verdicts = {node: Verdict._make(part.tolist()) for node, part in theirs.items()} | {topology.node: found}
+        verdicts = self._exchange_verdicts(found)
+        if failure is not None:
+            raise failure
+        if found.kind != _FINE:
+            self._raise(found)
         for node in sorted(verdicts):
             if verdicts[node].kind != _FINE:
                 self._raise(verdicts[node])
         self.is_agreed = True
         return shares
 
+    def _exchange_verdicts(self, found: Verdict) -> dict[int, Verdict]:
+        """Tell the ranks of the rail what is wrong on this node; those of the other nodes."""
+        theirs = {node: self._empty(len(found)) for node in self._nodes.others}
+        words = self._words(found)
+        self.exchange({node: [words] for node in theirs}, {node: [part] for node, part in theirs.items()})
+        return {node: Verdict._make(part.tolist()) for node, part in theirs.items()}
+
     def _gather(self, mine: Sequence[int]) -> list[list[int]]:
         """One row to every rank of the node: a dispatch."""
         padded = [*mine, 0][: len(mine) + len(mine) % 2]  # rows are multiples of 16 bytes
         row = self._words(padded).view(1, -1)
-        device = self._who.device
+        device = self.who.device
         count = len(self._nodes.topology.local_ranks)
         member = torch.ones((1, count), dtype=torch.bool, device=device)
         plan = SendPlan(row.view(torch.uint8), None, None, None, member, None, None, 0, None)
         rows = torch.empty((count, len(padded)), dtype=_WORDS, device=device)
-        with self._who.plane.dispatch(self.signature, plan) as exchange:
+        with self.who.plane.dispatch(self.signature, plan) as exchange:
             exchange.pull(Outputs(rows.view(torch.uint8), None, None, None, None))
         found: list[list[int]] = rows.tolist()
         return found
@@ -320,6 +374,8 @@ class Operation:
             changed[field] = wanted
             reason = describe_difference(rank, one, other, Signature._make(changed))
             raise MismatchError(self.name, self.epoch, [other], reason)
+        if kind == _NODE:
+            raise MismatchError(self.name, self.epoch, [rank], "disagrees with ranks of its node")
         if kind == _CAPACITY:
             reason = f"num_worst_tokens: got {given}; allowed: at least the {wanted} rows it receives"
             raise CapacityError(self.name, self.epoch, [rank], reason)
@@ -329,10 +385,10 @@ class Operation:
         raise MismatchError(self.name, self.epoch, [rank], reason)
 
     def _words(self, words: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(words, dtype=_WORDS, device=self._who.device)
+        return torch.tensor(words, dtype=_WORDS, device=self.who.device)
 
     def _empty(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=_WORDS, device=self._who.device)
+        return torch.empty(count, dtype=_WORDS, device=self.who.device)
 
 
 class _Counted(NamedTuple):

@@ -41,23 +41,19 @@ class Routes(NamedTuple):
 
 def in_nodes(topology: Topology, is_token_in_rank: torch.Tensor) -> torch.Tensor:
     """Membership in nodes, bool [T, G]: whether a token goes to some rank of the node, from bool [T, R]."""
-    columns = [is_token_in_rank[:, topology.ranks_of_node(node)].any(1) for node in range(topology.num_nodes)]
-    return torch.stack(columns, 1)
+    order = [rank for node in range(topology.num_nodes) for rank in topology.ranks_of_node(node)]
+    by_node = is_token_in_rank if order == sorted(order) else is_token_in_rank[:, order]
+    return by_node.contiguous().view(len(by_node), topology.num_nodes, len(topology.local_ranks)).any(2)
 
 
 def starts_of(topology: Topology, counts: Sequence[Sequence[int]]) -> list[list[int]]:
     """[G][L]: the first row of each source rank, of rows ordered by source rank, from their counts [G][L]."""
     starts = [[0] * len(row) for row in counts]
     total = 0
-    for node, index in _places(topology):
+    for node, index in topology.places:
         starts[node][index] = total
         total += counts[node][index]
     return starts
-
-
-def _places(topology: Topology) -> list[tuple[int, int]]:
-    """Node and local index of every rank."""
-    return [(node, topology.ranks_of_node(node).index(rank)) for rank, node in enumerate(topology.node_of)]
 
 
 def make_handle(
@@ -85,7 +81,7 @@ def make_handle(
     members = list(routes.members)
     members[topology.node] = members[topology.node][routes.tokens[topology.node]]
     relayed = column([len(member) for member in members])
-    by_rank = _places(topology)
+    by_rank = topology.places
     counts = [routes.counts[node][index] for node, index in by_rank]
     meta = torch.full((len(places), 2), -1, dtype=torch.int32, device=device)
     for node, index in by_rank:
@@ -163,7 +159,7 @@ def _routes_of(topology: Topology, handle: InternodeHandle) -> Routes:
     require(min(received) >= 0, name, sums, "ascending sums")
     require(sums[-1] <= num_rows, name, sums, f"at most the {num_rows} rows of recv_src_meta")
     places, counts = places_of(handle), [[0] * len(topology.local_ranks) for _ in range(topology.num_nodes)]
-    for rank, (node, index) in enumerate(_places(topology)):
+    for rank, (node, index) in enumerate(topology.places):
         counts[node][index] = received[rank]
         part = places[sums[rank] - received[rank] : sums[rank]]
         ascends = bool((part.diff() > 0).all()) and not bool((part < 0).any())

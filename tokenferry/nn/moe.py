@@ -14,6 +14,7 @@ from torch import nn
 
 from tokenferry.buffer import Buffer
 from tokenferry.nn.functional import combine, dispatch
+from tokenferry.ops import register
 from tokenferry.validation import check_int, require
 
 
@@ -57,6 +58,7 @@ class ExpertParallelMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.buffer = buffer
+        register(buffer)  # here, so that a compiler finds the name at hand
         ranks = buffer.group_size
         self.num_experts = check_int("num_experts", num_experts, minimum=1, multiple_of=ranks)
         self.num_topk = check_int("num_topk", num_topk, minimum=1)
@@ -89,7 +91,7 @@ class ExpertParallelMoE(nn.Module):
         recv_x_MH, recv_idx_MK, recv_weights_MK, load_L, handle = dispatch(
             self.buffer, x_TH, idx_TK, weights_TK, self.num_experts
         )
-        self.expert_load = torch.tensor(load_L)
+        self.expert_load = load_L
         self.tokens_sent = handle.is_token_in_rank.sum(0)
         out_MH = self.run_experts(recv_x_MH, recv_idx_MK, recv_weights_MK)
         return combine(self.buffer, out_MH, handle).view_as(x)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenferry.rail.process_group import ProcessGroupRail
 
 CARRIER_VARIABLE = "TOKENFERRY_CARRIER"
+PROCESS_GROUP = "process_group"
 DEADLINE_SHARE = 0.8
 """Of a Buffer's deadline: a node that is silent is found on its rails, before ranks that wait for ranks of their own
 node, which wait for it, blame those."""
@@ -79,7 +80,7 @@ def _process_group(group: dist.ProcessGroup, topology: Topology, key: str, timeo
     return ProcessGroupRail(topology, key, timeout)
 
 
-CARRIERS: dict[str, Callable[[dist.ProcessGroup, Topology, str, float], Rail]] = {"process_group": _process_group}
+CARRIERS: dict[str, Callable[[dist.ProcessGroup, Topology, str, float], Rail]] = {PROCESS_GROUP: _process_group}
 """What makes a rail, by the carrier's name."""
 
 

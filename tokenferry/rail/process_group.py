@@ -2,12 +2,20 @@
 
 Each rail is a process group of its own. When a node is lost, the rails to it break and the caller's group does not:
 a new Buffer can be made on it.
+
+Gloo closes a connection when the last reference to the group and to operations on it is gone, and only then do peers
+learn that this rank has given up: whatever fails drops its operations first.
 """
 
 from __future__ import annotations
 
+import os
+import queue
+import threading
+import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +26,15 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _g
 from tokenferry.errors import TokenferryError
 from tokenferry.rail import Parts, RailError
 from tokenferry.topology import Topology
+
+_LONGEST = 365 * 86400.0
+"""Seconds; Gloo takes no endless deadline."""
+_MOST_UNFINISHED = 32
+"""Exchanges that may be under way; a further one waits for the oldest, which somebody may have forgotten."""
+
+_rails: weakref.WeakSet[ProcessGroupRail] = weakref.WeakSet()
+_inherited: list[object] = []
+"""Groups of a parent process: their threads are not here, so that taking them down would wait for ever."""
 
 
 class ProcessGroupRail:
@@ -36,81 +53,205 @@ class ProcessGroupRail:
 
     def __init__(self, topology: Topology, key: str, timeout: float) -> None:
         self.bytes_sent = 0
-        self._posted: weakref.WeakSet[PostedTransfer] = weakref.WeakSet()
         self._node = topology.node
-        self._timeout = timedelta(seconds=timeout)
-        store = PrefixStore(key, _get_default_store())
+        self._timeout = timedelta(seconds=min(timeout, _LONGEST))
+        self._unfinished: deque[PostedTransfer] = deque()
+        self._waiter: _Waiter | None = None
+        store = _get_default_store()
+        if store is None:
+            raise TokenferryError("a rail needs the store of torch.distributed, which this default group has not")
         try:
-            self._group: Any = ProcessGroupGloo(store, topology.node, topology.num_nodes, self._timeout)
+            self._group: Any = ProcessGroupGloo(
+                PrefixStore(key, store), topology.node, topology.num_nodes, self._timeout
+            )
         except RuntimeError as error:
             raise TokenferryError(f"no rail between ranks {topology.rail}: {error}") from error
+        _rails.add(self)
 
     def post(self, sends: Parts, receives: Parts) -> PostedTransfer:
         """See :meth:`tokenferry.rail.Rail.post`."""
-        group = self._group
-        if group is None:
-            raise RailError(self._node, False, "the rail is closed")
-        try:
-            works: dict[int, list[dist.Work]] = {
-                node: [group.recv([part], node, 0) for part in _parts(parts)] for node, parts in receives.items()
-            }
-            sent = [(node, part) for node, parts in sends.items() for part in _parts(parts)]
-            self.bytes_sent += sum(part.numel() for _, part in sent)
-            sending = [(node, group.send([part], node, 0), part) for node, part in sent]
-        except RuntimeError as error:
-            raise RailError(self._node, False, _first_line(error)) from error
-        transfer = PostedTransfer(works, sending, self._timeout)
-        self._posted.add(transfer)
+        while len(self._unfinished) >= _MOST_UNFINISHED:
+            self._unfinished[0].finish()
+        transfer = PostedTransfer(self, self._timeout)
+        self._unfinished.append(transfer)
+        for node, parts in receives.items():
+            for part in _bytes_of(parts):
+                transfer.receive(node, part)
+        for node, parts in sends.items():
+            for part in _bytes_of(parts):
+                transfer.send(node, part)
+                self.bytes_sent += part.numel()
         return transfer
 
     def close(self) -> None:
         """See :meth:`tokenferry.rail.Rail.close`."""
         self._group = None
-        for transfer in self._posted:
-            transfer.abandon()  # connections stay open for as long as there are operations on them
+        for transfer in list(self._unfinished):
+            transfer.abandon()
+        self._unfinished.clear()
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter.stop()
+
+    def group(self) -> Any:
+        """The process group.
+
+        Raises:
+            RailError: the rail is closed.
+        """
+        if self._group is None:
+            raise RailError(self._node, False, "this rank has closed its rail")
+        return self._group
+
+    def is_done_with(self, transfer: PostedTransfer) -> None:
+        """Forget a transfer."""
+        if transfer in self._unfinished:
+            self._unfinished.remove(transfer)
+
+    def wait(self, work: list[dist.Work]) -> str:
+        """Wait for the work in the list and take it out of there; returns why it failed, or nothing.
+
+        In another thread, since Gloo's wait does not end for Ctrl-C.
+        """
+        self.group()
+        if self._waiter is None:
+            self._waiter = _Waiter()
+        return self._waiter.wait(work, self._timeout)
+
+    def leave_to_the_parent(self) -> None:
+        """In a forked child: this rail is not its own."""
+        _inherited.append((self._group, [transfer.works() for transfer in self._unfinished]))
+        self._group = self._waiter = None
+        self._unfinished.clear()
+
+
+def _leave_rails_to_the_parent() -> None:
+    for rail in list(_rails):
+        rail.leave_to_the_parent()
+
+
+os.register_at_fork(after_in_child=_leave_rails_to_the_parent)
 
 
 class PostedTransfer:
     """See :class:`tokenferry.rail.Transfer`."""
 
-    def __init__(
-        self,
-        receives: dict[int, list[dist.Work]],
-        sends: list[tuple[int, dist.Work, torch.Tensor]],
-        timeout: timedelta,
-    ) -> None:
-        self._receives = receives
-        self._sends = sends
-        self._timeout = timeout
+    def __init__(self, rail: ProcessGroupRail, timeout: timedelta) -> None:
+        self._rail = rail
+        self._seconds = timeout.total_seconds()
+        self._receives: dict[int, list[dist.Work]] = {}
+        self._sends: list[tuple[int, list[dist.Work], torch.Tensor]] = []
+        self._is_abandoned = False
+
+    def receive(self, node: int, part: torch.Tensor) -> None:
+        """Begin to receive bytes from a node.
+
+        Raises:
+            RailError: the connection to the node is broken.
+        """
+        self._receives.setdefault(node, []).append(_begun(self._rail.group().recv, part, node))
+
+    def send(self, node: int, part: torch.Tensor) -> None:
+        """Begin to send bytes to a node.
+
+        Raises:
+            RailError: the connection to the node is broken.
+        """
+        self._sends.append((node, [_begun(self._rail.group().send, part, node)], part))
 
     def wait(self, node: int) -> None:
         """See :meth:`tokenferry.rail.Transfer.wait`."""
-        for work in self._receives.pop(node, ()):
-            self._wait(work, node)
+        self._check()
+        works = self._receives.get(node, [])
+        while works:
+            self._wait(works, node)
+        self._receives.pop(node, None)
 
     def finish(self) -> None:
         """See :meth:`tokenferry.rail.Transfer.finish`."""
+        self._check()
         for node in list(self._receives):
             self.wait(node)
         while self._sends:
-            node, work, _ = self._sends.pop()
+            node, work, _ = self._sends[0]
             self._wait(work, node)
+            self._sends = self._sends[1:]
+        self._rail.is_done_with(self)
 
     def abandon(self) -> None:
         """Forget what has not come."""
-        self._receives.clear()
-        self._sends.clear()
+        self._is_abandoned = True
+        for works in self._receives.values():
+            works.clear()
+        self._receives = {}
+        for _, work, _ in self._sends:
+            work.clear()
+        self._sends = []
 
-    def _wait(self, work: dist.Work, node: int) -> None:
+    def works(self) -> object:
+        """All operations."""
+        return self._receives, self._sends
+
+    def _check(self) -> None:
+        if self._is_abandoned:
+            self._rail.group()
+            raise RailError(self._rail._node, False, "this exchange was given up")
+
+    def _wait(self, works: list[dist.Work], node: int) -> None:
+        started = time.monotonic()
+        reason = self._rail.wait(works)
+        seconds = time.monotonic() - started
+        if reason:
+            self.abandon()
+            if seconds > 0.9 * self._seconds:
+                raise RailError(node, True, f"no sign of life for {seconds:.1f} s")
+            raise RailError(node, False, reason)
+        self._check()
+
+
+class _Waiter:
+    """Waits for operations in a thread of its own, while the caller can be interrupted."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[list[dist.Work], timedelta] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=_serve, args=(self._jobs, self._answers), daemon=True, name="rail").start()
+
+    def wait(self, work: list[dist.Work], timeout: timedelta) -> str:
+        """Wait for the first work of the list, which goes from there; returns why it failed, or nothing."""
+        self._jobs.put((work, timeout))
+        return self._answers.get()
+
+    def stop(self) -> None:
+        """End the thread, once it is done with what it waits for."""
+        self._jobs.put(None)
+
+
+def _serve(
+    jobs: queue.SimpleQueue[tuple[list[dist.Work], timedelta] | None], answers: queue.SimpleQueue[str]
+) -> None:
+    while (job := jobs.get()) is not None:
+        works, timeout = job
+        reason, work = "", works.pop(0)
         try:
-            work.wait(self._timeout)
+            work.wait(timeout)
         except RuntimeError as error:
-            timed_out = "timed out" in str(error).lower()
-            reason = f"no sign of life for {self._timeout.total_seconds():.1f} s" if timed_out else _first_line(error)
-            raise RailError(node, timed_out, reason) from error
+            reason = _first_line(error)
+        del job, work, works
+        answers.put(reason)
 
 
-def _parts(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _begun(
+    operation: Callable[[list[torch.Tensor], int, int], dist.Work], part: torch.Tensor, node: int
+) -> dist.Work:
+    try:
+        return operation([part], node, 0)
+    except RuntimeError as error:
+        reason = _first_line(error)
+    raise RailError(node, False, reason)
+
+
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The bytes of those that have elements."""
     for tensor in tensors:
         if tensor.numel():

@@ -27,6 +27,7 @@ from tokenferry.dataplane import (
 )
 from tokenferry.dataplane.cpu.combine import Combine, sum_rows
 from tokenferry.dataplane.cpu.dispatch import Dispatch
+from tokenferry.dataplane.cpu.exchange import least_room
 from tokenferry.dataplane.cpu.low_latency import CombineReceive, DispatchReceive, PendingReceives, Receive
 from tokenferry.dataplane.cpu.pages import advise_huge_pages
 from tokenferry.errors import BufferStateError
@@ -85,6 +86,10 @@ class CpuDataPlane:
         """See :meth:`tokenferry.dataplane.DataPlane.check`."""
         self.heap.check_usable()
 
+    def has_room(self, row_bytes: int) -> bool:
+        """See :meth:`tokenferry.dataplane.DataPlane.has_room`."""
+        return self.heap.can_stage(least_room(row_bytes, self.heap.num_ranks))
+
     def give_up(self, reason: str) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.give_up`."""
         self.heap.fail(reason)
@@ -100,13 +105,12 @@ class CpuDataPlane:
         self._pending.finish()
 
     def low_latency_tables(
-        self, num_local_experts: int, num_max_tokens: int, num_topk: int
+        self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
-        ranks = self.heap.num_ranks
         return (
-            torch.empty((num_local_experts, ranks * num_max_tokens), dtype=torch.int32, device=_CPU),
-            torch.empty((num_local_experts, ranks), dtype=torch.int64, device=_CPU),
+            torch.empty((num_local_experts, num_ranks * num_max_tokens), dtype=torch.int32, device=_CPU),
+            torch.empty((num_local_experts, num_ranks), dtype=torch.int64, device=_CPU),
             torch.empty(num_local_experts, dtype=torch.int32, device=_CPU),
         )
 

@@ -24,6 +24,7 @@ import torch
 
 from tokenferry.dataplane import HeldRows, Part, ReducePlan, Signature
 from tokenferry.dataplane.cpu.exchange import Exchange, offsets, rows_of
+from tokenferry.dataplane.cpu.expert_major import sum_copies
 from tokenferry.errors import HeapError
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.operation import Operation
@@ -48,11 +49,18 @@ class Combine(Exchange):
         super().__init__(heap, operation, signature)
         self._plan = plan
         self._outs = outs
-        self._bytes = [column.view(torch.uint8) for column in plan.columns]
+        self._dtypes = [column.dtype for column in plan.columns]
+        if plan.metadata is not None and plan.sum_dtype is not None:
+            self._dtypes[0] = plan.sum_dtype
+        widths = [column.size(1) for column in plan.columns]
+        self._widths = [width * dtype.itemsize for width, dtype in zip(widths, self._dtypes, strict=True)]
         self._starts, self._sources = plan.held or _held_rows(plan, self.rank)
         member = plan.handle.is_token_in_rank
         self._num_tokens = member.size(0)
         self._tokens = [member[:, rank].nonzero().flatten() for rank in range(self.num_ranks)]
+        start = self._starts[self.rank]
+        end = start + len(self._sources[self.rank])
+        self._own = [self._taken(column, start, end) for column in range(len(widths))]
         self._done_tokens = 0
         self._rows_before = [0] * self.num_ranks
         self._plan_rounds()
@@ -60,8 +68,8 @@ class Combine(Exchange):
     def _plan_rounds(self) -> None:
         sources = self._sources
         num_remote = sum(len(sources[peer]) for peer in self.peers)
-        row_bytes = sum(column.size(1) for column in self._bytes)
-        fixed_bytes = 128 * len(self._bytes)
+        row_bytes = sum(self._widths)
+        fixed_bytes = 128 * len(self._widths)
         room = self.message_room(fixed_bytes + num_remote * row_bytes, fixed_bytes + row_bytes * len(self.peers))
         most_rows = max(1, (room - fixed_bytes) // row_bytes)
         self._bounds = [_NO_BOUND]
@@ -83,7 +91,7 @@ class Combine(Exchange):
         """See :meth:`Exchange.stage_round`."""
         counts = {peer: self._cuts[peer][this + 1] - self._cuts[peer][this] for peer in self.peers}
         num_rows = sum(counts.values())
-        sections = offsets([num_rows * column.size(1) for column in self._bytes])
+        sections = offsets([num_rows * width for width in self._widths])
         offset = self.heap.try_reserve(sections[-1])
         if offset is None:
             return False
@@ -92,17 +100,34 @@ class Combine(Exchange):
         row = 0
         for peer, count in counts.items():
             first = self._starts[peer] + self._cuts[peer][this]
-            for column, section in zip(self._bytes, sections[:-1], strict=True):
-                staged = rows_of(payload, section, num_rows, column.size(1))
-                staged[row : row + count].copy_(column[first : first + count])
+            for column, (section, width) in enumerate(zip(sections[:-1], self._widths, strict=True)):
+                staged = rows_of(payload, section, num_rows, width).view(self._dtypes[column])
+                self._take(column, first, staged[row : row + count])
             ranges[peer] = (row, count)
             row += count
         self.publish(offset, sections[-1], num_rows=num_rows, ranges=ranges, bound=self._bounds[this])
         return True
 
+    def _take(self, column: int, first: int, out: torch.Tensor) -> None:
+        """Write the rows of a column from ``first`` on: as they are, or the sums of their copies."""
+        rows, metadata = self._plan.columns[column], self._plan.metadata
+        if column == 0 and metadata is not None:
+            sum_copies(rows, metadata[first : first + len(out), 2:], out, _BLOCK_BYTES)
+        else:
+            out.copy_(rows[first : first + len(out)])
+
+    def _taken(self, column: int, first: int, end: int) -> torch.Tensor:
+        """Some rows of a column: those of the tensor itself, or the sums of their copies."""
+        rows = self._plan.columns[column]
+        if column > 0 or self._plan.metadata is None:
+            return rows[first:end]
+        sums = torch.empty((end - first, rows.size(1)), dtype=self._dtypes[column], device=_CPU)
+        self._take(column, first, sums)
+        return sums
+
     def pull_reduce(self) -> None:
         """Send what remains and write the outputs."""
-        self.row_bytes = sum(column.size(1) for column in self._bytes)
+        self.row_bytes = sum(self._widths)
         self.drive()
         self._reduce_up_to(self._num_tokens)
 
@@ -144,17 +169,16 @@ class Combine(Exchange):
 
     def _rows(self, rank: int, index: int) -> torch.Tensor:
         """The rows at hand of one column: those of the rank's current message, or of the own tensor."""
-        column = self._plan.columns[index]
         if rank == self.rank:
-            return column[self._starts[rank] : self._starts[rank] + len(self._sources[rank])]
+            return self._own[index]
         if rank not in self.heads:
-            return column[:0]
+            return self._own[index][:0]
         head = self.heads[rank]
-        sections = offsets([head.num_rows * part.size(1) for part in self._bytes])
+        sections = offsets([head.num_rows * width for width in self._widths])
         if sections[-1] != head.nbytes or head.start + head.length > head.num_rows:
             raise HeapError(f"rank {self.heap.names[rank]} sent a message that contradicts itself: {head}")
-        part = rows_of(self.payload(rank), sections[index], head.num_rows, self._bytes[index].size(1))
-        return part[head.start : head.start + head.length].view(column.dtype)
+        part = rows_of(self.payload(rank), sections[index], head.num_rows, self._widths[index])
+        return part[head.start : head.start + head.length].view(self._dtypes[index])
 
 
 def _held_rows(plan: ReducePlan, rank: int) -> HeldRows:

@@ -6,7 +6,8 @@ Rank s to rank r, tokens 0, 2 and 3 of s going to r (token 1 stays at s, so it i
     output of r  rows base_s .. base_s + 3 = staged rows[positions],  recv_src_idx = tokens
 
 A message holds, 128-aligned: the counts of s (first message only: rows for each rank, choices of each expert, rows
-of a fixed-size output), the token ids and the positions for all readers, reader after reader, then each column.
+of a fixed-size output, and where rows are expanded such rows of a fixed-size output and the alignment), the token ids
+and the positions for all readers, reader after reader, then each column.
 A later round holds the next range of staged rows; positions count from its first row.
 
 Legend of dims: T tokens of this rank, R ranks, E experts, M received rows, W bytes of one column.
@@ -14,10 +15,13 @@ Legend of dims: T tokens of this rank, R ranks, E experts, M received rows, W by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from tokenferry.dataplane import Outputs, SendPlan, Signature
+from tokenferry.dataplane import ExpertPlan, Outputs, SendPlan, Signature
 from tokenferry.dataplane.cpu.exchange import Exchange, check_range, ints_of, offsets, rows_of
+from tokenferry.dataplane.cpu.expert_major import CopyMap, ends_of, num_expanded, write_sources
 from tokenferry.errors import CapacityError, HeapError
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.operation import Operation
@@ -32,6 +36,9 @@ class Dispatch(Exchange):
     num_rows: int
     num_received_per_expert: list[int]
     rank_prefix_matrix: torch.Tensor
+    num_expanded_rows = 0
+    num_pairs: torch.Tensor
+    expert_ends: torch.Tensor
 
     def __init__(self, heap: Heap, operation: Operation, signature: Signature, plan: SendPlan) -> None:
         super().__init__(heap, operation, signature)
@@ -50,9 +57,12 @@ class Dispatch(Exchange):
         sent = torch.tensor([len(tokens) for tokens in self._tokens], dtype=torch.int32, device=_CPU)
         self.channel_prefix_matrix = sent.view(-1, 1)
         self.recv_channel_prefix_matrix = torch.zeros_like(self.channel_prefix_matrix)
-        worst = torch.tensor([plan.num_worst_tokens], dtype=torch.int32, device=_CPU)
         per_expert = sent[:0] if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert
-        self._counts = torch.cat([sent, per_expert, worst])
+        self._num_experts = len(per_expert)
+        limits = [plan.num_worst_tokens]
+        if plan.experts is not None and plan.experts.expand:
+            limits += [plan.experts.num_worst_rows, plan.experts.alignment]
+        self._counts = torch.cat([sent, per_expert, torch.tensor(limits, dtype=torch.int32, device=_CPU)])
         self._plan_rounds()
 
     def _plan_rounds(self) -> None:
@@ -107,21 +117,43 @@ class Dispatch(Exchange):
         rows = counts[:, : self.num_ranks].sum(0)
         check_range("so many rows", rows * max(1, self._columns[0].size(1)), 0, MEMORY_BYTES)
         self.rank_prefix_matrix = counts[:, : self.num_ranks].cumsum(0, dtype=torch.int32)
+        per_source, limits = counts[:, self.num_ranks :].tensor_split([self._num_experts], 1)
         worst, handle = self._plan.num_worst_tokens, self._plan.handle
-        per_expert = counts[:, self.num_ranks : -1].sum(0).tolist()
+        per_expert = per_source.sum(0).tolist()
         num_local = len(per_expert) // self.num_ranks
+        if self._plan.experts is not None:
+            num_local = self._plan.experts.num_local
         share = range(self.rank * num_local, (self.rank + 1) * num_local)
-        self._experts = share if self._plan.experts is None else self._plan.experts
-        self.num_received_per_expert = [] if worst else [per_expert[expert] for expert in share]
+        self._experts = share if self._plan.expert_ids is None else self._plan.expert_ids
+        self.num_received_per_expert = [] if worst else per_expert[share.start : share.stop]
         needed = self.rank_prefix_matrix[-1].tolist()
         self.num_rows = (worst or needed[self.rank]) if handle is None else len(handle.recv_src_idx)
         if handle is not None and needed[self.rank] > self.num_rows:
             raise HeapError(f"peers send {needed[self.rank]} rows, the handle has {self.num_rows}")
-        given = counts[:, -1].tolist()
-        full = [rank for rank in range(self.num_ranks) if given[rank] and given[rank] < needed[rank]]
-        if full:
+        self._check_room("num_worst_tokens", limits[:, 0].tolist(), needed)
+        if self._plan.experts is not None:
+            self._lay_out_experts(self._plan.experts, per_source, limits)
+
+    def _lay_out_experts(self, plan: ExpertPlan, per_source: torch.Tensor, limits: torch.Tensor) -> None:
+        """What the outputs need to know of the experts."""
+        if self._plan.handle is not None:
+            self.num_expanded_rows = plan.num_worst_rows
+            return
+        self._pairs = per_source[:, self._experts.start : self._experts.stop].long()
+        self.num_pairs = self._pairs.sum(0, dtype=torch.int32)
+        self.expert_ends = ends_of(self.num_pairs, plan.alignment, plan.expand)
+        if plan.expand:
+            pairs = per_source.sum(0).view(self.num_ranks, -1).tolist()
+            needed = [num_expanded(mine, a) for mine, a in zip(pairs, limits[:, 2].tolist(), strict=True)]
+            self.num_expanded_rows = plan.num_worst_rows or needed[self.rank]
+            self._check_room("expanded rows", limits[:, 1].tolist(), needed)
+
+    def _check_room(self, what: str, given: list[int], needed: list[int]) -> None:
+        """Step back where the outputs of some rank have a fixed size that is too small."""
+        full = [rank for rank in range(self.num_ranks) if 0 < given[rank] < needed[rank]]
+        if full and self._plan.handle is None:
             rank = full[0]
-            reason = f"num_worst_tokens: got {given[rank]}; allowed: at least the {needed[rank]} rows it receives"
+            reason = f"{what}: got {given[rank]}; allowed: at least the {needed[rank]} rows it receives"
             raise self.step_back(CapacityError, full, reason)
 
     def _counts_of(self, rank: int) -> torch.Tensor:
@@ -129,8 +161,8 @@ class Dispatch(Exchange):
 
     def pull(self, outputs: Outputs) -> None:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
-        self._columns_out = columns_of(outputs)
-        self._outputs = outputs
+        self._out = outputs
+        self._outputs = columns_of(outputs)
         self.row_bytes = sum(column.size(1) for column in self._columns) + 8
         ends = self.rank_prefix_matrix[:, self.rank].tolist()
         self._filled = [0, *ends[:-1]]
@@ -143,19 +175,42 @@ class Dispatch(Exchange):
             self._ends = [start + count for start, count in zip(outputs.starts, counts, strict=True)]
         self._first_round = set(self.peers)
         own = self._tokens[self.rank]
-        start, end = self._filled[self.rank], self._ends[self.rank]
-        for column, output in zip(self._columns, self._columns_out, strict=True):
-            take_rows(column, own, output[start:end])
-        self._note_rows(start, end, own)
+        self._copies = self._copy_map(outputs)
+        if self._copies is None and max(self._ends) > len(outputs.rows):
+            raise HeapError(f"peers send rows up to {max(self._ends)}, the outputs have {len(outputs.rows)}")
+        self._deliver(self.rank, self._columns, own, own)
         self.drive()
+        if self._copies is not None:
+            self._copies.pad()
 
-    def _note_rows(self, start: int, end: int, tokens: torch.Tensor) -> None:
-        """Finish rows that have arrived: where they came from, and their choices."""
-        outputs = self._outputs
-        if outputs.recv_src_idx is not None:
-            outputs.recv_src_idx[start:end] = tokens
-        if outputs.topk_idx is not None and outputs.topk_weights is not None:
-            localise(outputs.topk_idx[start:end], outputs.topk_weights[start:end], self._experts)
+    def _copy_map(self, outputs: Outputs) -> CopyMap | None:
+        plan = self._plan.experts
+        if plan is None or not plan.expand:
+            return None
+        if self._plan.handle is None:
+            return CopyMap(plan, self._experts, outputs, self.expert_ends, self._pairs)
+        assert plan.expert_ends is not None
+        return CopyMap(plan, self._experts, outputs, plan.expert_ends, None)
+
+    def _deliver(
+        self, source: int, columns: Sequence[torch.Tensor], rows: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Write a source's next rows to their place: ``rows`` of the columns, which are those of its ``tokens``."""
+        start = self._filled[source]
+        end = self._filled[source] = start + len(rows)
+        if self._out.recv_src_idx is not None:
+            self._out.recv_src_idx[start:end] = tokens
+        if self._out.metadata is not None and self._plan.experts is not None:
+            ids = columns[-2].index_select(0, rows).view(torch.int64)
+            most = self._plan.experts.num_max_tokens
+            write_sources(self._out.metadata[start:end], source, tokens, ids, self._experts, most)
+        if self._copies is not None:
+            self._copies.deliver(source, columns, rows, start)
+            return
+        for column, output in zip(columns, self._outputs, strict=True):
+            take_rows(column, rows, output[start:end])
+        if self._out.topk_idx is not None and self._out.topk_weights is not None:
+            localise(self._out.topk_idx[start:end], self._out.topk_weights[start:end], self._experts)
 
     def read(self) -> bool:
         """See :meth:`Exchange.read`."""
@@ -170,18 +225,18 @@ class Dispatch(Exchange):
         num_counts = len(self._counts) if peer in self._first_round else 0
         self._first_round.discard(peer)
         sections = self._sections(num_counts, head.bound, head.num_rows)
-        start = self._filled[peer]
-        end = self._filled[peer] = start + head.length
-        is_outside = head.start + head.length > head.bound or end > min(self._ends[peer], len(self._outputs.rows))
-        if sections[-1] != head.nbytes or is_outside:
+        end = self._filled[peer] + head.length
+        if sections[-1] != head.nbytes or head.start + head.length > head.bound or end > self._ends[peer]:
             raise HeapError(f"rank {self.heap.names[peer]} sent a message that contradicts its counts: {head}")
         payload = self.payload(peer)
+        tokens = ints_of(payload, sections[1] + 4 * head.start, head.length)
         positions = ints_of(payload, sections[2] + 4 * head.start, head.length)
         check_range("positions", positions, 0, head.num_rows)
-        for output, section in zip(self._columns_out, sections[3:-1], strict=True):
-            rows = rows_of(payload, section, head.num_rows, output.size(1))
-            take_rows(rows, positions, output[start:end])
-        self._note_rows(start, end, ints_of(payload, sections[1] + 4 * head.start, head.length))
+        columns = [
+            rows_of(payload, section, head.num_rows, column.size(1))
+            for column, section in zip(self._columns, sections[3:-1], strict=True)
+        ]
+        self._deliver(peer, columns, positions, tokens)
 
 
 def columns_of(payloads: SendPlan | Outputs) -> list[torch.Tensor]:
@@ -192,9 +247,11 @@ def columns_of(payloads: SendPlan | Outputs) -> list[torch.Tensor]:
 
 def _mark_unused(outputs: Outputs, start: int) -> None:
     """Set the rows from ``start`` on to what rows past the last received one have."""
-    for tensor, value in ((outputs.recv_src_idx, -1), (outputs.topk_idx, -1), (outputs.topk_weights, 0)):
+    for tensor in (outputs.recv_src_idx, outputs.metadata, outputs.topk_idx):
         if tensor is not None:
-            tensor[start:].fill_(value)
+            tensor[start:].fill_(-1)
+    if outputs.topk_idx is not None and outputs.topk_weights is not None:
+        outputs.topk_weights[start:].fill_(0)
 
 
 def localise(topk_idx: torch.Tensor, topk_weights: torch.Tensor, experts: range) -> None:

@@ -233,6 +233,15 @@ class Exchange(ABC):
         """Read what can be read of the current messages and release them; returns whether that was anything."""
 
 
+def least_room(row_bytes: int, num_ranks: int) -> int:
+    """Bytes of stage with which rows of so many bytes can move between the ranks of a node, whatever the operation.
+
+    A message has at most eight sections, and a row for each rank in combine, with its numbers for each rank in
+    dispatch; counts of experts are left out, which a part of an operation between nodes has not.
+    """
+    return align_up(8 * 128 + num_ranks * (row_bytes + 16))
+
+
 def offsets(sizes: Sequence[int]) -> list[int]:
     """Aligned start of each section of a message, and the end of the last."""
     starts = [0]

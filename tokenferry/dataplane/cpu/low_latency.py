@@ -17,13 +17,14 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from tokenferry.dataplane import (
     LowLatencyCombinePlan,
     LowLatencyDispatchPlan,
+    Relays,
     ScaleFormat,
     Signature,
     describe_difference,
@@ -245,20 +246,23 @@ class DispatchReceive(Receive):
         plan = self._plan
         assert plan is not None
         begin = torch.zeros(plan.num_local_experts, dtype=torch.int64, device=_CPU)
-        for source in range(self.heap.num_ranks):
-            if source == self.heap.rank:
-                experts, tokens, columns = self._own
-            elif source in heads:
-                experts, tokens, columns = self._rows_for_me(plan, self._message_of(source, heads[source]))
-                ids_bytes = heads[source].num_rows * self._widths[0]
-                self.note_read(source, ids_bytes + sum(column.nbytes for column in columns))
-            else:
+        here = {self.heap.rank: self._own}
+        for peer, head in heads.items():
+            here[peer] = self._rows_for_me(plan, self._message_of(peer, head))
+            self.note_read(peer, head.num_rows * self._widths[0] + sum(column.nbytes for column in here[peer][2]))
+        for source, (relay, first, end) in enumerate(sources_of(plan.relays, self.heap.num_ranks)):
+            if relay not in here:
                 plan.layout_range[:, source] = begin << 32
                 continue
+            experts, tokens, columns = here[relay]
+            if plan.relays is not None:
+                its = ((tokens >= first) & (tokens < end)).nonzero().flatten()
+                experts, tokens, columns = experts[its], tokens[its] - first, [column[its] for column in columns]
             counts = torch.bincount(experts, minlength=plan.num_local_experts)
-            check_range("choices of one expert", counts, 0, plan.num_max_tokens + 1)
-            first = counts.cumsum(0) - counts
-            slots = begin[experts] + torch.arange(len(experts), device=_CPU) - first[experts]
+            most = plan.num_max_tokens if plan.relays is None else plan.relays.num_max_tokens
+            check_range("choices of one expert", counts, 0, most + 1)
+            before = counts.cumsum(0) - counts
+            slots = begin[experts] + torch.arange(len(experts), device=_CPU) - before[experts]
             plan.recv_src_info[experts, slots] = tokens.to(torch.int32)
             outs = [plan.recv_x] if plan.recv_scales is None else [plan.recv_x, plan.recv_scales]
             for column, out in zip(columns, outs, strict=True):
@@ -315,8 +319,9 @@ class CombineReceive(Receive):
         super().__init__(heap, operation, signature, earlier)
         self._plan: LowLatencyCombinePlan | None = plan
         self._row_bytes = plan.x.size(2) * plan.x.element_size()
-        slots = [self._slots_for(source) for source in range(heap.num_ranks)]
-        self._own = self._lists_of(slots[heap.rank])
+        lists = [self._lists_for(reader) for reader in range(heap.num_ranks)]
+        slots = [of_reader[2] for of_reader in lists]
+        self._own = lists[heap.rank][:2]
         self._own_rows = plan.x.view(-1, plan.x.size(2))[slots[heap.rank]]
         peers = heap.active_peers()
         ranges = {}
@@ -332,7 +337,7 @@ class CombineReceive(Receive):
             if not length:
                 continue
             part = slice(start, start + length)
-            tokens[part], experts[part] = self._lists_of(slots[peer])
+            tokens[part], experts[part] = lists[peer][:2]
             torch.index_select(flat, 0, slots[peer], out=rows[part])
         self.publish()
 
@@ -347,21 +352,29 @@ class CombineReceive(Receive):
             rows_of(payload, sections[2], num_rows, self._row_bytes),
         )
 
-    def _slots_for(self, source: int) -> torch.Tensor:
-        """int64: the rows of the [L * slab] slabs that came from ``source``, expert by expert."""
+    def _lists_for(self, reader: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token, expert and place in the [L * slab] slabs of each row for a rank of the node, expert by expert."""
+        plan = self._plan
+        assert plan is not None
+        slab = plan.src_info.size(1)
+        tokens, experts, slots = [], [], []
+        for source, (relay, first, _) in enumerate(sources_of(plan.relays, self.heap.num_ranks)):
+            if relay != reader:
+                continue
+            its = self._slots_of(source, slab)
+            tokens.append(plan.src_info.view(-1)[its] + first)
+            experts.append((its.div(slab, rounding_mode="floor") + plan.first_expert).to(torch.int32))
+            slots.append(its)
+        return torch.cat(tokens), torch.cat(experts), torch.cat(slots)
+
+    def _slots_of(self, source: int, slab: int) -> torch.Tensor:
+        """int64: the rows of the [L * slab] slabs that came from a source rank, expert by expert."""
         assert self._plan is not None
         ranges = self._plan.layout_range[:, source]
         counts = ranges & 0xFFFFFFFF
-        slab = self._plan.src_info.size(1)
         starts = torch.arange(len(ranges), device=_CPU) * slab + (ranges >> 32)
         before = counts.cumsum(0) - counts
         return torch.repeat_interleave(starts - before, counts) + torch.arange(int(counts.sum()), device=_CPU)
-
-    def _lists_of(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._plan is not None
-        slab = self._plan.src_info.size(1)
-        experts = slots.div(slab, rounding_mode="floor") + self._plan.first_expert
-        return self._plan.src_info.view(-1)[slots], experts.to(torch.int32)
 
     def read(self, heads: dict[int, Head], waited: dict[int, int]) -> None:
         """See :meth:`Receive.read`."""
@@ -404,15 +417,23 @@ class CombineReceive(Receive):
         payload = self.heap.stage_view(rank, head.offset, head.nbytes)
         tokens, experts, rows = self._parts(payload, head.num_rows)
         part = slice(head.start, head.start + head.length)
-        share = len(self._plan.layout_range)
         check_range("tokens", tokens[part], 0, self._plan.src_info.size(1) // self.heap.num_ranks)
-        check_range("experts", experts[part], rank * share, (rank + 1) * share)
+        check_range("experts", experts[part], 0, self._plan.num_experts)
         return tokens[part], experts[part], rows[part].view(self._plan.x.dtype)
 
     def forget(self) -> None:
         """See :meth:`Receive.forget`."""
         self._plan = None
         del self._own_rows
+
+
+def sources_of(relays: Relays | None, num_ranks: int) -> Iterator[tuple[int, int, int]]:
+    """For every source rank: the rank of the node that sends its tokens, and which of that one's these are."""
+    if relays is None:
+        yield from ((rank, 0, _NOWHERE) for rank in range(num_ranks))
+    else:
+        for relay, place in relays.order:
+            yield relay, place * relays.num_max_tokens, (place + 1) * relays.num_max_tokens
 
 
 def _columns_of(plan: LowLatencyDispatchPlan) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 
 from tokenferry.dataplane import (
     DispatchExchange,
+    ExpertPlan,
     Layout,
     LowLatencyCombinePlan,
     LowLatencyDispatchPlan,
@@ -28,7 +29,7 @@ from tokenferry.dataplane import (
     SendPlan,
     Signature,
 )
-from tokenferry.dataplane.cuda import programs
+from tokenferry.dataplane.cuda import expert_major_programs, programs
 from tokenferry.dataplane.cuda.exchange import CudaDispatch
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
@@ -212,12 +213,13 @@ class CudaDataPlane:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
         self.check()
         if plan.handle is None and plan.num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
-            raise ArgumentError(
-                "num_worst_tokens",
-                "0 while a CUDA graph is captured: the host would have to wait for the counts",
-                "num_worst_tokens > 0, or a cached dispatch (handle=...)",
-            )
+            given = "while a CUDA graph is captured: the host would have to wait for the counts"
+            if plan.experts is not None:
+                raise ArgumentError("do_cpu_sync", f"True {given}", "False, or a cached dispatch (handle=...)")
+            raise ArgumentError("num_worst_tokens", f"0 {given}", "> 0, or a cached dispatch (handle=...)")
         plan = plan._replace(rows=self._aligned(plan.rows))
+        if plan.experts is not None:
+            plan = self._with_experts(plan, plan.experts)
         self._check_stage(programs.dispatch_record(plan))
         self._follow_regions()
         exchange = CudaDispatch(self, signature, plan)
@@ -279,11 +281,64 @@ class CudaDataPlane:
         with self._forgiving():
             return self.status.wait_for_counts(num_local, torch.cuda.current_stream(self._device).query)
 
+    def _with_experts(self, plan: SendPlan, experts: ExpertPlan) -> SendPlan:
+        """The plan as its kernels want it: ids packed where they say which rows copies are."""
+        if experts.metadata is not None:
+            return plan._replace(experts=experts._replace(metadata=self._aligned(experts.metadata)))
+        if not experts.expand:
+            return plan
+        assert plan.topk_idx is not None
+        ids = self._aligned(plan.topk_idx)
+        packed = torch.empty_like(ids)
+        self._queue.start()
+        num_experts = experts.num_local * self.num_ranks
+        expert_major_programs.pack(self._queue.handle, ids, packed, num_experts, self._target)
+        return plan._replace(topk_idx=packed)
+
+    def lay_out_experts(
+        self, plan: ExpertPlan, bases: torch.Tensor, num_pairs: torch.Tensor, ends: torch.Tensor
+    ) -> None:
+        """Launch what tells where the rows of the experts begin and end, once the counts are there."""
+        self._queue.start()
+        expert_major_programs.starts(
+            self._queue.handle,
+            self._context[0],
+            bases,
+            (num_pairs, ends),
+            plan.alignment,
+            self.rank,
+            plan.expand,
+            self._target,
+        )
+
+    def after_pull(self, plan: SendPlan, prefix: torch.Tensor, outputs: Outputs, ends: torch.Tensor) -> None:
+        """Launch what a dispatch that tells where rows are from still has to write."""
+        experts = plan.experts
+        if experts is None:
+            return
+        if not experts.expand:
+            if outputs.metadata is not None:
+                most = experts.num_max_tokens
+                expert_major_programs.sources(self._queue.handle, outputs, prefix, most, self.rank, self._target)
+        elif experts.zero_padding and experts.num_local:
+            known = ends if experts.expert_ends is None else experts.expert_ends
+            expert_major_programs.pad(self._queue.handle, outputs, known, experts.alignment, self._target)
+
     def pull(
-        self, signature: Signature, plan: SendPlan, prefix: torch.Tensor, outputs: Outputs, num_rows: int
+        self,
+        signature: Signature,
+        plan: SendPlan,
+        prefix: torch.Tensor,
+        outputs: Outputs,
+        num_rows: int,
+        bases: torch.Tensor | None = None,
     ) -> None:
         """Launch the pull of a dispatch."""
         self._queue.start()
+        if plan.handle is not None and outputs.topk_idx is not None and outputs.topk_weights is not None:
+            with torch.cuda.stream(self._queue.stream):  # the rows past the last, of which there is no count here
+                outputs.topk_idx.fill_(-1)
+                outputs.topk_weights.zero_()
         cached = plan.handle is not None
         src_idx = plan.handle.recv_src_idx if plan.handle is not None else outputs.recv_src_idx
         assert src_idx is not None
@@ -304,11 +359,15 @@ class CudaDataPlane:
             self._timeout,
             self._target,
             min(plan.num_sms or DEFAULT_NUM_SMS, self._most_programs),
+            bases,
         )
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
         self.check()
+        if plan.metadata is not None:
+            self._pull_reduce_copies(signature, plan, plan.metadata, outs)
+            return
         columns = [self._aligned(column) for column in plan.columns]
         biases = [self._aligned(bias) for bias in plan.biases]
         self._check_stage(programs.combine_record(columns) * self.num_ranks)
@@ -338,9 +397,43 @@ class CudaDataPlane:
         """Needed between nodes only, which Buffers on GPUs refuse to span."""
         raise NotImplementedError("GPUs on several nodes")
 
+    def has_room(self, row_bytes: int) -> bool:
+        """As :meth:`sum_rows`."""
+        raise NotImplementedError("GPUs on several nodes")
+
     def give_up(self, reason: str) -> None:
         """As :meth:`sum_rows`."""
         raise NotImplementedError("GPUs on several nodes")
+
+    def _pull_reduce_copies(
+        self, signature: Signature, plan: ReducePlan, metadata: torch.Tensor, outs: Sequence[torch.Tensor]
+    ) -> None:
+        """Sum the copies of each row, and combine the sums."""
+        x = self._aligned(plan.columns[0])
+        wide = plan.sum_dtype or x.dtype
+        metadata = self._aligned(metadata)
+        self._queue.start()
+        with torch.cuda.stream(self._queue.stream):
+            sums = torch.empty((metadata.size(0), x.size(1)), dtype=wide, device=self._device)
+            expert_major_programs.sum_copies(
+                self._queue.handle,
+                x,
+                metadata,
+                sums,
+                plan.handle.rank_prefix_matrix,
+                (self._context[1], self._context[4]),
+                self.rank,
+                signature.operation,
+                self._target,
+            )
+            biases = [bias.to(wide) for bias in plan.biases]
+            whole = outs[0] if wide == x.dtype else torch.empty(outs[0].shape, dtype=wide, device=self._device)
+            columns = [sums, *plan.columns[1:]]
+            self.pull_reduce(
+                signature, plan._replace(columns=columns, biases=biases, metadata=None), [whole, *outs[1:]]
+            )
+            if whole is not outs[0]:
+                outs[0].copy_(whole)
 
     def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.warm`."""
@@ -349,7 +442,7 @@ class CudaDataPlane:
     # Low latency, on the current stream.
 
     def low_latency_tables(
-        self, num_local_experts: int, num_max_tokens: int, num_topk: int
+        self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
         return self._low_latency.tables(num_local_experts, num_max_tokens, num_topk, self._device)

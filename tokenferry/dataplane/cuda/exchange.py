@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tokenferry.dataplane import Outputs, SendPlan, Signature
+from tokenferry.dataplane import ExpertPlan, Outputs, SendPlan, Signature
 
 if TYPE_CHECKING:
     from tokenferry.dataplane.cuda import CudaDataPlane
@@ -22,9 +22,13 @@ class CudaDispatch:
         self._is_open = False
         self.num_rows = 0
         self.num_received_per_expert: list[int] = []
+        self.num_expanded_rows = 0
+        self._bases: torch.Tensor | None = None
+        self.num_pairs = self.expert_ends = plan.is_token_in_rank[:0]
         handle = plan.handle
         if handle is not None:
             self.num_rows = handle.recv_src_idx.numel()
+            self.num_expanded_rows = 0 if plan.experts is None else plan.experts.num_worst_rows
             self.rank_prefix_matrix = handle.rank_prefix_matrix
             self.channel_prefix_matrix = handle.channel_prefix_matrix
             self.recv_channel_prefix_matrix = handle.recv_channel_prefix_matrix
@@ -47,20 +51,38 @@ class CudaDispatch:
         self._is_open = True
         if plan.num_worst_tokens:
             self.num_rows = plan.num_worst_tokens
+            self._lay_out_experts(plan.experts)
             return
         self._is_open = False  # if this raises, all ranks have stepped back, or the Buffer has failed
         self.num_rows, self.num_received_per_expert = self._plane.wait_for_counts(plan)
         self._is_open = True
         try:
             self._plane.check()  # what else was reported meanwhile
+            self._lay_out_experts(plan.experts)
         except BaseException:
             self.abandon()
             raise
 
+    def _lay_out_experts(self, plan: ExpertPlan | None) -> None:
+        """Where the rows of the experts begin and end."""
+        if plan is None:
+            return
+        ranks, local = self._plan.is_token_in_rank.size(1), plan.num_local
+        step = -(-local // 4) * 4  # each begins on 16 bytes
+        small = self._plane.empty(2 * step + plan.expand * ranks * local)
+        self.num_pairs, self.expert_ends = small[:local], small[step : step + local]
+        self._bases = small[2 * step :]
+        self._plane.lay_out_experts(plan, self._bases, self.num_pairs, self.expert_ends)
+        if plan.expand:
+            aligned = (-(-count // plan.alignment) * plan.alignment for count in self.num_received_per_expert)
+            self.num_expanded_rows = plan.num_worst_rows or sum(aligned)
+
     def pull(self, outputs: Outputs) -> None:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
         self._is_open = False
-        self._plane.pull(self._signature, self._plan, self.rank_prefix_matrix, outputs, self.num_rows)
+        self._plane.pull(self._signature, self._plan, self.rank_prefix_matrix, outputs, self.num_rows, self._bases)
+        if outputs.rows.size(0) or outputs.metadata is not None:
+            self._plane.after_pull(self._plan, self.rank_prefix_matrix, outputs, self.expert_ends)
 
     def abandon(self) -> None:
         """After an error on this host alone: take part in what was announced, and receive nothing."""
@@ -68,4 +90,8 @@ class CudaDispatch:
             nothing = self._plan.rows[:0]
             none = torch.empty(0, dtype=torch.int32, device=nothing.device)
             self.num_rows = 0
-            self.pull(Outputs(nothing, self._plan.scales, self._plan.topk_idx, self._plan.topk_weights, none))
+            columns = (nothing, self._plan.scales, self._plan.topk_idx, self._plan.topk_weights)
+            self._is_open = False
+            self._plane.pull(
+                self._signature, self._plan, self.rank_prefix_matrix, Outputs(*columns, none, none), 0, self._bases
+            )

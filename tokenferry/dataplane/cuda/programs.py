@@ -32,7 +32,7 @@ _NOTIFY = Kernel(
 )
 _DISPATCH = Kernel(
     dispatch_kernels.dispatch,
-    (*_CONTEXT, _I8, _I8, _I64, _F32, _I8, _I8, _I64, _F32, _I32, _I32, *(None,) * 16),
+    (*_CONTEXT, _I8, _I8, _I64, _F32, _I8, _I8, _I64, _F32, *(_I32,) * 4, *(None,) * 18),
 )
 _COMBINE = {
     dtype: Kernel(
@@ -188,19 +188,28 @@ def dispatch(
     timeout: int,
     target: Target,
     num_sms: int,
+    bases: torch.Tensor | None = None,
 ) -> None:
-    """Launch ``dispatch``."""
+    """Launch ``dispatch``. Expanded, the plan's ids are packed, and ``bases`` are what ``starts`` wrote."""
     num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.numel() // target.num_ranks
     widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
-    variant = _dispatch(plan.handle is not None, *widths, target)
+    metadata, most, num_expanded = None, 0, 0
+    if plan.experts is not None:
+        num_local = plan.experts.num_local
+        if plan.experts.expand:
+            metadata = outputs.metadata if plan.experts.metadata is None else plan.experts.metadata
+            most, num_expanded = plan.experts.num_max_tokens, outputs.rows.size(0)
+    variant = _dispatch(plan.handle is not None, *widths, target, metadata is not None)
     own = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
-    out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights, src_idx, prefix)
+    out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights, src_idx, prefix, metadata, bases)
     numbers = (
         signature,
         plan.rows.size(0),
         num_rows,
         rank * num_local,
         num_local,
+        most,
+        num_expanded,
         list_capacity,
         *stage,
         max(num_sms // 2, 1),
@@ -213,9 +222,11 @@ def dispatch(
 
 
 @functools.cache
-def _dispatch(cached: bool, row_bytes: int, scale_bytes: int, num_topk: int, target: Target) -> Variant:
+def _dispatch(
+    cached: bool, row_bytes: int, scale_bytes: int, num_topk: int, target: Target, expand: bool = False
+) -> Variant:
     """The variant by the bulk-copy engine, unless a few rows do not fit shared memory."""
-    slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk)
+    slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk, expand)
     room = SHARED_BYTES - bulk_dispatch_kernels.TABLE_BYTES - 1024 if target.can_bulk else 0
     for num_warps in (4, 2, 1) if row_bytes <= 2048 else (2, 1):
         slots = min(room // (num_warps * slot), 16)
@@ -223,6 +234,7 @@ def _dispatch(cached: bool, row_bytes: int, scale_bytes: int, num_topk: int, tar
             return _BULK_DISPATCH.variant(
                 num_warps,
                 CACHED=cached,
+                EXPAND=expand,
                 ROW=row_bytes,
                 SCALES=scale_bytes,
                 K=num_topk,
@@ -237,6 +249,7 @@ def _dispatch(cached: bool, row_bytes: int, scale_bytes: int, num_topk: int, tar
     return _DISPATCH.variant(
         8,
         CACHED=cached,
+        EXPAND=expand,
         WORDS=row_bytes // 4,
         SCALE_WORDS=scale_bytes // 4,
         K=num_topk,

@@ -29,6 +29,9 @@ _NAMES: dict[int, str] = {
     OperationKind.COMBINE: "combine",
     OperationKind.LOW_LATENCY_DISPATCH: "low_latency_dispatch",
     OperationKind.LOW_LATENCY_COMBINE: "low_latency_combine",
+    OperationKind.EXPANDED_DISPATCH: "dispatch",
+    OperationKind.CACHED_EXPANDED_DISPATCH: "dispatch",
+    OperationKind.BARRIER: "barrier",
 }
 _LOW_LATENCY = (OperationKind.LOW_LATENCY_DISPATCH, OperationKind.LOW_LATENCY_COMBINE)
 _LOOK_EVERY = 1.0
@@ -140,6 +143,8 @@ class Status:
         if code == words.CROWDED.value:
             allowed = "at most num_max_dispatch_tokens_per_rank choices of one expert; the others were not sent"
             return ArgumentError("topk_idx", f"more choices of one expert ({name}, epoch {epoch})", allowed)
+        if code == words.NO_ROOM.value:
+            return CapacityError(name, epoch, [self._rank], "choices of one expert twice: no room for all copies")
         if code == words.BAD_COUNTS.value:
             return ArgumentError("num_tokens_per_rank", "other counts", "those of is_token_in_rank")
         if code == words.BAD_HANDLE.value:

@@ -167,6 +167,12 @@ def _wait_group(like, CODE: gl.constexpr):
 
 
 @gluon.jit
+def meet(like):
+    """The warp meets: what its threads have written to shared memory is there for all of them."""
+    _wait_group(like, "bar.warp.sync 0xffffffff; mov.u32 $0, 0; // $1")
+
+
+@gluon.jit
 def load_shared(address):
     """An int32 of shared memory."""
     return gl.inline_asm_elementwise(

@@ -29,6 +29,7 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     wait_stores,
     wait_stores_read,
 )
+from tokenferry.dataplane.cuda.kernels.bulk_columns import complain, copy_out, copy_window, fill_tail
 from tokenferry.dataplane.cuda.kernels.dispatch import agree, range_of_source, staged_rounds
 from tokenferry.dataplane.cuda.kernels.rounds import (
     publish_round,
@@ -38,12 +39,10 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
 )
 from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report, zero
 from tokenferry.dataplane.cuda.kernels.words import (
-    AT_EPOCH,
     BAD_HANDLE,
-    CODE,
     EPOCH,
     FAILED,
-    OPERATION,
+    NO_ROOM,
     STAGED,
     UNKNOWN_REGION,
 )
@@ -66,7 +65,7 @@ TABLE_BYTES = 32 * 128
 """Entries for as many sources as ranks can share a node."""
 SLOT_HEADER = 16
 """At the end of a slot, int32: whether there is a row, its number in the output, its token, and how far its small
-columns lie in their windows."""
+columns lie in their windows, 8 bits each, then its source. Before that, where rows are expanded, their copies."""
 
 
 def window(nbytes: int) -> int:
@@ -74,10 +73,11 @@ def window(nbytes: int) -> int:
     return 0 if nbytes == 0 else (nbytes + 15) // 16 * 16 + 16
 
 
-def slot_bytes(row_bytes: int, scale_bytes: int, num_topk: int) -> int:
+def slot_bytes(row_bytes: int, scale_bytes: int, num_topk: int, expand: bool = False) -> int:
     """Bytes of a slot."""
     small = window(scale_bytes) + window(8 * num_topk) + window(4 * num_topk)
-    return (SLOT_HEADER + row_bytes + small + 127) // 128 * 128
+    copies = (4 * num_topk + 15) // 16 * 16 if expand else 0
+    return (SLOT_HEADER + copies + row_bytes + small + 127) // 128 * 128
 
 
 @gluon.jit
@@ -137,15 +137,6 @@ def prepare_source(
 
 
 @gluon.jit
-def copy_window(target, source, nwords, lane, on, WORDS: gl.constexpr):
-    """Words from shared to global memory, a few a lane."""
-    for word in gl.static_range(0, WORDS, 32):
-        inside = (word + lane < nwords) & on
-        value = load_shared(source + (word + lane) * 4)
-        gl.store((target + (word + lane).to(gl.int64) * 4).to(gl.pointer_type(gl.int32)), value, mask=inside)
-
-
-@gluon.jit
 def entry_of(table, item, items, rank, STAGE: gl.constexpr, R: gl.constexpr):
     """The table entry of an item, its number among those of the source, and whether there is such a row."""
     source = (rank + 1 + item % R) % R
@@ -188,9 +179,9 @@ def granules(at, NBYTES: gl.constexpr):
 @gluon.jit
 def move_rows(
     table, bars, ring, tid, lane, warp, rank, items, first, slot_at, use_at, parity, worker, workers, target,
-    out_scales, out_ids, out_weights, src_idx, first_expert, num_local,
-    STAGE: gl.constexpr, CACHED: gl.constexpr, ROW: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr,
-    R: gl.constexpr, RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr,
+    out_scales, out_ids, out_weights, src_idx, metadata, bases, first_expert, num_local, num_max_tokens, num_expanded,
+    STAGE: gl.constexpr, CACHED: gl.constexpr, EXPAND: gl.constexpr, ROW: gl.constexpr, SCALES: gl.constexpr,
+    K: gl.constexpr, R: gl.constexpr, RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr,
     WEIGHTS_OFF: gl.constexpr, W: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, LAG: gl.constexpr,
     LANES: gl.constexpr,
 ):  # fmt: skip
@@ -199,12 +190,14 @@ def move_rows(
     STAGE: the only source is this rank from token ``first`` on, and rows go in order into records at ``target``.
 
     Returns:
-        The next slot to load into, the next to use, and the parity of its phase; whether some token was wrong.
+        The next slot to load into, the next to use, and the parity of its phase; whether some token was wrong, and
+        whether a copy had no room.
     """
     SMALL_SCALES: gl.constexpr = ROW  # rows begin on 128 bytes: else the engine takes twice as long
     HEADER: gl.constexpr = SLOT - 16
     SMALL_IDS: gl.constexpr = SMALL_SCALES + ((SCALES + 15) // 16 * 16 + 16 if SCALES > 0 else 0)
     SMALL_WEIGHTS: gl.constexpr = SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16
+    COPIES: gl.constexpr = HEADER - (4 * K + 15) // 16 * 16
     STRIDE: gl.constexpr = RECORD if STAGE else ROW
     PIECE: gl.constexpr = ROW // LANES
     lane0 = (lane == 0).to(gl.int32)
@@ -214,6 +207,7 @@ def move_rows(
     item = worker * W + warp
     token = token_of(table, item, items, first, rank, STAGE, R)
     wrong = tid < 0
+    crowded = tid < 0
     for i in range(iterations + LAG):
         if i < iterations:
             entry, index, live = entry_of(table, item, items, rank, STAGE, R)
@@ -227,10 +221,12 @@ def move_rows(
             rows_at = column_of(entry, ROWS_AT, token)
             total = on * ROW
             skips = tid * 0
+            if EXPAND:
+                skips = ((rank + 1 + item % R) % R) << 24
             if SCALES > 0:
                 scales_from, skip, scales_size = granules(column_of(entry, SCALES_AT, token), SCALES)
                 total += on * scales_size
-                skips = skip
+                skips = skips | skip
             if K > 0:
                 ids_from, skip, ids_size = granules(column_of(entry, IDS_AT, token), K * 8)
                 skips = skips | (skip << 8)
@@ -256,17 +252,26 @@ def move_rows(
             wait_parity(bars + use_at * 8, parity + tid * 0)
             live = load_shared(slot + HEADER) != 0
             row = load_shared(slot + HEADER + 4).to(gl.int64)
-            store_bulk(
-                target + row * STRIDE + lane * PIECE, slot + lane * PIECE, tid * 0 + PIECE,
-                moves * live.to(gl.int32),
-            )  # fmt: skip
             skips = load_shared(slot + HEADER + 12)
-            if SCALES > 0:
+            if EXPAND and not STAGE:
+                full = copy_out(
+                    slot, slot + SMALL_IDS + ((skips >> 8) & 15), slot + SMALL_WEIGHTS + ((skips >> 16) & 15),
+                    slot + SMALL_SCALES + (skips & 15), row, load_shared(slot + HEADER + 8), (skips >> 24) & 31, live,
+                    lane, target, out_scales, out_weights, metadata, bases, first_expert, num_local, num_max_tokens,
+                    num_expanded, CACHED, ROW, SCALES, K, COPIES,
+                )  # fmt: skip
+                crowded = crowded | full
+            else:
+                store_bulk(
+                    target + row * STRIDE + lane * PIECE, slot + lane * PIECE, tid * 0 + PIECE,
+                    moves * live.to(gl.int32),
+                )  # fmt: skip
+            if SCALES > 0 and (STAGE or not EXPAND):
                 there = out_scales + row * SCALES
                 if STAGE:
                     there = target + row * RECORD + SCALES_OFF
                 copy_window(there, slot + SMALL_SCALES + (skips & 15), SCALES // 4, lane, live, SCALES // 4)
-            if K > 0:
+            if K > 0 and (STAGE or not EXPAND):
                 ids_slot = slot + SMALL_IDS + ((skips >> 8) & 15)
                 weights_slot = slot + SMALL_WEIGHTS + ((skips >> 16) & 15)
                 if STAGE:
@@ -286,32 +291,14 @@ def move_rows(
                     gl.store(src_idx + row, load_shared(slot + HEADER + 8), mask=live & (lane == 0))
             parity = tl.where(use_at == SLOTS - 1, parity ^ 1, parity)
             use_at = tl.where(use_at == SLOTS - 1, 0, use_at + 1)
-    return slot_at, use_at, parity, wrong
-
-
-@gluon.jit
-def complain(status, operation, epoch, wrong, tid):
-    """Tell the host of tokens that their owner does not have."""
-    here = tid * 0
-    gl.store(status + OPERATION + here, here + operation, mask=wrong)
-    gl.store(status + AT_EPOCH + here, here + epoch, mask=wrong)
-    gl.store(status + CODE + here, here.to(gl.int64) + BAD_HANDLE, mask=wrong)
-
-
-@gluon.jit
-def fill_tail(out_ids, out_weights, src_idx, start, end, worker, workers, tid, K: gl.constexpr, W: gl.constexpr):
-    """Mark the rows past the last received one."""
-    for row in range(start + worker, end, workers):
-        gl.store(src_idx + row + tid, tid * 0 - 1, mask=tid == 0)
-        if K > 0:
-            gl.store(out_ids + row * K + tid, (tid * 0 - 1).to(gl.int64), mask=tid < K)
-            gl.store(out_weights + row * K + tid, tid.to(gl.float32) * 0, mask=tid < K)
+    return slot_at, use_at, parity, wrong, crowded
 
 
 @gluon.jit(
     do_not_specialize=[
         "place_rows", "place_scales", "place_ids", "place_weights", "signature", "num_tokens", "num_rows",
-        "first_expert", "num_local", "list_capacity", "stage", "half", "num_stagers", "rank", "operation", "timeout",
+        "first_expert", "num_local", "num_max_tokens", "num_expanded", "list_capacity", "stage", "half",
+        "num_stagers", "rank", "operation", "timeout",
     ]
 )  # fmt: skip
 def dispatch(
@@ -330,6 +317,8 @@ def dispatch(
     out_weights,
     src_idx,
     prefix,
+    metadata,
+    bases,
     place_rows: tl.int64,
     place_scales: tl.int64,
     place_ids: tl.int64,
@@ -339,6 +328,8 @@ def dispatch(
     num_rows: tl.int64,
     first_expert: tl.int32,
     num_local: tl.int32,
+    num_max_tokens: tl.int64,
+    num_expanded: tl.int64,
     list_capacity: tl.int64,
     stage: tl.int64,
     half: tl.int64,
@@ -347,6 +338,7 @@ def dispatch(
     operation: tl.int64,
     timeout: tl.int64,
     CACHED: gl.constexpr,
+    EXPAND: gl.constexpr,
     ROW: gl.constexpr,
     SCALES: gl.constexpr,
     K: gl.constexpr,
@@ -416,11 +408,12 @@ def dispatch(
                     put(table, 0, START, none, lane0)
                     gl.thread_barrier()
                     fence_before_loads(tid)
-                    slot_at, use_at, parity, _ = move_rows(
+                    slot_at, use_at, parity, _, _ = move_rows(
                         table, bars, ring, tid, lane, warp, rank, count.to(tl.int32), first.to(tl.int32), slot_at,
                         use_at, parity, pid, stagers, own + (this % 2) * half, out_scales.to(tl.int64), out_ids,
-                        out_weights, src_idx, first_expert, num_local, True, CACHED, ROW, SCALES, K, R, RECORD,
-                        SCALES_OFF, IDS_OFF, WEIGHTS_OFF, W, SLOT, SLOTS, LAG, LANES,
+                        out_weights, src_idx, metadata, bases, first_expert, num_local, num_max_tokens, num_expanded,
+                        True, CACHED, EXPAND, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF, WEIGHTS_OFF, W, SLOT,
+                        SLOTS, LAG, LANES,
                     )  # fmt: skip
                     wait_stores(tid)
                     gl.thread_barrier()
@@ -429,7 +422,9 @@ def dispatch(
             worker = pid - stagers
             workers = programs - stagers
             if not CACHED:
-                fill_tail(out_ids, out_weights, src_idx, received, num_rows, worker, workers, tid, K, W)
+                fill_tail(
+                    out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, tid, EXPAND, K, W
+                )
             if going:
                 by_rounds = staged_rounds(heap, rank, half // RECORD, R)
                 alive = True
@@ -447,13 +442,16 @@ def dispatch(
                             most = tl.maximum(most, count)
                         gl.thread_barrier()
                         fence_before_loads(tid)
-                        slot_at, use_at, parity, wrong = move_rows(
+                        slot_at, use_at, parity, wrong, crowded = move_rows(
                             table, bars, ring, tid, lane, warp, rank, (most * R).to(tl.int32), zero(), slot_at,
                             use_at, parity, worker, workers, out_x.to(tl.int64), out_scales.to(tl.int64), out_ids,
-                            out_weights, src_idx, first_expert, num_local, False, CACHED, ROW, SCALES, K, R, RECORD,
-                            SCALES_OFF, IDS_OFF, WEIGHTS_OFF, W, SLOT, SLOTS, LAG, LANES,
+                            out_weights, src_idx, metadata, bases, first_expert, num_local, num_max_tokens,
+                            num_expanded, False, CACHED, EXPAND, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF,
+                            WEIGHTS_OFF, W, SLOT, SLOTS, LAG, LANES,
                         )  # fmt: skip
-                        complain(status, operation, epoch, wrong, tid)
+                        complain(status, operation, epoch, wrong, tid, BAD_HANDLE)
+                        if EXPAND:
+                            complain(status, operation, epoch, crowded, tid, BAD_HANDLE if CACHED else NO_ROOM)
                         if this < by_rounds:
                             release_round(heap, state, rank, this, epoch, workers, R)
                 wait_stores(tid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tokenferry.dataplane.cuda.kernels.expert_major import choose_copies, copy_to_copies, weigh_copies
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
     lower_bound,
@@ -114,8 +115,8 @@ def localise(
 
 @triton.jit
 def fill_tail(
-    out_ids, out_weights, src_idx, start, end, worker, workers, K: tl.constexpr, KB: tl.constexpr,
-    RT: tl.constexpr,
+    out_ids, out_weights, src_idx, metadata, start, end, worker, workers, EXPAND: tl.constexpr, K: tl.constexpr,
+    KB: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
     """Mark the rows past the last received one."""
     k = tl.arange(0, KB)
@@ -123,7 +124,13 @@ def fill_tail(
         i = row + tl.arange(0, RT)
         live = i < end
         tl.store(src_idx + i, tl.full([RT], -1, tl.int32), mask=live)
-        if K > 0:
+        if EXPAND:
+            noted = metadata + i.to(tl.int64) * (K + 2)
+            tl.store(noted, tl.full([RT], -1, tl.int32), mask=live)
+            tl.store(noted + 1, tl.full([RT], -1, tl.int32), mask=live)
+            wanted = live[:, None] & (k < K)[None, :]
+            tl.store(noted[:, None] + 2 + k[None, :], tl.full([RT, KB], -1, tl.int32), mask=wanted)
+        elif K > 0:
             wanted = live[:, None] & (k < K)[None, :]
             place = i.to(tl.int64)[:, None] * K + k[None, :]
             tl.store(out_ids + place, tl.full([RT, KB], -1, tl.int64), mask=wanted)
@@ -197,10 +204,10 @@ def range_of_source(
 @triton.jit
 def pull_source(
     heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids, out_weights, src_idx, prefix,
-    num_rows, first_expert, num_local, list_capacity, rank, source, epoch, operation, timeout, stage, half,
-    this, worker, workers,
-    CACHED: tl.constexpr, WORDS: tl.constexpr, SCALE_WORDS: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
-    R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
+    metadata, bases, num_rows, first_expert, num_local, num_max_tokens, num_expanded, list_capacity, rank, source,
+    epoch, operation, timeout, stage, half, this, worker, workers,
+    CACHED: tl.constexpr, EXPAND: tl.constexpr, WORDS: tl.constexpr, SCALE_WORDS: tl.constexpr, K: tl.constexpr,
+    KB: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """One program's part of the rows that come from one source in one round."""
     SCALES_AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
@@ -240,20 +247,34 @@ def pull_source(
             live = live & there
             row = start + i
             slot = t - first
-            copy_rows(
-                rows_at, tl.where(staged, RECORD, WORDS * 4), slot, out_x.to(tl.int64), WORDS * 4, row, live,
-                WORDS, 16, BLOCK,
-            )  # fmt: skip
-            if SCALE_WORDS > 0:
-                copy_rows(
-                    scales_at, tl.where(staged, RECORD, SCALE_WORDS * 4), slot, out_scales.to(tl.int64),
-                    SCALE_WORDS * 4, row, live, SCALE_WORDS, 4, SMALL,
+            row_step = tl.where(staged, RECORD, WORDS * 4)
+            scale_step = tl.where(staged, RECORD, SCALE_WORDS * 4)
+            ids_step = tl.where(staged, RECORD, K * 8)
+            weights_step = tl.where(staged, RECORD, K * 4)
+            if EXPAND:
+                copies = choose_copies(
+                    status, ids_at, ids_step, slot, metadata, bases, row, t, live, source, first_expert, num_local,
+                    num_max_tokens, num_expanded, operation, epoch, CACHED, K, KB, RT,
                 )  # fmt: skip
-            if K > 0:
-                localise(
-                    ids_at, weights_at, tl.where(staged, RECORD, K * 8), tl.where(staged, RECORD, K * 4), slot,
-                    out_ids, out_weights, row, live, first_expert, num_local, K, KB,
-                )  # fmt: skip
+                copy_to_copies(rows_at, row_step, slot, out_x.to(tl.int64), copies, live, K, KB, WORDS, 16, BLOCK)
+                if SCALE_WORDS > 0:
+                    copy_to_copies(
+                        scales_at, scale_step, slot, out_scales.to(tl.int64), copies, live, K, KB, SCALE_WORDS, 4,
+                        SMALL,
+                    )  # fmt: skip
+                weigh_copies(weights_at, weights_step, slot, out_weights, copies, live, K, KB)
+            else:
+                copy_rows(rows_at, row_step, slot, out_x.to(tl.int64), WORDS * 4, row, live, WORDS, 16, BLOCK)
+                if SCALE_WORDS > 0:
+                    copy_rows(
+                        scales_at, scale_step, slot, out_scales.to(tl.int64), SCALE_WORDS * 4, row, live,
+                        SCALE_WORDS, 4, SMALL,
+                    )  # fmt: skip
+                if K > 0:
+                    localise(
+                        ids_at, weights_at, ids_step, weights_step, slot, out_ids, out_weights, row, live,
+                        first_expert, num_local, K, KB,
+                    )  # fmt: skip
             if not CACHED:
                 tl.store(src_idx + row, t, mask=live)
     return alive
@@ -287,7 +308,8 @@ def agree(
 @triton.jit(
     do_not_specialize=[
         "place_rows", "place_scales", "place_ids", "place_weights", "signature", "num_tokens", "num_rows",
-        "first_expert", "num_local", "list_capacity", "stage", "half", "num_stagers", "rank", "operation", "timeout",
+        "first_expert", "num_local", "num_max_tokens", "num_expanded", "list_capacity", "stage", "half",
+        "num_stagers", "rank", "operation", "timeout",
     ]
 )  # fmt: skip
 def dispatch(
@@ -306,6 +328,8 @@ def dispatch(
     out_weights,
     src_idx,
     prefix,
+    metadata,
+    bases,
     place_rows: tl.int64,
     place_scales: tl.int64,
     place_ids: tl.int64,
@@ -315,6 +339,8 @@ def dispatch(
     num_rows: tl.int64,
     first_expert: tl.int32,
     num_local: tl.int32,
+    num_max_tokens: tl.int64,
+    num_expanded: tl.int64,
     list_capacity: tl.int64,
     stage: tl.int64,
     half: tl.int64,
@@ -323,6 +349,7 @@ def dispatch(
     operation: tl.int64,
     timeout: tl.int64,
     CACHED: tl.constexpr,
+    EXPAND: tl.constexpr,
     WORDS: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
     K: tl.constexpr,
@@ -332,7 +359,10 @@ def dispatch(
     BLOCK: tl.constexpr,
     SMALL: tl.constexpr,
 ):
-    """Rows, scales and choices into their final places. Not cached, the message went out with ``notify``."""
+    """Rows, scales and choices into their final places. Not cached, the message went out with ``notify``.
+
+    EXPAND: the ids are packed (see :mod:`.expert_major`), and rows, scales and weights go to their copies.
+    """
     RECORD: tl.constexpr = (
         (WORDS * 4 + 15) // 16 + (SCALE_WORDS * 4 + 15) // 16 + (K * 8 + 15) // 16 + (K * 4 + 15) // 16
     ) * 16
@@ -361,7 +391,9 @@ def dispatch(
             worker = pid - stagers
             workers = programs - stagers
             if not CACHED:
-                fill_tail(out_ids, out_weights, src_idx, received, num_rows, worker, workers, K, KB, RT)
+                fill_tail(
+                    out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, EXPAND, K, KB, RT
+                )
             if going:
                 by_rounds = staged_rounds(heap, rank, half // RECORD, R)
                 alive = True
@@ -370,9 +402,10 @@ def dispatch(
                         if alive:
                             alive = pull_source(
                                 heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids,
-                                out_weights, src_idx, prefix, num_rows, first_expert, num_local, list_capacity, rank,
-                                (rank + 1 + step) % R, epoch, operation, timeout, stage, half, this, worker, workers,
-                                CACHED, WORDS, SCALE_WORDS, K, KB, R, RT, BLOCK, SMALL,
+                                out_weights, src_idx, prefix, metadata, bases, num_rows, first_expert, num_local,
+                                num_max_tokens, num_expanded, list_capacity, rank, (rank + 1 + step) % R, epoch,
+                                operation, timeout, stage, half, this, worker, workers, CACHED, EXPAND, WORDS,
+                                SCALE_WORDS, K, KB, R, RT, BLOCK, SMALL,
                             )  # fmt: skip
                     if this < by_rounds:
                         release_round(heap, state, rank, this, epoch, workers, R)

@@ -123,6 +123,7 @@ BAD_COUNTS = tl.constexpr(6)
 BAD_HANDLE = tl.constexpr(7)
 UNKNOWN_REGION = tl.constexpr(8)
 CROWDED = tl.constexpr(9)
+NO_ROOM = tl.constexpr(10)
 
 # Words that notify leaves in pinned host memory.
 HOST_DONE = tl.constexpr(0)

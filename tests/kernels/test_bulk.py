@@ -1,0 +1,114 @@
+"""The bulk-copy dispatch with its engine played: rows go once into shared memory, and from there to every copy."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.errors import InterpreterError
+
+from tests.cases import Case
+from tests.kernels import bulk_emulator
+from tests.kernels.expert_world import ExpandedRank, run_ranks, simulate
+from tests.kernels.test_expert_major import CASES, DIRECT
+from tests.kernels.world import Rank, Simulated, World
+from tokenferry.dataplane.cuda import programs
+from tokenferry.dataplane.cuda.kernels import bulk_columns, bulk_dispatch
+
+SMALL = Case(tokens=(5, 6), num_topk=3, alignment=2, row_bytes=16, combine_bytes=16)
+
+
+def world_of(monkeypatch: Any, seed: int, direct: str, stage_bytes: int, module: ModuleType | None = None) -> World:
+    world = World(monkeypatch, 2, seed, direct=DIRECT[direct], stage_bytes=stage_bytes, max_steps=400_000)
+    kernel = (module or bulk_emulator.bulk_dispatch()).dispatch
+    monkeypatch.setattr(programs, "_BULK_DISPATCH", Simulated(world.simulator, kernel, programs._BULK_DISPATCH))
+    monkeypatch.setattr(programs, "_BULK_COMBINE", {})
+    world.target = programs.Target(2, True, 0)
+    programs._dispatch.cache_clear()
+    simulate(monkeypatch, world)
+    return world
+
+
+def run(monkeypatch: Any, case: Case, seed: int, direct: str, module: ModuleType | None = None) -> None:
+    world = world_of(monkeypatch, seed, direct, 1 << 10, module)
+    ranks = [ExpandedRank(world, case, rank, spare_rows=seed % 3) for rank in range(2)]
+    run_ranks(world, ranks, max(ranks[0].num_rows) + 1, torch.bfloat16)
+    assert [world.code(rank) for rank in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize(("name", "direct"), [("plain", "direct"), ("fp8", "staged"), ("sparse", "mixed")])
+def test_expanded(monkeypatch: Any, name: str, direct: str) -> None:
+    run(monkeypatch, CASES[name], len(name), direct)
+
+
+def test_compact(monkeypatch: Any) -> None:
+    world = world_of(monkeypatch, 1, "mixed", 1 << 9)
+    ranks = [Rank(world, CASES["fp8"], rank) for rank in range(2)]
+    for rank in ranks:
+        rank.layout()
+        rank.notify(30)
+        rank.pull(30)
+    world.run()
+    for rank in ranks:
+        rank.check_dispatch()
+
+
+def many_rows(monkeypatch: Any, seed: int, module: ModuleType | None = None) -> None:
+    """More rows for each warp than its ring has slots."""
+    slots = 4 * 128 * 5
+    monkeypatch.setattr(programs, "SHARED_BYTES", slots + programs.bulk_dispatch_kernels.TABLE_BYTES + 1024)
+    world = world_of(monkeypatch, seed, "direct", 1 << 10, module)
+    case = Case(tokens=(30, 40), num_topk=2, row_bytes=32, routing="all", seed=seed)
+    ranks = [Rank(world, case, rank, num_sms=2) for rank in range(2)]
+    for rank in ranks:
+        rank.layout()
+        rank.notify(80)
+        rank.pull(80)
+    world.run()
+    for rank in ranks:
+        rank.check_dispatch()
+
+
+def test_rings_go_round(monkeypatch: Any) -> None:
+    many_rows(monkeypatch, 1)
+
+
+COPIES = {
+    "another row": ("target + there * ROW, slot", "target + row * ROW, slot"),
+    "sources before": ("base + (packed >> PACK_SHIFT)", "(packed >> PACK_SHIFT)"),
+    "first choice": ("(first < 0) & (other >= 0)", "other >= 0"),
+    "experts of other ranks": ("(expert >= 0) & (expert < num_local)", "(expert >= -9)"),
+}
+ENGINE = {
+    "rows before they are there": ("            wait_parity(bars + use_at * 8, parity + tid * 0)\n", ""),
+    "slots before they are read": ("            wait_stores_read(tid, SLOTS - LAG - 1)\n", ""),
+    "the phase before": ("parity ^ 1, parity)\n            use_at", "parity, parity)\n            use_at"),
+    "the end before all is written": ("                wait_stores(tid)\n        finish", "        finish"),
+}
+
+
+def mutant(module: ModuleType, old: str, new: str) -> ModuleType:
+    source = Path(module.__file__ or "").read_text()
+    if source.count(old) != 1:
+        raise ValueError(f"{old!r} occurs {source.count(old)} times")
+    path = Path(tempfile.mkdtemp(prefix="mutants-")) / Path(module.__file__ or "").name
+    path.write_text(source.replace(old, new))
+    return bulk_emulator.bulk_dispatch(module.__name__, path)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_fault_in_copies_is_found(monkeypatch: Any, name: str) -> None:
+    module = mutant(bulk_columns, *COPIES[name])
+    with pytest.raises((AssertionError, InterpreterError)):
+        run(monkeypatch, SMALL, 1, "mixed", module)
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_fault_in_the_use_of_the_engine_is_found(monkeypatch: Any, name: str) -> None:
+    module = mutant(bulk_dispatch, *ENGINE[name])
+    with pytest.raises((AssertionError, InterpreterError)):  # the latter from within a helper
+        many_rows(monkeypatch, 1, module)

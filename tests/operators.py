@@ -1,0 +1,87 @@
+"""What the tests of the operators share: Buffers seen through operators, and the calls that reach a Buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tokenferry import Buffer, DispatchHandle, EventOverlap, ops
+
+
+class ThroughOperators:
+    """Looks like a Buffer to :mod:`tests.cases`, and calls operators wherever there is one."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.buffer = buffer
+        self.name = ops.register(buffer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.buffer, name)
+
+    def dispatch(self, x: Any, handle: Any = None, **given: Any) -> tuple[Any, ...]:
+        data, scales = x if isinstance(x, tuple) else (x, None)
+        if handle is not None:
+            return (_joined(ops.cached_dispatch(data, list(handle), self.name, scales)), *[None] * 4, EventOverlap())
+        if given.get("topk_idx") is None:
+            return self.buffer.dispatch(x, **given)
+        num_experts = given["num_tokens_per_expert"].numel()
+        worst, alignment = given.get("num_worst_tokens", 0), given.get("expert_alignment", 1)
+        rows, ids, weights, counts, *others = ops.dispatch(
+            data, given["topk_idx"], given["topk_weights"], self.name, num_experts, worst, alignment, scales
+        )
+        num = len(DispatchHandle._fields)
+        received = _joined([rows, *others[num:]])
+        return received, ids, weights, counts.tolist(), DispatchHandle(*others[:num]), EventOverlap()
+
+    def combine(self, x: Any, handle: Any, topk_weights: Any = None, bias: Any = None) -> tuple[Any, ...]:
+        bias_0, bias_1 = Buffer._unpack_bias(bias)
+        combined, *weights = ops.combine(x, list(handle), self.name, topk_weights, bias_0, bias_1)
+        return combined, weights[0] if weights else None, EventOverlap()
+
+    def low_latency_dispatch(self, *args: Any, **given: Any) -> tuple[Any, ...]:
+        x, ids, most, num_experts = args
+        rows, scales, count, *handle = ops.low_latency_dispatch(x, ids, self.name, most, num_experts, **given)
+        received = (rows, scales) if scales.size(2) else rows
+        return received, count, (*handle, most, x.size(1), num_experts), EventOverlap(), None
+
+    def low_latency_combine(self, x: Any, ids: Any, weights: Any, handle: Any) -> tuple[Any, ...]:
+        *tables, most, _, num_experts = handle
+        combined = ops.low_latency_combine(x, ids, weights, tables, self.name, most, num_experts)
+        return combined, EventOverlap(), None
+
+
+def _joined(rows: list[torch.Tensor]) -> Any:
+    return tuple(rows) if len(rows) > 1 else rows[0]
+
+
+@contextmanager
+def recorded_calls(buffer: Buffer) -> Iterator[list[str]]:
+    """What is called of a Buffer, in order: "dispatch", "cached dispatch" or "combine"."""
+    calls: list[str] = []
+    dispatch, combine = buffer.dispatch, buffer.combine
+
+    def noted_dispatch(x: Any, handle: Any = None, *args: Any, **given: Any) -> Any:
+        calls.append("dispatch" if handle is None else "cached dispatch")
+        return dispatch(x, handle, *args, **given)
+
+    def noted_combine(*args: Any, **given: Any) -> Any:
+        calls.append("combine")
+        return combine(*args, **given)
+
+    with (
+        mock.patch.object(buffer, "dispatch", noted_dispatch),
+        mock.patch.object(buffer, "combine", noted_combine),
+    ):
+        yield calls
+
+
+def draw(rank: int, tokens: int, hidden: int = 8, experts: int = 4, choices: int = 2) -> tuple[torch.Tensor, ...]:
+    """Rows float32 [T, H], ids int64 [T, K] and weights float32 [T, K] of a rank."""
+    source = torch.Generator().manual_seed(rank)
+    x = torch.randn(tokens, hidden, generator=source)
+    ids = torch.rand(tokens, experts, generator=source).argsort(1)[:, :choices].contiguous()
+    return x, ids, torch.rand(tokens, choices, generator=source)

@@ -1,0 +1,143 @@
+"""The low-latency pair between nodes against the oracle: nodes are groups of ranks of this machine."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.conftest import PoolOf
+from tests.internode_cases import LAYOUTS
+from tests.internode_low_latency_cases import NodeScenario, check_nodes, make_buffer
+from tests.low_latency_cases import FORMATS, ROUTINGS, Case, check_case
+from tokenferry import BufferStateError, MismatchError, PeerError
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(pool_of: PoolOf, layout: str) -> None:
+    cases = [Case(tokens=(4, 0, 7, 1), spare=2, format=name, num_topk=4) for name in FORMATS]
+    pool_of(len(LAYOUTS[layout])).run(check_nodes, layout, cases)
+
+
+def test_routings(pool_of: PoolOf) -> None:
+    pool_of(4).run(check_nodes, "2x2", [Case(tokens=(6, 3), routing=routing) for routing in ROUTINGS])
+
+
+@pytest.mark.parametrize("hidden", [8, 136, 2048])
+def test_shapes(pool_of: PoolOf, hidden: int) -> None:
+    cases = [Case(tokens=(5, 9), hidden=hidden, num_topk=num_topk, local_experts=3) for num_topk in (1, 9, 32)]
+    pool_of(6).run(check_nodes, "3x2 mixed", cases)
+
+
+def test_partial_sums_in_float32(pool_of: PoolOf) -> None:
+    pool_of(4).run(check_nodes, "2x2", [Case(tokens=(8, 5), num_topk=8)], True)
+
+
+def _in_flight(rank: int, num_ranks: int) -> None:
+    """Several operations at a time; each rank calls its hooks in an order of its own, some behind a barrier."""
+    order = random.Random(rank)
+    with make_buffer(rank, "2x2") as buffer:
+        scenarios = [NodeScenario(Case(tokens=(5, 2), seed=seed), rank, "2x2") for seed in range(4)]
+        sent = [scenario.dispatch(buffer, return_recv_hook=True) for scenario in scenarios]
+        dist.barrier()
+        for index in order.sample(range(4), 4):
+            sent[index][4]()
+        for scenario, result in zip(scenarios, sent, strict=True):
+            scenario.check_dispatch(result)
+        answers = [
+            scenario.combine(buffer, result, return_recv_hook=True)
+            for scenario, result in zip(scenarios, sent, strict=True)
+        ]
+        dist.barrier()
+        for index in order.sample(range(4), 4):
+            answers[index][2]()
+        for scenario, answer in zip(scenarios, answers, strict=True):
+            scenario.check_combine(answer)
+
+
+def test_hooks_in_any_order(pool_of: PoolOf) -> None:
+    pool_of(4).run(_in_flight)
+
+
+def _mixed_modes(rank: int, num_ranks: int) -> None:
+    from tests.internode_cases import Case as NormalCase
+    from tests.internode_cases import NodeScenario as NormalScenario
+
+    with make_buffer(rank, "2x2") as buffer:
+        normal = NormalScenario(NormalCase(tokens=(9, 4)), rank, "2x2")
+        quick = NodeScenario(Case(tokens=(3, 6)), rank, "2x2")
+        for _ in range(3):
+            sent = quick.dispatch(buffer, return_recv_hook=True)
+            result = normal.dispatch(buffer)
+            normal.check_dispatch(result)
+            sent[4]()
+            quick.check_dispatch(sent)
+            answer = quick.combine(buffer, sent, return_recv_hook=True)
+            normal.check_combine(normal.combine(buffer, result[4]))
+            answer[2]()
+            quick.check_combine(answer)
+
+
+def test_interleaved_with_the_normal_mode(pool_of: PoolOf) -> None:
+    pool_of(4).run(_mixed_modes)
+
+
+def _statistics(rank: int, num_ranks: int) -> None:
+    with make_buffer(rank, "2x2") as buffer:
+        scenario = NodeScenario(Case(), rank, "2x2")
+        received = torch.zeros(scenario.case.local_experts, dtype=torch.int32)
+        waits, home = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+        result = scenario.dispatch(
+            buffer, cumulative_local_expert_recv_stats=received, dispatch_wait_recv_cost_stats=waits
+        )
+        assert torch.equal(received, result[1])
+        scenario.check_combine(scenario.combine(buffer, result, combine_wait_recv_cost_stats=home))
+        for stats in (waits, home):
+            peer = rank ^ 1
+            assert stats[peer] > 0
+            assert int((stats > 0).sum()) == 1
+
+
+def test_statistics(pool_of: PoolOf) -> None:
+    """Of waits those for ranks of the node."""
+    pool_of(4).run(_statistics)
+
+
+def _trouble(rank: int, num_ranks: int, kind: str) -> tuple[str, float]:
+    with make_buffer(rank, "2x2", timeout=2.0) as buffer:
+        scenario = NodeScenario(Case(), rank, "2x2")
+        check_case(buffer, scenario)
+        dist.barrier()
+        started, text = time.monotonic(), ""
+        if kind == "mismatch":
+            wrong = NodeScenario(Case(hidden=256), rank, "2x2") if rank == 3 else scenario
+            with pytest.raises((MismatchError, PeerError)) as caught:
+                wrong.dispatch(buffer)
+            text = f"{type(caught.value).__name__}: {caught.value}"
+        elif rank != 3:
+            with pytest.raises(PeerError) as caught_absent:
+                scenario.dispatch(buffer, return_recv_hook=kind == "hook")[4]()  # type: ignore[misc]
+            text = str(caught_absent.value)
+        took = time.monotonic() - started
+        if text:
+            assert not buffer.is_available()
+            with pytest.raises(BufferStateError):
+                scenario.dispatch(buffer)
+        dist.barrier()
+    with make_buffer(rank, "2x2") as buffer:
+        check_case(buffer, scenario)
+    return text, took
+
+
+@pytest.mark.parametrize("kind", ["absent", "hook", "mismatch"])
+def test_trouble_is_named(pool_of: PoolOf, kind: str) -> None:
+    found: list[Any] = pool_of(4).run(_trouble, kind)
+    assert max(took for _, took in found) < 3.5
+    if kind == "mismatch":
+        assert sum(text.startswith("MismatchError") for text, _ in found) >= 2
+    else:
+        assert all("rank 3" in text or "ranks 2, 3" in text for text, _ in found[:3]), found

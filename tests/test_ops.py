@@ -1,0 +1,178 @@
+"""The operators compute what the Buffer computes, say what they are given wrongly, and are what torch expects."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import cases, low_latency_cases, operator_cost
+from tests.cases import Case, Scenario
+from tests.conftest import PoolOf
+from tests.operators import ThroughOperators, draw
+from tokenferry import ArgumentError, Buffer, BufferStateError, Config, ops
+from tokenferry.nn import functional
+
+CASES = [
+    Case(tokens=(33, 0, 7), num_topk=4, local_experts=3, spare_rows=5, bias="two"),
+    Case(tokens=(9, 4), routing="duplicates", alignment=16, bias="one", combine_dtype=torch.float32),
+    Case(tokens=(5, 8), routing="sparse", dtype=torch.int64, x_layout="columns", combine_dtype=torch.float64),
+    Case(
+        tokens=(6, 11), dtype=torch.float8_e4m3fn, scales=torch.float32, scale_layout="padded_columns", spare_rows=3
+    ),
+    Case(tokens=(4, 3), dtype=torch.uint8, scales=torch.int32, scale_columns=3, routing="others", bias="second"),
+    Case(tokens=(0,)),
+]
+
+
+def check_cases(rank: int, num_ranks: int) -> None:
+    with Buffer(dist.group.WORLD, timeout=cases.TIMEOUT) as buffer:
+        for case in CASES:
+            scenario, seen = Scenario(case, rank, num_ranks), ThroughOperators(buffer)
+            scenario.check_all(seen)
+            with cases.poisoned_memory():
+                worst = scenario.num_rows[rank] + 2
+                received = scenario.dispatch(seen, num_worst_tokens=worst)
+                cached = seen.dispatch(scenario.x, handle=received[4])
+            for outputs in (received[0], cached[0]):
+                for rows in outputs if isinstance(outputs, tuple) else (outputs,):
+                    assert len(rows) == worst
+                    assert not cases.bits(rows)[-2:].any()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_high_throughput_as_the_oracle_says(pool_of: PoolOf, num_ranks: int) -> None:
+    """All calls of :mod:`tests.cases`; past the received rows there are zeros, not what was in memory."""
+    pool_of(num_ranks).run(check_cases)
+
+
+def check_low_latency(rank: int, num_ranks: int) -> None:
+    with low_latency_cases.make_buffer() as buffer, cases.poisoned_memory():
+        seen = ThroughOperators(buffer)
+        for number, kind in enumerate(low_latency_cases.FORMATS):
+            case = low_latency_cases.Case(tokens=(5, 3, 0), spare=1, hidden=256, format=kind, seed=number)
+            scenario = low_latency_cases.Scenario(case, rank, num_ranks)
+            result = scenario.dispatch(seen)
+            scenario.check_dispatch(result)
+            scenario.check_combine(scenario.combine(seen, result))
+
+
+def test_low_latency_as_the_oracle_says(pool_of: PoolOf) -> None:
+    pool_of(3).run(check_low_latency)
+
+
+def check_operators(rank: int, num_ranks: int) -> None:
+    every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    with Buffer(dist.group.WORLD, low_latency_mode=True) as buffer:
+        name = ops.register(buffer)
+        x, ids, weights = (value.requires_grad_(value.is_floating_point()) for value in draw(rank, 5 + rank))
+        for given in ({}, {"num_worst_tokens": 20, "expert_alignment": 4}):
+            check(ops.dispatch, every, x, ids, weights, name, 4, **given)
+        rows, _, recv_weights, _, *handle = (t.detach() for t in ops.dispatch(x, ids, weights, name, 4))
+        check(ops.cached_dispatch, every, x, handle, name)
+        check(ops.combine, every, rows.requires_grad_(), handle, name)
+        check(ops.combine, every, rows, handle, name, recv_weights.requires_grad_(), x, torch.ones_like(x))
+        data = (x.detach().view(torch.uint8), torch.ones(len(x), 3).t().contiguous().t())
+        check(ops.dispatch, every[:3], data[0], ids, weights.detach(), name, 4, 0, 1, data[1], 8)
+        check(ops.cached_dispatch, every[:3], data[0], handle, name, data[1], 8)
+        wide = torch.randn(5 + rank, 256).bfloat16()
+        for flags in low_latency_cases.FORMATS.values():
+            # Rows past the count are not set: there is nothing to compare between two runs.
+            check(ops.low_latency_dispatch, every[:3], wide, ids, name, 8, 4, **flags)
+        slabs, _, _, *tables = ops.low_latency_dispatch(wide, ids, name, 8, 4, use_fp8=False)
+        slabs.nan_to_num_(0.0, 0.0, 0.0)
+        check(ops.low_latency_combine, every, slabs, ids, weights.detach(), tables, name, 8, 4)
+
+
+def check(operator: Any, kinds: tuple[str, ...], *args: Any, **given: Any) -> None:
+    torch.library.opcheck(operator, args, given, test_utils=kinds)
+
+
+def test_opcheck(pool_of: PoolOf) -> None:
+    pool_of(2).run(check_operators)
+
+
+def check_names(rank: int, num_ranks: int) -> None:
+    first, second = Buffer(dist.group.WORLD), Buffer(dist.group.WORLD)
+    name = ops.register(first)
+    assert (ops.register(first), ops.name_of(first), ops.register(first, name)) == (name, name, name)
+    assert ops.buffer_of(name) is first
+    assert ops.name_of(second) != name
+    with pytest.raises(ArgumentError, match=f"name: got 'other'; allowed: '{name}', the name of this Buffer"):
+        ops.register(first, "other")
+    with pytest.raises(ArgumentError, match=r"buffer: got str; allowed: a tokenferry\.Buffer"):
+        ops.register(name)
+    third = Buffer(dist.group.WORLD)
+    with pytest.raises(ArgumentError, match="a name that no other live Buffer has"):
+        ops.register(third, name)
+    with pytest.raises(ArgumentError, match="name: got 'a name'; allowed: letters"):
+        ops.register(third, "a name")
+    first.destroy()
+    x, ids, weights = draw(rank, 3)
+    with pytest.raises(BufferStateError, match="the Buffer was destroyed"):
+        ops.dispatch(x, ids, weights, name, 4)
+    assert ops.register(third, name) == name
+    assert ops.buffer_of(name) is third
+    del third
+    gc.collect()
+    with pytest.raises(BufferStateError, match=f"no Buffer is known as '{name}': tokenferry.ops.register"):
+        ops.dispatch(x, ids, weights, name, 4)
+    second.destroy()
+
+
+def test_names(pool_of: PoolOf) -> None:
+    """A Buffer has one name, and a name one live Buffer, which it does not keep alive."""
+    pool_of(1).run(check_names)
+
+
+def check_wrong_arguments(rank: int, num_ranks: int) -> None:
+    with Buffer(dist.group.WORLD, low_latency_mode=True) as buffer:
+        name = ops.register(buffer)
+        x, ids, weights = draw(rank, 3)
+        rows, _, _, _, *handle = ops.dispatch(x, ids, weights, name, 4)
+        for call in (ops.cached_dispatch, ops.combine):
+            with pytest.raises(ArgumentError, match="handle: got 5 tensors; allowed: the 6 tensors"):
+                call(rows, handle[1:], name)
+        with pytest.raises(ArgumentError, match="topk_idx: got the value 4; allowed: expert ids from 0 to 3"):
+            ops.dispatch(x, ids + 4 * (ids == 0), weights, name, 4)
+        small = x.to(torch.float8_e4m3fn).repeat(1, 2).requires_grad_()
+        for call, given in ((ops.dispatch, (ids, weights, name, 4)), (ops.cached_dispatch, (handle, name))):
+            with pytest.raises(ArgumentError, match=r"x: got torch.float8_e4m3fn rows that require a gradient"):
+                call(small, *given)
+        with pytest.raises(ArgumentError, match=r"config: got int; allowed: a tokenferry\.Config"):
+            functional.dispatch(buffer, x, ids, weights, 4, config=5)
+        functional.dispatch(buffer, x, ids, weights, 4, config=Config(8))
+
+
+def test_wrong_arguments_are_named(pool_of: PoolOf) -> None:
+    pool_of(1).run(check_wrong_arguments)
+
+
+def check_no_gradient(rank: int, num_ranks: int) -> None:
+    with low_latency_cases.make_buffer() as buffer:
+        x, ids, weights = draw(rank, 4, hidden=128)
+        x = x.bfloat16().requires_grad_()
+        sent = functional.low_latency_dispatch(buffer, x, ids, 4, 4, use_fp8=False)
+        combined = functional.low_latency_combine(buffer, sent.x, ids, weights.requires_grad_(), sent.handle)
+        torch.testing.assert_close(combined.float(), (x * weights.sum(1, keepdim=True)).float(), rtol=0.02, atol=0.02)
+        for output in (sent.x, combined):
+            with pytest.raises(RuntimeError, match=r"low_latency_\w+.default has no gradient: train with"):
+                output.sum().backward()
+        with torch.inference_mode():
+            again = functional.low_latency_combine(buffer, sent.x, ids, weights, sent.handle)
+        assert torch.equal(again, combined)
+
+
+def test_low_latency_has_no_gradient(pool_of: PoolOf) -> None:
+    """Inputs that require one pass; backward says what to do."""
+    pool_of(2).run(check_no_gradient)
+
+
+def test_cost_is_measured() -> None:
+    """What prints the table of docs/operators.md runs; its figures are not judged here."""
+    figures = operator_cost.measure(rounds=1)
+    assert len(figures) == 8
+    assert all(0 < inference < 1e5 for inference, _, _ in figures.values())

@@ -1,0 +1,265 @@
+"""Rails that break: who is blamed, how soon, and what is left. Nodes are groups of ranks of this machine."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from tests.cases import Case, Scenario
+from tests.conftest import PoolOf
+from tests.internode_cases import NodeScenario, make_buffer, small_chunks
+from tests.internode_low_latency_cases import NodeScenario as QuickScenario
+from tests.internode_low_latency_cases import make_buffer as make_quick_buffer
+from tests.low_latency_cases import Case as QuickCase
+from tests.low_latency_cases import check_case
+from tokenferry import BufferStateError, CapacityError, HeapError, MismatchError, PeerError, TokenferryError
+from tokenferry.cli.ranks import RankError, RankPool
+from tokenferry.dataplane.cpu import CpuDataPlane
+from tokenferry.memory.heap import Heap
+from tokenferry.runtime import Runtime
+
+CASE = Case(tokens=(6, 9, 3, 5), num_topk=3)
+
+
+def _killed_between_operations(rank: int, num_ranks: int) -> tuple[str, float]:
+    with make_buffer(rank, "2x2") as buffer:
+        scenario = NodeScenario(CASE, rank, "2x2")
+        scenario.check_dispatch(scenario.dispatch(buffer))
+        dist.barrier()
+        if rank == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1.0)
+        started = time.monotonic()
+        with pytest.raises(PeerError) as caught:
+            scenario.dispatch(buffer)
+        return str(caught.value), time.monotonic() - started
+
+
+def test_killed_rank_is_blamed_and_nobody_else() -> None:
+    with RankPool(4, 1) as pool, pytest.raises(RankError) as caught:
+        pool.run(_killed_between_operations)
+    assert sorted(caught.value.failures) == [3], caught.value
+    for text, seconds in caught.value.results[:3]:
+        assert "rank 3" in text or "node 1 (ranks 2, 3)" in text, text
+        assert seconds < 3.0
+
+
+def _failure_on_one_of_three(rank: int, num_ranks: int) -> float:
+    """Rank 0 fails after the agreement; the others are streaming chunks to each other."""
+    with make_buffer(rank, "3x1") as buffer:
+        scenario = NodeScenario(Case(tokens=(400,), row_bytes=2048, num_topk=4), rank, "3x1")
+        scenario.check_dispatch(scenario.dispatch(buffer))
+        calls: list[int] = []
+        empty_rows = type(buffer.runtime.party().plane).empty_rows
+
+        def failing(plane: Any, *arguments: Any) -> Any:
+            calls.append(1)
+            if rank == 0 and len(calls) == 12:
+                raise MemoryError("no more")
+            return empty_rows(plane, *arguments)
+
+        started = time.monotonic()
+        with (
+            mock.patch.object(type(buffer.runtime.party().plane), "empty_rows", failing),
+            pytest.raises((MemoryError, PeerError)),
+        ):
+            scenario.dispatch(buffer, config=small_chunks(8))
+        return time.monotonic() - started
+
+
+def test_failure_spreads_at_once(pool_of: PoolOf) -> None:
+    assert max(pool_of(3).run(_failure_on_one_of_three)) < 3.0
+
+
+def _hook_after_a_failure(rank: int, num_ranks: int, how: str) -> None:
+    """A hook that is called when its rail is gone says so, and does not sum what never came."""
+    buffer = make_quick_buffer(rank, "2x2", timeout=5.0)
+    scenario = QuickScenario(QuickCase(), rank, "2x2")
+    result = scenario.dispatch(buffer)
+    dist.barrier()
+    if rank >= 2:  # this node sends nothing home
+        with (
+            mock.patch.object(CpuDataPlane, "low_latency_combine", side_effect=MemoryError("no more")),
+            pytest.raises(MemoryError),
+        ):
+            scenario.combine(buffer, result)
+    else:
+        hook = scenario.combine(buffer, result, return_recv_hook=True)[2]
+        if how == "destroy":
+            buffer.destroy()
+        with pytest.raises((BufferStateError, PeerError)):
+            hook()
+    dist.barrier()
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("how", ["destroy", "wait"])
+def test_hook_after_a_failure_raises(pool_of: PoolOf, how: str) -> None:
+    pool_of(4).run(_hook_after_a_failure, how)
+
+
+def _dropped_hooks(rank: int, num_ranks: int) -> None:
+    with make_quick_buffer(rank, "2x2") as buffer:
+        scenario = QuickScenario(QuickCase(), rank, "2x2")
+        for turn in range(40):
+            result = scenario.dispatch(buffer)
+            answer = scenario.combine(buffer, result, return_recv_hook=True)
+            if (turn + rank) % 2:
+                answer[2]()
+            del answer
+        gc.collect()
+        check_case(buffer, scenario)
+
+
+def test_dropped_hooks_do_no_harm(pool_of: PoolOf) -> None:
+    pool_of(4).run(_dropped_hooks)
+
+
+def _interrupted(rank: int, num_ranks: int) -> float:
+    with make_buffer(rank, "2x1") as buffer:
+        scenario = NodeScenario(CASE, rank, "2x1")
+        scenario.check_dispatch(scenario.dispatch(buffer))
+        dist.barrier()
+        took = 0.0
+        if rank == 0:
+            previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as inherited
+            threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+            started = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                scenario.dispatch(buffer)
+            took = time.monotonic() - started
+            signal.signal(signal.SIGINT, previous)
+            assert not buffer.is_available()
+        dist.barrier()
+        return took
+
+
+def test_interrupt_ends_a_wait_for_another_node(pool_of: PoolOf) -> None:
+    assert pool_of(2).run(_interrupted)[0] < 3.0
+
+
+def _forked(rank: int, num_ranks: int) -> None:
+    buffer = make_buffer(rank, "2x2")
+    scenario = NodeScenario(CASE, rank, "2x2")
+    scenario.check_dispatch(scenario.dispatch(buffer))
+    child = os.fork()
+    if child == 0:
+        try:
+            with pytest.raises(BufferStateError):
+                scenario.dispatch(buffer)
+            buffer.destroy()
+            del buffer
+            gc.collect()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    ended = 0
+    deadline = time.monotonic() + 10.0
+    while ended == 0 and time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.01)
+    if ended == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == child
+    assert status == 0
+    scenario.check_dispatch(scenario.dispatch(buffer))
+    dist.barrier()
+    buffer.destroy()
+
+
+def test_forked_child_does_not_hang(pool_of: PoolOf) -> None:
+    pool_of(4).run(_forked)
+
+
+def _constructions(rank: int, num_ranks: int) -> None:
+    """What fails on one rank fails on all, soon, and harms no later construction."""
+
+    def fail(*_: Any) -> None:
+        if rank == 3:
+            raise ZeroDivisionError("odd")
+
+    for name in ("sync", "connect"):
+        started = time.monotonic()
+        original = getattr(Runtime, name)
+
+        def failing(self: Runtime, *arguments: Any, original: Any = original) -> None:
+            fail()
+            original(self, *arguments)
+
+        with mock.patch.object(Runtime, name, failing), pytest.raises(TokenferryError, match="rank 3: odd"):
+            make_buffer(rank, "2x2", timeout=4.0)
+        if name == "sync":
+            assert time.monotonic() - started < 2.0
+    with make_buffer(rank, "2x2", timeout=float("inf")) as buffer:
+        scenario = NodeScenario(CASE, rank, "2x2")
+        scenario.check_dispatch(scenario.dispatch(buffer))
+
+
+def test_constructions_that_fail(pool_of: PoolOf) -> None:
+    pool_of(4).run(_constructions)
+
+
+def _no_stage(rank: int, num_ranks: int, layout: str) -> None:
+    """No shared memory on one rank, and a disagreement inside another node: all step back, and go on."""
+    with make_buffer(rank, layout) as buffer:
+        scenario = NodeScenario(CASE, rank, layout)
+        large = NodeScenario(Case(tokens=CASE.tokens, num_topk=3, row_bytes=512 << 10), rank, layout)
+        ensure_stage = Heap.ensure_stage
+
+        def failing(heap: Heap, wanted: int, floor: int) -> int:
+            if rank == 1 and floor > 100 << 10:
+                raise HeapError("none left")
+            return ensure_stage(heap, wanted, floor)
+
+        with mock.patch.object(Heap, "ensure_stage", failing), pytest.raises(CapacityError, match="rank 1"):
+            large.dispatch(buffer)
+        scenario.check_dispatch(scenario.dispatch(buffer))
+        other = NodeScenario(Case(tokens=CASE.tokens, num_topk=3, row_bytes=256), rank, layout)
+        for odd in range(num_ranks):
+            with pytest.raises(MismatchError):
+                (other if rank == odd else scenario).dispatch(buffer)
+            with mock.patch.object(Heap, "ensure_stage", failing), pytest.raises((MismatchError, CapacityError)):
+                (scenario if rank == odd else large).dispatch(buffer)
+        scenario.check_dispatch(scenario.dispatch(buffer))
+    with make_buffer(rank, layout) as buffer:
+        Scenario.dispatch(scenario, buffer)
+
+
+@pytest.mark.parametrize("layout", ["2x2", "3x2"])
+def test_ranks_step_back_whatever_comes_together(pool_of: PoolOf, layout: str) -> None:
+    pool_of(4 if layout == "2x2" else 6).run(_no_stage, layout)
+
+
+def _files(rank: int, num_ranks: int) -> tuple[int, int]:
+    """Descriptors and threads after failures, while their exceptions are kept."""
+    kept, counts = [], []
+    for _ in range(3):
+        with make_buffer(rank, "2x1", timeout=1.0) as buffer:
+            scenario = NodeScenario(CASE, rank, "2x1")
+            scenario.check_dispatch(scenario.dispatch(buffer))
+            dist.barrier()
+            if rank == 0:
+                with pytest.raises(PeerError) as caught:
+                    scenario.dispatch(buffer)
+                kept.append(caught.value)
+            dist.barrier()
+        time.sleep(0.1)
+        counts.append((len(list(Path("/proc/self/fd").iterdir())), len(list(Path("/proc/self/task").iterdir()))))
+    return counts[2][0] - counts[0][0], counts[2][1] - counts[0][1]
+
+
+def test_failures_leave_no_connections(pool_of: PoolOf) -> None:
+    for files, threads in pool_of(2).run(_files):
+        assert files <= 0
+        assert threads <= 0

@@ -1,0 +1,109 @@
+"""How an operator comes to be: schema, kernel, shapes, gradient, and what compilers must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._library.effects import EffectType
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointPolicy
+
+_library = torch.library.Library("tokenferry", "DEF")  # type: ignore[no-untyped-call]
+
+
+def define(
+    name: str,
+    signature: str,
+    kernel: Callable[..., Any],
+    shapes: Callable[..., Any],
+    differentiable: Callable[..., Any],
+) -> torch._ops.OpOverload:
+    """Define ``tokenferry::name``.
+
+    Args:
+        name: of the operator.
+        signature: its arguments and its result, a single one: compilers do not find the unknown sizes in a tuple.
+        kernel: computes it, on CPU and CUDA tensors alike.
+        shapes: makes results of the right shapes without computing.
+        differentiable: called first, with dispatch keys, for :func:`run`, and the arguments.
+    """
+    _library.define(name + signature)  # type: ignore[no-untyped-call]
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"tokenferry::{name}", shapes, lib=_library)
+    _library.impl(name, differentiable, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    operator: torch._ops.OpOverload = getattr(torch.ops.tokenferry, name).default
+    # The other ranks take part: a compiler must neither drop an operator without users nor change the order.
+    torch.library._register_effectful_op(operator, EffectType.ORDERED, lib=_library)
+    return operator
+
+
+def is_forward_mode() -> bool:
+    """Whether derivatives are taken in forward mode, of any tensor."""
+    return forward_ad._current_level >= 0
+
+
+def is_differentiated(*inputs: torch.Tensor | None) -> bool:
+    """Whether autograd must know what becomes of these inputs."""
+    if is_forward_mode():
+        return True
+    for tensor in inputs:
+        if tensor is not None and tensor.requires_grad:
+            return torch.is_grad_enabled()
+    return False
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Apply an autograd function in an autograd kernel.
+
+    ``torch.func`` has done its part when such a kernel is called; the function's own ``apply`` would ask it again.
+    """
+    if torch._C._are_functorch_transforms_active():
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def run(keys: torch.DispatchKeySet, operator: torch._ops.OpOverload, *args: Any) -> Any:
+    """Run an operator that is not differentiated, for its autograd kernel, which got ``keys``."""
+    if not torch.compiler.is_compiling():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+    with _kept():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def run_below(operator: torch._ops.OpOverload, *args: Any) -> Any:
+    """Run an operator in the forward of its autograd function."""
+    if torch.compiler.is_compiling():
+        with torch._C._AutoDispatchBelowAutograd(), _kept():
+            return operator(*args)
+    if torch._C._are_functorch_transforms_active():
+        # The forward of a function runs without gradients; an outer transform wants one of it all the same.
+        with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
+            return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Keep what the block traces for backward, also where activation checkpointing would compute it again.
+
+    A compiler that recomputes may place it anywhere in backward: ranks would meet in different operations.
+    """
+    mode = get_proxy_mode()
+    if mode is None:
+        yield
+        return
+    nodes = mode.tracer.graph.nodes
+    num_known = len(nodes)
+    yield
+    for node in islice(reversed(nodes), len(nodes) - num_known):
+        if "recompute" in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

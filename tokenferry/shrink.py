@@ -1,0 +1,142 @@
+"""Going on with the ranks that are left: a new Buffer inside the old one, without the process group.
+
+The survivors find each other in the store of ``torch.distributed``, since collectives of a group with dead ranks do
+not end. They are numbered anew, in their old order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.distributed_c10d import Store, _get_default_store
+
+from tokenferry.construction import AnyRuntime, Wishes, construct_runtime
+from tokenferry.errors import ArgumentError, BufferStateError, MismatchError, PeerTimeoutError, TokenferryError
+from tokenferry.rendezvous import Rendezvous
+from tokenferry.validation import check_int, require
+
+
+class Survivors(NamedTuple):
+    """Who is left after :meth:`tokenferry.Buffer.shrink`."""
+
+    ranks: tuple[int, ...]
+    """The numbers that they had; each one's new number is its place here."""
+    num_old_ranks: int
+    """Ranks before."""
+
+    def lost_experts(self, num_experts: int) -> list[int]:
+        """The experts of the ranks that are gone.
+
+        Args:
+            num_experts: experts of all old ranks.
+        """
+        return [expert for expert, new in enumerate(self._new_ids(num_experts)) if new < 0]
+
+    def renumber(self, topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
+        """Choices of experts in their new numbers: of ``num_experts / old ranks * ranks`` that are left.
+
+        Args:
+            topk_idx: int64 of any shape: old expert ids, or -1.
+            num_experts: experts of all old ranks.
+
+        Returns:
+            The same shape; -1 also where an expert is lost.
+        """
+        table = torch.tensor([*self._new_ids(num_experts), -1], dtype=torch.int64, device=topk_idx.device)
+        return table[topk_idx]
+
+    def _new_ids(self, num_experts: int) -> list[int]:
+        per_rank, rest = divmod(check_int("num_experts", num_experts, minimum=1), self.num_old_ranks)
+        require(rest == 0, "num_experts", num_experts, f"a multiple of the {self.num_old_ranks} ranks")
+        first = {old: new * per_rank for new, old in enumerate(self.ranks)}
+        return [
+            first[rank] + local if rank in first else -1
+            for rank in range(self.num_old_ranks)
+            for local in range(per_rank)
+        ]
+
+
+class ShrinkMethods:
+    """Of Buffer."""
+
+    rank: int
+    group_size: int
+    runtime: AnyRuntime | None
+    _all_gather: Any
+    _wishes: Wishes
+    _node: str | int | None
+
+    def shrink(self, dead_ranks: Sequence[int]) -> Survivors:
+        """Go on without some ranks, whether an operation has failed because of them or not.
+
+        Collective among the others, who must name the same ranks. ``rank`` and ``group_size`` change; handles,
+        hooks and tensors of the Buffer's memory from before are of no use any more. Experts of the dead ranks are
+        lost: :class:`Survivors` renumbers choices. CPU ranks only; needs the default process group's store, which
+        ends with the process that hosts it (with ``tcp://`` and torchrun that of rank 0, or of the agent).
+
+        Args:
+            dead_ranks: ranks, by their present numbers.
+
+        Raises:
+            ArgumentError: not ranks, this rank, or all others.
+            BufferStateError: the Buffer was destroyed.
+            MismatchError: survivors name other ranks.
+            PeerTimeoutError: a survivor does not come within the deadline.
+            TokenferryError: as for construction; nodes with unequal numbers of survivors, for example.
+        """
+        runtime = self.runtime
+        if runtime is None:
+            raise BufferStateError("the Buffer was destroyed")
+        if self._wishes.device.type != "cpu" or self._wishes.group is None:
+            raise NotImplementedError("shrink() on GPUs, or with an mpi4py communicator")
+        dead = sorted({check_int("dead_ranks", rank, minimum=0) for rank in dead_ranks})
+        require(all(rank < self.group_size for rank in dead), "dead_ranks", dead, f"ranks below {self.group_size}")
+        if self.rank in dead:
+            raise ArgumentError("dead_ranks", dead, f"other ranks than this one, {self.rank}")
+        ranks = tuple(rank for rank in range(self.group_size) if rank not in dead)
+        survivors = Survivors(ranks, self.group_size)
+        key, seconds = f"{runtime.key}/shrink", self._wishes.timeout
+        runtime.destroy()
+        self.runtime = None
+        rendezvous = meet_in_store(_get_default_store(), key, ranks, self.rank, seconds)
+        named = rendezvous.all_gather(dead)
+        if any(other != dead for other in named):
+            raise MismatchError("shrink", 1, ranks, f"ranks disagree on dead_ranks: {named}")
+        self.runtime = construct_runtime(rendezvous, self._wishes, self._node)
+        self.rank, self.group_size = rendezvous.rank, rendezvous.num_ranks
+        self._all_gather = rendezvous.all_gather
+        return survivors
+
+
+def meet_in_store(store: Store, key: str, ranks: Sequence[int], rank: int, timeout: float) -> Rendezvous:
+    """The rendezvous of some ranks over a store.
+
+    Args:
+        store: that all of them reach.
+        key: never used before in the store.
+        ranks: who meets.
+        rank: this one.
+        timeout: seconds to wait for another.
+    """
+    rounds = iter(range(1 << 62))
+
+    def all_gather(value: Any) -> list[Any]:
+        number = next(rounds)
+        store.set(f"{key}/{number}/{rank}", json.dumps(value))
+        found = []
+        for other in ranks:
+            name = f"{key}/{number}/{other}"
+            try:
+                store.wait([name], timedelta(seconds=timeout))
+                found.append(json.loads(store.get(name)))
+            except RuntimeError as error:
+                raise PeerTimeoutError("shrink", 1, [other], f"not in the store after {timeout:g} s") from error
+        return found
+
+    if rank not in ranks:
+        raise TokenferryError(f"rank {rank} is not among {list(ranks)}")
+    return Rendezvous(list(ranks).index(rank), len(ranks), all_gather)
