@@ -151,25 +151,26 @@ class _Soak:
             dist.group.WORLD,
             common.choice(_STAGES),
             low_latency_bytes if self.device.type == "cuda" else 0,
-            low_latency_mode=one_node,
+            low_latency_mode=True,
             exact_combine=exact,
             timeout=TIMEOUT,
             device=self.device,
             node=str(layout[self.rank]),
         )
         bench = Bench(buffer, self.rank, self.num_ranks, layout, exact, self.device, common, self.own)
-        for turn in range(common.randrange(6, 30)):
-            if turn % _LOOK_EVERY == _LOOK_EVERY - 1 and not self._goes_on():
-                break
-            self.late()
-            self._step(bench)
+        try:
+            self._operate(bench)
+        except BaseException:
+            buffer.destroy()  # else the others would wait for this rank until the deadline
+            raise
         counted = buffer.stats()
         for of in counted.operations:
             self.report.calls[of.kind] += of.count
             self.report.bytes_moved += sum(peer.bytes_read for peer in of.peers)
             self.report.waited_ns += of.idle.total_ns
         self.report.bytes_moved += counted.rail_bytes_sent
-        if common.random() < 0.3 and one_node and self.device.type == "cpu":
+        can_end = one_node and self.num_ranks > 1 and self.device.type == "cpu"
+        if can_end and common.random() < 0.3:
             name = common.choice(list(AFTERWARDS))
             self.what = f"fault: {name}"
             AFTERWARDS[name](bench)
@@ -177,17 +178,25 @@ class _Soak:
         if common.random() < 0.5:
             buffer.destroy()
 
+    def _operate(self, bench: Bench) -> None:
+        for turn in range(self.common.randrange(6, 30)):
+            if turn % _LOOK_EVERY == _LOOK_EVERY - 1 and not self._goes_on():
+                break
+            self.late()
+            self._step(bench)
+
     def _step(self, bench: Bench) -> None:
         common, buffer = self.common, bench.buffer
-        if common.random() < _FAULT_SHARE:
-            name = common.choice([name for name, fault in DURING.items() if fault.fits(bench)])
+        faults = [name for name, fault in DURING.items() if fault.fits(bench)]
+        if faults and common.random() < _FAULT_SHARE:
+            name = common.choice(faults)
             self.what = f"fault: {name}"
             DURING[name].inject(bench)
             expect(buffer.is_available(), f"the Buffer is unusable after {name}")
             self.report.faults[name] += 1
             return
         here = [(world, handle) for layout, world, handle in self.alive if layout == bench.layout]
-        name = common.choice(["dispatch", "cached", "combine", "combine"] + ["burst"] * (max(bench.layout) == 0))
+        name = common.choice(["dispatch", "cached", "combine", "combine", "burst"])
         if name == "burst":
             self.what = "low-latency burst"
             burst(bench, self.late)

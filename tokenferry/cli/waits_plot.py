@@ -39,7 +39,7 @@ def draw(report: WaitReport, path: Path) -> None:
             title = f"Rank {listed} is slow" if len(report.slow) == 1 else f"Ranks {listed} are slow"
         verdict = report.text.splitlines()[0].removeprefix(f"Rank {listed} is slow: ")
         about = "Idle time of each rank (row) while another (column) was missing."
-        lines = textwrap.wrap(verdict[:1].upper() + verdict[1:], int(11 * (side + 1.6)))
+        lines = textwrap.wrap(verdict[:1].upper() + verdict[1:], int(12.5 * (side + 1.6)))
         write_head(figure, title, [*lines[:2], about])
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, format="png")

@@ -176,7 +176,8 @@ class Dispatch(Exchange):
         self._first_round = set(self.peers)
         own = self._tokens[self.rank]
         self._copies = self._copy_map(outputs)
-        self._room = outputs.rows.size(0) if self._copies is None else self.num_rows
+        if self._copies is None and max(self._ends) > len(outputs.rows):
+            raise HeapError(f"peers send rows up to {max(self._ends)}, the outputs have {len(outputs.rows)}")
         self._deliver(self.rank, self._columns, own, own)
         self.drive()
         if self._copies is not None:
@@ -225,8 +226,7 @@ class Dispatch(Exchange):
         self._first_round.discard(peer)
         sections = self._sections(num_counts, head.bound, head.num_rows)
         end = self._filled[peer] + head.length
-        is_outside = head.start + head.length > head.bound or end > min(self._ends[peer], self._room)
-        if sections[-1] != head.nbytes or is_outside:
+        if sections[-1] != head.nbytes or head.start + head.length > head.bound or end > self._ends[peer]:
             raise HeapError(f"rank {self.heap.names[peer]} sent a message that contradicts its counts: {head}")
         payload = self.payload(peer)
         tokens = ints_of(payload, sections[1] + 4 * head.start, head.length)

@@ -259,7 +259,8 @@ class DispatchReceive(Receive):
                 its = ((tokens >= first) & (tokens < end)).nonzero().flatten()
                 experts, tokens, columns = experts[its], tokens[its] - first, [column[its] for column in columns]
             counts = torch.bincount(experts, minlength=plan.num_local_experts)
-            check_range("choices of one expert", counts, 0, plan.num_max_tokens + 1)
+            most = plan.num_max_tokens if plan.relays is None else plan.relays.num_max_tokens
+            check_range("choices of one expert", counts, 0, most + 1)
             before = counts.cumsum(0) - counts
             slots = begin[experts] + torch.arange(len(experts), device=_CPU) - before[experts]
             plan.recv_src_info[experts, slots] = tokens.to(torch.int32)
@@ -416,8 +417,8 @@ class CombineReceive(Receive):
         payload = self.heap.stage_view(rank, head.offset, head.nbytes)
         tokens, experts, rows = self._parts(payload, head.num_rows)
         part = slice(head.start, head.start + head.length)
-        share = len(self._plan.layout_range)
         check_range("tokens", tokens[part], 0, self._plan.src_info.size(1) // self.heap.num_ranks)
+        share = len(self._plan.layout_range)
         first = self.heap.names[rank] * share
         check_range("experts", experts[part], first, first + share)
         return tokens[part], experts[part], rows[part].view(self._plan.x.dtype)
