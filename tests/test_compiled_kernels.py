@@ -130,3 +130,9 @@ def test_no_other_thread_is_between_a_barrier_and_a_release(compiled: Compiled, 
             num_releases += 1
             assert since <= {release[1]}, instruction
     assert num_releases
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("low latency")])
+def test_polls_are_not_cloned_into_loops_over_rows(compiled: Compiled, name: str) -> None:
+    """The compiler copies inline assembly to wherever its result is used."""
+    assert compiled.ptx(name).count("ld.acquire.sys.global.b64") <= 16

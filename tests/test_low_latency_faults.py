@@ -65,6 +65,7 @@ def mask_arguments(rank: int, num_ranks: int) -> list[dict[str, Any]]:
         results = [
             outcome(lambda: buffer.low_latency_update_mask_buffer(num_ranks, True)),
             outcome(lambda: buffer.low_latency_update_mask_buffer(-1, True)),
+            outcome(lambda: buffer.low_latency_update_mask_buffer(rank, True)),
             outcome(lambda: buffer.low_latency_query_mask_buffer(torch.zeros(num_ranks + 1, dtype=torch.int32))),
             outcome(lambda: buffer.low_latency_query_mask_buffer(torch.zeros(num_ranks, dtype=torch.int64))),
         ]
@@ -85,9 +86,9 @@ def mask_arguments(rank: int, num_ranks: int) -> list[dict[str, Any]]:
 
 def test_mask_arguments_and_status(pool_of: PoolOf) -> None:
     for results in pool_of(3).run(mask_arguments):
-        assert [result["kind"] for result in results] == ["ArgumentError"] * 4
-        assert ["rank_to_mask" in result["text"] for result in results] == [True, True, False, False]
-        assert ["mask_status" in result["text"] for result in results] == [False, False, True, True]
+        assert [result["kind"] for result in results] == ["ArgumentError"] * 5
+        assert ["rank_to_mask" in result["text"] for result in results] == [True, True, True, False, False]
+        assert ["mask_status" in result["text"] for result in results] == [False, False, False, True, True]
 
 
 def mask_and_take_back(rank: int, num_ranks: int, hooked: bool, stage: int, skips: bool) -> None:

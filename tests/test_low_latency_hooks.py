@@ -287,3 +287,31 @@ def test_random_operations_in_flight(pool_of: PoolOf, num_rdma_bytes: int) -> No
 @pytest.mark.parametrize(("num_ranks", "num_rdma_bytes"), [(4, 0), (4, 128), (3, 65536)])
 def test_many_random_operations_in_flight(pool_of: PoolOf, num_ranks: int, num_rdma_bytes: int) -> None:
     assert set(pool_of(num_ranks).run(_stress, 1000, 7 + num_rdma_bytes, num_rdma_bytes, 0.01)) == {1000}
+
+
+def clean_late(rank: int, num_ranks: int) -> tuple[float, float]:
+    with make_buffer() as buffer:
+        if rank == 1:
+            time.sleep(0.3)
+        began = time.monotonic()
+        buffer.clean_low_latency_buffer(4, 128, num_ranks)
+        return began, time.monotonic()
+
+
+def test_cleaning_is_a_barrier(pool_of: PoolOf) -> None:
+    times = pool_of(3).run(clean_late)
+    assert max(began for began, _ in times) <= min(ended for _, ended in times)
+
+
+def keep_combine_buffers(rank: int, num_ranks: int) -> None:
+    scenarios = [Scenario(Case(tokens=(3,), hidden=hidden), rank, num_ranks) for hidden in (128, 256)]
+    with make_buffer() as buffer:
+        handles = [scenario.dispatch(buffer)[2] for scenario in scenarios]
+        first = [buffer.get_next_low_latency_combine_buffer(handle).data_ptr() for handle in handles]
+        assert first[0] != first[1]
+        assert [buffer.get_next_low_latency_combine_buffer(handle).data_ptr() for handle in handles] == first
+
+
+def test_combine_buffers_stay_where_they_are(pool_of: PoolOf) -> None:
+    """Captured graphs read them."""
+    pool_of(2).run(keep_combine_buffers)

@@ -8,6 +8,9 @@ For each token and group: ``amax = max(1e-4, max |x|)``, in float32.
 data rounded to nearest even and saturated at +-448. ``x ~ data * scale``. UE8M0 keeps the eight exponent bits of a
 rounded scale, ``e + 127``, four groups in an int32, the lowest group in the lowest byte.
 
+A NaN stays one, positive, and does not count for ``amax``. Where a group has an infinity, that becomes a NaN and the
+finite numbers 0; ``scale`` is infinite, or 2^127 if rounded.
+
 Legend of dims: T tokens, H hidden, S = H / 128 groups.
 """
 
@@ -28,22 +31,33 @@ def quantise(x: torch.Tensor, round_scale: bool) -> tuple[torch.Tensor, torch.Te
     """
     num_tokens, hidden = x.shape
     groups = x.float().view(num_tokens, hidden // GROUP, GROUP)
-    amax = groups.abs().amax(2).clamp_(min=_SMALLEST_AMAX)
+    size = groups.abs()
+    amax = size.amax(2)
+    amax_is_finite = bool(amax.isfinite().all())
+    if not amax_is_finite:
+        amax = size.nan_to_num_(0.0, posinf=torch.inf).amax(2)
+    amax.clamp_(min=_SMALLEST_AMAX)
     most = torch.tensor(_E4M3_MAX, dtype=torch.float32, device=x.device)
     scale = amax * most.reciprocal()
     if round_scale:
         scale = round_up_to_power_of_two(scale)
-        factor = scale.reciprocal()
+        factor = torch.where(amax.isinf(), 0.0, scale.reciprocal())
     else:
         factor = most / amax  # a Python number over a tensor would be rounded twice
-    data = (groups * factor.unsqueeze(2)).clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    scaled = (groups * factor.unsqueeze(2)).clamp_(-_E4M3_MAX, _E4M3_MAX)
+    if not amax_is_finite:
+        scaled = torch.where(scaled.isnan(), torch.nan, scaled)
+    data = scaled.to(torch.float8_e4m3fn)
     return data.view(num_tokens, hidden), scale
 
 
 def round_up_to_power_of_two(value: torch.Tensor) -> torch.Tensor:
-    """The smallest power of two not below each positive float32 value: its exponent, plus one if bits are left."""
+    """The smallest power of two not below each positive float32 value, 2^127 at most.
+
+    Its exponent, plus one if bits are left.
+    """
     bits = value.view(torch.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    exponent = ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).clamp_(max=254)
     return (exponent << 23).to(torch.int32).view(torch.float32)
 
 

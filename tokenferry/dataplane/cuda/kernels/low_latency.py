@@ -350,8 +350,8 @@ def arrivals(
 ):  # fmt: skip
     """Wait for the ranks; return, [RB], the tokens of each, or -1 of one that did not come.
 
-    With SHRINK the first receiver decides who has come, so that all receivers go on with the same ranks. Its verdict
-    is ``epoch << 32 | ranks``, of which the upper half may go round.
+    With SHRINK the first receiver decides who has come, so that all receivers go on with the same ranks; its wait
+    ends, whatever happens. The verdict is ``epoch << 32 | ranks``, of which the upper half may go round.
     """
     r = tl.arange(0, RB)
     flags = words_of(own, PUSHED, slot)
@@ -379,11 +379,9 @@ def arrivals(
             tl.debug_barrier()
             tl.atomic_xchg(state + VERDICTS + slot, (epoch << 32) | bits, sem="release", scope="gpu")
         verdict = tl.atomic_add(state + VERDICTS + slot, 0, sem="acquire", scope="gpu")
-        failed = zero().to(tl.int64)
-        while (((verdict >> 32) ^ epoch) & 0xFFFFFFFF != 0) & (failed == 0):
-            failed = tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu")
+        while ((verdict >> 32) ^ epoch) & 0xFFFFFFFF != 0:
             verdict = tl.atomic_add(state + VERDICTS + slot, 0, sem="acquire", scope="gpu")
-        there = (r < R) & (((verdict >> r) & 1) != 0) & (((verdict >> 32) ^ epoch) & 0xFFFFFFFF == 0)
+        there = (r < R) & (((verdict >> r) & 1) != 0)
         seen = tl.load(flags + r, mask=there, other=0)
     else:
         seen = wait_ranks(state, flags, goals, on, rank, timeout, R, RB, THREADS)

@@ -44,7 +44,7 @@ MOST_BITS = tl.constexpr(0x43E00000)
 
 @triton.jit
 def e4m3(values, HAS_FP8: tl.constexpr):
-    """The bytes of the nearest float8_e4m3fn, ties to even, saturated."""
+    """The bytes of the nearest float8_e4m3fn, ties to even, saturated; 0x7F for a NaN of any sign."""
     if HAS_FP8:
         return values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
@@ -55,8 +55,8 @@ def e4m3(values, HAS_FP8: tl.constexpr):
         # Below 2^-6 the steps are 2^-9: adding 2^14 rounds to them.
         small = (least.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
         code = tl.where(least < 0x3C800000, small, normal)
-        code = tl.where(size > 0x7F800000, 0x7F, code)
-        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+        code = code | ((bits >> 24) & 0x80)
+        return tl.where(size > 0x7F800000, 0x7F, code).to(tl.uint8)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def scales_of(amax, FORMAT: tl.constexpr):
     if FORMAT == 1:
         return tl.div_rn(tl.zeros_like(amax) + MOST, amax), bits
     else:
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+        exponent = tl.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32), 254)
         factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         if FORMAT == 2:
             return factor, exponent << 23
