@@ -188,7 +188,7 @@ def test_wait_times_out_and_names_the_missing() -> None:
 
 def test_progress_restarts_the_deadline() -> None:
     with heaps_of(2) as (heap, _):
-        steps = iter([(i % 80 == 0, [1]) for i in range(800)] + [(True, [])])
+        steps = iter([(i % 20 == 0, [1]) for i in range(800)] + [(True, [])])
         with heap.operation("made up") as operation:
             operation.run(lambda: next(steps))
 
