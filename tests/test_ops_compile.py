@@ -113,6 +113,28 @@ def test_whole_module(pool_of: PoolOf) -> None:
     pool_of(2).run(check_module)
 
 
+def check_breaks(rank: int, num_ranks: int) -> None:
+    with fresh_compiler(), Buffer(dist.group.WORLD) as buffer:
+        x, ids, weights = draw(rank, 5)
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            x = x.detach().requires_grad_()
+            got = functional.dispatch(buffer, x.sin(), ids, weights, EXPERTS)
+            out = functional.combine(buffer, got.x.cos(), got.handle)
+            out.square().sum().backward()
+            return out.detach() + x.grad
+
+        compiled = torch.compile(step, backend="aot_eager")
+        for _ in range(2):
+            assert torch.equal(compiled(x), step(x))
+            torch._dynamo.reset()
+
+
+def test_broken_graphs(pool_of: PoolOf) -> None:
+    """Without ``fullgraph`` an operator may run between compiled pieces; what is inside of it is not compiled."""
+    pool_of(2).run(check_breaks)
+
+
 def check_low_latency(rank: int, num_ranks: int) -> None:
     with fresh_compiler(), low_latency_cases.make_buffer() as buffer:
         ops.register(buffer)

@@ -19,7 +19,7 @@ from tokenferry.config import Config
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, Handle, InternodeHandle, make_handle
 from tokenferry.modes.intranode import COMBINE_DTYPES, ROW_ALIGNMENT
-from tokenferry.ops.library import apply, define, is_differentiated, is_forward_mode, run, run_below
+from tokenferry.ops.library import apply, define, is_differentiated, is_forward_mode, opaque, run, run_below
 from tokenferry.ops.registry import buffer_of
 from tokenferry.topology import Topology
 
@@ -213,6 +213,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.save_for_forward(ids, *handle)
 
     @staticmethod
+    @opaque
     def backward(ctx: Any, grad_x: torch.Tensor, grad_weights: torch.Tensor, *_: None) -> tuple[Any, ...]:
         ids, *handle = ctx.saved_tensors
         needs_x, needs_weights, *_ = ctx.needs_input_grad
@@ -227,6 +228,7 @@ class _Dispatch(torch.autograd.Function):
         return None, rows[:, : weights.size(1)], None, None
 
     @staticmethod
+    @opaque
     def jvp(ctx: Any, x: torch.Tensor, weights: torch.Tensor, *_: None) -> tuple[Any, ...]:
         ids, *handle = ctx.saved_tensors
         (rows,) = cached_dispatch(x, handle, ctx.buffer, None, ctx.num_sms)
@@ -246,11 +248,13 @@ class _CachedDispatch(torch.autograd.Function):
         ctx.save_for_forward(*handle)
 
     @staticmethod
+    @opaque
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (home,) = combine(grad, list(ctx.saved_tensors), ctx.buffer, None, None, None, ctx.num_sms)
         return home, None, None, None
 
     @staticmethod
+    @opaque
     def jvp(ctx: Any, x: torch.Tensor, *_: None) -> Any:
         return cached_dispatch(x, list(ctx.saved_tensors), ctx.buffer, None, ctx.num_sms)[0]
 
@@ -275,6 +279,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_forward(*handle)
 
     @staticmethod
+    @opaque
     def backward(ctx: Any, grad: torch.Tensor, grad_weights: torch.Tensor | None = None) -> tuple[Any, ...]:
         handle = list(ctx.saved_tensors)
         needs_x, needs_weights, *needs_bias = ctx.needs_input_grad[:4]
@@ -287,6 +292,7 @@ class _Combine(torch.autograd.Function):
         return out, out_weights, *(grad if needed else None for needed in needs_bias), None, None, None
 
     @staticmethod
+    @opaque
     def jvp(
         ctx: Any,
         x: torch.Tensor,

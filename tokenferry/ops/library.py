@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library.effects import EffectType
 from torch.autograd import forward_ad
@@ -15,6 +16,17 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
 _library = torch.library.Library("tokenferry", "DEF")  # type: ignore[no-untyped-call]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def opaque(function: _Function) -> _Function:
+    """Have compilers leave a function, and what it calls, alone where it runs: they know the operator from outside.
+
+    Otherwise they would compile it where the operator is called eagerly within something compiled: at a graph break.
+    """
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
 
 
 def define(
@@ -35,9 +47,9 @@ def define(
     """
     _library.define(name + signature)  # type: ignore[no-untyped-call]
     for device in ("CPU", "CUDA"):
-        _library.impl(name, kernel, device)  # type: ignore[no-untyped-call]
+        _library.impl(name, opaque(kernel), device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"tokenferry::{name}", shapes, lib=_library)
-    _library.impl(name, differentiable, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    _library.impl(name, opaque(differentiable), "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
     operator: torch._ops.OpOverload = getattr(torch.ops.tokenferry, name).default
     # The other ranks take part: a compiler must neither drop an operator without users nor change the order.
     torch.library._register_effectful_op(operator, EffectType.ORDERED, lib=_library)
