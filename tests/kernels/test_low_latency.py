@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,7 @@ from tokenferry.config import align_up
 from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import low_latency_dispatch, words
 
-TINY = Case(tokens=(2, 1), hidden=8, num_topk=2)
+TINY = Case(tokens=(2, 1), hidden=8, num_topk=2, seed=22)
 CASES = {
     "one rank": (1, Case(tokens=(3,), hidden=136)),
     "two ranks": (2, Case(tokens=(3, 2), hidden=136, spare=2)),
@@ -91,6 +92,7 @@ def world_of(
     most = max(1, *case.tokens) + case.spare
     layouts = programs.layouts(num_ranks, most, case.hidden, case.num_topk, case.local_experts, exact)
     nbytes = slots * align_up(max(layout[-1] for layout in layouts))
+    options = {"most_programs": 2, **options}
     world = LowLatencyWorld(monkeypatch, num_ranks, seed, push_bytes=nbytes, exact=exact, **options)
     disturb(monkeypatch, world, seed, pace)
     return world
@@ -155,6 +157,18 @@ def test_every_rank_gets_what_it_must(monkeypatch: Any, name: str) -> None:
     calls.check()
 
 
+def test_ranks_whose_parts_have_other_sizes(monkeypatch: Any) -> None:
+    """As those of many tokens and of few."""
+    monkeypatch.setattr(programs, "MANY_TOKENS", 1)
+    case = Case(tokens=(1, 2), hidden=2056, num_topk=2)
+    world = world_of(monkeypatch, 2, 0, case)
+    calls = Calls(world, case)
+    calls.dispatch()
+    calls.combine()
+    world.run()
+    calls.check()
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_routings(monkeypatch: Any, routing: str) -> None:
     seed = ROUTINGS.index(routing)
@@ -190,13 +204,13 @@ def test_formats_take_turns_in_slots(monkeypatch: Any) -> None:
     pairs = [Calls(world, case) for case in cases]
     for calls in pairs:
         calls.dispatch()
-        calls.combine()
+    pairs[0].combine()
     world.run()
     for calls in pairs:
         calls.check()
 
 
-@pytest.mark.parametrize(("slots", "exact"), [(2, False), (4, True)])
+@pytest.mark.parametrize(("slots", "exact"), [(2, False), (3, True)])
 def test_hooks_in_another_order_than_sends(monkeypatch: Any, slots: int, exact: bool) -> None:
     world = world_of(monkeypatch, 2, slots, TINY, slots=slots, exact=exact)
     pairs = [Calls(world, TINY, exact=exact) for _ in range(slots)]
@@ -225,10 +239,30 @@ def test_hook_receives_beside_operations_at_once(monkeypatch: Any) -> None:
     soon.check()
 
 
+def unlike(monkeypatch: Any, seed: int, modules: dict[str, ModuleType] | None = None, **options: Any) -> None:
+    """Rank 0 sends ahead of what it has not received, rank 1 does one after the other."""
+    cases = [TINY, replace(TINY, seed=39), replace(TINY, seed=10)]
+    world = world_of(monkeypatch, 2, seed, TINY, modules=modules, max_steps=2500, **options)
+    all_calls = [Calls(world, case) for case in cases]
+    for number, calls in enumerate(all_calls):
+        for rank, scenario in calls.scenarios.items():
+            calls.results[rank] = scenario.dispatch(world.buffers[rank], return_recv_hook=rank == 0)
+        if number > 0:
+            all_calls[number - 1].results[0][4]()
+    all_calls[-1].results[0][4]()
+    world.run()
+    for calls in all_calls:
+        calls.check()
+
+
+def test_hooks_on_one_rank(monkeypatch: Any) -> None:
+    unlike(monkeypatch, 0)
+
+
 def test_more_in_flight_than_slots(monkeypatch: Any) -> None:
     """The host receives before a slot comes round; hooks that are called later do nothing."""
     world = world_of(monkeypatch, 2, 0, TINY, max_steps=4000)
-    pairs = [Calls(world, TINY) for _ in range(4)]
+    pairs = [Calls(world, TINY) for _ in range(3)]
     for send in (Calls.dispatch, Calls.combine):
         for calls in pairs:
             send(calls, hook=True)
@@ -368,10 +402,16 @@ def replace_nothing(calls: Calls, replacement: Callable[[Scenario], torch.Tensor
     calls.combine()
 
 
-@pytest.mark.parametrize("bad", [(4, -2, 1000), (1 << 32, 1 << 40, -(1 << 32))])
-def test_bad_experts_are_reported_and_not_sent(monkeypatch: Any, bad: tuple[int, ...]) -> None:
+def bad_experts(
+    monkeypatch: Any,
+    seed: int,
+    modules: dict[str, ModuleType] | None = None,
+    *,
+    bad: tuple[int, ...] = (1 << 32, 1 << 40, -(1 << 32)),
+) -> None:
+    """Choices of experts that there are not."""
     case = Case(tokens=(2, 3), hidden=8, routing="sparse", seed=2)
-    world = world_of(monkeypatch, 2, 0, case)
+    world = world_of(monkeypatch, 2, seed, case, modules=modules)
     guards = Guards(world)
     calls = Calls(world, case)
     replace_nothing(calls, lambda scenario: torch.tensor(bad * 3)[: scenario.ids.numel()].view(scenario.ids.shape))
@@ -381,6 +421,11 @@ def test_bad_experts_are_reported_and_not_sent(monkeypatch: Any, bad: tuple[int,
     for status in world.status:
         status.zero_()
     calls.check()
+
+
+@pytest.mark.parametrize("bad", [(4, -2, 1000), (1 << 32, 1 << 40, -(1 << 32))])
+def test_bad_experts_are_reported_and_not_sent(monkeypatch: Any, bad: tuple[int, ...]) -> None:
+    bad_experts(monkeypatch, 0, bad=bad)
 
 
 def crowded(monkeypatch: Any, seed: int, modules: dict[str, ModuleType] | None = None) -> None:
@@ -404,15 +449,20 @@ def test_crowded_experts_are_reported_and_cut_off(monkeypatch: Any) -> None:
     crowded(monkeypatch, 0)
 
 
-def test_ranks_that_have_other_sizes_write_nothing_out_of_bounds(monkeypatch: Any) -> None:
+def other_sizes(monkeypatch: Any, seed: int, modules: dict[str, ModuleType] | None = None) -> None:
+    """A rank whose peer has more tokens than it has room for."""
     small, large = Case(tokens=(1,), hidden=8, local_experts=1), Case(tokens=(9,), hidden=8, local_experts=1)
-    world = world_of(monkeypatch, 2, 0, large)
+    world = world_of(monkeypatch, 2, seed, large, modules=modules)
     guards = Guards(world)
     for rank, case in enumerate((small, large)):
         Scenario(case, rank, 2).dispatch(world.buffers[rank])
     world.run()
     guards.check()
     assert [world.code(rank) for rank in range(2)] == [words.MISMATCH.value] * 2
+
+
+def test_ranks_of_other_sizes_write_nothing_out_of_bounds(monkeypatch: Any) -> None:
+    other_sizes(monkeypatch, 0)
 
 
 @triton.jit
