@@ -55,21 +55,23 @@ def test_wrong_results_are_noticed(pool_of: PoolOf) -> None:
     """The comparison in an example is one: with an exchange that is off by a little it fails."""
     for name in ("layer", "prefill", "decode", "overlap", "megatron_style"):
         failures = pool_of(2).run(run_wrongly, name, SIZES[name])
-        assert all(failures), name
+        # A rank that compares no row of its own in a step meets the other only when that one has left.
+        assert "AssertionError" in failures, name
+        assert set(failures) <= {"AssertionError", "PeerLostError"}, (name, failures)
 
 
-def run_wrongly(rank: int, num_ranks: int, name: str, sizes: dict[str, Any]) -> bool:
-    from tokenferry import Buffer
+def run_wrongly(rank: int, num_ranks: int, name: str, sizes: dict[str, Any]) -> str:
+    from tokenferry import Buffer, PeerLostError
 
     originals = Buffer.combine, Buffer.low_latency_combine
     try:
         Buffer.combine, Buffer.low_latency_combine = (_scaled(original) for original in originals)  # type: ignore
         run(rank, num_ranks, name, sizes)
-    except AssertionError:
-        return True
+    except (AssertionError, PeerLostError) as error:
+        return type(error).__name__
     finally:
         Buffer.combine, Buffer.low_latency_combine = originals  # type: ignore[method-assign]
-    return False
+    return "none"
 
 
 def _scaled(method: Any) -> Any:
