@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.fault_trials import Trials
-
 from tokenferry.cli.ranks import RankError, RankPool
 
 os.environ.setdefault("TOKENFERRY_DEVICE", "cpu")  # tests of GPUs name theirs

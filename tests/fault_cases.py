@@ -32,6 +32,8 @@ QUICK_NODES = "two nodes, low latency"
 ONE_NODE = (NORMAL, EXPANDED, QUICK)
 ALL = (*ONE_NODE, NODES, QUICK_NODES)
 LAYOUT = "2x2"
+LARGE = 4096
+"""Bytes of a row with which rows do not fit the smallest stage at a time."""
 OPERATIONS = 4
 """After which a rank that has raised nothing gives up."""
 LATE = 0.5
@@ -49,7 +51,7 @@ class World:
         kind: of Buffer.
         rank: this one.
         num_ranks: by default as many as the kind wants; fewer are on one node.
-        large: rows do not fit a stage at a time.
+        row_bytes: of a row, if it is not a small one; rows go through the smallest stage then.
         masked: ranks that low-latency operations go on without.
     """
 
@@ -59,18 +61,21 @@ class World:
         rank: int,
         num_ranks: int | None = None,
         *,
-        large: bool = False,
+        row_bytes: int = 0,
         masked: tuple[int, ...] = (),
     ) -> None:
         self.kind, self.rank = kind, rank
         self.num_ranks = num_ranks or num_ranks_of(kind)
         across = num_ranks is None and kind in (NODES, QUICK_NODES)
         self.options: dict[str, Any] = {"node": internode_cases.LAYOUTS[LAYOUT][rank]} if across else {}
-        width = 4096 if large else 128
-        if large:
+        width = row_bytes or 128
+        if row_bytes:
             self.options["num_nvl_bytes"] = 128
-        case = cases.Case(tokens=(40,) if large else (7, 4), row_bytes=width, combine_bytes=width)
-        quick_case = low_latency_cases.Case(tokens=(5, 3, 4), num_topk=4, routing="distinct")
+        tokens = (7, 4) if row_bytes != LARGE else (40,)
+        case = cases.Case(tokens=tokens, row_bytes=width, combine_bytes=width)
+        quick_case = low_latency_cases.Case(
+            tokens=(5, 3, 4), num_topk=4, routing="distinct", hidden=row_bytes // 2 or 128
+        )
         self.scenario: Any
         if kind in (QUICK, MASKING, QUICK_NODES):
             self.options |= {"low_latency_mode": True, "enable_shrink": kind == MASKING}
@@ -164,12 +169,12 @@ def suffer(
         after: what is tried in the end.
         timeout: deadline of the Buffer.
         mark: where the rank at fault says when.
-        options: ``large`` of :class:`World`; ``late``: the other ranks stay away for a while; ``read_late``: they read the memory of the rank at fault when
-            it is gone; ``everybody`` does as the
-            rank at fault; ``own_group``: the Buffer has a process group of its own.
+        options: ``row_bytes`` of :class:`World`; ``late``: the other ranks stay away for a while; ``read_late``: they
+            read the memory of the rank at fault when it is gone; ``everybody`` does as the rank at fault;
+            ``own_group``: the Buffer has a process group of its own.
     """
     last, seen = num_ranks - 1, Seen()
-    world = World(kind, rank, large=options.get("large", False))
+    world = World(kind, rank, row_bytes=options.get("row_bytes", 0))
     with world.open() as buffer:  # what libraries keep for good, they have from here on
         world.turn(buffer)
     before = Holdings.now()
@@ -183,6 +188,8 @@ def suffer(
         situation.happens()
         with seen.operation():
             goes_on = act(situation)
+        if seen.error is None:
+            seen.operations.clear()  # an act that returns is none
         del situation
     elif options.get("late"):
         time.sleep(LATE)
@@ -193,7 +200,6 @@ def suffer(
             break
         with seen.operation(), _reading_late(last, seen) if options.get("read_late") else nullcontext():
             operation()
-        seen.finished += seen.error is None
     seen.available = buffer.is_available()
     if not seen.available and buffer.runtime is not None:
         try:
@@ -271,10 +277,10 @@ def construct(
     spoils = spoil(mark) if rank == num_ranks - 1 or options.get("everybody") else nullcontext()
     with spoils, seen.operation():
         world.open(group=group)
-    if rank != num_ranks - 1 or after is After.ANEW:
+    if rank != num_ranks - 1 or after is After.LATER:
         dist.destroy_process_group(group)
     del group
-    if after is After.ANEW:
+    if after is After.LATER:
         with world.open() as buffer:
             world.turn(buffer)
     seen.left = before.left()

@@ -1,4 +1,4 @@
-"""Faults on real ranks: starts them, lets one of them go wrong, and compares what they saw with the row of the test."""
+"""Faults on real ranks: one of them goes wrong, and what they saw is compared with the row of the test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tests import fault_cases
 from tests.cases import wait_for
 from tests.fault_cases import Act, Spoil, num_ranks_of
-from tests.faults import ENDED, PATIENCE, Claims, Delays, Fault, Left, Seen, names, names_left
+from tests.faults import ENDED, PATIENCE, SHARED, Claims, Delays, Fault, Left, Seen, names, names_left
 from tokenferry.cli.ranks import RankError, RankPool
 
 DEADLINE = 1.2
@@ -32,43 +32,47 @@ class Trials(Claims):
         self._pool_of = pool_of
         self._mark = folder / "mark"
 
+        self.pool: RankPool | None = None
+        """The ranks; by default those that others use too, or new ones if one is to end."""
+        self.shared = SHARED
+        """Where their shared memory has its names."""
+
     def suffer(self, kind: str, act: Act, deadline: float = NO_DEADLINE, **options: Any) -> list[Seen | None]:
         """Let the last rank act; see :func:`tests.fault_cases.suffer`."""
-        arguments = (kind, act, self.row.after, deadline, self._mark, options)
-        return self.run(num_ranks_of(kind), fault_cases.suffer, arguments, deadline)
+        return self._run(num_ranks_of(kind), fault_cases.suffer, (kind, act), (deadline,), options, deadline)
 
-    def construct(self, kind: str, spoil: Spoil, pool: RankPool | None = None, **options: Any) -> list[Seen | None]:
-        """Let the last rank be spoiled while a Buffer is made; see :func:`tests.fault_cases.construct`."""
-        arguments = (kind, spoil, self.row.after, self._mark, options)
+    def construct(self, kind: str, spoil: Spoil, **options: Any) -> list[Seen | None]:
+        """Let something be wrong on the last rank while a Buffer is made; see :func:`tests.fault_cases.construct`."""
         deadline = options.get("deadline", NO_DEADLINE)
-        return self.run(num_ranks_of(kind), fault_cases.construct, arguments, deadline, pool)
+        return self._run(num_ranks_of(kind), fault_cases.construct, (kind, spoil), (), options, deadline)
 
-    def run(
+    def _run(
         self,
         num_ranks: int,
         function: Callable[..., Seen],
-        arguments: tuple[Any, ...],
+        what: tuple[str, Act | Spoil],
+        more: tuple[Any, ...],
+        options: dict[str, Any],
         deadline: float,
-        pool: RankPool | None = None,
     ) -> list[Seen | None]:
-        """Call ``function`` on ranks of which the last is at fault, and compare."""
-        ends = self.row.itself is ENDED
-        before = names()
-        if ends and pool is None:
+        arguments = (*what, self.row.after, *more, self._mark, options)
+        before = names(self.shared)
+        if self.row.itself is ENDED:
             with RankPool(num_ranks, 1) as fresh:
                 seen, delay = self._call(fresh, function, arguments)
             codes = [process.exitcode for process in fresh.processes[:-1]]
             assert codes == [0] * (num_ranks - 1), f"ranks ended with {codes}"
             assert not any(process.is_alive() for process in fresh.processes)
         else:
-            seen, delay = self._call(pool or self._pool_of(num_ranks), function, arguments)
+            seen, delay = self._call(self.pool or self._pool_of(num_ranks), function, arguments)
         happened, _, note = self._mark.read_text().partition(" ")
         expected = {note} if self.row.left is Left.NAME else set[str]()
-        found = names_left(before, expected)
+        found = names_left(before, expected, self.shared)
         for name in expected:
-            Path("/dev/shm", name).unlink()
+            (self.shared / name).unlink()
         assert found == expected, f"names are left in /dev/shm: {found}"
-        self.check(seen, [num_ranks - 1], float(happened), deadline, delay)
+        guilty = range(num_ranks) if options.get("everybody") else [num_ranks - 1]
+        self.check(seen, guilty, float(happened), deadline, delay)
         return seen
 
     def _call(

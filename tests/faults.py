@@ -11,17 +11,17 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from tests.cases import segments, wait_for
-from tokenferry import TokenferryError
+from tokenferry import PeerError, TokenferryError
 
 SHARED = Path("/dev/shm")
 PATIENCE = 5.0
@@ -34,7 +34,7 @@ ENDED: Raised = (SystemExit,)
 
 
 class Within(Enum):
-    """The longest time from the fault, or from the call if that comes later, to the exception or the result."""
+    """The longest time from the fault, or from a call if that comes later, to the exception or the result."""
 
     AT_ONCE = "1 s"
     DEADLINE = "deadline + 1 s"
@@ -51,6 +51,7 @@ class After(Enum):
     WITHOUT = "the Buffer goes on without it"
     SHRINK = "lost; `shrink()` goes on without it"
     NONE = "is not made"
+    LATER = "is not made; a later one works"
     ANEW = "lost; a new Buffer works"
     SURVIVORS = "lost; a new Buffer of the others works"
 
@@ -158,16 +159,16 @@ def children() -> list[int]:
     return found
 
 
-def names() -> set[str]:
+def names(shared: Path = SHARED) -> set[str]:
     """Of segments that anybody can open."""
-    return {path.name for path in SHARED.glob("tokenferry-*")}
+    return {path.name for path in shared.glob("tokenferry-*")}
 
 
-def names_left(before: set[str], expected: set[str]) -> set[str]:
+def names_left(before: set[str], expected: set[str], shared: Path = SHARED) -> set[str]:
     """Names that are new and stay. Those that other programs make meanwhile are gone soon."""
-    new = names() - before
-    wait_for(lambda: not (new & names()) - expected, PATIENCE)
-    return new & names()
+    new = names(shared) - before
+    wait_for(lambda: not (new & names(shared)) - expected, PATIENCE)
+    return new & names(shared)
 
 
 @dataclass
@@ -175,11 +176,8 @@ class Seen:
     """What a rank saw of a fault. Times are of the machine's monotonic clock."""
 
     error: BaseException | None = None
-    called: float = 0.0
-    """When the operation that ended last began."""
-    ended: float = 0.0
-    finished: int = 0
-    """Operations that returned."""
+    operations: list[tuple[float, float]] = field(default_factory=list)
+    """When each began and ended."""
     read_late: bool = False
     """Memory of a rank that had let go of it."""
     available: bool = True
@@ -188,7 +186,7 @@ class Seen:
     @contextmanager
     def operation(self) -> Iterator[None]:
         """One operation: notes when it began, when it ended and what it raised, and lets nothing out."""
-        self.called = time.monotonic()
+        called = time.monotonic()
         try:
             yield
         except SystemExit:
@@ -196,7 +194,7 @@ class Seen:
         except BaseException as error:
             self.error = error.with_traceback(None)
             error.__context__ = error.__cause__ = None  # whose frames would keep Buffers
-        self.ended = time.monotonic()
+        self.operations.append((called, time.monotonic()))
 
 
 class Delays:
@@ -234,7 +232,12 @@ class Claims:
         self.slowest = 0.0
 
     def check(
-        self, seen: Sequence[Seen | None], guilty: Sequence[int], happened: float, deadline: float, delay: float = 0.0
+        self,
+        seen: Sequence[Seen | None],
+        guilty: Collection[int],
+        happened: float,
+        deadline: float,
+        delay: float = 0.0,
     ) -> None:
         """Compare.
 
@@ -254,20 +257,23 @@ class Claims:
             assert it is not None, f"rank {rank} has ended"
             raised = () if it.error is None else (type(it.error),)
             assert raised == claimed or (raised and raised[0] in claimed), f"rank {rank}: {it.error!r}, not {claimed}"
-            seconds = it.ended - max(it.called, happened)
+            operations = it.operations[-1:] if rank in guilty else it.operations
+            seconds = max((ended - max(called, happened) for called, ended in operations), default=0.0)
             limit = row.within.seconds(deadline) + delay
             assert seconds <= limit, f"rank {rank}: after {seconds:.2f} s, not {limit:.2f} s: {it.error!r}"
             self.slowest = max(self.slowest, seconds - delay)
             assert it.left == {}, f"rank {rank} is left with {it.left}"
-            if rank not in guilty:
-                is_lost = row.after not in (After.GOES_ON, After.WITHOUT)
-                assert it.available != is_lost, f"rank {rank}: available: {it.available}"
-                if isinstance(it.error, TokenferryError):
-                    assert any(_names(it.error, culprit) for culprit in guilty), f"rank {rank}: {it.error}"
+            if row.after in (After.GOES_ON, After.WITHOUT):
+                assert it.available, f"rank {rank} cannot go on: {it.error!r}"
+            else:
+                assert it.error is None or not it.available, f"rank {rank} goes on after {it.error!r}"
+            blames = isinstance(it.error, PeerError) or type(it.error) is TokenferryError
+            if blames and claimed is row.others:
+                assert any(_names(it.error, culprit) for culprit in guilty), f"rank {rank}: {it.error}"
         self.checks += 1
 
 
-def _names(error: BaseException, culprit: int) -> bool:
+def _names(error: BaseException | None, culprit: int) -> bool:
     """Whether the error blames a rank: by its number, or those of all ranks of its node, and nobody else."""
     at_fault = getattr(error, "ranks", (culprit,))
     words = re.search(rf"\branks? (\d+, )*{culprit}\b", str(error)) is not None

@@ -21,6 +21,7 @@ from tests import fault_table
 from tests.fault_cases import (
     ALL,
     EXPANDED,
+    LARGE,
     LATE,
     MASKING,
     NODES,
@@ -38,12 +39,8 @@ from tokenferry.memory.heap import Heap
 from tokenferry.memory.shm import Segment
 
 
-def _wait_for_the_others() -> None:
-    time.sleep(0.2)
-
-
 def kill(situation: Situation) -> bool:
-    _wait_for_the_others()
+    time.sleep(0.2)  # the others wait by then
     situation.happens()
     os.kill(os.getpid(), signal.SIGKILL)
     return False
@@ -88,10 +85,14 @@ def kill_in_an_operation(situation: Situation) -> bool:
 
 
 @fault(
-    "SIGKILL in the middle of an operation", on=[NORMAL, NODES], itself=ENDED, others=PeerLostError, after=After.SHRINK
+    "SIGKILL in the middle of an operation",
+    on=[NORMAL, NODES],
+    itself=ENDED,
+    others=PeerLostError,
+    after=After.SHRINK,
 )
 def test_killed_in_an_operation(claims: Trials, kind: str) -> None:
-    claims.suffer(kind, kill_in_an_operation, large=True)
+    claims.suffer(kind, kill_in_an_operation, row_bytes=LARGE)
 
 
 def kill_but_not_a_child(situation: Situation) -> bool:
@@ -108,15 +109,18 @@ def test_killed_with_a_child(claims: Trials, kind: str) -> None:
 
 
 def leave(situation: Situation) -> bool:
-    _wait_for_the_others()
+    time.sleep(0.2)  # the others wait by then
     situation.happens()
     sys.exit(0)
 
 
 @fault(
-    "exit of the interpreter without `destroy()`", on=[*ONE_NODE, NODES], itself=ENDED, others=PeerLostError,
+    "exit of the interpreter without `destroy()`",
+    on=[*ONE_NODE, NODES],
+    itself=ENDED,
+    others=PeerLostError,
     after=After.SURVIVORS,
-)  # fmt: skip
+)
 def test_exit_without_destroy(claims: Trials, kind: str) -> None:
     claims.suffer(kind, leave)
 
@@ -141,7 +145,9 @@ def stop_too_long(situation: Situation) -> bool:
 def test_stopped_a_while(claims: Trials, kind: str) -> None:
     for it in claims.suffer(kind, stop_a_while, DEADLINE)[:-1]:
         assert it is not None
-        assert it.finished == OPERATIONS
+        assert len(it.operations) == OPERATIONS
+        called, ended = it.operations[0]
+        assert ended - called > DEADLINE / 6, "they have waited"
 
 
 @fault(
@@ -161,6 +167,12 @@ def stay_away(situation: Situation) -> bool:
     return False
 
 
+def stay_silent(situation: Situation) -> bool:
+    """Until the others have given up."""
+    time.sleep(DEADLINE + 1.0)
+    return False
+
+
 @fault(
     "stays away from an operation",
     on=ALL,
@@ -175,7 +187,10 @@ def test_absent(claims: Trials, kind: str) -> None:
 
 @fault("stays away from an operation", on=[MASKING], within=Within.DEADLINE, after=After.WITHOUT)
 def test_absent_masked(claims: Trials, kind: str) -> None:
-    claims.suffer(kind, stay_away, DEADLINE)
+    for it in claims.suffer(kind, stay_silent, DEADLINE)[:-1]:
+        assert it is not None
+        called, ended = it.operations[0]
+        assert ended - called >= DEADLINE
 
 
 def skip(situation: Situation) -> bool:
@@ -205,21 +220,17 @@ def test_skipped_low_latency(claims: Trials, kind: str) -> None:
     claims.suffer(kind, skip)
 
 
-class OfTheProgramError(Exception):
-    pass
-
-
 def raise_inside_with(situation: Situation) -> bool:
-    _wait_for_the_others()
+    time.sleep(0.2)  # the others wait by then
     situation.happens()
     with situation.buffer:
-        raise OfTheProgramError
+        raise LookupError
 
 
 @fault(
-    "exception between dispatch and combine, inside of `with`",
+    "raises `LookupError` between dispatch and combine, inside of `with`",
     on=ALL,
-    itself=OfTheProgramError,
+    itself=LookupError,
     others=PeerLostError,
     after=After.ANEW,
 )
@@ -236,7 +247,7 @@ def raise_in_the_middle(situation: Situation) -> bool:
         messages.append(1)
         if len(messages) == 3:
             situation.happens()
-            raise OfTheProgramError
+            raise LookupError
 
     with mock.patch.object(Heap, "publish", publish_and_raise):
         situation.world.combine(situation.buffer, situation.result)
@@ -244,14 +255,14 @@ def raise_in_the_middle(situation: Situation) -> bool:
 
 
 @fault(
-    "exception in the middle of an operation",
+    "raises `LookupError` in the middle of an operation",
     on=[NORMAL, NODES],
-    itself=OfTheProgramError,
+    itself=LookupError,
     others=PeerLostError,
     after=After.ANEW,
 )
 def test_exception_in_an_operation(claims: Trials, kind: str) -> None:
-    claims.suffer(kind, raise_in_the_middle, large=True)
+    claims.suffer(kind, raise_in_the_middle, row_bytes=LARGE)
 
 
 def interrupt(situation: Situation) -> bool:
@@ -273,7 +284,9 @@ def interrupt(situation: Situation) -> bool:
     return False
 
 
-@fault("Ctrl-C, while it waits for the others", on=ALL, itself=KeyboardInterrupt, others=PeerLostError, after=After.ANEW)
+@fault(
+    "Ctrl-C, while it waits for the others", on=ALL, itself=KeyboardInterrupt, others=PeerLostError, after=After.ANEW
+)
 def test_interrupted(claims: Trials, kind: str) -> None:
     claims.suffer(kind, interrupt, late=True)
 
@@ -295,7 +308,7 @@ def test_memory_freed_while_others_read(claims: Trials, kind: str) -> None:
     for it in claims.suffer(kind, destroy_while_others_read, read_late=True)[:-1]:
         assert it is not None
         assert it.read_late
-        assert it.finished == 1
+        assert len(it.operations) == 2, "the first with what it read"
 
 
 def fork(situation: Situation) -> bool:
@@ -360,4 +373,6 @@ def test_killed_at_construction(claims: Trials, kind: str) -> None:
 
 
 def test_table_is_the_one_of_the_tests() -> None:
+    files = {file.stem for file in Path(__file__).parent.glob("test_*.py") if "\n@fault(" in file.read_text()}
+    assert files == set(fault_table.FILES)
     assert fault_table.PAGE.read_text() == fault_table.page(), "python -m tests.fault_table writes it"
