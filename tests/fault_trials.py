@@ -67,10 +67,11 @@ class Trials(Claims):
             seen, delay = self._call(self.pool or self._pool_of(num_ranks), function, arguments)
         happened, _, note = self._mark.read_text().partition(" ")
         expected = {note} if self.row.left is Left.NAME else set[str]()
-        found = names_left(before, expected, self.shared)
+        assert expected <= names(self.shared), f"{expected} are not left in /dev/shm"
         for name in expected:
             (self.shared / name).unlink()
-        assert found == expected, f"names are left in /dev/shm: {found}"
+        found = names_left(before, self.shared)
+        assert not found, f"names are left in /dev/shm: {found}"
         guilty = range(num_ranks) if options.get("everybody") else [num_ranks - 1]
         self.check(seen, guilty, float(happened), deadline, delay)
         return seen

@@ -275,7 +275,7 @@ def test_construction_that_fails_on_one_rank_fails_on_all(pool_of: Any) -> None:
     for result in pool_of(3).run(construct_where_one_cannot):
         assert result["kind"] == "TokenferryError"
         assert "rank 1: cannot open (made up)" in result["text"]
-    assert names_left(before, set()) == set()
+    assert names_left(before) == set()
 
 
 def hold_a_buffer(rank: int, num_ranks: int) -> list[str]:
@@ -295,7 +295,7 @@ def test_segments_have_no_name_while_in_use_and_die_with_killed_ranks() -> None:
             process.kill()
     finally:
         pool.close()
-    assert names_left(before, set()) == set()
+    assert names_left(before) == set()
 
 
 def leave_without_destroy(rank: int, num_ranks: int) -> None:
@@ -309,7 +309,7 @@ def test_exit_without_destroy_is_clean() -> None:
     pool.close()
     assert [process.exitcode for process in pool.processes] == [0, 0]
     assert time.monotonic() - started < 20
-    assert names_left(before, set()) == set()
+    assert names_left(before) == set()
 
 
 def run_from_two_threads(rank: int, num_ranks: int) -> list[bool]:
@@ -367,7 +367,7 @@ def test_impossible_size_on_one_rank_fails_on_all(pool_of: Any) -> None:
     for kind, text in pool_of(2).run(give_an_impossible_size):
         assert kind == "TokenferryError"
         assert "rank 1: cannot map" in text
-    assert names_left(before, set()) == set()
+    assert names_left(before) == set()
 
 
 def give_unusable_counts(rank: int, num_ranks: int) -> list[Any]:
