@@ -61,9 +61,7 @@ def session_pools(begin: Callable[[int, int], None] | None = None) -> Iterator[P
 
 
 @pytest.fixture
-def claims(
-    request: pytest.FixtureRequest, pool_of: PoolOf, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> Iterator[Trials]:
+def claims(request: pytest.FixtureRequest, pool_of: PoolOf, tmp_path: Path) -> Iterator[Trials]:
     """What follows from the fault that the test is marked with; the test must have compared with it in the end."""
     marker = request.node.get_closest_marker("fault")
     trials = Trials(marker.args[0], pool_of, tmp_path)
@@ -71,7 +69,7 @@ def claims(
     yield trials
     has_failed = request.session.testsfailed > failures
     assert trials.checks or has_failed, "the test has compared nothing with its row"
-    record_property("seconds", round(trials.slowest, 3))
+    request.node.user_properties.append(("seconds", round(trials.slowest, 3)))
 
 
 @pytest.fixture(scope="session")
