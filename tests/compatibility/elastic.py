@@ -91,7 +91,7 @@ def _size(name: str, value: Any) -> Check:
     def check(at: At) -> str:
         sizes = {"num_max_tokens_per_rank": 4096, "hidden": 1024, "num_topk": 4}
         with make(at, **sizes) as buffer, make(at, **(sizes | {name: value})) as other:
-            wanted = ElasticBuffer.get_buffer_size_hint(at.group, **(sizes | {name: value}))  # type: ignore[arg-type]
+            wanted = ElasticBuffer.get_buffer_size_hint(at.group, **(sizes | {name: value}))
             assert other.num_bytes == wanted != buffer.num_bytes
             check_works(at, other)
         return WORKS

@@ -15,12 +15,12 @@ from tests.compatibility.rows import (
     WORKS,
     At,
     Check,
-    QuickScenario,
     add,
     forks,
     refused,
     tries,
 )
+from tests.low_latency_cases import Scenario as QuickScenario
 from tokenferry import ArgumentError, Buffer, EventHandle
 
 SEND, SUM = "low_latency_dispatch", "low_latency_combine"

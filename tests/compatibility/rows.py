@@ -41,7 +41,8 @@ class At:
     """One rank, with Buffers to try things on, and inputs whose results are known."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
-        self.rank, self.num_ranks, self.group = rank, num_ranks, dist.group.WORLD
+        self.rank, self.num_ranks = rank, num_ranks
+        self.group: Any = dist.group.WORLD
 
     @cached_property
     def buffer(self) -> Buffer:

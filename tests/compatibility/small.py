@@ -216,7 +216,7 @@ def _(at: At) -> str:
     from tests.compatibility.rows import UNKNOWN
 
     with pytest.raises(TypeError):
-        at.buffer.runtime.sync([0], [b""], None)  # type: ignore[union-attr, call-arg]
+        at.buffer.runtime.sync([0], [b""], None)  # type: ignore[union-attr, call-arg, list-item]
     return UNKNOWN
 
 
