@@ -22,7 +22,7 @@ of calls: [clients.md](clients.md).
 """
 MEANING = {
     WORKS: "its effect was seen",
-    NOT_ON_CPU: "results are the same; for GPUs",
+    NOT_ON_CPU: "results are the same; GPUs, or speed, may depend on it",
     IGNORED: "results are the same, whatever it is",
     LOGGED: "likewise; a line at level INFO says so once in a process",
     REFUSED: "known, not built: the message names the argument",
