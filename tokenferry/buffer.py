@@ -23,6 +23,7 @@ from tokenferry.construction import (
     Wishes,
     choose_carrier,
     choose_device,
+    choose_paranoid,
     construct_runtime,
     note_ignored,
     timeout_seconds,
@@ -31,7 +32,9 @@ from tokenferry.dataplane import OperationKind
 from tokenferry.errors import BufferStateError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import Handle
-from tokenferry.modes import internode, intranode
+from tokenferry.modes import intranode
+from tokenferry.modes.high_throughput import HighThroughput
+from tokenferry.modes.paranoid import Paranoid
 from tokenferry.observing import StatsMethods, debug_wanted, observed
 from tokenferry.rendezvous import meet
 from tokenferry.shrink import ShrinkMethods
@@ -145,6 +148,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             enable_shrink and low_latency_mode,
             exact_combine,
             choose_carrier(carrier),
+            paranoid=choose_paranoid(),
         )
         self._node = node
         self.runtime = construct_runtime(rendezvous, self._wishes, node)
@@ -310,9 +314,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
-            party = runtime.party()
-            result = intranode.layout(party, topk_idx, num_experts)
-            per_node = internode.tokens_per_node(party, result.is_token_in_rank) if party.nodes else None
+            result, per_node = HighThroughput(runtime.party(), None).layout(topk_idx, num_experts)
             done = turn.finish((topk_idx,), (*result, per_node))
         return result.num_tokens_per_rank, per_node, result.num_tokens_per_expert, result.is_token_in_rank, done
 
@@ -371,10 +373,11 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         Raises:
             ArgumentError: an argument is not allowed; no peer was touched.
             MismatchError: ranks called different operations or disagree on shapes; raised on every rank.
+            CorruptionError: what came is not what was sent; in paranoid mode only.
             CapacityError: ``num_worst_tokens`` is too small on some rank; raised on every rank.
             PeerTimeoutError, PeerLostError: ranks did not take part.
         """
-        num_sms = Buffer.num_sms if config is None else check_config(config).num_sms
+        config = None if config is None else check_config(config)
         event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         if handle is not None:
             for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
@@ -382,21 +385,15 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             require(num_worst_tokens == 0, "num_worst_tokens", num_worst_tokens, "0 beside handle")
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
-            party = runtime.party(num_sms)
+            mode = self._mode(runtime, config)
             if handle is not None:
-                if party.nodes is None:
-                    received = intranode.cached_dispatch(party, x, handle)
-                else:
-                    received = internode.cached_dispatch(party, x, handle, self._chunk(config))
+                received = mode.cached_dispatch(x, handle)
                 read = (*_as_tuple(x), *handle)
             else:
                 counts = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
                 top = (topk_idx, topk_weights)
-                given = intranode.check_inputs(party, x, *counts, *top, expert_alignment, num_worst_tokens)
-                if party.nodes is None:
-                    received = intranode.dispatch(party, given)
-                else:
-                    received = internode.dispatch(party, given, num_tokens_per_rdma_rank, self._chunk(config))
+                given = intranode.check_inputs(mode.party, x, *counts, *top, expert_alignment, num_worst_tokens)
+                received = mode.dispatch(given, num_tokens_per_rdma_rank)
                 read = (*_as_tuple(x), *counts, *top)
             written = (
                 received.x,
@@ -441,17 +438,14 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         Raises:
             ArgumentError: an argument is not allowed; no peer was touched.
             MismatchError: ranks called different operations or disagree on shapes; raised on every rank.
+            CorruptionError: a sum is not that of the rows that were sent; in paranoid mode only.
             PeerTimeoutError, PeerLostError: ranks did not take part.
         """
-        num_sms = Buffer.num_sms if config is None else check_config(config).num_sms
+        config = None if config is None else check_config(config)
         event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
-            party = runtime.party(num_sms)
-            if party.nodes is None:
-                combined, weights = intranode.combine(party, x, handle, topk_weights, bias)
-            else:
-                combined, weights = internode.combine(party, x, handle, topk_weights, bias, self._chunk(config))
+            combined, weights = self._mode(runtime, config).combine(x, handle, topk_weights, bias)
             done = turn.finish((x, *handle, topk_weights, *_as_tuple(bias)), (combined, weights))
         return combined, weights, done
 
@@ -483,8 +477,9 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             intranode.warm(runtime.party(), hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
         self._all_gather(None)
 
-    def _chunk(self, config: Config | None) -> int:
-        return internode.chunk_of(config or dispatch_preset(self.group_size, Buffer.num_sms))
+    def _mode(self, runtime: AnyRuntime, config: Config | None) -> HighThroughput:
+        party = runtime.party(Buffer.num_sms if config is None else config.num_sms)
+        return (Paranoid if self._wishes.paranoid else HighThroughput)(party, config)
 
     @staticmethod
     def _unpack_bias(bias: object) -> tuple[object, object]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.errors import ArgumentError, TokenferryError
+from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, DEADLINE_SHARE, PROCESS_GROUP, Rail, check_carrier
 from tokenferry.rendezvous import Rendezvous
 from tokenferry.runtime import Runtime
@@ -64,6 +65,7 @@ class Wishes(NamedTuple):
     exact_combine: bool
     carrier: str = PROCESS_GROUP
     may_span_nodes: bool = True
+    paranoid: bool = False
 
     def shared(self) -> dict[str, str]:
         """What must be the same on all ranks, by the name of the argument."""
@@ -72,6 +74,7 @@ class Wishes(NamedTuple):
             "carrier": self.carrier,
             "exact_combine": str(self.exact_combine),
             "enable_shrink": str(self.may_mask),
+            PARANOID_VARIABLE: str(int(self.paranoid)),
         }
 
 
@@ -93,6 +96,7 @@ def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
             wishes.may_mask,
             _rail_maker(wishes, topology, key),
             wishes.exact_combine,
+            wishes.paranoid,
         )
     if wishes.group is None:
         raise ArgumentError("group", None, "a torch.distributed process group on GPUs (device='cpu' takes comm=)")
@@ -108,6 +112,7 @@ def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
         timeout=wishes.timeout,
         may_mask=wishes.may_mask,
         exact_combine=wishes.exact_combine,
+        paranoid=wishes.paranoid,
     )
 
 
@@ -135,6 +140,13 @@ def choose_carrier(carrier: str | None) -> str:
     if carrier is not None:
         return check_carrier("carrier", carrier)
     return check_carrier(CARRIER_VARIABLE, os.environ.get(CARRIER_VARIABLE, PROCESS_GROUP))
+
+
+def choose_paranoid(_: None = None) -> bool:
+    """Whether the environment asks for the paranoid mode."""
+    given = os.environ.get(PARANOID_VARIABLE) or "0"
+    require(given in ("0", "1"), PARANOID_VARIABLE, repr(given), "0 or 1")
+    return given == "1"
 
 
 def timeout_seconds(timeout: float | None) -> float:
@@ -190,6 +202,8 @@ def construct_runtime(rendezvous: Rendezvous, wishes: Wishes, node: str | int | 
                 failure = str(error) or type(error).__name__
             _raise_any_failure(rendezvous.all_gather(failure))
         runtime.hide()
+        if wishes.paranoid:
+            logger.info("paranoid: low-latency operations and ElasticBuffer carry no checksums")
     except BaseException:
         if runtime is not None:
             runtime.destroy()

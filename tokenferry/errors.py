@@ -83,3 +83,20 @@ class MismatchError(StepBackError):
 
 class CapacityError(StepBackError):
     """A rank has no room: ``num_worst_tokens`` is too small, or no shared memory for its stage."""
+
+
+class CorruptionError(PeerError):
+    """Rows did not arrive as they were sent, says the paranoid mode. The Buffer is unusable afterwards.
+
+    ``ranks`` are the sources of the rows; with combine, where no single row is known to be wrong, all that had the
+    token.
+
+    Attributes:
+        token: the first token that went wrong, by its number at its source; None: not rows, but counts or routes.
+    """
+
+    def __init__(
+        self, operation: str, epoch: int, ranks: Sequence[int], reason: str, token: int | None = None
+    ) -> None:
+        super().__init__(operation, epoch, ranks, reason)
+        self.token = token

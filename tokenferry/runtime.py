@@ -31,6 +31,7 @@ class Runtime:
         may_mask: whether low-latency operations mask ranks that fail, and go on.
         make_rail: what makes this rank's rail; None where all ranks are on one node.
         exact_combine: whether partial sums travel between nodes in float32.
+        paranoid: whether memory that is released is poisoned.
 
     Raises:
         HeapError: shared memory cannot be created.
@@ -44,6 +45,7 @@ class Runtime:
         may_mask: bool = False,
         make_rail: Callable[[], Rail] | None = None,
         exact_combine: bool = False,
+        paranoid: bool = False,
     ) -> None:
         self.device = torch.device("cpu")
         self.key = ""
@@ -52,6 +54,7 @@ class Runtime:
         ranks = topology.local_ranks
         self._heap = Heap(topology.local_index, len(ranks), stage_limit or DEFAULT_STAGE_BYTES, timeout, ranks)
         self._heap.may_mask = may_mask
+        self._heap.poisons = paranoid
         self.recorder = self._heap.recorder
         self._make_rail = make_rail
         self._exact = exact_combine

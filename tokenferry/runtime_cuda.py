@@ -17,6 +17,7 @@ from tokenferry.memory.direct import Regions
 from tokenferry.memory.driver import Driver
 from tokenferry.memory.symm import SymmetricHeap
 from tokenferry.modes.intranode import Party
+from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
 from tokenferry.stats import Recorder
 from tokenferry.streams import CommStream
@@ -36,6 +37,7 @@ class CudaRuntime:
         timeout: seconds to wait for a peer that makes no progress.
         may_mask: whether low-latency operations mask ranks that fail, and go on.
         exact_combine: whether low-latency combines send every row.
+        paranoid: whether the host looks at what operations return.
 
     Raises:
         HeapError: the GPU or the host has no memory for the heap.
@@ -53,6 +55,7 @@ class CudaRuntime:
         timeout: float,
         may_mask: bool,
         exact_combine: bool,
+        paranoid: bool = False,
     ) -> None:
         rank, num_ranks = topology.rank, topology.num_ranks
         if num_ranks > words.MAX_RANKS:
@@ -60,7 +63,7 @@ class CudaRuntime:
         self.device = device
         self.key = ""
         self.topology = topology
-        self.comm = CommStream(device)
+        self.comm = CommStream(device, f"with {PARANOID_VARIABLE} the host looks at all results" if paranoid else "")
         self._group = group
         self._timeout = timeout
         self._plane: CudaDataPlane | None = None

@@ -27,17 +27,26 @@ from tokenferry.construction import (
     TIMEOUT_VARIABLE,
     choose_carrier,
     choose_device,
+    choose_paranoid,
     timeout_seconds,
 )
 from tokenferry.errors import TokenferryError
 from tokenferry.memory.shm import Segment
+from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.observing import DEBUG_VARIABLE
 from tokenferry.rail import CARRIER_VARIABLE, CARRIERS
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
 from tokenferry.topology import NODE_VARIABLE, node_key
 from tokenferry.version import __version__
 
-VARIABLES = (CARRIER_VARIABLE, DEBUG_VARIABLE, DEVICE_VARIABLE, NODE_VARIABLE, TIMEOUT_VARIABLE)
+VARIABLES = (
+    CARRIER_VARIABLE,
+    DEBUG_VARIABLE,
+    DEVICE_VARIABLE,
+    NODE_VARIABLE,
+    PARANOID_VARIABLE,
+    TIMEOUT_VARIABLE,
+)
 """All that tokenferry reads."""
 SHARED_MEMORY = Path("/dev/shm")
 _OLDEST_PYTHON, _NEWEST_PYTHON = (3, 11), (3, 12)
@@ -215,6 +224,7 @@ def environment(environ: Mapping[str, str]) -> Iterator[Finding]:
         TIMEOUT_VARIABLE: timeout_seconds,
         DEVICE_VARIABLE: choose_device,
         CARRIER_VARIABLE: choose_carrier,
+        PARANOID_VARIABLE: choose_paranoid,
     }
     for name in sorted(name for name in environ if name.startswith("TOKENFERRY_")):
         shown = f"{name}={environ[name]}"

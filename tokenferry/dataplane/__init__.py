@@ -315,6 +315,10 @@ class DataPlane(Protocol):
     """Whether reading a tensor's values costs the host nothing. Modes check values only then; elsewhere the data
     plane finds bad values itself, and raises at the next point where the host waits."""
 
+    @property
+    def epoch(self) -> int:
+        """Number of the last operation; 0 where the host does not count them."""
+
     def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         """Counts and membership of int64 [T, K] expert ids (-1: no choice) among R ranks. No communication."""
 

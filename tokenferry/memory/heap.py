@@ -54,6 +54,8 @@ _REASON_BYTES = 2 * ALIGNMENT
 _PAGE = 4096
 _SMALLEST_STAGE = 16 * _PAGE
 _SMALLEST_RESERVE = 64 << 20
+POISON = 0xFB
+"""What released bytes of the stage become in paranoid mode: huge and negative in every dtype of more than a byte."""
 
 
 class State(IntEnum):
@@ -110,6 +112,7 @@ class Heap:
         self.lock = threading.Lock()
         self.recorder = Recorder()
         self.may_mask = False
+        self.poisons = False
         self._peers = tuple(peer for peer in range(num_ranks) if peer != rank)
         self._masked: set[int] = set()
         self._times_masked = [0] * num_ranks
@@ -255,7 +258,9 @@ class Heap:
 
     def _retire(self) -> None:
         while self._in_flight and not self.readers_in_the_way():
-            self._in_flight.popleft()
+            released = self._in_flight.popleft()
+            if self.poisons:
+                self.stage_view(self.rank, released.offset, released.nbytes).fill_(POISON)
 
     def readers_in_the_way(self) -> list[int]:
         """The peers that hold the oldest message of this rank."""

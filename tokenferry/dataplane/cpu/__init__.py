@@ -45,6 +45,11 @@ class CpuDataPlane:
         self.heap = heap
         self._pending = PendingReceives(heap)
 
+    @property
+    def epoch(self) -> int:
+        """See :attr:`tokenferry.dataplane.DataPlane.epoch`."""
+        return self.heap.epoch
+
     def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
         per_rank = num_experts // num_ranks

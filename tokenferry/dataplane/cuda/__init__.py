@@ -72,6 +72,8 @@ class CudaDataPlane:
     """
 
     values_at_hand = False
+    epoch = 0
+    """Operations are counted on the device."""
 
     def __init__(
         self,
@@ -402,8 +404,10 @@ class CudaDataPlane:
         raise NotImplementedError("GPUs on several nodes")
 
     def give_up(self, reason: str) -> None:
-        """As :meth:`sum_rows`."""
-        raise NotImplementedError("GPUs on several nodes")
+        """See :meth:`tokenferry.dataplane.DataPlane.give_up`; peers find out when this rank does not come."""
+        self.status.give_up(reason)
+        with torch.cuda.stream(self._queue.stream):
+            self._state[words.FAILED.value].fill_(1)
 
     def _pull_reduce_copies(
         self, signature: Signature, plan: ReducePlan, metadata: torch.Tensor, outs: Sequence[torch.Tensor]

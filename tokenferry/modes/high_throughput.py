@@ -1,0 +1,59 @@
+"""Dispatch and combine of high throughput, inside a node or between nodes: whichever way the ranks are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenferry.config import Config, dispatch_preset
+from tokenferry.dataplane import Layout
+from tokenferry.modes import internode, intranode
+from tokenferry.modes.intranode import Inputs, Party, Received
+
+
+@dataclass(frozen=True)
+class HighThroughput:
+    """The operations of one rank.
+
+    Attributes:
+        party: who takes part.
+        config: of the caller; None: the preset of dispatch.
+    """
+
+    party: Party
+    config: Config | None
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> tuple[Layout, torch.Tensor | None]:
+        """Counts and membership, and tokens for each node, int32 [G]: None inside a node."""
+        found = intranode.layout(self.party, topk_idx, num_experts)
+        return found, self.tokens_per_node(found.is_token_in_rank)
+
+    def tokens_per_node(self, is_token_in_rank: torch.Tensor) -> torch.Tensor | None:
+        """int32 [G], from bool [T, R]; None inside a node."""
+        return None if self.party.nodes is None else internode.tokens_per_node(self.party, is_token_in_rank)
+
+    def dispatch(self, given: Inputs, num_tokens_per_rdma_rank: object) -> Received:
+        """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`."""
+        if self.party.nodes is None:
+            return intranode.dispatch(self.party, given)
+        return internode.dispatch(self.party, given, num_tokens_per_rdma_rank, self._chunk)
+
+    def cached_dispatch(self, x: object, handle: tuple[torch.Tensor, ...]) -> Received:
+        """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
+        if self.party.nodes is None:
+            return intranode.cached_dispatch(self.party, x, handle)
+        return internode.cached_dispatch(self.party, x, handle, self._chunk)
+
+    def combine(
+        self, x: object, handle: tuple[torch.Tensor, ...], topk_weights: object, bias: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sum the rows of every token; see :meth:`tokenferry.Buffer.combine`."""
+        if self.party.nodes is None:
+            return intranode.combine(self.party, x, handle, topk_weights, bias)
+        return internode.combine(self.party, x, handle, topk_weights, bias, self._chunk)
+
+    @property
+    def _chunk(self) -> int:
+        """Rows of a chunk, between nodes."""
+        return internode.chunk_of(self.config or dispatch_preset(self.party.num_ranks, self.party.num_sms))
