@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.mutants import mutated_module
+from tests.kernels.mutants import mutated_module, mutated_modules
 from tests.kernels.schedules import stop_at_deadlocks
 from tests.kernels.test_low_latency import (
     TINY,
@@ -165,11 +165,8 @@ class Mutant:
             mutated = mutated_module(host, self.old, self.new, self.count)
             monkeypatch.setattr(host.LowLatency, "_run", mutated.LowLatency._run)
             return {}
-        return {
-            name: mutated_module(self.module, self.old, self.new, self.count, entry=entry)
-            for name, entry in (("dispatch", dispatch), ("combine", combine))
-            if self.module in (entry, shared, sync)
-        }
+        copies = mutated_modules(self.module, self.old, self.new, self.count, entries=(dispatch, combine))
+        return dict(zip(("dispatch", "combine"), copies, strict=True))
 
 
 CREDIT = "bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)\n"

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from tests.cases import Case
 from tests.kernels import simulator
-from tests.kernels.mutants import mutated_module
+from tests.kernels.mutants import mutated_modules
 from tests.kernels.schedules import Scheduler, put_to_sleep, stop_at_deadlocks
 from tests.kernels.world import ALL_MODULES, Rank, World
 from tokenferry.dataplane.cuda import programs
@@ -284,11 +284,9 @@ class Mutant:
     count: int = 1
 
     def modules(self) -> Modules:
-        entries = {"layout": layout, "notify": notify, "dispatch": dispatch, "combine": combine}
-        return {
-            name: mutated_module(self.module, self.old, self.new, self.count, entry=entries[name])
-            for name in ALL_MODULES
-        }
+        entries = (layout, notify, dispatch, combine)
+        copies = mutated_modules(self.module, self.old, self.new, self.count, entries=entries)
+        return dict(zip(ALL_MODULES, copies, strict=True))
 
 
 WAIT_RELEASED_BEFORE = """alive = wait_released(
