@@ -37,14 +37,19 @@ def mutated_modules(
         count: Occurrences of ``old``.
         entries: The modules to return, of the same package: say, the kernels that call the changed helper.
     """
+    path = mutated_source(module, old, new, count)
+    with forgotten(module.__package__), found_at(module.__name__, path):
+        return [importlib.import_module(entry.__name__) for entry in entries]
+
+
+def mutated_source(module: ModuleType, old: str, new: str, count: int = 1) -> Path:
+    """Where the source of a module lies, with ``old`` replaced by ``new``."""
     source = Path(module.__file__).read_text()
     if source.count(old) != count:
         raise ValueError(f"{old!r} occurs {source.count(old)} times in {module.__name__}, not {count}")
-    folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
-    path = folder / Path(module.__file__).name
+    path = Path(tempfile.mkdtemp(dir=_FOLDER.name)) / Path(module.__file__).name
     path.write_text(source.replace(old, new))
-    with _forgotten(module.__package__), _found_at(module.__name__, path):
-        return [importlib.import_module(entry.__name__) for entry in entries]
+    return path
 
 
 class _Finder:
@@ -59,7 +64,7 @@ class _Finder:
 
 
 @contextmanager
-def _found_at(name: str, path: Path) -> Iterator[None]:
+def found_at(name: str, path: Path) -> Iterator[None]:
     finder = _Finder(name, path)
     sys.meta_path.insert(0, finder)
     try:
@@ -69,7 +74,7 @@ def _found_at(name: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _forgotten(package: str) -> Iterator[None]:
+def forgotten(package: str) -> Iterator[None]:
     """A package and its modules are not imported yet, for a while."""
     kept = _take_out(package)
     parent_name, _, name = package.rpartition(".")
