@@ -425,6 +425,7 @@ def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool, row_byt
     received = sum(map(sum, counts))
     if (
         min([*words[len(Verdict._fields) :], *(chunk - 1 for chunk in chunks)]) < 0
+        or max(num_rows) >= 1 << 31
         or received * row_bytes > ranks * MEMORY_BYTES
     ):
         raise HeapError(f"a rank of this node relays {num_rows} rows, in chunks of {chunks}, for {counts}")
