@@ -124,10 +124,9 @@ def _check_several_nodes(wishes: Wishes, topology: Topology) -> None:
 def _rail_maker(wishes: Wishes, topology: Topology, key: str) -> Callable[[], Rail] | None:
     if topology.num_nodes == 1:
         return None
-    assert wishes.group is not None
     timeout = DEADLINE_SHARE * wishes.timeout
     key = f"{key}/{topology.local_index}"
-    return functools.partial(CARRIERS[wishes.carrier], wishes.group, topology, key, timeout)
+    return functools.partial(CARRIERS[wishes.carrier], topology, key, timeout, wishes.device)
 
 
 def choose_carrier(carrier: str | None) -> str:

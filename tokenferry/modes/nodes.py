@@ -41,6 +41,7 @@ from tokenferry.topology import Topology
 from tokenferry.validation import MEMORY_BYTES
 
 _WORDS = torch.int64
+_CPU = torch.device("cpu")
 _OFFER_WORDS = len(Signature._fields) + 3
 
 
@@ -166,11 +167,11 @@ class Nodes:
     def _translated(self, error: BaseException, operation: Operation) -> BaseException:
         """In terms of the operation, not of a part of it."""
         if isinstance(error, RailError):
-            ranks = self.topology.ranks_of_node(error.node)
             lost: type[PeerError] = PeerTimeoutError if error.timed_out else PeerLostError
-            listed = ", ".join(map(str, ranks))
-            reason = f"node {error.node} (ranks {listed}), over the rail: {error}"
-            return lost(operation.name, operation.epoch, [self.topology.rail[error.node]], reason)
+            listed = {node: ", ".join(map(str, self.topology.ranks_of_node(node))) for node in error.nodes}
+            named = " or ".join(f"node {node} (ranks {ranks})" for node, ranks in listed.items())
+            reason = f"{named}, over the rail: {error}"
+            return lost(operation.name, operation.epoch, [self.topology.rail[node] for node in error.nodes], reason)
         if isinstance(error, PeerError) and (error.operation, error.epoch) != (operation.name, operation.epoch):
             has_room = not (isinstance(error, CapacityError) and operation.is_agreed)  # else it is too late
             return (type(error) if has_room else PeerLostError)(
@@ -233,7 +234,7 @@ class Operation:
             offer = Offer(Signature._make(signature), epoch, rows, size)
             is_possible = 0 <= rows < 1 << 31 and rows * self.signature.row_bytes < MEMORY_BYTES and size > 0
             if epoch != self.epoch or not is_possible:
-                raise RailError(node, False, f"out of step: {offer}")
+                raise RailError([node], False, f"out of step: {offer}")
             if offer.signature == self.signature:
                 offers[node] = offer
             elif self._verdict.kind == _FINE:
@@ -333,8 +334,8 @@ class Operation:
     def _gather(self, mine: Sequence[int]) -> list[list[int]]:
         """One row to every rank of the node: a dispatch."""
         padded = [*mine, 0][: len(mine) + len(mine) % 2]  # rows are multiples of 16 bytes
-        row = self._words(padded).view(1, -1)
         device = self.who.device
+        row = self._words(padded).view(1, -1).to(device)
         count = len(self._nodes.topology.local_ranks)
         member = torch.ones((1, count), dtype=torch.bool, device=device)
         plan = SendPlan(row.view(torch.uint8), None, None, None, member, None, None, 0, None)
@@ -386,10 +387,10 @@ class Operation:
         raise MismatchError(self.name, self.epoch, [rank], reason)
 
     def _words(self, words: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(words, dtype=_WORDS, device=self.who.device)
+        return torch.tensor(words, dtype=_WORDS, device=_CPU)
 
     def _empty(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=_WORDS, device=self.who.device)
+        return torch.empty(count, dtype=_WORDS, device=_CPU)
 
 
 class _Counted(NamedTuple):
