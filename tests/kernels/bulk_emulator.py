@@ -13,7 +13,7 @@ import random
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -139,6 +139,10 @@ def emulated_bulk() -> ModuleType:
                 machine.complete(int(at))
 
     @offers
+    def arrive(barrier: Any, on: Any) -> None:
+        announce(barrier, 0, on)
+
+    @offers
     def load_bulk(target: Any, source: Any, nbytes: Any, barrier: Any, on: Any) -> None:
         machine = engine()
         for to, at, count, bar, is_on in zip(*numbers(target, source, nbytes, barrier, on), strict=True):
@@ -187,6 +191,8 @@ def emulated_bulk() -> ModuleType:
     def words(address: Any, width: int, dtype: tl.dtype) -> tl.tensor:
         shared = engine().shared
         values = [shared[at : at + width].view(f"i{width}")[0] for at in numbers(address)[0]]
+        if not address.type.is_block():
+            return tl.tensor(stock.TensorHandle(np.array(values), dtype), dtype)
         return tensor(np.array(values), dtype)
 
     @offers
@@ -221,14 +227,36 @@ class _Language(ModuleType):
         return getattr(tl, name)
 
 
-def _gluon() -> tuple[ModuleType, ModuleType]:
+class _Shared:
+    """A kernel's first allocation of shared memory, which lies at its start: slots, one after the other."""
+
+    def __init__(self, dtype: tl.dtype, shape: list[Any], layout: Any) -> None:
+        self._dtype, self._width = dtype, int(getattr(shape[-1], "value", shape[-1]))
+
+    def index(self, slot: Any) -> Any:
+        nbytes = self._width * self._dtype.primitive_bitwidth // 8
+        first = int(numbers(slot)[0][0]) * nbytes
+        values = engine().shared[first : first + nbytes].copy().view(stock._get_np_dtype(self._dtype))
+        handle = stock.TensorHandle(values, self._dtype)
+        return SimpleNamespace(load=lambda layout: tl.tensor(handle, tl.block_type(self._dtype, [self._width])))
+
+    def _keep_alive(self) -> None:
+        assert not engine().loads, "loads that nobody waited for"
+
+
+def _gluon() -> dict[str, ModuleType]:
     gluon, language = ModuleType("triton.experimental.gluon"), _Language("triton.experimental.gluon.language")
     gluon.jit = triton.jit  # type: ignore[attr-defined]
     gluon.language = language  # type: ignore[attr-defined]
     language.BlockedLayout = lambda *sizes: sizes  # type: ignore[attr-defined]
     language.arange = lambda start, end, layout=None: tl.arange(start, end)  # type: ignore[attr-defined]
     language.thread_barrier = lambda: tl.debug_barrier()  # type: ignore[attr-defined]
-    return gluon, language
+    language.zeros = lambda shape, dtype, layout=None: tl.zeros(shape, dtype)  # type: ignore[attr-defined]
+    language.SwizzledSharedLayout = lambda **options: options  # type: ignore[attr-defined]
+    language.allocate_shared_memory = _Shared  # type: ignore[attr-defined]
+    nvidia, hopper = (ModuleType(f"{language.__name__}.{name}") for name in ("nvidia", "nvidia.hopper"))
+    hopper.mbarrier = SimpleNamespace(MBarrierLayout=dict, init=lambda *_, **__: None)  # type: ignore[attr-defined]
+    return {module.__name__: module for module in (gluon, language, nvidia, hopper)}
 
 
 def bulk_dispatch(name: str = "", path: Any = None) -> ModuleType:
@@ -238,16 +266,24 @@ def bulk_dispatch(name: str = "", path: Any = None) -> ModuleType:
         name: a module of the kernels, and
         path: where it is found instead.
     """
-    gluon, language = _gluon()
-    shims = {gluon.__name__: gluon, language.__name__: language}
+    return _readable("bulk_dispatch", name, path)
+
+
+def bulk_combine(name: str = "", path: Any = None) -> ModuleType:
+    """The module ``bulk_combine`` likewise."""
+    return _readable("bulk_combine", name, path)
+
+
+def _readable(wanted: str, name: str, path: Any) -> ModuleType:
+    shims = _gluon()
     with (
         _forgotten(PACKAGE),
         mock.patch.dict(sys.modules, shims),
-        mock.patch.object(triton.experimental, "gluon", gluon),
+        mock.patch.object(triton.experimental, "gluon", shims["triton.experimental.gluon"]),
         nullcontext() if path is None else _found_at(name, path),
     ):
         importlib.import_module(PACKAGE)
         sys.modules[f"{PACKAGE}.bulk"] = emulated_bulk()
         columns: Any = importlib.import_module(f"{PACKAGE}.bulk_columns")
         columns.tl = tl  # the interpreter looks for it
-        return importlib.import_module(f"{PACKAGE}.bulk_dispatch")
+        return importlib.import_module(f"{PACKAGE}.{wanted}")
