@@ -54,6 +54,15 @@ class PartsPlane(Plane):
         self._world.kept.append(tensor)  # the queue runs later
         return tensor.fill_(-7)
 
+    def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        tensor = super().empty_rows(num_rows, width, dtype)
+        self._world.kept.append(tensor)
+        return tensor.fill_(-7)
+
+    def _aligned(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._world.kept.append(super()._aligned(tensor))
+        return self._world.kept[-1]
+
 
 @dataclass(frozen=True)
 class Load:

@@ -65,6 +65,6 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     module = mutant(bulk_dispatch, *FAULTS[name])
+    several = Parts(world_of(monkeypatch, 2, 1, "direct", 512, module), LOADS["scales"][1], num_sms=2)
     with pytest.raises((AssertionError, InterpreterError)):
-        world = world_of(monkeypatch, 2, 1, "direct", 512, module)
-        run_all(Parts(world, LOADS["scales"][1], num_sms=2), combines=False)
+        run_all(several, combines=False)

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from tests.kernels.mutants import mutated_module
-from tests.kernels.parts_world import Load, Parts, run_all, simulate
+from tests.kernels.parts_world import Load, Parts, PartsPlane, run_all, simulate
+from tests.kernels.test_low_latency_faults import status_of
 from tests.kernels.test_mutants import disturb
 from tests.kernels.world import World
-from tokenferry.dataplane import HeldRows, Outputs
+from tokenferry.dataplane import HeldRows, Outputs, SendPlan
+from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.kernels import combine, dispatch, parts, words
+from tokenferry.errors import BufferStateError
 
 DIRECT = {"direct": (True,), "staged": (False,), "mixed": (True, False, False)}
 LOADS = {
@@ -44,6 +47,12 @@ def world_of(
     return world
 
 
+def untouched(outputs: Outputs, first: int = 0) -> None:
+    for name, rows in zip(Outputs._fields, outputs, strict=True):
+        if rows is not None:
+            Parts.check_untouched(name, rows[first:])
+
+
 @pytest.mark.parametrize(
     ("name", "direct", "stage_bytes"),
     [
@@ -71,9 +80,7 @@ def test_rows_that_do_not_fit_are_not_received(monkeypatch: Any) -> None:
     several.world.run()
     assert several.codes() == [words.BAD_HANDLE.value, words.OK.value]
     several.check([1])
-    for name, rows in zip(Outputs._fields, several.outputs[0], strict=True):
-        if rows is not None:
-            several.check_untouched(name, rows[several.room[0] :])
+    untouched(several.outputs[0], several.room[0])
     outs = several.combine(0, 1)
     several.world.run()
     several.check_sums(0, 1, outs)
@@ -101,9 +108,7 @@ def test_ranks_that_disagree_step_back(monkeypatch: Any) -> None:
     assert several.codes() == [words.MISMATCH.value] * 2
     assert [[start.tolist() for start in starts] for starts in several.starts] == before
     for outputs in several.outputs:
-        for name, rows in zip(Outputs._fields, outputs, strict=True):
-            if rows is not None:
-                several.check_untouched(name, rows)
+        untouched(outputs)
     for status in several.world.status:
         status.zero_()
     run_all(several)
@@ -115,9 +120,7 @@ def test_rank_that_fails_before_its_rows(monkeypatch: Any) -> None:
     several.dispatch(0, 0, fails=0)
     several.world.run()
     several.check([1])
-    for name, rows in zip(Outputs._fields, several.outputs[0], strict=True):
-        if rows is not None:
-            several.check_untouched(name, rows)
+    untouched(several.outputs[0])
 
 
 def received(monkeypatch: Any, seed: int, modules: Modules | None = None) -> None:
@@ -141,13 +144,58 @@ def too_many(monkeypatch: Any, seed: int, modules: Modules | None = None) -> Non
     assert several.codes() == [words.BAD_HANDLE.value, words.OK.value]
 
 
-def summed(monkeypatch: Any, seed: int, modules: Modules | None = None) -> None:
-    several = Parts(world_of(monkeypatch, 2, seed, "mixed", 256, modules), SMALL)
+def summed(monkeypatch: Any, seed: int, modules: Modules | None = None, direct: str = "direct") -> None:
+    several = Parts(world_of(monkeypatch, 2, seed, direct, 256, modules), SMALL)
     outs = [(part, several.combine(*part)) for part in several.each_part()]
     several.world.run()
     for part, sums in outs:
         several.check_sums(*part, sums)
     assert several.codes() == [words.OK.value] * 2
+
+
+def summed_staged(monkeypatch: Any, seed: int, modules: Modules | None = None) -> None:
+    summed(monkeypatch, seed, modules, "staged")
+
+
+def test_room_in_the_stage(monkeypatch: Any) -> None:
+    """What is said to fit is never refused by an operation, whatever the columns."""
+    plane = PartsPlane(world_of(monkeypatch, 2, 0, "staged", 1 << 10), 0)
+    fitting = [16 * n for n in range(1, 40) if plane.has_room(16 * n)]
+    assert fitting == list(range(16, 224, 16))
+    for scales, choices in ((0, 0), (4, 0), (12, 1), (20, 3)):
+        rows = fitting[-1] - 16 * -(-(scales + 12 * choices) // 16)
+        plan = SendPlan(
+            *(torch.empty(0, n) for n in (rows, scales, choices, choices)), torch.empty(0, 2), None, None, 0, None
+        )
+        columns = [torch.empty(0, rows // 4), torch.empty(0, choices)]
+        plane._check_stage(programs.dispatch_record(plan))
+        plane._check_stage(programs.combine_record(columns) * 2)
+
+
+def test_nothing_runs_after_giving_up(monkeypatch: Any) -> None:
+    several = Parts(world_of(monkeypatch, 2, 0, "direct"), SMALL)
+    for rank, plane in enumerate(several.planes):
+        plane.status = status_of(2)
+        plane.give_up(f"reason {rank}")
+        with pytest.raises(BufferStateError, match=f"reason {rank}"):
+            plane.check()
+        with pytest.raises(BufferStateError):
+            plane.sum_rows([], [], torch.empty(1, 8))
+        plane.status.failed = False  # what is queued already, or replayed
+    several.dispatch(0, 0)
+    outs = several.combine(0, 0)
+    several.world.run()
+    for outputs in several.outputs:
+        untouched(outputs)
+    assert all(out.isnan().all() for mine in outs for out in mine)
+
+
+def test_layout_of_more_ranks_than_those_of_the_node(monkeypatch: Any) -> None:
+    world = world_of(monkeypatch, 2, 0, "direct")
+    ids = torch.tensor([[0, 11], [5, 4], [-1, 7]])
+    layout = PartsPlane(world, 0).layout(ids, 12, 6)
+    world.run()
+    assert layout.num_tokens_per_rank.tolist() == [1, 0, 1, 1, 0, 1]
 
 
 COUNT = "        tl.store(message_word(base, rank, ROW_COUNT), sent.to(tl.int64))\n"
@@ -165,7 +213,12 @@ MUTANTS = {
     "any number fits": (parts, "(start + count <= num_rows)", "(num_rows > 0)", too_many),
     "held rows of another": (parts, "tl.load(starts + peer)", "tl.load(starts)", summed),
     "held rows for another": (combine, "source, FIRST_ROW)", "rank, FIRST_ROW)", summed),
-    "held tokens from the first part on": (combine, "first += tl.load(prefix + 2 * R + reader)", "pass", summed),
+    "held tokens from the first part on": (
+        combine,
+        "first += tl.load(prefix + 2 * R + reader)",
+        "pass",
+        summed_staged,
+    ),
     "counts of another": (parts, "table + 3 * R + peer", "table + 3 * R", summed),
 }
 
@@ -185,6 +238,6 @@ def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     assert any(finds(monkeypatch, name, seed) for seed in SEEDS)
 
 
-@pytest.mark.parametrize("scenario", [received, ahead, too_many, summed])
+@pytest.mark.parametrize("scenario", [received, ahead, too_many, summed, summed_staged])
 def test_right_protocol_passes(monkeypatch: Any, scenario: Any) -> None:
     scenario(monkeypatch, 0)

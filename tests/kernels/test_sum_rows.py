@@ -80,4 +80,4 @@ FAULTS = {
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     module = mutated_module(parts_programs.sum_kernels, *FAULTS[name])
     with pytest.raises(AssertionError):
-        run(monkeypatch, "bf16", 1, module)
+        run(monkeypatch, "weights", 1, module)

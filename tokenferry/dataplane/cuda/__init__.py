@@ -340,7 +340,7 @@ class CudaDataPlane(CudaRank):
         with torch.cuda.stream(self._queue.stream):
             parts = [part._replace(rows=self._aligned(part.rows.to(wide))) for part in parts]
             biases = [self._aligned(bias) for bias in biases]
-            found = torch.empty((out.size(0), len(parts)), dtype=torch.int64, device=self._device)
+            found = self.empty_rows(out.size(0), len(parts), torch.int64)
             sms = num_sms or DEFAULT_NUM_SMS
             parts_programs.sum_rows(self._queue.handle, parts, biases, out, wide, found, self._target, sms)
 
