@@ -129,7 +129,11 @@ class Nodes:
     def operation(self, who: Who, name: str, signature: Signature) -> Iterator[Operation]:
         """Run one operation among all ranks, or its first half. See :meth:`guarded`."""
         with self._lock:
-            who.plane.check()
+            try:
+                who.plane.check()
+            except BufferStateError:
+                self.rail.close()  # whatever made it unusable, the other nodes shall not wait for this rank
+                raise
             self.epoch += 1
             operation = Operation(self, who, name, self.epoch, signature)
             with self.guarded(operation):
