@@ -480,7 +480,9 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         """
         runtime = self._live_runtime()
         with runtime.comm.turn(None, False, False):
-            intranode.warm(runtime.party(), hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
+            party = runtime.party()
+            mode = intranode if party.nodes is None else internode
+            mode.warm(party, hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
         self._all_gather(None)
 
     def _chunk(self, config: Config | None) -> int:

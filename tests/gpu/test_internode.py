@@ -1,4 +1,8 @@
-"""Two GPUs as two nodes of one, two and four ranks, bit for bit against the oracle; rails over NCCL, in two ways."""
+"""Two nodes of one, two and four ranks, bit for bit against the oracle; rails over NCCL, in two ways.
+
+Each node has a GPU, where there are two. On one GPU NCCL joins ranks only if it takes them for those of two hosts:
+then all rails run over its network transport.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,7 @@ from tests.cases import Case
 from tests.conftest import PoolOf, session_pools
 from tests.internode_cases import NodeScenario, check_nodes, check_rail_bytes, make_buffer, small_chunks
 from tokenferry import PeerError, TokenferryError
-
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL joins no two ranks of one GPU")
+from tokenferry.dataplane.cuda import parts_programs, programs
 
 CASE = Case(tokens=(70, 0, 33, 128), row_bytes=1040, num_topk=3, local_experts=4, combine_bytes=1040, bias="two")
 SCALED = Case(
@@ -31,7 +34,7 @@ LAYOUTS = ["2x1", "2x2", "2x4"]
 
 def _begin(rank: int, num_ranks: int, over_network: bool) -> None:
     node = rank * 2 // num_ranks
-    torch.cuda.set_device(node)
+    torch.cuda.set_device(node % torch.cuda.device_count())
     if over_network:
         os.environ["NCCL_HOSTID"] = f"node-{node}"
         os.environ["NCCL_SOCKET_IFNAME"] = "lo"
@@ -39,13 +42,15 @@ def _begin(rank: int, num_ranks: int, over_network: bool) -> None:
 
 @pytest.fixture(scope="module")
 def direct(sharing: None) -> Iterator[PoolOf]:
-    """Rails by whatever NCCL finds between the GPUs."""
-    yield from session_pools(functools.partial(_begin, over_network=False))
+    """Rails by whatever NCCL finds between two GPUs, or by its network transport on one."""
+    yield from session_pools(functools.partial(_begin, over_network=torch.cuda.device_count() < 2))
 
 
 @pytest.fixture(scope="module")
 def over_network(sharing: None) -> Iterator[PoolOf]:
     """Rails by NCCL's network transport, as between hosts."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU: this is how all other tests run")
     yield from session_pools(functools.partial(_begin, over_network=True))
 
 
@@ -78,6 +83,32 @@ def test_over_a_network(over_network: PoolOf, layout: str) -> None:
 def test_bytes_on_the_rail(direct: PoolOf) -> None:
     for sent, rows in direct(4).run(check_rail_bytes, "2x2", replace(WIDE, tokens=(500,)), "cuda"):
         assert rows <= sent <= 1.03 * rows
+
+
+def _compiled() -> int:
+    return sum(
+        function.cache_info().misses
+        for module in (programs, parts_programs)
+        for function in vars(module).values()
+        if hasattr(function, "cache_info")
+    )
+
+
+def _warmed(rank: int, num_ranks: int) -> None:
+    """Nothing is compiled while other ranks wait."""
+    with make_buffer(rank, "2x2", device="cuda") as buffer:
+        scenario = NodeScenario(WIDE, rank, "2x2", device="cuda")
+        buffer.warmup(7168, WIDE.num_topk, scenario.num_experts)
+        before = _compiled()
+        result = scenario.dispatch(buffer)
+        scenario.check_dispatch(result)
+        scenario.check_cached(buffer.dispatch(scenario.x, handle=result[4]))
+        scenario.check_combine(scenario.combine(buffer, result[4]))
+        assert _compiled() == before
+
+
+def test_warmup(direct: PoolOf) -> None:
+    direct(4).run(_warmed)
 
 
 def _many(rank: int, num_ranks: int, layout: str) -> None:

@@ -30,7 +30,7 @@ from tokenferry.errors import HeapError
 from tokenferry.handles import DispatchHandle
 from tokenferry.modes import intranode
 from tokenferry.modes.intranode import Inputs, Party, Received, Rows, as_bytes, signature_of, topk_idx_t
-from tokenferry.modes.nodes import Nodes, Offer, Operation, Share
+from tokenferry.modes.nodes import Nodes, Offer, Operation, Share, share_bytes
 from tokenferry.modes.routes import Routes, check_handle, in_nodes, make_handle, places_of, starts_of
 from tokenferry.rail import Transfer
 from tokenferry.topology import Topology
@@ -450,3 +450,25 @@ class _Homecoming:
             self._party.plane.empty_rows(num_rows, column.size(1), dtype)
             for column, dtype in zip(self._columns, self._dtypes, strict=True)
         ]
+
+
+def warm(
+    party: Party,
+    hidden: int,
+    num_topk: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    scale_bytes: int,
+    combine_dtype: torch.dtype | None,
+) -> None:
+    """Make ready for such operations; see :meth:`tokenferry.Buffer.warmup`."""
+    fresh, reduces = intranode.plans_to_warm(party, hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
+    topology = _nodes(party).topology
+    empty = torch.empty(0, dtype=torch.int64, device=party.device)
+    part = fresh._replace(part=PartPlan(0, empty, empty, None))
+    cached = part._replace(topk_idx=None, topk_weights=None)
+    shares = [
+        cached._replace(rows=torch.empty((0, nbytes), dtype=torch.uint8, device=party.device), scales=None, part=None)
+        for nbytes in (share_bytes(topology, 0, num_experts // topology.num_nodes), share_bytes(topology, 1, 0))
+    ]
+    party.plane.warm([part, cached, *shares], reduces, num_experts)

@@ -43,6 +43,7 @@ from tokenferry.validation import MEMORY_BYTES
 _WORDS = torch.int64
 _CPU = torch.device("cpu")
 _OFFER_WORDS = len(Signature._fields) + 3
+_WORDS_AT_A_TIME = 64
 
 
 class Who(Protocol):
@@ -337,15 +338,16 @@ class Operation:
 
     def _gather(self, mine: Sequence[int]) -> list[list[int]]:
         """One row to every rank of the node: a dispatch."""
-        padded = [*mine, 0][: len(mine) + len(mine) % 2]  # rows are multiples of 16 bytes
+        padded = [*mine, *[0] * (_padded(len(mine)) - len(mine))]
         device = self.who.device
         row = self._words(padded).view(1, -1).to(device)
         count = len(self._nodes.topology.local_ranks)
         member = torch.ones((1, count), dtype=torch.bool, device=device)
-        plan = SendPlan(row.view(torch.uint8), None, None, None, member, None, None, 0, None)
+        once = torch.ones(count, dtype=torch.int32, device=device)
+        plan = SendPlan(row.view(torch.uint8), None, None, None, member, once, once, 0, None)
         rows = torch.empty((count, len(padded)), dtype=_WORDS, device=device)
         with self.who.plane.dispatch(self.signature, plan) as exchange:
-            exchange.pull(Outputs(rows.view(torch.uint8), None, None, None, None))
+            exchange.pull(Outputs(rows.view(torch.uint8), None, None, None, torch.empty_like(once)))
         found: list[list[int]] = rows.tolist()
         return found
 
@@ -395,6 +397,18 @@ class Operation:
 
     def _empty(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=_WORDS, device=_CPU)
+
+
+def share_bytes(topology: Topology, num_expected: int, num_extra: int) -> int:
+    """Bytes of a :class:`Share` with so many words of ``extra``; ``num_expected``: 1 with what is expected, or 0."""
+    nodes = topology.num_nodes
+    counts = nodes * len(topology.local_ranks) * (1 + num_expected)
+    return _WORDS.itemsize * _padded(len(Verdict._fields) + 2 * nodes + counts + 1 + num_extra)
+
+
+def _padded(num_words: int) -> int:
+    """Words that move: a GPU has one kernel for each width of a row, so let there be few."""
+    return -(-num_words // _WORDS_AT_A_TIME) * _WORDS_AT_A_TIME
 
 
 class _Counted(NamedTuple):

@@ -393,7 +393,7 @@ def warm(
         _notify(host_waits, target)
     for plan in plans:
         if plan.topk_idx is not None:
-            _layout(plan.topk_idx.size(1), num_experts, target)
+            _layout(plan.topk_idx.size(1), num_experts, target._replace(num_ranks=plan.is_token_in_rank.size(1)))
         widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
         _dispatch(plan.handle is not None, *widths, target, placed=plan.part is not None)
     for columns in reduces:
