@@ -75,7 +75,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         heap_bytes: GPU memory for :meth:`empty`, equal on all ranks.
         node: name of the node this rank is on; by default found as :func:`tokenferry.topology.node_key` says.
         carrier: what moves rows between nodes; by default the environment variable ``TOKENFERRY_CARRIER``, else
-            ``"process_group"``: Gloo, over TCP.
+            ``"process_group"``: Gloo for CPU ranks, NCCL for GPUs.
 
     Raises:
         ArgumentError: an argument is not allowed.

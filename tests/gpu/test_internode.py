@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from tests.conftest import PoolOf, session_pools
 from tests.internode_cases import NodeScenario, check_nodes, check_rail_bytes, make_buffer, small_chunks
 from tokenferry import PeerError, TokenferryError
 from tokenferry.dataplane.cuda import parts_programs, programs
+from tokenferry.modes import internode
+from tokenferry.rail.device_group import DeviceRail
 
 CASE = Case(tokens=(70, 0, 33, 128), row_bytes=1040, num_topk=3, local_experts=4, combine_bytes=1040, bias="two")
 SCALED = Case(
@@ -145,6 +148,36 @@ def _silent(rank: int, num_ranks: int) -> tuple[str, float]:
 
 def test_silent_node_is_named(direct: PoolOf) -> None:
     text, seconds = direct(2).run(_silent)[0]
+    assert "node 1" in text
+    assert seconds < 5.0
+
+
+def _stuck(rank: int, num_ranks: int) -> tuple[str, float]:
+    """The rows of a node do not come, after all have agreed: NCCL waits for them in vain."""
+    with make_buffer(rank, "2x1", device="cuda", timeout=4.0) as buffer:
+        scenario = NodeScenario(CASE, rank, "2x1", device="cuda")
+        scenario.check_dispatch(scenario.dispatch(buffer))
+        dist.barrier()
+        text, seconds = "", 0.0
+        if rank == 0:
+            started = time.monotonic()
+            with pytest.raises(PeerError) as caught:
+                scenario.dispatch(buffer)
+            text, seconds = str(caught.value), time.monotonic() - started
+        else:
+            with mock.patch.object(internode._Delivery, "run", side_effect=KeyError), pytest.raises(KeyError):
+                # The rail of a rank that raises is closed: keep it, as a rank would that hangs here.
+                with mock.patch.object(DeviceRail, "close"):
+                    scenario.dispatch(buffer)
+        dist.barrier()
+    assert float(torch.ones(8, device="cuda").sum()) == 8  # the context is alive
+    with make_buffer(rank, "2x1", device="cuda") as buffer:
+        scenario.check_dispatch(scenario.dispatch(buffer))
+    return text, seconds
+
+
+def test_rows_that_do_not_come(direct: PoolOf) -> None:
+    text, seconds = direct(2).run(_stuck)[0]
     assert "node 1" in text
     assert seconds < 5.0
 
