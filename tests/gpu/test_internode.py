@@ -165,10 +165,11 @@ def _stuck(rank: int, num_ranks: int) -> tuple[str, float]:
                 scenario.dispatch(buffer)
             text, seconds = str(caught.value), time.monotonic() - started
         else:
-            with mock.patch.object(internode._Delivery, "run", side_effect=KeyError), pytest.raises(KeyError):
-                # The rail of a rank that raises is closed: keep it, as a rank would that hangs here.
-                with mock.patch.object(DeviceRail, "close"):
-                    scenario.dispatch(buffer)
+            # A rank that raises closes its rail: one that hangs keeps it.
+            kept = mock.patch.object(DeviceRail, "close")
+            failing = mock.patch.object(internode._Delivery, "run", side_effect=KeyError)
+            with kept, failing, pytest.raises(KeyError):
+                scenario.dispatch(buffer)
         dist.barrier()
     assert float(torch.ones(8, device="cuda").sum()) == 8  # the context is alive
     with make_buffer(rank, "2x1", device="cuda") as buffer:
