@@ -29,7 +29,7 @@ from tokenferry.topology import Topology
 
 _LONGEST = 365 * 86400.0
 """Seconds; Gloo takes no endless deadline."""
-_MOST_UNFINISHED = 32
+MOST_UNFINISHED = 32
 """Exchanges that may be under way; a further one waits for the oldest, which somebody may have forgotten."""
 
 _rails: weakref.WeakSet[ProcessGroupRail] = weakref.WeakSet()
@@ -70,15 +70,15 @@ class ProcessGroupRail:
 
     def post(self, sends: Parts, receives: Parts) -> PostedTransfer:
         """See :meth:`tokenferry.rail.Rail.post`."""
-        while len(self._unfinished) >= _MOST_UNFINISHED:
+        while len(self._unfinished) >= MOST_UNFINISHED:
             self._unfinished[0].finish()
         transfer = PostedTransfer(self, self._timeout)
         self._unfinished.append(transfer)
         for node, parts in receives.items():
-            for part in _bytes_of(parts):
+            for part in bytes_of(parts):
                 transfer.receive(node, part)
         for node, parts in sends.items():
-            for part in _bytes_of(parts):
+            for part in bytes_of(parts):
                 transfer.send(node, part)
                 self.bytes_sent += part.numel()
         return transfer
@@ -100,7 +100,7 @@ class ProcessGroupRail:
             RailError: the rail is closed.
         """
         if self._group is None:
-            raise RailError(self._node, False, "this rank has closed its rail")
+            raise RailError([self._node], False, "this rank has closed its rail")
         return self._group
 
     def is_done_with(self, transfer: PostedTransfer) -> None:
@@ -195,7 +195,7 @@ class PostedTransfer:
     def _check(self) -> None:
         if self._is_abandoned:
             self._rail.group()
-            raise RailError(self._rail._node, False, "this exchange was given up")
+            raise RailError([self._rail._node], False, "this exchange was given up")
 
     def _wait(self, works: list[dist.Work], node: int) -> None:
         started = time.monotonic()
@@ -204,8 +204,8 @@ class PostedTransfer:
         if reason:
             self.abandon()
             if seconds > 0.9 * self._seconds:
-                raise RailError(node, True, f"no sign of life for {seconds:.1f} s")
-            raise RailError(node, False, reason)
+                raise RailError([node], True, f"no sign of life for {seconds:.1f} s")
+            raise RailError([node], False, reason)
         self._check()
 
 
@@ -236,7 +236,7 @@ def _serve(
         try:
             work.wait(timeout)
         except RuntimeError as error:
-            reason = _first_line(error)
+            reason = first_line(error)
         del job, work, works
         answers.put(reason)
 
@@ -247,16 +247,17 @@ def _begun(
     try:
         return operation([part], node, 0)
     except RuntimeError as error:
-        reason = _first_line(error)
-    raise RailError(node, False, reason)
+        reason = first_line(error)
+    raise RailError([node], False, reason)
 
 
-def _bytes_of(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The bytes of those that have elements."""
     for tensor in tensors:
         if tensor.numel():
             yield tensor.view(-1).view(torch.uint8)
 
 
-def _first_line(error: RuntimeError) -> str:
+def first_line(error: RuntimeError) -> str:
+    """What it says, without what torch adds."""
     return str(error).splitlines()[0]

@@ -399,6 +399,7 @@ def arrivals(
         differs = there & (theirs != signature)
         if tl.max(differs.to(tl.int32)) != 0:
             fail(state, status, MISMATCH, differs, operation, epoch, RB)
+            there = there & (theirs == signature)
     # A rank that disagrees may have more tokens than there is room for.
     return tl.where(there, tl.minimum(seen & TOKEN_MASK, most), -1).to(tl.int32)
 

@@ -228,7 +228,7 @@ def spread_part(
     choices = (base + off_choices + place * (K * 8)).to(tl.pointer_type(tl.int64))
     choice = tl.load(choices + k, mask=k < K, other=-1)
     local = (choice & 0xFFFFFFFF).to(tl.int32)
-    here = (choice >= 0) & (local < L)
+    here = (choice >= 0) & (local >= 0) & (local < L)  # a rank that disagrees may leave anything there
     local = tl.where(here, local, 0)
     counts = (base + off_counts).to(tl.pointer_type(tl.int32))
     earlier = here[:, None] & ((r < source) & (tokens > 0))[None, :]

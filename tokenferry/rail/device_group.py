@@ -1,0 +1,281 @@
+"""Rails for tensors on GPUs: NCCL moves them, over any network that it knows; tensors on the CPU go over Gloo beside.
+
+Exchanges are put into the order of the current stream, and run beside what is put there afterwards: ``wait`` makes
+the stream wait, ``finish`` the host, until a deadline. A communicator that misses it is aborted, on this rank alone,
+so that the stream goes on and the GPU stays usable; then the peers miss theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from tokenferry.errors import TokenferryError
+from tokenferry.rail import Parts, RailError, Transfer
+from tokenferry.rail.process_group import MOST_UNFINISHED, ProcessGroupRail, bytes_of, first_line
+from tokenferry.topology import Topology
+
+_NEVER = timedelta(days=365)
+_POLL_SECONDS = 20e-6
+_GRACE_SECONDS = 1.0
+"""Between the moment when an exchange counts as over and that when its marker must have passed, or it has failed."""
+_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+
+
+_AtNode: TypeAlias = tuple[int, torch.Tensor]
+
+
+class Marker(Protocol):
+    """A place in a stream."""
+
+    def record(self) -> None:
+        """Take the place that the current stream has come to."""
+
+    def query(self) -> bool:
+        """Whether the stream has passed it."""
+
+
+class DeviceRail:
+    """See :class:`tokenferry.rail.Rail`.
+
+    Args:
+        words: moves what is on the CPU.
+        group: of the rail's ranks, by node; moves the rest.
+        topology: who is where.
+        device: where the rest is.
+        timeout: seconds that a wait lasts.
+        marker: makes markers.
+
+    Raises:
+        TokenferryError: no connection to some rank of the rail.
+    """
+
+    carrier = "process_group"
+
+    def __init__(
+        self,
+        words: ProcessGroupRail,
+        group: Any,
+        topology: Topology,
+        device: torch.device,
+        timeout: float,
+        marker: Callable[[], Marker],
+    ) -> None:
+        self._words = words
+        self._node = topology.node
+        self._group: Any = group
+        self._device = device
+        self._timeout = timeout
+        self._marker = marker
+        self._bytes_sent = 0
+        self._unfinished: deque[DeviceTransfer] = deque()
+        others = [node for node in range(topology.num_nodes) if node != topology.node]
+        tokens = torch.zeros((2, topology.num_nodes, 16), dtype=torch.uint8, device=device)
+        try:  # the first exchange connects all ranks, whoever has rows for whom later
+            self.post(
+                {node: [tokens[0, node]] for node in others}, {node: [tokens[1, node]] for node in others}
+            ).finish()
+        except (RailError, RuntimeError) as error:
+            self.close()
+            raise TokenferryError(f"no rail between the GPUs of ranks {topology.rail}: {error}") from error
+        self._bytes_sent = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Since the rail was made."""
+        return self._bytes_sent + self._words.bytes_sent
+
+    def post(self, sends: Parts, receives: Parts) -> Transfer:
+        """See :meth:`tokenferry.rail.Rail.post`. The tensors are all on the CPU, or all on the GPU."""
+        given = next((part for parts in (*sends.values(), *receives.values()) for part in parts), None)
+        if given is None or given.device != self._device:
+            return self._words.post(sends, receives)
+        while len(self._unfinished) >= MOST_UNFINISHED:
+            self._unfinished[0].finish()
+        coming = [(node, part) for node, parts in receives.items() for part in bytes_of(parts)]
+        going = [(node, part) for node, parts in sends.items() for part in bytes_of(parts)]
+        nodes = sorted({node for node, _ in (*coming, *going)})
+        transfer = DeviceTransfer(self, nodes, [part for _, part in (*coming, *going)], self._timeout, self._marker())
+        if nodes:
+            transfer.begin(self._begin(nodes, coming, going))
+            self._unfinished.append(transfer)
+            self._bytes_sent += sum(part.numel() for _, part in going)
+        return transfer
+
+    def _begin(
+        self,
+        nodes: Sequence[int],
+        coming: Sequence[tuple[int, torch.Tensor]],
+        going: Sequence[tuple[int, torch.Tensor]],
+    ) -> list[dist.Work]:
+        """As one operation where the backend can: NCCL would wait for the peers one after the other."""
+        group = self.group()
+        as_one = group._get_backend(self._device).supports_coalescing
+        try:
+            if as_one:
+                group._start_coalescing(self._device)
+            works = [group.recv([part], node, 0) for node, part in coming]
+            works += [group.send([part], node, 0) for node, part in going]
+            return [group._end_coalescing(self._device)] if as_one else works
+        except RuntimeError as error:
+            reason = first_line(error)
+        self.abandon()
+        raise RailError(nodes, False, reason)
+
+    def group(self) -> Any:
+        """The process group.
+
+        Raises:
+            RailError: the rail is closed.
+        """
+        if self._group is None:
+            raise RailError([self._node], False, "this rank has closed its rail")
+        return self._group
+
+    def is_done_with(self, transfer: DeviceTransfer) -> None:
+        """Forget a transfer."""
+        if transfer in self._unfinished:
+            self._unfinished.remove(transfer)
+
+    def abandon(self) -> None:
+        """End what is under way, wherever it is. The rail is of no use any more."""
+        group, self._group = self._group, None
+        self._unfinished.clear()
+        if group is not None:
+            with contextlib.suppress(RuntimeError):  # Gloo has nothing to abort
+                group.abort()
+
+    def close(self) -> None:
+        """See :meth:`tokenferry.rail.Rail.close`."""
+        self._words.close()
+        self.abandon()
+
+
+class DeviceTransfer:
+    """See :class:`tokenferry.rail.Transfer`.
+
+    Args:
+        rail: it runs on.
+        nodes: that it is with.
+        parts: tensors that must live as long.
+        seconds: to wait at most.
+        marker: not recorded yet.
+    """
+
+    def __init__(
+        self, rail: DeviceRail, nodes: Sequence[int], parts: Sequence[torch.Tensor], seconds: float, marker: Marker
+    ) -> None:
+        self._rail = rail
+        self._nodes = nodes
+        self._parts = parts
+        self._seconds = seconds
+        self._marker = marker
+        self._works: list[dist.Work] = []
+        self._is_in_order = True
+
+    def begin(self, works: list[dist.Work]) -> None:
+        """The exchange is on its way."""
+        self._works = works
+        self._is_in_order = False
+
+    def wait(self, node: int) -> None:
+        """See :meth:`tokenferry.rail.Transfer.wait`: the current stream waits, for all that comes."""
+        if self._is_in_order:
+            return
+        self._rail.group()
+        try:
+            for work in self._works:
+                work.wait()
+            self._marker.record()
+        except RuntimeError as error:
+            reason = first_line(error)
+        else:
+            self._is_in_order = True
+            return
+        self._rail.abandon()
+        raise RailError(self._nodes, False, reason)
+
+    def finish(self) -> None:
+        """See :meth:`tokenferry.rail.Transfer.finish`."""
+        if not self._works:
+            return
+        self.wait(self._nodes[0])
+        self._rail.group()
+        started, ended = time.monotonic(), None
+        while not self._marker.query():
+            now = time.monotonic()
+            if ended is None and all(work.is_completed() for work in self._works):
+                ended = now
+            timed_out = now - started > self._seconds
+            if timed_out or (ended is not None and now - ended > _GRACE_SECONDS):
+                self._rail.abandon()
+                reason = f"no sign of life for {now - started:.1f} s" if timed_out else "NCCL reports an error"
+                raise RailError(self._nodes, timed_out, reason)
+            time.sleep(_POLL_SECONDS)
+        self._works, self._parts = [], []
+        self._rail.is_done_with(self)
+
+
+def nccl_rail(topology: Topology, key: str, timeout: float, device: torch.device) -> DeviceRail:
+    """A rail of this rank's GPU.
+
+    Args:
+        topology: who is where.
+        key: names the rail; equal on its ranks, and never used before.
+        timeout: seconds that a wait lasts.
+        device: the GPU.
+
+    Raises:
+        TokenferryError: no connection to some rank of the rail.
+    """
+    if not dist.is_nccl_available():
+        raise TokenferryError("rails between GPUs need NCCL, which this torch has not")
+    words = ProcessGroupRail(topology, key, timeout)
+    store = _get_default_store()
+    try:
+        group = _nccl_group(PrefixStore(f"{key}/nccl", store), topology.node, topology.num_nodes, device)
+        return DeviceRail(words, group, topology, device, timeout, torch.cuda.Event)
+    except RuntimeError as error:
+        words.close()
+        if isinstance(error, TokenferryError):
+            raise
+        raise TokenferryError(f"no rail between the GPUs of ranks {topology.rail}: {error}") from error
+
+
+def _nccl_group(store: PrefixStore, node: int, num_nodes: int, device: torch.device) -> Any:
+    """A process group of its own, so that what breaks is only that."""
+    from torch.distributed import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    options._timeout = _NEVER  # the deadline is this rail's business
+    with _errors_left_to_us():
+        backend = ProcessGroupNCCL(store, node, num_nodes, options)
+    group = dist.ProcessGroup(store, node, num_nodes)
+    kind = dist.ProcessGroup.BackendType.NCCL
+    group._set_default_backend(kind)
+    group._register_backend(device, kind, backend)
+    return group
+
+
+@contextlib.contextmanager
+def _errors_left_to_us() -> Iterator[None]:
+    """Keep torch's watchdog from ending the process when an operation fails; it is told when a group is made."""
+    before = os.environ.get(_ERROR_HANDLING)
+    os.environ[_ERROR_HANDLING] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ERROR_HANDLING]
+        else:
+            os.environ[_ERROR_HANDLING] = before
