@@ -238,10 +238,11 @@ def sum_rows(width: int, dtype: torch.dtype, sums: torch.dtype, biases: int = 0)
 
 
 def low_latency_dispatch(
-    ranks: int, phase: str, scale_format: ScaleFormat, topk: int = 8, tokens: int = 16, *, shrinks: bool = False
-) -> None:
+    ranks: int, phase: str, scale_format: ScaleFormat, topk: int = 8, tokens: int = 16, *, nodes: int = 1,
+    shrinks: bool = False,
+) -> None:  # fmt: skip
     part = low_latency_programs.part_of(7168, tokens)
-    shape = low_latency_programs.DispatchShape(scale_format, 7168, topk, 256 // ranks, part, shrinks, 4)
+    shape = low_latency_programs.DispatchShape(scale_format, 7168, topk, 256 // ranks, nodes, part, shrinks, 4)
     low_latency_programs.dispatch.cache_clear()
     getattr(low_latency_programs.dispatch(shape, low_latency_target(ranks)), phase)
 
@@ -295,6 +296,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "combine held wide": lambda: combine(4, BFLOAT16, 14336, sums=FLOAT32),
     "low latency dispatch bf16": lambda: low_latency_dispatch(8, "both", ScaleFormat.NONE),
     "low latency dispatch fp8": lambda: low_latency_dispatch(2, "both", ScaleFormat.PLAIN),
+    "low latency dispatch between nodes": lambda: low_latency_dispatch(4, "both", ScaleFormat.PLAIN, nodes=3),
     "low latency dispatch many tokens": lambda: low_latency_dispatch(8, "both", ScaleFormat.UE8M0, tokens=128),
     "low latency dispatch send": lambda: low_latency_dispatch(8, "send", ScaleFormat.ROUNDED, shrinks=True),
     "low latency dispatch receive": lambda: low_latency_dispatch(8, "receive", ScaleFormat.UE8M0, shrinks=True),

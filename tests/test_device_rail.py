@@ -162,6 +162,59 @@ def test_deadline(pool_of: PoolOf) -> None:
         assert 0.5 <= seconds < 1.5
 
 
+def _settled(rank: int, num_ranks: int, key: str) -> None:
+    """No host waits; values are there, memory is let go, and the thread ends."""
+    rail, _ = rail_of(rank, num_ranks, key, True)
+    other = 1 - rank
+    for turn in range(20):
+        came = torch.zeros(5)
+        transfer = rail.post({other: [torch.full((5,), float(10 * turn + rank))]}, {other: [came]})
+        transfer.wait(other)
+        transfer.settle()
+        assert came.tolist() == [10 * turn + other] * 5
+    transfer.settle()
+    transfer.finish()
+    deadline = time.monotonic() + 10
+    while rail.watch._is_running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not rail.watch._watched
+    rail.close()
+
+
+def test_exchanges_that_no_host_waits_for(pool_of: PoolOf) -> None:
+    pool_of(2).run(_settled, "device/settled")
+
+
+def _missed(rank: int, num_ranks: int, key: str) -> tuple[bool, tuple[int, ...], str]:
+    """The same, and the stream never gets there: the thread ends the rail, which says so when it is used next."""
+    rail, group = rail_of(rank, num_ranks, key, True, timeout=0.5)
+    others = [node for node in range(num_ranks) if node != rank]
+    rail._marker = Never
+    for _ in range(3):
+        parts = {node: [torch.zeros(4)] for node in others}
+        transfer = rail.post(parts, {node: [torch.zeros(4)] for node in others})
+        for node in others:
+            transfer.wait(node)
+        transfer.settle()
+    assert not group.was_aborted
+    deadline = time.monotonic() + 10
+    while not group.was_aborted:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(RailError) as caught:
+        rail.post({others[0]: [torch.zeros(4)]}, {})
+    rail.close()
+    return caught.value.timed_out, tuple(caught.value.nodes), str(caught.value)
+
+
+def test_deadline_that_no_host_waits_for(pool_of: PoolOf) -> None:
+    for rank, (timed_out, nodes, text) in enumerate(pool_of(3).run(_missed, "device/missed")):
+        assert timed_out
+        assert nodes == tuple(node for node in range(3) if node != rank)
+        assert "0.5 s" in text
+
+
 def _failed(rank: int, num_ranks: int, key: str) -> tuple[bool, str]:
     """The backend says that all is over, but the stream has not passed: the exchange has failed."""
     rail, group = rail_of(rank, num_ranks, key, True, timeout=30.0)

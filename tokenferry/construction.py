@@ -116,9 +116,9 @@ def _check_several_nodes(wishes: Wishes, topology: Topology) -> None:
     where = f"on {topology.num_nodes} nodes (TOKENFERRY_NODE overrides what counts as a node)"
     if not wishes.may_span_nodes:
         raise TokenferryError(f"this kind of Buffer keeps to one node, and the ranks are {where}")
-    if wishes.device.type != "cpu" and wishes.push_bytes:
+    if wishes.device.type != "cpu" and wishes.push_bytes and wishes.exact_combine:
         raise TokenferryError(
-            f"this version has low_latency_mode between nodes on CPU ranks only: the GPUs are {where}"
+            f"low_latency_mode with exact_combine between nodes is on CPU ranks only: the GPUs are {where}"
         )
     require(wishes.group is not None, "group", None, f"a torch.distributed process group, with ranks {where}")
     require(not wishes.may_mask, "enable_shrink", True, f"False, with ranks {where}")

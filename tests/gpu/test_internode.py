@@ -6,10 +6,7 @@ then all rails run over its network transport.
 
 from __future__ import annotations
 
-import functools
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
 
@@ -18,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import Case
-from tests.conftest import PoolOf, session_pools
+from tests.conftest import PoolOf
 from tests.internode_cases import NodeScenario, check_nodes, check_rail_bytes, make_buffer, small_chunks
 from tokenferry import PeerError, TokenferryError
 from tokenferry.dataplane.cuda import parts_programs, programs
@@ -33,28 +30,6 @@ SCALED = Case(
 )  # fmt: skip
 WIDE = Case(tokens=(600, 411), row_bytes=14336, num_topk=8, local_experts=16, combine_bytes=14336)
 LAYOUTS = ["2x1", "2x2", "2x4"]
-
-
-def _begin(rank: int, num_ranks: int, over_network: bool) -> None:
-    node = rank * 2 // num_ranks
-    torch.cuda.set_device(node % torch.cuda.device_count())
-    if over_network:
-        os.environ["NCCL_HOSTID"] = f"node-{node}"
-        os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-
-
-@pytest.fixture(scope="module")
-def direct(sharing: None) -> Iterator[PoolOf]:
-    """Rails by whatever NCCL finds between two GPUs, or by its network transport on one."""
-    yield from session_pools(functools.partial(_begin, over_network=torch.cuda.device_count() < 2))
-
-
-@pytest.fixture(scope="module")
-def over_network(sharing: None) -> Iterator[PoolOf]:
-    """Rails by NCCL's network transport, as between hosts."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU: this is how all other tests run")
-    yield from session_pools(functools.partial(_begin, over_network=True))
 
 
 def size(layout: str) -> int:
@@ -184,8 +159,9 @@ def test_rows_that_do_not_come(direct: PoolOf) -> None:
 
 
 def _refused(rank: int, num_ranks: int) -> None:
-    with pytest.raises(TokenferryError, match="low_latency_mode between nodes"):
-        make_buffer(rank, "2x1", device="cuda", low_latency_mode=True, num_rdma_bytes=1 << 20)
+    options = {"low_latency_mode": True, "num_rdma_bytes": 1 << 20, "exact_combine": True}
+    with pytest.raises(TokenferryError, match="low_latency_mode with exact_combine between nodes"):
+        make_buffer(rank, "2x1", device="cuda", **options)
     with make_buffer(rank, "2x1", device="cuda") as buffer:
         scenario = NodeScenario(CASE, rank, "2x1", device="cuda")
         with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(TokenferryError, match="CUDA graph"):

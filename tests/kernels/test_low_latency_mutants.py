@@ -269,8 +269,8 @@ MUTANTS = {
         "if has(bits, reader) & (tl.max((e // L == reader).to(tl.int32)) == 1):",
         "at once",
     ),
-    "crowd is sent": Mutant(dispatch, " & (position < most)", "", "crowded"),
-    "crowd is counted": Mutant(dispatch, "tl.minimum(counts, most)", "counts", "crowded"),
+    "crowd is sent": Mutant(dispatch, " & (position < each)", "", "crowded"),
+    "crowd is counted": Mutant(dispatch, "tl.minimum(counts, each)", "counts", "crowded"),
     "bad experts are good modulo 2**32": Mutant(
         dispatch, "tl.where((others >= 0) & (others < E), others, -2)", "others", "bad experts"
     ),

@@ -256,6 +256,8 @@ class Relays(NamedTuple):
     """[R]: which rank of the node relays a source rank, as which of its G sources."""
     num_max_tokens: int
     """N, of a source rank. That of the plan is G * N."""
+    node: int
+    """The node of this rank."""
 
 
 class LowLatencyDispatchPlan(NamedTuple):
@@ -376,9 +378,10 @@ class DataPlane(Protocol):
         """
 
     def warm_low_latency(
-        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int
-    ) -> None:
-        """Make ready for low-latency operations of these shapes: what takes long the first time."""
+        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int,
+        relays: Relays | None,
+    ) -> None:  # fmt: skip
+        """Make ready for low-latency operations of such plans: what takes long the first time."""
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """Send each token once to every rank that holds one of its experts; the rest happens in ``finish``.

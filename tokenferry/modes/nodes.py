@@ -119,6 +119,8 @@ class Nodes:
         self.recorder = recorder
         self._lock = threading.RLock()
         self.epoch = 0
+        self.compared: set[Signature] = set()
+        """Of low-latency operations, where they are compared but once."""
 
     @cached_property
     def others(self) -> list[int]:
@@ -428,6 +430,9 @@ class _Counted(NamedTuple):
 
     def finish(self) -> None:
         self.transfer.finish()
+
+    def settle(self) -> None:
+        self.transfer.settle()
 
 
 def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool, row_bytes: int) -> Share:

@@ -55,6 +55,15 @@ class Transfer(Protocol):
             RailError: as for :meth:`wait`.
         """
 
+    def settle(self) -> None:
+        """As :meth:`finish`, behind :meth:`wait` for all nodes; but where a stream waits, the host does not.
+
+        Then the rail ends itself if the exchange is not over by the deadline, and says so when it is used next.
+
+        Raises:
+            RailError: as for :meth:`wait`.
+        """
+
 
 class Rail(Protocol):
     """A rank's end of its rail."""

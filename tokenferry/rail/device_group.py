@@ -1,8 +1,10 @@
 """Rails for tensors on GPUs: NCCL moves them, over any network that it knows; tensors on the CPU go over Gloo beside.
 
 Exchanges are put into the order of the current stream, and run beside what is put there afterwards: ``wait`` makes
-the stream wait, ``finish`` the host, until a deadline. A communicator that misses it is aborted, on this rank alone,
-so that the stream goes on and the GPU stays usable; then the peers miss theirs.
+the stream wait, ``finish`` the host, until a deadline; behind ``settle`` a thread looks at the deadline. A
+communicator that misses it is aborted, on this rank alone, so that the stream goes on and the GPU stays usable; then
+the peers miss theirs. A captured exchange is the graph's: of its replays nothing is known here, and nobody looks at a
+deadline.
 """
 
 from __future__ import annotations
@@ -12,16 +14,19 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from tokenferry.errors import TokenferryError
+from tokenferry.memory.driver import Driver
 from tokenferry.rail import Parts, RailError, Transfer
 from tokenferry.rail.process_group import MOST_UNFINISHED, ProcessGroupRail, bytes_of, first_line
+from tokenferry.rail.watch import Marker, Watch, Watched
 from tokenferry.topology import Topology
 
 _NEVER = timedelta(days=365)
@@ -29,19 +34,6 @@ _POLL_SECONDS = 20e-6
 _GRACE_SECONDS = 1.0
 """Between the moment when an exchange counts as over and that when its marker must have passed, or it has failed."""
 _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-
-
-_AtNode: TypeAlias = tuple[int, torch.Tensor]
-
-
-class Marker(Protocol):
-    """A place in a stream."""
-
-    def record(self) -> None:
-        """Take the place that the current stream has come to."""
-
-    def query(self) -> bool:
-        """Whether the stream has passed it."""
 
 
 class DeviceRail:
@@ -54,6 +46,7 @@ class DeviceRail:
         device: where the rest is.
         timeout: seconds that a wait lasts.
         marker: makes markers.
+        in_thread: entered by a thread that asks markers.
 
     Raises:
         TokenferryError: no connection to some rank of the rail.
@@ -69,6 +62,7 @@ class DeviceRail:
         device: torch.device,
         timeout: float,
         marker: Callable[[], Marker],
+        in_thread: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         self._words = words
         self._node = topology.node
@@ -78,6 +72,8 @@ class DeviceRail:
         self._marker = marker
         self._bytes_sent = 0
         self._unfinished: deque[DeviceTransfer] = deque()
+        self._failure: tuple[Sequence[int], str] | None = None
+        self.watch = Watch(timeout, self._miss, in_thread)
         others = [node for node in range(topology.num_nodes) if node != topology.node]
         tokens = torch.zeros((2, topology.num_nodes, 16), dtype=torch.uint8, device=device)
         try:  # the first exchange connects all ranks, whoever has rows for whom later
@@ -99,15 +95,18 @@ class DeviceRail:
         given = next((part for parts in (*sends.values(), *receives.values()) for part in parts), None)
         if given is None or given.device != self._device:
             return self._words.post(sends, receives)
-        while len(self._unfinished) >= MOST_UNFINISHED:
+        is_captured = _is_capturing(self._device)
+        while len(self._unfinished) >= MOST_UNFINISHED and not is_captured:
             self._unfinished[0].finish()
         coming = [(node, part) for node, parts in receives.items() for part in bytes_of(parts)]
         going = [(node, part) for node, parts in sends.items() for part in bytes_of(parts)]
         nodes = sorted({node for node, _ in (*coming, *going)})
-        transfer = DeviceTransfer(self, nodes, [part for _, part in (*coming, *going)], self._timeout, self._marker())
+        marker = None if is_captured else self._marker()
+        transfer = DeviceTransfer(self, nodes, [part for _, part in (*coming, *going)], self._timeout, marker)
         if nodes:
             transfer.begin(self._begin(nodes, coming, going))
-            self._unfinished.append(transfer)
+            if not is_captured:
+                self._unfinished.append(transfer)
             self._bytes_sent += sum(part.numel() for _, part in going)
         return transfer
 
@@ -135,8 +134,10 @@ class DeviceRail:
         """The process group.
 
         Raises:
-            RailError: the rail is closed.
+            RailError: the rail is closed, or has ended.
         """
+        if self._failure is not None:
+            raise RailError(self._failure[0], True, self._failure[1])
         if self._group is None:
             raise RailError([self._node], False, "this rank has closed its rail")
         return self._group
@@ -146,10 +147,16 @@ class DeviceRail:
         if transfer in self._unfinished:
             self._unfinished.remove(transfer)
 
+    def _miss(self, nodes: Sequence[int], reason: str) -> None:
+        """An exchange that no host waits for has missed its deadline."""
+        self._failure = nodes, reason
+        self.abandon()
+
     def abandon(self) -> None:
         """End what is under way, wherever it is. The rail is of no use any more."""
         group, self._group = self._group, None
         self._unfinished.clear()
+        self.watch.clear()
         if group is not None:
             with contextlib.suppress(RuntimeError):  # Gloo has nothing to abort
                 group.abort()
@@ -168,11 +175,16 @@ class DeviceTransfer:
         nodes: that it is with.
         parts: tensors that must live as long.
         seconds: to wait at most.
-        marker: not recorded yet.
+        marker: not recorded yet; None if the exchange is captured.
     """
 
     def __init__(
-        self, rail: DeviceRail, nodes: Sequence[int], parts: Sequence[torch.Tensor], seconds: float, marker: Marker
+        self,
+        rail: DeviceRail,
+        nodes: Sequence[int],
+        parts: Sequence[torch.Tensor],
+        seconds: float,
+        marker: Marker | None,
     ) -> None:
         self._rail = rail
         self._nodes = nodes
@@ -195,7 +207,8 @@ class DeviceTransfer:
         try:
             for work in self._works:
                 work.wait()
-            self._marker.record()
+            if self._marker is not None:
+                self._marker.record()
         except RuntimeError as error:
             reason = first_line(error)
         else:
@@ -210,8 +223,9 @@ class DeviceTransfer:
             return
         self.wait(self._nodes[0])
         self._rail.group()
-        started, ended = time.monotonic(), None
-        while not self._marker.query():
+        marker, started, ended = self._marker, time.monotonic(), None
+        assert marker is not None  # no host waits for what is captured
+        while not marker.query():
             now = time.monotonic()
             if ended is None and all(work.is_completed() for work in self._works):
                 ended = now
@@ -223,6 +237,20 @@ class DeviceTransfer:
             time.sleep(_POLL_SECONDS)
         self._works, self._parts = [], []
         self._rail.is_done_with(self)
+
+    def settle(self) -> None:
+        """See :meth:`tokenferry.rail.Transfer.settle`."""
+        if not self._works:
+            return
+        self.wait(self._nodes[0])
+        if self._marker is not None:
+            self._rail.watch.add(Watched(self._marker, self._nodes, self._parts, time.monotonic()))
+        self._works, self._parts = [], []
+        self._rail.is_done_with(self)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def nccl_rail(topology: Topology, key: str, timeout: float, device: torch.device) -> DeviceRail:
@@ -243,7 +271,7 @@ def nccl_rail(topology: Topology, key: str, timeout: float, device: torch.device
     store = _get_default_store()
     try:
         group = _nccl_group(PrefixStore(f"{key}/nccl", store), topology.node, topology.num_nodes, device)
-        return DeviceRail(words, group, topology, device, timeout, torch.cuda.Event)
+        return DeviceRail(words, group, topology, device, timeout, torch.cuda.Event, Driver().relaxed_capture)
     except RuntimeError as error:
         words.close()
         if isinstance(error, TokenferryError):

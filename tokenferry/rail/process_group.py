@@ -178,6 +178,10 @@ class PostedTransfer:
             self._sends = self._sends[1:]
         self._rail.is_done_with(self)
 
+    def settle(self) -> None:
+        """See :meth:`tokenferry.rail.Transfer.settle`: the host waits."""
+        self.finish()
+
     def abandon(self) -> None:
         """Forget what has not come."""
         self._is_abandoned = True

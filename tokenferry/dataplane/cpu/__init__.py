@@ -21,6 +21,7 @@ from tokenferry.dataplane import (
     Part,
     Pending,
     ReducePlan,
+    Relays,
     ScaleFormat,
     SendPlan,
     Signature,
@@ -115,8 +116,9 @@ class CpuDataPlane:
         )
 
     def warm_low_latency(
-        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int
-    ) -> None:
+        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int,
+        relays: Relays | None,
+    ) -> None:  # fmt: skip
         """See :meth:`tokenferry.dataplane.DataPlane.warm_low_latency`: nothing takes long the first time."""
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:

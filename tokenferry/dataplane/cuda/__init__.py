@@ -26,6 +26,7 @@ from tokenferry.dataplane import (
     PartPlan,
     Pending,
     ReducePlan,
+    Relays,
     ScaleFormat,
     SendPlan,
     Signature,
@@ -336,13 +337,15 @@ class CudaDataPlane(CudaRank):
         if not out.numel():
             return
         wide = functools.reduce(torch.promote_types, [part.rows.dtype for part in parts], out.dtype)
-        self._queue.start()
-        with torch.cuda.stream(self._queue.stream):
-            parts = [part._replace(rows=self._aligned(part.rows.to(wide))) for part in parts]
-            biases = [self._aligned(bias) for bias in biases]
-            found = self.empty_rows(out.size(0), len(parts), torch.int64)
-            sms = num_sms or DEFAULT_NUM_SMS
-            parts_programs.sum_rows(self._queue.handle, parts, biases, out, wide, found, self._target, sms)
+        stream = torch.cuda.current_stream(self._device)
+        if not torch.cuda.is_current_stream_capturing():
+            for part in parts:
+                part.rows.record_stream(stream)  # it may be memory of another one
+        parts = [part._replace(rows=self._aligned(part.rows.to(wide))) for part in parts]
+        biases = [self._aligned(bias) for bias in biases]
+        found = self.empty_rows(out.size(0), len(parts), torch.int64)
+        sms = num_sms or DEFAULT_NUM_SMS
+        parts_programs.sum_rows(stream.cuda_stream, parts, biases, out, wide, found, self._target, sms)
 
     def has_room(self, row_bytes: int) -> bool:
         """See :meth:`tokenferry.dataplane.DataPlane.has_room`."""
@@ -395,13 +398,16 @@ class CudaDataPlane(CudaRank):
         self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
-        return self._low_latency.tables(num_local_experts, num_max_tokens, num_topk, self._device)
+        return self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, self._device)
 
     def warm_low_latency(
-        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int
-    ) -> None:
+        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int,
+        relays: Relays | None,
+    ) -> None:  # fmt: skip
         """See :meth:`tokenferry.dataplane.DataPlane.warm_low_latency`."""
-        self._low_latency.warm(scale_format, num_max_tokens, hidden, num_topk, num_local_experts)
+        self._low_latency.warm(scale_format, num_max_tokens, hidden, num_topk, num_local_experts, relays)
+        if relays is not None:
+            parts_programs.warm_sums(torch.bfloat16, hidden, self._target)
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""

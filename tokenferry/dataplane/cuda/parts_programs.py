@@ -136,8 +136,13 @@ def warm(plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], t
     if any(plan.part is not None for plan in plans):
         _announce_part(target)
         _note_held(target)
-        _find_rows(target)
         for columns in reduces:
             for column in columns:
-                for rows in {column.dtype, torch.promote_types(column.dtype, torch.float32)}:
-                    _sum_rows((rows, column.dtype), column.size(1), 0, target)
+                warm_sums(column.dtype, column.size(1), target)
+
+
+def warm_sums(dtype: torch.dtype, width: int, target: Target) -> None:
+    """Compile local sums of this dtype and width, of rows as wide or wider."""
+    _find_rows(target)
+    for rows in {dtype, torch.promote_types(dtype, torch.float32)}:
+        _sum_rows((rows, dtype), width, 0, target)
