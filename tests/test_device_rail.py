@@ -186,9 +186,15 @@ def test_exchanges_that_no_host_waits_for(pool_of: PoolOf) -> None:
     pool_of(2).run(_settled, "device/settled")
 
 
-def _missed(rank: int, num_ranks: int, key: str) -> tuple[bool, tuple[int, ...], str]:
+def _no_setting() -> Any:
+    raise RuntimeError("no such setting")
+
+
+def _missed(rank: int, num_ranks: int, key: str, has_setting: bool) -> tuple[bool, tuple[int, ...], str]:
     """The same, and the stream never gets there: the thread ends the rail, which says so when it is used next."""
     rail, group = rail_of(rank, num_ranks, key, True, timeout=0.5)
+    if not has_setting:
+        rail.watch._in_thread = _no_setting
     others = [node for node in range(num_ranks) if node != rank]
     rail._marker = Never
     for _ in range(3):
@@ -208,8 +214,10 @@ def _missed(rank: int, num_ranks: int, key: str) -> tuple[bool, tuple[int, ...],
     return caught.value.timed_out, tuple(caught.value.nodes), str(caught.value)
 
 
-def test_deadline_that_no_host_waits_for(pool_of: PoolOf) -> None:
-    for rank, (timed_out, nodes, text) in enumerate(pool_of(3).run(_missed, "device/missed")):
+@pytest.mark.parametrize("has_setting", [True, False])
+def test_deadline_that_no_host_waits_for(pool_of: PoolOf, has_setting: bool) -> None:
+    results = pool_of(3).run(_missed, f"device/missed/{has_setting}", has_setting)
+    for rank, (timed_out, nodes, text) in enumerate(results):
         assert timed_out
         assert nodes == tuple(node for node in range(3) if node != rank)
         assert "0.5 s" in text

@@ -383,6 +383,9 @@ class DataPlane(Protocol):
     ) -> None:  # fmt: skip
         """Make ready for low-latency operations of such plans: what takes long the first time."""
 
+    def advance(self) -> None:
+        """Finish those low-latency operations that wait for nothing: ranks may wait for what this one still reads."""
+
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """Send each token once to every rank that holds one of its experts; the rest happens in ``finish``.
 

@@ -138,6 +138,7 @@ class Nodes:
                 self.rail.close()  # whatever made it unusable, the other nodes shall not wait for this rank
                 raise
             self.epoch += 1
+            self.rail.meanwhile = who.plane.advance
             operation = Operation(self, who, name, self.epoch, signature)
             with self.guarded(operation):
                 yield operation

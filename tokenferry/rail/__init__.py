@@ -69,6 +69,8 @@ class Rail(Protocol):
     """A rank's end of its rail."""
 
     carrier: str
+    meanwhile: Callable[[], object]
+    """Called now and then while the host waits; set by who uses the rail."""
 
     @property
     def bytes_sent(self) -> int:

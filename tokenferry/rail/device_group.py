@@ -10,6 +10,7 @@ deadline.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections import deque
@@ -46,7 +47,7 @@ class DeviceRail:
         device: where the rest is.
         timeout: seconds that a wait lasts.
         marker: makes markers.
-        in_thread: entered by a thread that asks markers.
+        in_thread: entered by a thread that asks markers; it goes without if that fails.
 
     Raises:
         TokenferryError: no connection to some rank of the rail.
@@ -84,6 +85,15 @@ class DeviceRail:
             self.close()
             raise TokenferryError(f"no rail between the GPUs of ranks {topology.rail}: {error}") from error
         self._bytes_sent = 0
+
+    @property
+    def meanwhile(self) -> Callable[[], object]:
+        """See :class:`tokenferry.rail.Rail`: while the host waits for what is on the CPU."""
+        return self._words.meanwhile
+
+    @meanwhile.setter
+    def meanwhile(self, call: Callable[[], object]) -> None:
+        self._words.meanwhile = call
 
     @property
     def bytes_sent(self) -> int:
@@ -249,6 +259,15 @@ class DeviceTransfer:
         self._rail.is_done_with(self)
 
 
+@contextlib.contextmanager
+def _looking(device: torch.device) -> Iterator[None]:
+    """A thread that asks events of a GPU, while others may capture graphs there."""
+    torch.cuda.set_device(device)
+    torch.cuda.mem_get_info(device)  # the first call of a thread makes the GPU's context its own
+    with Driver().relaxed_capture():
+        yield
+
+
 def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -271,7 +290,9 @@ def nccl_rail(topology: Topology, key: str, timeout: float, device: torch.device
     store = _get_default_store()
     try:
         group = _nccl_group(PrefixStore(f"{key}/nccl", store), topology.node, topology.num_nodes, device)
-        return DeviceRail(words, group, topology, device, timeout, torch.cuda.Event, Driver().relaxed_capture)
+        return DeviceRail(
+            words, group, topology, device, timeout, torch.cuda.Event, functools.partial(_looking, device)
+        )
     except RuntimeError as error:
         words.close()
         if isinstance(error, TokenferryError):

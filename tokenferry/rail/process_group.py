@@ -31,6 +31,8 @@ _LONGEST = 365 * 86400.0
 """Seconds; Gloo takes no endless deadline."""
 MOST_UNFINISHED = 32
 """Exchanges that may be under way; a further one waits for the oldest, which somebody may have forgotten."""
+_MEANWHILE_EVERY = 0.002
+"""Seconds."""
 
 _rails: weakref.WeakSet[ProcessGroupRail] = weakref.WeakSet()
 _inherited: list[object] = []
@@ -53,6 +55,7 @@ class ProcessGroupRail:
 
     def __init__(self, topology: Topology, key: str, timeout: float) -> None:
         self.bytes_sent = 0
+        self.meanwhile: Callable[[], object] = _nothing
         self._node = topology.node
         self._timeout = timedelta(seconds=min(timeout, _LONGEST))
         self._unfinished: deque[PostedTransfer] = deque()
@@ -114,9 +117,14 @@ class ProcessGroupRail:
         In another thread, since Gloo's wait does not end for Ctrl-C.
         """
         self.group()
-        if self._waiter is None:
-            self._waiter = _Waiter()
-        return self._waiter.wait(work, self._timeout)
+        waiter = self._waiter or _Waiter()
+        self._waiter = None  # whose answer is not fetched is of no further use
+        reason = waiter.wait(work, self._timeout, self.meanwhile)
+        if self._group is None:
+            waiter.stop()
+        else:
+            self._waiter = waiter
+        return reason
 
     def leave_to_the_parent(self) -> None:
         """In a forked child: this rail is not its own."""
@@ -221,14 +229,26 @@ class _Waiter:
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_serve, args=(self._jobs, self._answers), daemon=True, name="rail").start()
 
-    def wait(self, work: list[dist.Work], timeout: timedelta) -> str:
+    def wait(self, work: list[dist.Work], timeout: timedelta, meanwhile: Callable[[], object]) -> str:
         """Wait for the first work of the list, which goes from there; returns why it failed, or nothing."""
         self._jobs.put((work, timeout))
-        return self._answers.get()
+        while True:
+            try:
+                return self._answers.get(timeout=_MEANWHILE_EVERY)
+            except queue.Empty:
+                try:
+                    meanwhile()
+                except BaseException:
+                    self.stop()
+                    raise
 
     def stop(self) -> None:
         """End the thread, once it is done with what it waits for."""
         self._jobs.put(None)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _serve(

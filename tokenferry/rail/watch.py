@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import NamedTuple, Protocol
 
 import torch
+
+logger = logging.getLogger("tokenferry")
 
 _LOOK_EVERY = 0.02
 """Seconds. The thread ends when there is nothing to look after."""
@@ -44,7 +47,7 @@ class Watch:
     Args:
         seconds: that an exchange may take.
         give_up: called with the nodes of one that takes longer, and what it was.
-        in_thread: entered by the thread.
+        in_thread: entered by the thread; it goes without if that fails.
     """
 
     def __init__(
@@ -74,7 +77,11 @@ class Watch:
             self._watched.clear()
 
     def _run(self) -> None:
-        with self._in_thread():
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._in_thread())
+            except Exception as error:  # a deadline matters more
+                logger.warning("rail: the thread that looks at deadlines goes without its setting: %s", error)
             while self._look():
                 time.sleep(_LOOK_EVERY)
 

@@ -121,6 +121,11 @@ class CpuDataPlane:
     ) -> None:  # fmt: skip
         """See :meth:`tokenferry.dataplane.DataPlane.warm_low_latency`: nothing takes long the first time."""
 
+    def advance(self) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.advance`."""
+        with self.heap.guarded():
+            self._pending.advance()
+
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
         with self.heap.operation("low_latency_dispatch") as operation:

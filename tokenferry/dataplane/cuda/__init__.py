@@ -409,6 +409,9 @@ class CudaDataPlane(CudaRank):
         if relays is not None:
             parts_programs.warm_sums(torch.bfloat16, hidden, self._target)
 
+    def advance(self) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.advance`: kernels wait for no host."""
+
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
         self.check()
