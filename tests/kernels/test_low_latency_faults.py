@@ -241,7 +241,7 @@ def test_slots_that_differ_are_a_mismatch(monkeypatch: Any) -> None:
     large = Case(tokens=(8,), hidden=8, num_topk=2)
     world = world_of(monkeypatch, 2, 1, large, slots=2, max_steps=30_000)
     first = world.buffers[0].plane._low_latency
-    first.num_slots(first._layouts(8, 8, 2, 2))
+    first.num_slots(first._layouts(8, 8, 2, 2, 1))
     Calls(world, TINY).dispatch()
     world.run()
     assert [world.code(rank) for rank in range(2)] == [words.MISMATCH.value] * 2

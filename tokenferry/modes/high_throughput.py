@@ -53,6 +53,19 @@ class HighThroughput:
             return intranode.combine(self.party, x, handle, topk_weights, bias)
         return internode.combine(self.party, x, handle, topk_weights, bias, self._chunk)
 
+    def warm(
+        self,
+        hidden: int,
+        num_topk: int,
+        num_experts: int,
+        dtype: torch.dtype,
+        scale_bytes: int,
+        combine_dtype: torch.dtype | None,
+    ) -> None:
+        """Make ready for such operations; see :meth:`tokenferry.Buffer.warmup`."""
+        mode = intranode if self.party.nodes is None else internode
+        mode.warm(self.party, hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
+
     @property
     def _chunk(self) -> int:
         """Rows of a chunk, between nodes."""

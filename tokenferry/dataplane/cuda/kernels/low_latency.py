@@ -71,6 +71,12 @@ def longs_at(address):
 
 
 @triton.jit
+def ints_at(address):
+    """Likewise, of int32."""
+    return (address + zero().to(tl.int64)).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
 def words_of(base, kind, slot):
     """The words of one kind and slot in the heap at ``base``, by rank."""
     return (base + kind + slot * (RANKS * 8)).to(tl.pointer_type(tl.int64))
