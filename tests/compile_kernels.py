@@ -22,8 +22,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ScaleFormat, SendPlan
-from tokenferry.dataplane.cuda import expert_major_programs, launch, low_latency_programs, programs
+from tokenferry.dataplane import (
+    ExpertPlan,
+    HeldRows,
+    OperationKind,
+    Outputs,
+    Part,
+    PartPlan,
+    ScaleFormat,
+    SendPlan,
+)
+from tokenferry.dataplane.cuda import (
+    expert_major_programs,
+    launch,
+    low_latency_programs,
+    parts_programs,
+    programs,
+)
 from tokenferry.handles import DispatchHandle
 
 TOKENS, ROWS, NUM_SMS = 4096, 8192, 16
@@ -157,23 +172,77 @@ def sum_copies(dtype: torch.dtype, wide: torch.dtype) -> None:
 
 
 def combine(
-    ranks: int, dtype: torch.dtype, row_bytes: int, topk: int = 8, biases: int = 0, *, bulk: bool = False
+    ranks: int,
+    dtype: torch.dtype,
+    row_bytes: int,
+    topk: int = 8,
+    biases: int = 0,
+    *,
+    bulk: bool = False,
+    sums: torch.dtype | None = None,
 ) -> None:
+    held = None if sums is None else held_tables(ranks)
     width = row_bytes // dtype.itemsize
     columns, outs = (
-        [torch.empty(count, width, dtype=dtype), *[torch.empty(count, topk)] * (topk > 0)] for count in (ROWS, TOKENS)
+        [torch.empty(count, width, dtype=of), *[torch.empty(count, topk)] * (topk > 0)]
+        for count, of in ((ROWS, dtype), (TOKENS, sums or dtype))
     )
     programs.combine(
         0, CONTEXT, columns, outs, [outs[0]] * biases, handle_of(ranks), (0, 0), 0, STAGE, 0, OperationKind.COMBINE,
-        TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
+        TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS, held,
     )  # fmt: skip
 
 
+def part(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, bulk: bool = False) -> None:
+    plan = plan_of(ranks, row_bytes, topk, scale_bytes)
+    plan = plan._replace(num_tokens_per_rank=None, num_tokens_per_expert=None, part=part_plan(ranks))
+    outputs = Outputs(plan.rows, plan.scales, plan.topk_idx, plan.topk_weights, None)
+    programs.dispatch(
+        0, CONTEXT, plan, outputs, None, torch.empty(3 * ranks, dtype=torch.int32), (0,) * 4, 0, ROWS, TOKENS, STAGE,
+        0, OperationKind.DISPATCH, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
+    )  # fmt: skip
+
+
+def part_plan(ranks: int) -> PartPlan:
+    starts = torch.empty(ranks, dtype=torch.int64)
+    return PartPlan(ROWS, starts, starts, range(64 // ranks))
+
+
+def announce_part(ranks: int) -> None:
+    table = torch.empty(3 * ranks, dtype=torch.int32)
+    parts_programs.announce_part(
+        0, CONTEXT, plan_of(ranks, 16, 8), part_plan(ranks), table, (0,) * 4, 0, TOKENS, 0, OperationKind.DISPATCH,
+        TIMEOUT, programs.Target(ranks, False, 0),
+    )  # fmt: skip
+
+
+def held_tables(ranks: int) -> programs.HeldTables:
+    words = torch.empty(TOKENS * ranks, dtype=torch.int32)
+    return programs.HeldTables(words, words, words)
+
+
+def note_held(ranks: int) -> None:
+    starts = torch.empty(ranks, dtype=torch.int64)
+    held = HeldRows(starts, starts, starts, torch.empty(ROWS, dtype=torch.int32))
+    member = torch.empty(TOKENS, ranks, dtype=torch.bool)
+    parts_programs.note_held(0, member, held, held_tables(ranks), programs.Target(ranks, False, 0))
+
+
+def sum_rows(width: int, dtype: torch.dtype, sums: torch.dtype, biases: int = 0) -> None:
+    out, found = torch.empty(TOKENS, width, dtype=sums), torch.empty(TOKENS, 9, dtype=torch.int64)
+    parts = [Part(found[:, 0], torch.empty(TOKENS, width, dtype=dtype))]
+    with mock.patch.object(parts_programs, "_find_rows"):
+        parts_programs.sum_rows(
+            0, parts, [out] * biases, out, dtype, found, programs.Target(8, False, 0), NUM_SMS
+        )  # fmt: skip
+
+
 def low_latency_dispatch(
-    ranks: int, phase: str, scale_format: ScaleFormat, topk: int = 8, tokens: int = 16, *, shrinks: bool = False
-) -> None:
+    ranks: int, phase: str, scale_format: ScaleFormat, topk: int = 8, tokens: int = 16, *, nodes: int = 1,
+    shrinks: bool = False,
+) -> None:  # fmt: skip
     part = low_latency_programs.part_of(7168, tokens)
-    shape = low_latency_programs.DispatchShape(scale_format, 7168, topk, 256 // ranks, part, shrinks, 4)
+    shape = low_latency_programs.DispatchShape(scale_format, 7168, topk, 256 // ranks, nodes, part, shrinks, 4)
     low_latency_programs.dispatch.cache_clear()
     getattr(low_latency_programs.dispatch(shape, low_latency_target(ranks)), phase)
 
@@ -204,6 +273,13 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "dispatch expanded fp8": lambda: expanded(8, 7168, 8, 56 * 4),
     "dispatch expanded cached": lambda: expanded(8, 14336, 8, cached=True),
     "dispatch expanded 32": lambda: expanded(32, 14336, 32),
+    "dispatch part": lambda: part(8, 14336, 8),
+    "dispatch part without choices": lambda: part(4, 14336, 0),
+    "announce part": lambda: announce_part(8),
+    "local note held": lambda: note_held(8),
+    "local find rows": lambda: parts_programs._find_rows.__wrapped__(programs.Target(8, False, 0)),
+    "local sum rows": lambda: sum_rows(7168, BFLOAT16, BFLOAT16, 2),
+    "local sum rows fp32": lambda: sum_rows(7168, FLOAT32, BFLOAT16, 1),
     "local pack": lambda: pack(8, 256),
     "local starts": lambda: starts(expand=True),
     "local sources": sources,
@@ -217,8 +293,10 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "combine fp32": lambda: combine(8, FLOAT32, 28672),
     "combine fp64": lambda: combine(8, FLOAT64, 14336),
     "combine 16 bytes": lambda: combine(8, BFLOAT16, 16),
+    "combine held wide": lambda: combine(4, BFLOAT16, 14336, sums=FLOAT32),
     "low latency dispatch bf16": lambda: low_latency_dispatch(8, "both", ScaleFormat.NONE),
     "low latency dispatch fp8": lambda: low_latency_dispatch(2, "both", ScaleFormat.PLAIN),
+    "low latency dispatch between nodes": lambda: low_latency_dispatch(4, "both", ScaleFormat.PLAIN, nodes=3),
     "low latency dispatch many tokens": lambda: low_latency_dispatch(8, "both", ScaleFormat.UE8M0, tokens=128),
     "low latency dispatch send": lambda: low_latency_dispatch(8, "send", ScaleFormat.ROUNDED, shrinks=True),
     "low latency dispatch receive": lambda: low_latency_dispatch(8, "receive", ScaleFormat.UE8M0, shrinks=True),
@@ -235,6 +313,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "bulk dispatch expanded": lambda: expanded(8, 14336, 8, bulk=True),
     "bulk dispatch expanded fp8": lambda: expanded(8, 7168, 8, 56 * 4, bulk=True),
     "bulk dispatch expanded cached": lambda: expanded(8, 14336, 8, cached=True, bulk=True),
+    "bulk dispatch part": lambda: part(8, 14336, 8, bulk=True),
+    "bulk dispatch part fp8": lambda: part(8, 7168, 8, 56 * 4, bulk=True),
+    "bulk combine held wide": lambda: combine(8, BFLOAT16, 14336, bulk=True, sums=FLOAT32),
     "bulk combine bf16": lambda: combine(8, BFLOAT16, 14336, bulk=True),
     "bulk combine fp32": lambda: combine(8, FLOAT32, 28672, bulk=True),
 }

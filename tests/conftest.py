@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.fault_trials import Trials
 from tokenferry.cli.ranks import RankError, RankPool
 
 os.environ.setdefault("TOKENFERRY_DEVICE", "cpu")  # tests of GPUs name theirs
@@ -56,6 +58,18 @@ def session_pools(begin: Callable[[int, int], None] | None = None) -> Iterator[P
     yield get
     for pool in pools.values():
         pool.close() if pool.is_whole else pool.stop()
+
+
+@pytest.fixture
+def claims(request: pytest.FixtureRequest, pool_of: PoolOf, tmp_path: Path) -> Iterator[Trials]:
+    """What follows from the fault that the test is marked with; the test must have compared with it in the end."""
+    marker = request.node.get_closest_marker("fault")
+    trials = Trials(marker.args[0], pool_of, tmp_path)
+    failures = request.session.testsfailed
+    yield trials
+    has_failed = request.session.testsfailed > failures
+    assert trials.checks or has_failed, "the test has compared nothing with its row"
+    request.node.user_properties.append(("seconds", round(trials.slowest, 3)))
 
 
 @pytest.fixture(scope="session")

@@ -35,9 +35,9 @@ def small_chunks(rows: int) -> Config:
 class NodeScenario(Scenario):
     """A case on one of the ranks of several nodes."""
 
-    def __init__(self, case: Case, rank: int, layout: str, exact: bool = False) -> None:
+    def __init__(self, case: Case, rank: int, layout: str, exact: bool = False, device: str = "cpu") -> None:
         node_of = LAYOUTS[layout]
-        super().__init__(case, rank, len(node_of))
+        super().__init__(case, rank, len(node_of), device)
         first_seen = list(dict.fromkeys(node_of))
         self.node_of = [first_seen.index(node) for node in node_of]
         self.wanted_handle = oracle.internode_handle(self.inputs, self.num_experts, rank, self.node_of)
@@ -64,18 +64,25 @@ class NodeScenario(Scenario):
 
 
 def check_nodes(
-    rank: int, num_ranks: int, layout: str, case: Case, chunk: int = 0, num_nvl_bytes: int = 0, exact: bool = False
+    rank: int,
+    num_ranks: int,
+    layout: str,
+    case: Case,
+    chunk: int = 0,
+    num_nvl_bytes: int = 0,
+    exact: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Every kind of call on one case."""
     options: dict[str, Any] = {} if not chunk else {"config": small_chunks(chunk)}
-    with make_buffer(rank, layout, num_nvl_bytes=num_nvl_bytes, exact_combine=exact) as buffer:
-        NodeScenario(case, rank, layout, exact).check_all(buffer, **options)
+    with make_buffer(rank, layout, num_nvl_bytes=num_nvl_bytes, exact_combine=exact, device=device) as buffer:
+        NodeScenario(case, rank, layout, exact, device).check_all(buffer, **options)
 
 
-def check_rail_bytes(rank: int, num_ranks: int, layout: str, case: Case) -> tuple[int, int]:
+def check_rail_bytes(rank: int, num_ranks: int, layout: str, case: Case, device: str = "cpu") -> tuple[int, int]:
     """Bytes that the rail carried in a dispatch, and those of the rows to other nodes."""
-    with make_buffer(rank, layout) as buffer:
-        scenario = NodeScenario(case, rank, layout)
+    with make_buffer(rank, layout, device=device) as buffer:
+        scenario = NodeScenario(case, rank, layout, device=device)
         runtime = buffer.runtime
         assert runtime is not None
         rail = runtime.party().nodes.rail

@@ -23,26 +23,34 @@ def make_buffer(rank: int, layout: str, **options: Any) -> Buffer:
 class NodeScenario(Scenario):
     """A case on one of the ranks of several nodes."""
 
-    def __init__(self, case: Case, rank: int, layout: str, exact: bool = False) -> None:
+    def __init__(self, case: Case, rank: int, layout: str, exact: bool = False, device: str = "cpu") -> None:
         nodes = LAYOUTS[layout]
-        super().__init__(case, rank, len(nodes))
+        super().__init__(case, rank, len(nodes), device=device)
         first_seen = list(dict.fromkeys(nodes))
         self.node_of = [first_seen.index(node) for node in nodes]
         self.exact = exact
 
     def combined(self, ids: torch.Tensor, row_of: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
-        """Each node sums its rows first, and rounds unless ``exact``."""
+        """Each node sums its rows first, and rounds unless ``exact``; on GPUs each of its ranks before."""
         total = torch.zeros(len(ids), self.case.hidden, dtype=torch.float32)
         for node in range(max(self.node_of) + 1):
             its = torch.tensor([self.node_of[e // self.case.local_experts] == node for e in range(self.num_experts)])
             here = (ids >= 0) & its[ids.clamp(min=0)]
-            wide = oracle.combined_wide(ids.masked_fill(~here, -1), self.weights, row_of, self.case.hidden)
-            total += wide if self.exact else wide.to(torch.bfloat16).float()
+            of_node = ids.masked_fill(~here, -1)
+            if self.device == "cuda":
+                hidden, local = self.case.hidden, self.case.local_experts
+                total += oracle.combined_by_rank(of_node, self.weights, row_of, hidden, local).float()
+            else:
+                wide = oracle.combined_wide(of_node, self.weights, row_of, self.case.hidden)
+                total += wide if self.exact else wide.to(torch.bfloat16).float()
         return total.to(torch.bfloat16)
 
 
-def check_nodes(rank: int, num_ranks: int, layout: str, cases: list[Case], exact: bool = False) -> None:
+def check_nodes(
+    rank: int, num_ranks: int, layout: str, cases: list[Case], exact: bool = False, device: str = "cpu"
+) -> None:
     """One Buffer, one case after the other, memory poisoned."""
-    with make_buffer(rank, layout, exact_combine=exact) as buffer, poisoned_memory():
+    options = {"num_rdma_bytes": 32 << 20} if device == "cuda" else {}
+    with make_buffer(rank, layout, exact_combine=exact, device=device, **options) as buffer, poisoned_memory():
         for case in cases:
-            check_case(buffer, NodeScenario(case, rank, layout, exact))
+            check_case(buffer, NodeScenario(case, rank, layout, exact, device))

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.test_bench import SMALL, a_case
 from tokenferry import Buffer
 from tokenferry.cli import bench_cuda, bench_cuda_cases, main
 from tokenferry.cli.bench_cases import BASELINE, CUDA_MODES, OURS, BenchError
-from tokenferry.cli.bench_cuda_cases import DEEPEP, CudaCase, Effort, Stretch, run_cases, start_together
+from tokenferry.cli.bench_cuda_cases import BARE, DEEPEP, CudaCase, Effort, Stretch, run_cases, start_together
 from tokenferry.cli.bench_cuda_plot import draw
 from tokenferry.cli.bench_cuda_report import KINDS, CudaReport
 from tokenferry.cli.bench_machine import describe_gpus
@@ -44,7 +45,7 @@ def run_on_cpu(rank: int, num_ranks: int, cases: list[CudaCase], effort: Effort,
     return run_cases(rank, num_ranks, [replace(c, device="cpu") for c in cases], effort, rivals, FakeClock())
 
 
-def a_device(rank: int, num_ranks: int) -> dict[str, Any]:
+def a_device(rank: int, num_ranks: int, num_nodes: int = 1) -> dict[str, Any]:
     versions = {"triton": "3", "cuda": "13.0", "driver": "580", "nccl": "2.28"}
     shape = {"gpu_sms": 132, "gpu_memory_bytes": 1 << 36, "gpu_capability": "9.0"}
     return {"gpu": "NVIDIA H100 80GB HBM3", **shape, "versions": versions, "deep_ep": "is not there"}
@@ -167,9 +168,59 @@ def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert named in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_between_nodes(tmp_path: Path) -> None:
+    modes = ["dispatch", "combine", "pair"]
+    command = [*CUDA, "--tokens", "8", "--nodes", "2", "--dtype", "bf16", "--modes", *modes]
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert [entry["case"]["mode"] for entry in results["cases"]] == modes
+    for entry in results["cases"]:
+        assert entry["case"]["nodes"] == 2
+        assert entry["contenders"].keys() == {OURS, BASELINE, BARE}
+    assert "network transport" in results["notes"][0]
+
+
+def test_bytes_of_the_bare_exchange(pool_of: Callable[[int], RankPool]) -> None:
+    for mode, wanted in (("cached", ["there"]), ("combine", ["back"]), ("cached-pair", ["there", "back"])):
+        for sent, received in pool_of(2).run(
+            bare_bytes, a_cuda_case(mode=mode, topk=1, ranks=2, seed=1, device="cpu")
+        ):
+            assert sent == [way for way in received["expected"] if way[0] in wanted]
+
+
+def bare_bytes(rank: int, num_ranks: int, case: CudaCase) -> Any:
+    """Bytes of the exchanges, and those that the rows of one way have."""
+    sent: list[tuple[str, int, int]] = []
+
+    def note(output: torch.Tensor, given: torch.Tensor, coming: list[int], going: list[int], group: Any) -> None:
+        way = "there" if going[1 - rank] == rows[1 - rank] and coming[1 - rank] == theirs else "back"
+        sent.append((way, given.numel(), output.numel()))
+
+    with Buffer(dist.group.WORLD, device="cpu") as buffer:
+        work = bench_cuda_cases.prepare(case, rank, buffer)
+        rows = work.num_tokens_per_rank.tolist()
+        other = torch.empty_like(work.num_tokens_per_rank)
+        dist.all_gather([work.num_tokens_per_rank.clone(), other][:: 1 - 2 * rank], work.num_tokens_per_rank)
+        theirs = int(other[rank])
+        call = bench_cuda_cases._bare_exchange(case, work, None)
+        with mock.patch.object(dist, "all_to_all_single", note):
+            call()
+    width = replace(case, mode="cached").row_bytes(), replace(case, mode="combine").row_bytes()
+    assert rows[1 - rank] != theirs
+    expected = [
+        ("there", rows[1 - rank] * width[0], theirs * width[0]),
+        ("back", theirs * width[1], rows[1 - rank] * width[1]),
+    ]
+    return sent, {"expected": expected}
+
+
 def test_rivals_and_file_names_of_cuda() -> None:
-    machine = describe_gpus([a_device(0, 1)] * 2, 2)
+    machine = {**describe_gpus([a_device(0, 1)] * 2, 2), "nodes": 1}
     assert bench_cuda.choose_rivals(machine, "yes", True)[0] == [BASELINE, DEEPEP]
+    for gpus, ranks, nodes, wanted in ((1, 2, 2, [BASELINE, BARE]), (4, 4, 2, [BASELINE]), (2, 4, 2, [])):
+        shared = {**describe_gpus([a_device(0, 1)] * ranks, gpus), "nodes": nodes}
+        assert bench_cuda.choose_rivals(shared, "yes", True)[0] == wanted
     assert bench_cuda.choose_rivals(machine, "yes", False)[0] == []
     assert bench_cuda.choose_rivals({**machine, "ranks": 3}, "yes", True)[0] == [BASELINE]
     reports = [CudaReport(a_cuda_case(sms=sms), {}, 0, 0, 0, {}) for sms in (0, 8, 16)]

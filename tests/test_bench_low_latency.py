@@ -21,14 +21,15 @@ from tests.test_bench import LOW_LATENCY
 from tests.test_bench_cuda import FakeClock, a_device
 from tokenferry import Buffer
 from tokenferry.cli import bench, bench_low_latency, bench_low_latency_clocks, main
-from tokenferry.cli.bench_cases import OURS, BenchError
+from tokenferry.cli.bench_cases import BASELINE, OURS, BenchError
 from tokenferry.cli.bench_cuda_cases import DEEPEP
 from tokenferry.cli.bench_low_latency_cases import (
-    Contender,
+    BufferContender,
     Effort,
     LowLatencyCase,
     Traffic,
     Workload,
+    check,
     count_traffic,
     expert_rows,
     prepare,
@@ -192,7 +193,7 @@ def test_results_as_on_gpus(saved: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (saved / "shared").read_text() == "False"
     results = json.loads((saved / "h100-2ranks-low-latency.json").read_text())
     assert (saved / "h100-2ranks-low-latency.png").read_bytes().startswith(b"\x89PNG")
-    assert results["notes"] == ["DeepEP V1 left out: deep_ep is not there"]
+    assert [note.partition(":")[0] for note in results["notes"]] == [BASELINE, "DeepEP V1 left out"]
     assert (results["machine"]["gpu"], results["machine"]["ranks"]) == ("NVIDIA H100 80GB HBM3", 2)
     assert results["versions"]["cuda"] == "13.0"
     expected = {
@@ -265,10 +266,10 @@ def test_default_cases() -> None:
 def test_rivals() -> None:
     machine = {"device": "cuda", **describe_gpus([a_device(0, 1)] * 2, 2)}
     chosen, notes = bench_low_latency.choose_rivals(machine, "yes", True)
-    assert chosen == [DEEPEP]
-    assert "never run" in notes[0]
+    assert chosen == [BASELINE, DEEPEP]
+    assert "never run" in notes[1]
     assert bench_low_latency.choose_rivals(machine, "yes", False) == ([], ["no other contenders: --no-baseline"])
-    assert bench_low_latency.choose_rivals(machine, "is not there", True)[0] == []
+    assert bench_low_latency.choose_rivals(machine, "is not there", True)[0] == [BASELINE]
     shared = {"device": "cuda", **describe_gpus([a_device(0, 1)] * 4, 2)}
     assert bench_low_latency.choose_rivals(shared, "yes", True)[0] == []
 
@@ -287,15 +288,18 @@ def beside_deepep(rank: int, num_ranks: int) -> list[Any]:
     module.Buffer = Standin  # type: ignore[attr-defined]
     with mock.patch.dict(sys.modules, deep_ep=module):
         cases = [a_case(tokens=tokens, dtype=dtype) for tokens in (1, 5) for dtype in ("fp8", "bf16")]
-        return run_cases(rank, num_ranks, cases, a_case(), Effort().limited(1), [DEEPEP], FakeGraphClock())
+        return run_cases(rank, num_ranks, cases, a_case(), Effort().limited(1), [BASELINE, DEEPEP], FakeGraphClock())
 
 
-def test_deepep_runs_beside(pool_of: Callable[[int], RankPool]) -> None:
+def test_rivals_run_beside(pool_of: Callable[[int], RankPool]) -> None:
     for results in pool_of(2).run(beside_deepep):
         assert len(results) == 4
         for result in results:
-            assert result.samples.keys() == {OURS, DEEPEP}
+            assert result.samples.keys() == {OURS, BASELINE, DEEPEP}
             assert result.samples[OURS].keys() == result.samples[DEEPEP].keys()
+            assert result.samples[OURS].keys() == result.samples[BASELINE].keys()
+            phases = {"send", "receive"}
+            assert result.samples[OURS]["combine"].keys() - result.samples[BASELINE]["combine"].keys() == phases
 
 
 # The parts.
@@ -343,11 +347,11 @@ class Broken:
 def test_wrong_results_are_an_error(dtype: str) -> None:
     case = a_case(dtype=dtype)
     work = prepare(case, 0)
-    Contender(OURS, case, work, Broken(work, 1.0)).check(0)
-    Contender(OURS, case, work, Broken(work, {"bf16": 1.005, "fp8": 1.06}[dtype])).check(0)
+    check(OURS, BufferContender(case, work, Broken(work, 1.0)), case, work, 0)
+    check(OURS, BufferContender(case, work, Broken(work, {"bf16": 1.005, "fp8": 1.06}[dtype])), case, work, 0)
     for factor in (0.0, 0.9, 1.1, float("nan")):
         with pytest.raises(BenchError, match=rf"tokenferry, 5 tokens, {dtype}: rank 0 got \d+ of 1280"):
-            Contender(OURS, case, work, Broken(work, factor)).check(0)
+            check(OURS, BufferContender(case, work, Broken(work, factor)), case, work, 0)
 
 
 def test_an_error_of_a_rank_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,7 +392,7 @@ def test_low_latency_needs_a_gpu_on_cuda(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.parametrize("tokens", [(8,), (1, 2, 4)])
-@pytest.mark.parametrize("names", [(OURS,), (OURS, DEEPEP)])
+@pytest.mark.parametrize("names", [(OURS,), (OURS, BASELINE, DEEPEP)])
 def test_plot_of_results_by_hand(names: tuple[str, ...], tokens: tuple[int, ...], tmp_path: Path) -> None:
     found = {f"{name}_seconds": 1e-5 for name in ("median", "p10", "p90")}
     operations = {operation: {"chained": found, "graph": found} for operation in ("dispatch", "combine", "pair")}

@@ -53,12 +53,12 @@ class Watch:
     def find_spec(self, name, path=None, target=None):
         wanted.append(name.partition(".")[0])
 sys.meta_path.insert(0, Watch())
-started = time.perf_counter()
+started = time.process_time()
 {start}
 assert importlib.util.find_spec("deep_ep") and importlib.util.find_spec("deep_ep_cpp")
 import deep_ep
 import deep_ep_cpp
-seconds = time.perf_counter() - started
+seconds = time.process_time() - started
 import deep_ep.buffers.legacy, deep_ep.utils.event
 import tokenferry
 for name, attributes in {spellings}.items():
@@ -131,7 +131,7 @@ def check(start: str, *path: Path) -> dict[str, Any]:
         times.append(result["seconds"])
         if times[-1] < 0.3:
             return result
-    pytest.fail(f"import deep_ep took {times} s beyond torch")
+    pytest.fail(f"import deep_ep took {times} s of a core beyond torch")
 
 
 def distribution_in(directory: Path, name: str, version: str) -> None:

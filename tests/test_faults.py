@@ -7,7 +7,6 @@ import pickle
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 import tokenferry
+from tests.cases import named_segments
+from tests.faults import names, names_left
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.memory import shm
 from tokenferry.memory.heap import Heap
@@ -74,8 +75,7 @@ def die_between(rank: int, num_ranks: int, victim: int, after: str) -> dict[str,
     return result
 
 
-@pytest.mark.parametrize(("num_ranks", "victim"), [(2, 0), (4, 2)])
-@pytest.mark.parametrize("after", ["dispatch", "combine"])
+@pytest.mark.parametrize(("num_ranks", "victim", "after"), [(2, 0, "dispatch"), (4, 2, "combine")])
 def test_killed_rank_is_named(num_ranks: int, victim: int, after: str) -> None:
     with RankPool(num_ranks, 1) as pool:
         with pytest.raises(RankError) as caught:
@@ -92,117 +92,6 @@ def test_killed_rank_is_named(num_ranks: int, victim: int, after: str) -> None:
         assert result["seconds"] < TIMEOUT
         assert not result["available"]
         assert result["again"] == "BufferStateError"
-
-
-def be_stopped(rank: int, num_ranks: int, victim: int, seconds: float) -> dict[str, Any]:
-    buffer = make_buffer()
-    dispatch_once(buffer)
-    if rank == victim:
-        child = os.fork()  # wakes this process up again; ends at once itself
-        if child == 0:
-            time.sleep(seconds)
-            os.kill(os.getppid(), signal.SIGCONT)
-            os._exit(0)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        os.waitpid(child, 0)
-    result = outcome(lambda: dispatch_once(buffer))
-    if rank == victim and result["kind"] is None and seconds > TIMEOUT:
-        # What the others had published before they gave up was complete. The next operation must find out.
-        result = outcome(lambda: dispatch_once(buffer))
-    buffer.destroy()
-    return result
-
-
-def test_rank_late_within_the_deadline_is_waited_for() -> None:
-    with RankPool(3, 1) as pool:
-        results = pool.run(be_stopped, 1, TIMEOUT / 2)
-    assert [result["kind"] for result in results] == [None] * 3
-    assert results[0]["seconds"] > TIMEOUT / 4
-
-
-def test_rank_stopped_past_the_deadline() -> None:
-    with RankPool(3, 1) as pool:
-        results = pool.run(be_stopped, 1, TIMEOUT + 2)
-    for rank in (0, 2):
-        assert results[rank]["ranks"] == (1,), results[rank]
-        assert results[rank]["kind"] in ("PeerTimeoutError", "PeerLostError")
-        assert TIMEOUT <= results[rank]["seconds"] < TIMEOUT + 1.5
-    assert {results[0]["kind"], results[2]["kind"]} <= {"PeerTimeoutError", "PeerLostError"}
-    assert "PeerTimeoutError" in {results[0]["kind"], results[2]["kind"]}
-    assert results[1]["kind"] == "PeerLostError"
-    assert set(results[1]["ranks"]) <= {0, 2}
-
-
-def skip_an_operation(rank: int, num_ranks: int) -> dict[str, Any]:
-    buffer = make_buffer()
-    result = outcome(lambda: dispatch_once(buffer)) if rank != 1 else {"kind": None}
-    dist.barrier()
-    buffer.destroy()
-    return result
-
-
-def test_absent_rank_is_named_after_the_deadline() -> None:
-    with RankPool(3, 1) as pool:
-        results = pool.run(skip_an_operation)
-    kinds = {results[rank]["kind"] for rank in (0, 2)}
-    assert "PeerTimeoutError" in kinds
-    for rank in (0, 2):
-        assert 1 in results[rank]["ranks"] or results[rank]["kind"] == "PeerLostError"
-        assert results[rank]["seconds"] < TIMEOUT + 1.5
-
-
-def destroy_early(rank: int, num_ranks: int) -> dict[str, Any]:
-    buffer = make_buffer(timeout=60.0)
-    dispatch_once(buffer)
-    if rank == 1:
-        buffer.destroy()
-        return {"kind": None}
-    result = outcome(lambda: dispatch_once(buffer))
-    buffer.destroy()
-    return result
-
-
-def test_rank_that_destroyed_its_buffer_is_named_at_once() -> None:
-    with RankPool(3, 1) as pool:
-        results = pool.run(destroy_early)
-    for rank in (0, 2):
-        assert results[rank]["kind"] == "PeerLostError"
-        assert results[rank]["ranks"] == (1,)
-        assert "destroyed" in results[rank]["text"]
-        assert results[rank]["seconds"] < 5
-
-
-def interrupt_one(rank: int, num_ranks: int) -> dict[str, Any]:
-    buffer = make_buffer(timeout=60.0)
-    dispatch_once(buffer)
-    if rank == 0:
-
-        def interrupt(number: int, frame: object) -> None:
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        try:
-            dispatch_once(buffer)  # rank 1 is late: this waits
-        except KeyboardInterrupt:
-            result = {"kind": "KeyboardInterrupt", "available": buffer.is_available()}
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    else:
-        time.sleep(1.0)
-        # The interrupted rank had published already; its rows arrive. The next operation names it.
-        first = outcome(lambda: dispatch_once(buffer))
-        result = first if first["kind"] else outcome(lambda: dispatch_once(buffer))
-    buffer.destroy()
-    return result
-
-
-def test_interrupted_rank_gives_up_and_is_named() -> None:
-    with RankPool(2, 1) as pool:
-        results = pool.run(interrupt_one)
-    assert results[0] == {"kind": "KeyboardInterrupt", "available": False}
-    assert results[1]["kind"] == "PeerLostError"
-    assert results[1]["ranks"] == (0,)
 
 
 def call_differently(rank: int, num_ranks: int, how: str) -> list[dict[str, Any]]:
@@ -382,15 +271,11 @@ def construct_where_one_cannot(rank: int, num_ranks: int) -> dict[str, Any]:
 
 
 def test_construction_that_fails_on_one_rank_fails_on_all(pool_of: Any) -> None:
+    before = names()
     for result in pool_of(3).run(construct_where_one_cannot):
         assert result["kind"] == "TokenferryError"
         assert "rank 1: cannot open (made up)" in result["text"]
-    assert segments() == []
-
-
-def segments() -> list[str]:
-    directory = Path("/dev/shm")
-    return sorted(path.name for path in directory.glob("tokenferry-*")) if directory.exists() else []
+    assert names_left(before) == set()
 
 
 def hold_a_buffer(rank: int, num_ranks: int) -> list[str]:
@@ -398,10 +283,11 @@ def hold_a_buffer(rank: int, num_ranks: int) -> list[str]:
     _kept = make_buffer()
     dispatch_once(_kept)
     dist.barrier()
-    return segments()
+    return named_segments()
 
 
 def test_segments_have_no_name_while_in_use_and_die_with_killed_ranks() -> None:
+    before = names()
     pool = RankPool(3, 1)
     try:
         assert pool.run(hold_a_buffer) == [[], [], []]
@@ -409,7 +295,7 @@ def test_segments_have_no_name_while_in_use_and_die_with_killed_ranks() -> None:
             process.kill()
     finally:
         pool.close()
-    assert segments() == []
+    assert names_left(before) == set()
 
 
 def leave_without_destroy(rank: int, num_ranks: int) -> None:
@@ -417,32 +303,13 @@ def leave_without_destroy(rank: int, num_ranks: int) -> None:
 
 
 def test_exit_without_destroy_is_clean() -> None:
-    started = time.monotonic()
+    started, before = time.monotonic(), names()
     pool = RankPool(2, 1)
     pool.run(leave_without_destroy)
     pool.close()
     assert [process.exitcode for process in pool.processes] == [0, 0]
     assert time.monotonic() - started < 20
-    assert segments() == []
-
-
-def fork_with_a_buffer(rank: int, num_ranks: int) -> bool:
-    """A child of a rank that exits must not close the parent's Buffer."""
-    buffer = make_buffer()
-    child = os.fork()
-    if child == 0:
-        buffer.destroy()
-        os._exit(0)
-    os.waitpid(child, 0)
-    dist.barrier()
-    dispatch_once(buffer)
-    available = buffer.is_available()
-    buffer.destroy()
-    return available
-
-
-def test_forked_child_leaves_the_parent_alone(pool_of: Any) -> None:
-    assert pool_of(2).run(fork_with_a_buffer) == [True, True]
+    assert names_left(before) == set()
 
 
 def run_from_two_threads(rank: int, num_ranks: int) -> list[bool]:
@@ -474,36 +341,6 @@ def test_two_threads_with_a_buffer_each(pool_of: Any) -> None:
         assert results == [True] * 40
 
 
-def outlive_the_group(rank: int, num_ranks: int) -> bool:
-    group = dist.new_group(list(range(num_ranks)))
-    buffer = tokenferry.Buffer(group, timeout=TIMEOUT)
-    dist.destroy_process_group(group)
-    dispatch_once(buffer)
-    buffer.destroy()
-    return True
-
-
-def test_buffer_outlives_its_process_group(pool_of: Any) -> None:
-    assert pool_of(2).run(outlive_the_group) == [True, True]
-
-
-def use_a_parents_buffer(rank: int, num_ranks: int) -> list[Any]:
-    buffer = make_buffer()
-    child = os.fork()
-    if child == 0:
-        refused = outcome(lambda: dispatch_once(buffer))["kind"] == "BufferStateError"
-        os._exit(0 if refused else 1)
-    status = os.waitpid(child, 0)[1]
-    result = outcome(lambda: dispatch_once(buffer))
-    dist.barrier()
-    buffer.destroy()
-    return [status, result["kind"]]
-
-
-def test_forked_child_cannot_use_the_buffer(pool_of: Any) -> None:
-    assert pool_of(2).run(use_a_parents_buffer) == [[0, None]] * 2
-
-
 def construct_in_inference_mode(rank: int, num_ranks: int) -> bool:
     with torch.inference_mode():
         buffer = make_buffer(num_rdma_bytes=128, low_latency_mode=True)
@@ -526,10 +363,11 @@ def give_an_impossible_size(rank: int, num_ranks: int) -> list[str]:
 
 
 def test_impossible_size_on_one_rank_fails_on_all(pool_of: Any) -> None:
+    before = names()
     for kind, text in pool_of(2).run(give_an_impossible_size):
         assert kind == "TokenferryError"
         assert "rank 1: cannot map" in text
-    assert segments() == []
+    assert names_left(before) == set()
 
 
 def give_unusable_counts(rank: int, num_ranks: int) -> list[Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.cases import TIMEOUT, Case, Scenario, check_works
 from tests.conftest import PoolOf
 from tokenferry import ArgumentError, Buffer
+from tokenferry.rendezvous import node_group
 
 CASE = Case(tokens=(9, 0, 20), num_topk=4, bias="one")
 OTHER = Case(tokens=(2, 14), num_topk=2, routing="sparse", seed=5)
@@ -99,3 +101,17 @@ def _outside(rank: int, num_ranks: int) -> None:
 
 def test_construction_outside_of_the_group_raises(pool_of: PoolOf) -> None:
     pool_of(2).run(_outside)
+
+
+def _meet_by_node(rank: int, num_ranks: int) -> list[int]:
+    """What the ranks of this one's node say, of nodes whose ranks are not contiguous."""
+    ranks = [rank % 2, rank % 2 + 2]
+    group = node_group(dist.group.WORLD, ranks, 20.0)
+    assert node_group(dist.group.WORLD, ranks, 20.0) is group
+    said = [torch.zeros(1, dtype=torch.int64) for _ in ranks]
+    dist.all_gather(said, torch.tensor([10 * rank]), group=group)
+    return [int(value) for value in said]
+
+
+def test_group_of_a_node(pool_of: PoolOf) -> None:
+    assert pool_of(4).run(_meet_by_node) == [[0, 20], [10, 30], [0, 20], [10, 30]]

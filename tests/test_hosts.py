@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from tests import network
 from tests.cases import Case
+from tests.faults import After, Blames, Claims, Delays, Holdings, Seen, Within, fault
 from tests.internode_cases import LAYOUTS, NodeScenario, check_nodes
-from tokenferry import Buffer, PeerError
+from tokenferry import Buffer, PeerLostError, PeerTimeoutError
 from tokenferry.cli.ranks import RankPool
 
 TIMEOUT = 3.0
@@ -54,37 +55,76 @@ def test_hosts(layout: str) -> None:
             pool.run(check_nodes, layout, case, 32)
 
 
-def _until_it_fails(rank: int, num_ranks: int, layout: str) -> tuple[str, float]:
-    """Dispatch and combine until an exception comes: its text, and the seconds that the last operation took."""
+def _until_it_fails(rank: int, num_ranks: int, layout: str) -> Seen:
+    """Dispatch and combine until an exception comes."""
+    seen = Seen()
+    before = Holdings.now()
     with Buffer(dist.group.WORLD, node=LAYOUTS[layout][rank], timeout=TIMEOUT) as buffer:
         scenario = NodeScenario(Case(tokens=(40,), row_bytes=4096, num_topk=4), rank, layout)
-        while True:
-            started = time.monotonic()
-            try:
-                result = scenario.dispatch(buffer)
-                scenario.check_dispatch(result)
-                scenario.check_combine(scenario.combine(buffer, result[4]))
-            except PeerError as error:
-                return str(error), time.monotonic() - started
+
+        def turn() -> None:
+            result = scenario.dispatch(buffer)
+            scenario.check_dispatch(result)
+            scenario.check_combine(scenario.combine(buffer, result[4]))
+
+        while seen.error is None:
+            with seen.operation():
+                turn()
+        seen.available = buffer.is_available()
+    seen.left = before.left()
+    return seen
 
 
 def _once(rank: int, num_ranks: int, layout: str) -> None:
     check_nodes(rank, num_ranks, layout, CASES[0])
 
 
-@pytest.mark.parametrize(("layout", "cut"), [("2x2", 1), ("3x2", 0)])
-def test_cut_link_is_named_by_every_rank_and_a_new_buffer_works(layout: str, cut: int) -> None:
+def check_cut(claims: Claims, layout: str, cut: int) -> None:
+    """Cut the link of a node while all work; in the end, with the link as it was, a new Buffer works."""
     with hosts_of(layout) as (net, pool):
         pool.run(_once, layout)
-        timer = threading.Timer(1.0, net.cut, [cut])
+        times: list[float] = []
+
+        def cut_it() -> None:
+            net.cut(cut)
+            times.append(time.monotonic())
+
+        timer = threading.Timer(1.0, cut_it)
         timer.start()
-        found = pool.run(_until_it_fails, layout)
+        with Delays() as delays:
+            seen = pool.run(_until_it_fails, layout)
         timer.join()
-        for rank, (text, seconds) in enumerate(found):
-            node = LAYOUTS[layout][rank]
-            others = {f"node {other} " for other in LAYOUTS[layout] if other != node}
-            named = any(name in text for name in others) if node == cut else f"node {cut} " in text
-            assert named, f"rank {rank}: {text}"
-            assert seconds < TIMEOUT + 1.0
+        nodes = LAYOUTS[layout]
+        claims.check(
+            seen, [rank for rank, node in enumerate(nodes) if node == cut], times[0], TIMEOUT, delays.seconds
+        )
+        for rank, it in enumerate(seen):
+            others = {f"node {other} " for other in nodes if other != nodes[rank]}
+            assert any(name in str(it.error) for name in others), f"rank {rank}: {it.error}"
         net.restore(cut)
         pool.run(_once, layout)
+
+
+@fault(
+    "the link of a node is cut",
+    on=["two nodes on hosts of their own"],
+    itself=(PeerTimeoutError, PeerLostError),
+    others=(PeerTimeoutError, PeerLostError),
+    within=Within.DEADLINE,
+    after=After.ANEW,
+)
+def test_cut_link(claims: Claims) -> None:
+    check_cut(claims, "2x2", 1)
+
+
+@fault(
+    "the link of a node is cut",
+    on=["three nodes on hosts of their own"],
+    itself=(PeerTimeoutError, PeerLostError),
+    others=(PeerTimeoutError, PeerLostError),
+    within=Within.DEADLINE,
+    after=After.ANEW,
+    blames=Blames.SOME_IT,
+)
+def test_cut_link_of_three(claims: Claims) -> None:
+    check_cut(claims, "3x2", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from typing import Any
@@ -61,6 +62,35 @@ def _in_flight(rank: int, num_ranks: int) -> None:
 
 def test_hooks_in_any_order(pool_of: PoolOf) -> None:
     pool_of(4).run(_in_flight)
+
+
+def _room(rank: int, num_ranks: int) -> None:
+    """A rank gets room in its stage when its neighbour reads, which has gone on to the next call, and waits there.
+
+    Ranks 1 and 2 come late to the second operation inside their nodes: their neighbours have made room for them, so
+    that they do not read. Then each of the four waits for another.
+    """
+    with make_buffer(rank, "2x2", timeout=8.0, num_nvl_bytes=4096) as buffer:
+        scenarios = [NodeScenario(Case(tokens=(16,), hidden=512, seed=seed), rank, "2x2") for seed in range(4)]
+        runtime = buffer.runtime
+        assert runtime is not None
+        plane: Any = runtime.party().plane
+        send, number = plane.low_latency_dispatch, itertools.count()
+
+        def late(*given: Any) -> Any:
+            if next(number) == 1 and rank in (1, 2):
+                time.sleep(0.5)
+            return send(*given)
+
+        plane.low_latency_dispatch = late
+        sent = [scenario.dispatch(buffer, return_recv_hook=True) for scenario in scenarios]
+        for scenario, result in zip(scenarios, sent, strict=True):
+            result[4]()
+            scenario.check_dispatch(result)
+
+
+def test_stage_with_room_for_one(pool_of: PoolOf) -> None:
+    pool_of(4).run(_room)
 
 
 def _mixed_modes(rank: int, num_ranks: int) -> None:

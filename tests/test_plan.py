@@ -338,7 +338,7 @@ def test_memory_is_that_of_the_library() -> None:
     assert words.CONTROL_BYTES == plan_model.CONTROL_BYTES
     assert words.MAX_SLOTS == plan_model.PUSH_SLOTS
     for ranks, tokens, hidden, topk, experts in ((2, 128, 7168, 8, 256), (8, 64, 512, 2, 16), (16, 1, 4096, 8, 64)):
-        layouts = programs.layouts(ranks, tokens, hidden, topk, experts // ranks, False)
+        layouts = programs.layouts(ranks, tokens, hidden, topk, experts // ranks, 1, False)
         slot = -(-max(layout[-1] for layout in layouts) // 128) * 128
         shape = Shape(tokens, hidden, "fp8", topk, experts)
         assert plan_model.push_bytes(Machine(1, ranks), shape) == 4 * slot

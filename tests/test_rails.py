@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,35 +19,11 @@ from tests.internode_low_latency_cases import make_buffer as make_quick_buffer
 from tests.low_latency_cases import Case as QuickCase
 from tests.low_latency_cases import check_case
 from tokenferry import BufferStateError, CapacityError, HeapError, MismatchError, PeerError, TokenferryError
-from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.dataplane.cpu import CpuDataPlane
 from tokenferry.memory.heap import Heap
 from tokenferry.runtime import Runtime
 
 CASE = Case(tokens=(6, 9, 3, 5), num_topk=3)
-
-
-def _killed_between_operations(rank: int, num_ranks: int) -> tuple[str, float]:
-    with make_buffer(rank, "2x2") as buffer:
-        scenario = NodeScenario(CASE, rank, "2x2")
-        scenario.check_dispatch(scenario.dispatch(buffer))
-        dist.barrier()
-        if rank == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(1.0)
-        started = time.monotonic()
-        with pytest.raises(PeerError) as caught:
-            scenario.dispatch(buffer)
-        return str(caught.value), time.monotonic() - started
-
-
-def test_killed_rank_is_blamed_and_nobody_else() -> None:
-    with RankPool(4, 1) as pool, pytest.raises(RankError) as caught:
-        pool.run(_killed_between_operations)
-    assert sorted(caught.value.failures) == [3], caught.value
-    for text, seconds in caught.value.results[:3]:
-        assert "rank 3" in text or "node 1 (ranks 2, 3)" in text, text
-        assert seconds < 3.0
 
 
 def _failure_on_one_of_three(rank: int, num_ranks: int) -> float:
@@ -122,64 +95,6 @@ def _dropped_hooks(rank: int, num_ranks: int) -> None:
 
 def test_dropped_hooks_do_no_harm(pool_of: PoolOf) -> None:
     pool_of(4).run(_dropped_hooks)
-
-
-def _interrupted(rank: int, num_ranks: int) -> float:
-    with make_buffer(rank, "2x1") as buffer:
-        scenario = NodeScenario(CASE, rank, "2x1")
-        scenario.check_dispatch(scenario.dispatch(buffer))
-        dist.barrier()
-        took = 0.0
-        if rank == 0:
-            previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as inherited
-            threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
-            started = time.monotonic()
-            with pytest.raises(KeyboardInterrupt):
-                scenario.dispatch(buffer)
-            took = time.monotonic() - started
-            signal.signal(signal.SIGINT, previous)
-            assert not buffer.is_available()
-        dist.barrier()
-        return took
-
-
-def test_interrupt_ends_a_wait_for_another_node(pool_of: PoolOf) -> None:
-    assert pool_of(2).run(_interrupted)[0] < 3.0
-
-
-def _forked(rank: int, num_ranks: int) -> None:
-    buffer = make_buffer(rank, "2x2")
-    scenario = NodeScenario(CASE, rank, "2x2")
-    scenario.check_dispatch(scenario.dispatch(buffer))
-    child = os.fork()
-    if child == 0:
-        try:
-            with pytest.raises(BufferStateError):
-                scenario.dispatch(buffer)
-            buffer.destroy()
-            del buffer
-            gc.collect()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    ended = 0
-    deadline = time.monotonic() + 10.0
-    while ended == 0 and time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0.01)
-    if ended == 0:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert ended == child
-    assert status == 0
-    scenario.check_dispatch(scenario.dispatch(buffer))
-    dist.barrier()
-    buffer.destroy()
-
-
-def test_forked_child_does_not_hang(pool_of: PoolOf) -> None:
-    pool_of(4).run(_forked)
 
 
 def _constructions(rank: int, num_ranks: int) -> None:

@@ -27,9 +27,11 @@ from tokenferry.dataplane.cpu import dispatch as cpu_dispatch
 from tokenferry.dataplane.cpu import low_latency as cpu_low_latency
 
 
-def test_short_soak_from_the_command_line() -> None:
+def test_short_soak_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tokenferry", "soak", "--minutes", "0.03", "--ranks", "2", "--seed", "3"]
+    picture = tmp_path / "soak.png"
     done = subprocess.run(
-        [sys.executable, "-m", "tokenferry", "soak", "--minutes", "0.03", "--ranks", "2", "--seed", "3"],
+        [*command, "--plot", str(picture)],
         capture_output=True,
         text=True,
         timeout=200,
@@ -38,6 +40,8 @@ def test_short_soak_from_the_command_line() -> None:
     assert "all results as plain PyTorch has them" in done.stdout
     assert "shared memory with a name         0" in done.stdout
     assert "LEAK" not in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in done.stdout
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4])

@@ -75,7 +75,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         heap_bytes: GPU memory for :meth:`empty`, equal on all ranks.
         node: name of the node this rank is on; by default found as :func:`tokenferry.topology.node_key` says.
         carrier: what moves rows between nodes; by default the environment variable ``TOKENFERRY_CARRIER``, else
-            ``"process_group"``: Gloo, over TCP.
+            ``"process_group"``: Gloo for CPU ranks, NCCL for GPUs.
 
     Raises:
         ArgumentError: an argument is not allowed.
@@ -480,7 +480,9 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         """
         runtime = self._live_runtime()
         with runtime.comm.turn(None, False, False):
-            intranode.warm(runtime.party(), hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
+            party = runtime.party()
+            mode = intranode if party.nodes is None else internode
+            mode.warm(party, hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
         self._all_gather(None)
 
     def _chunk(self, config: Config | None) -> int:

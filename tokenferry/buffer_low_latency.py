@@ -66,6 +66,9 @@ class LowLatencyMethods:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
+        *,
+        use_nvfp4: bool = False,
+        x_global_scale: torch.Tensor | None = None,
     ) -> tuple[
         torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         torch.Tensor,
@@ -89,6 +92,8 @@ class LowLatencyMethods:
             async_finish: return an event.
             return_recv_hook: return a function that receives; outputs are set when it has been called. Excludes
                 ``async_finish``.
+            use_nvfp4: must be False.
+            x_global_scale: must be None.
 
         Returns:
             ``recv_x``, bfloat16 [L, R * N, H], or with FP8 a tuple of float8_e4m3fn [L, R * N, H] and the scales,
@@ -98,11 +103,18 @@ class LowLatencyMethods:
 
         Raises:
             ArgumentError: an argument is not allowed; no peer was touched.
+            NotImplementedError: ``use_nvfp4`` is True, or ``x_global_scale`` given; no peer was touched.
             MismatchError: ranks disagree on the operation or its shapes; the Buffer is unusable afterwards.
             PeerTimeoutError, PeerLostError: ranks did not take part (with ``enable_shrink`` they are masked instead).
             BufferStateError: on GPUs, graph replays came round to an operation whose hook was not called; the Buffer
                 is unusable afterwards.
         """
+        if use_nvfp4:
+            raise NotImplementedError("use_nvfp4: got True; allowed: False: rows travel in bfloat16 or FP8")
+        if x_global_scale is not None:
+            raise NotImplementedError(
+                "x_global_scale: got a scale; allowed: None: FP8 rows have a scale for 128 channels"
+            )
         _check_finish(async_finish, return_recv_hook)
         runtime = self._live_runtime()
         party = self._low_latency_party()

@@ -107,6 +107,7 @@ def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
         heap_bytes=wishes.heap_bytes,
         timeout=wishes.timeout,
         may_mask=wishes.may_mask,
+        make_rail=_rail_maker(wishes, topology, key),
         exact_combine=wishes.exact_combine,
     )
 
@@ -115,8 +116,10 @@ def _check_several_nodes(wishes: Wishes, topology: Topology) -> None:
     where = f"on {topology.num_nodes} nodes (TOKENFERRY_NODE overrides what counts as a node)"
     if not wishes.may_span_nodes:
         raise TokenferryError(f"this kind of Buffer keeps to one node, and the ranks are {where}")
-    if wishes.device.type != "cpu":
-        raise TokenferryError(f"this version moves tokens between nodes on CPU ranks only: the GPUs are {where}")
+    if wishes.device.type != "cpu" and wishes.push_bytes and wishes.exact_combine:
+        raise TokenferryError(
+            f"low_latency_mode with exact_combine between nodes is on CPU ranks only: the GPUs are {where}"
+        )
     require(wishes.group is not None, "group", None, f"a torch.distributed process group, with ranks {where}")
     require(not wishes.may_mask, "enable_shrink", True, f"False, with ranks {where}")
 
@@ -124,10 +127,9 @@ def _check_several_nodes(wishes: Wishes, topology: Topology) -> None:
 def _rail_maker(wishes: Wishes, topology: Topology, key: str) -> Callable[[], Rail] | None:
     if topology.num_nodes == 1:
         return None
-    assert wishes.group is not None
     timeout = DEADLINE_SHARE * wishes.timeout
     key = f"{key}/{topology.local_index}"
-    return functools.partial(CARRIERS[wishes.carrier], wishes.group, topology, key, timeout)
+    return functools.partial(CARRIERS[wishes.carrier], topology, key, timeout, wishes.device)
 
 
 def choose_carrier(carrier: str | None) -> str:

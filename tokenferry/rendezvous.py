@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -39,3 +40,32 @@ def meet(group: dist.ProcessGroup | None, comm: Any | None) -> Rendezvous:
     if comm is None:
         raise ArgumentError("group", None, "a torch.distributed process group (or comm=, an mpi4py communicator)")
     return Rendezvous(int(comm.Get_rank()), int(comm.Get_size()), lambda value: list(comm.allgather(value)))
+
+
+_node_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+def node_group(group: dist.ProcessGroup, ranks: Sequence[int], timeout: float) -> dist.ProcessGroup:
+    """A process group of some ranks of a group, over Gloo; made once, and kept. Collective among them.
+
+    Args:
+        group: a process group.
+        ranks: of the group, this one among them.
+        timeout: seconds to wait for the others.
+    """
+    everywhere = tuple(dist.get_global_rank(group, rank) for rank in ranks)
+    known = _node_groups.get(everywhere)
+    if known is None or not _is_registered(known):
+        deadline = timedelta(seconds=min(timeout, 365 * 86400.0))
+        known = dist.new_group(list(everywhere), deadline, "gloo", use_local_synchronization=True)
+        assert isinstance(known, dist.ProcessGroup)
+        _node_groups[everywhere] = known
+    return known
+
+
+def _is_registered(group: dist.ProcessGroup) -> bool:
+    """Whether the process groups have not been destroyed since."""
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError, RuntimeError):
+        return False

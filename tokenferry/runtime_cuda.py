@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from tokenferry.memory.direct import Regions
 from tokenferry.memory.driver import Driver
 from tokenferry.memory.symm import SymmetricHeap
 from tokenferry.modes.intranode import Party
+from tokenferry.modes.nodes import Nodes
+from tokenferry.rail import Rail
+from tokenferry.rendezvous import node_group
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
 from tokenferry.stats import Recorder
 from tokenferry.streams import CommStream
@@ -27,7 +30,7 @@ class CudaRuntime:
     """The heap, the regions and the data plane of one rank on a GPU.
 
     Args:
-        topology: who is where; on one node.
+        topology: who is where.
         group: the process group, of any backend.
         device: the GPU of this rank.
         stage_limit: ceiling for the stage in bytes; 0 for the default.
@@ -35,7 +38,9 @@ class CudaRuntime:
         heap_bytes: bytes for tensors in the heap.
         timeout: seconds to wait for a peer that makes no progress.
         may_mask: whether low-latency operations mask ranks that fail, and go on.
-        exact_combine: whether low-latency combines send every row.
+        make_rail: what makes this rank's rail; None where all ranks are on one node.
+        exact_combine: whether low-latency combines send every row; between nodes, whether partial sums travel in
+            float32.
 
     Raises:
         HeapError: the GPU or the host has no memory for the heap.
@@ -52,24 +57,25 @@ class CudaRuntime:
         heap_bytes: int,
         timeout: float,
         may_mask: bool,
+        make_rail: Callable[[], Rail] | None,
         exact_combine: bool,
     ) -> None:
-        rank, num_ranks = topology.rank, topology.num_ranks
+        rank, num_ranks = topology.local_index, len(topology.local_ranks)
         if num_ranks > words.MAX_RANKS:
             raise TokenferryError(f"{num_ranks} ranks share this node: at most {words.MAX_RANKS} can on GPUs")
         self.device = device
         self.key = ""
         self.topology = topology
-        self.comm = CommStream(device)
+        self.comm = CommStream(device, takes_all=topology.num_nodes > 1)
         self._group = group
         self._timeout = timeout
         self._plane: CudaDataPlane | None = None
         self._options = may_mask, exact_combine
+        self._make_rail = make_rail
+        self._nodes: Nodes | None = None
         self._combine_rows: dict[tuple[int, ...], torch.Tensor] = {}
         self._destroyed = False
         self.recorder = Recorder()
-        self.epoch = 0
-        """Operations are counted on the device."""
         stage = min(stage_limit or DEFAULT_STAGE_BYTES, DEFAULT_STAGE_BYTES) if _can_share() else stage_limit
         self._regions = Regions(rank, num_ranks, Driver())
         try:
@@ -99,20 +105,30 @@ class CudaRuntime:
         """
         if self._plane is not None:
             raise BufferStateError("sync() was called before")
-        offers = [json.loads(bytes(handle)) for handle in ipc_handles]
+        offers = [json.loads(bytes(ipc_handles[rank])) for rank in self.topology.local_ranks]
         sizes = sorted({int(size) for _, _, size, _ in offers})
         if len(sizes) > 1:
             raise HeapError(f"the ranks want heaps of {sizes} bytes: num_nvl_bytes and heap_bytes must be equal")
-        self._heap.attach(self._group)  # first: all ranks come to this, whatever fails on one of them afterwards
+        group, ranks = self._group, self.topology.local_ranks
+        if self.topology.num_nodes > 1:
+            group = node_group(group, ranks, self._timeout)
+        self._heap.attach(group)  # first: all ranks come to this, whatever fails on one of them afterwards
         self._regions.attach([(str(name), int(size)) for name, size, _, _ in offers])
         self._regions.set_heap(self._heap.addresses, self._heap.size)
         gpus = [gpu for _, _, _, gpu in offers]
-        most = _resident_programs(self.device, gpus.count(gpus[self.topology.rank]))
+        most = _resident_programs(self.device, gpus.count(gpus[self.topology.local_index]))
         self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most, *self._options)
         self._plane.status.recorder = self.recorder
 
     def connect(self) -> None:
-        """Never called: Buffers on GPUs keep to one node."""
+        """Make the rail, where there are several nodes.
+
+        Raises:
+            TokenferryError: there is no connection to another node.
+        """
+        assert self._make_rail is not None
+        with torch.cuda.device(self.device), torch.cuda.stream(self.comm.stream):
+            self._nodes = Nodes(self.topology, self._make_rail(), self._options[1], self.recorder)
 
     def hide(self) -> None:
         """Take the name of the mailbox away, once every rank has synced."""
@@ -130,7 +146,8 @@ class CudaRuntime:
         """
         if self._plane is None:
             raise BufferStateError("the Buffer is not synced")
-        return Party(self._plane, self.topology.rank, self.topology.num_ranks, self.device, num_sms)
+        topology = self.topology
+        return Party(self._plane, topology.rank, topology.num_ranks, self.device, num_sms, nodes=self._nodes)
 
     def local_stage(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes]: the head of this rank's stage.
@@ -164,9 +181,14 @@ class CudaRuntime:
         """Bytes of device memory that the heap takes."""
         return self._heap.size
 
+    @property
+    def epoch(self) -> int:
+        """Number of the last operation; 0 inside a node, where operations are counted on the device."""
+        return 0 if self._nodes is None else self._nodes.epoch
+
     def rail_bytes(self) -> int:
-        """Bytes sent to other nodes: there are none."""
-        return 0
+        """Bytes sent to other nodes."""
+        return 0 if self._nodes is None else self._nodes.rail.bytes_sent
 
     def destroy(self) -> None:
         """Let go of all memory. Local: no peer is waited for. May be called again."""
@@ -176,6 +198,8 @@ class CudaRuntime:
         with self.comm.lock, torch.cuda.device(self.device):
             with contextlib.suppress(RuntimeError):  # the device may have failed
                 torch.cuda.synchronize(self.device)  # graphs run on streams of their own
+            if self._nodes is not None:
+                self._nodes.rail.close()
             if self._plane is not None:
                 self._plane.close()
             self._plane = None

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from tokenferry.errors import ArgumentError
+from tokenferry.errors import ArgumentError, TokenferryError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.validation import require
 
@@ -35,10 +35,15 @@ class CommStream:
     Outputs and temporaries come from ``cur``'s memory where each of the two waits for all of the other, and from
     ``comm``'s own where ``comm`` waits for one event only, or ``cur`` does not wait: memory that work on ``cur``
     still uses is never handed out, and what is freed early is used again only behind the operation.
+
+    Args:
+        device: the GPU.
+        takes_all: operations are put on ``comm`` as a whole (between nodes), not only what the data plane launches.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, takes_all: bool = False) -> None:
         self.device = device
+        self._takes_all = takes_all
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._handle = int(self._stream.cuda_stream)
         self.lock = threading.RLock()
@@ -128,7 +133,7 @@ class Turn:
         self._comm = comm
         self._event = event
         self._async = async_finish
-        self._on_comm = allocate_on_comm_stream or event is not None or async_finish
+        self._on_comm = allocate_on_comm_stream or event is not None or async_finish or comm._takes_all
         self._device = -1
         self._cur: torch.cuda.Stream | None = None
 
@@ -147,6 +152,8 @@ class Turn:
         if self._device != comm.device.index:
             torch.cuda.set_device(comm.device)
         self._cur = torch.cuda.current_stream(comm.device)
+        if comm._takes_all and torch.cuda.is_current_stream_capturing():
+            raise TokenferryError("between nodes the host takes part in every operation: no CUDA graph can hold one")
         if self._event is not None:
             self._event.stream_wait(comm.stream)
         elif self._cur != comm.stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -49,3 +50,26 @@ def gpu_pool_of(sharing: None) -> Iterator[PoolOf]:
 def take_device(rank: int, num_ranks: int) -> None:
     """Give this rank its GPU."""
     torch.cuda.set_device(rank % torch.cuda.device_count())
+
+
+def take_node(rank: int, num_ranks: int, over_network: bool) -> None:
+    """Give this rank the GPU of its node, one of two; NCCL is told whether they are hosts."""
+    node = rank * 2 // num_ranks
+    torch.cuda.set_device(node % torch.cuda.device_count())
+    if over_network:
+        os.environ["NCCL_HOSTID"] = f"node-{node}"
+        os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+
+
+@pytest.fixture(scope="session")
+def direct(sharing: None) -> Iterator[PoolOf]:
+    """Rails by whatever NCCL finds between two GPUs, or by its network transport on one."""
+    yield from session_pools(functools.partial(take_node, over_network=torch.cuda.device_count() < 2))
+
+
+@pytest.fixture(scope="session")
+def over_network(sharing: None) -> Iterator[PoolOf]:
+    """Rails by NCCL's network transport, as between hosts."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU: this is how all other tests run")
+    yield from session_pools(functools.partial(take_node, over_network=True))

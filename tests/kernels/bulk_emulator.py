@@ -13,7 +13,7 @@ import random
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.runtime import interpreter as stock
 
 from tests.kernels import interpreter
-from tests.kernels.mutants import _forgotten, _found_at
+from tests.kernels.mutants import forgotten, found_at, mutated_source
 
 PACKAGE = "tokenferry.dataplane.cuda.kernels"
 SHARED_BYTES = (128 + 64 + 32) * 1024
@@ -128,6 +128,16 @@ def emulated_bulk() -> ModuleType:
                 engine().barriers[int(at)] = [0, int(count), int(count), 0]
 
     @offers
+    def arrive(barrier: Any, on: Any) -> None:
+        machine = engine()
+        for at, is_on in zip(*numbers(barrier, on), strict=True):
+            if is_on:
+                state = machine.barriers[int(at)]
+                assert state[1] > 0, "an arrival too many"
+                state[1] -= 1
+                machine.complete(int(at))
+
+    @offers
     def announce(barrier: Any, nbytes: Any, on: Any) -> None:
         machine = engine()
         for at, count, is_on in zip(*numbers(barrier, nbytes, on), strict=True):
@@ -186,8 +196,10 @@ def emulated_bulk() -> ModuleType:
 
     def words(address: Any, width: int, dtype: tl.dtype) -> tl.tensor:
         shared = engine().shared
-        values = [shared[at : at + width].view(f"i{width}")[0] for at in numbers(address)[0]]
-        return tensor(np.array(values), dtype)
+        values = np.array([shared[at : at + width].view(f"i{width}")[0] for at in numbers(address)[0]])
+        if isinstance(address, tl.tensor) and not address.type.is_block():
+            return tl.tensor(stock.TensorHandle(values.astype(stock._get_np_dtype(dtype)), dtype), dtype)
+        return tensor(values, dtype)
 
     @offers
     def load_shared(address: Any) -> tl.tensor:
@@ -221,33 +233,63 @@ class _Language(ModuleType):
         return getattr(tl, name)
 
 
-def _gluon() -> tuple[ModuleType, ModuleType]:
+class _Slots:
+    """Rows of shared memory, from its start on."""
+
+    def __init__(self, dtype: tl.dtype, shape: list[Any], row: int = 0) -> None:
+        self.dtype, self.shape, self.row = dtype, shape, row
+
+    def index(self, row: Any) -> _Slots:
+        return _Slots(self.dtype, self.shape[1:], int(row))
+
+    def load(self, layout: Any) -> tl.tensor:
+        kind = np.dtype(stock._get_np_dtype(self.dtype))
+        size = int(getattr(self.shape[0], "value", self.shape[0]))
+        start = self.row * size * kind.itemsize
+        return tensor(engine().shared[start : start + size * kind.itemsize].view(kind), self.dtype)
+
+    def _keep_alive(self) -> None:
+        assert not engine().loads, "loads that nobody waited for"
+
+
+def _gluon() -> dict[str, ModuleType]:
+    """What stands for Gluon's modules."""
     gluon, language = ModuleType("triton.experimental.gluon"), _Language("triton.experimental.gluon.language")
     gluon.jit = triton.jit  # type: ignore[attr-defined]
     gluon.language = language  # type: ignore[attr-defined]
-    language.BlockedLayout = lambda *sizes: sizes  # type: ignore[attr-defined]
-    language.arange = lambda start, end, layout=None: tl.arange(start, end)  # type: ignore[attr-defined]
-    language.thread_barrier = lambda: tl.debug_barrier()  # type: ignore[attr-defined]
-    return gluon, language
+    offers: Any = language
+    offers.BlockedLayout = offers.SwizzledSharedLayout = lambda *sizes, **options: None
+    offers.arange = lambda start, end, layout=None: tl.arange(start, end)
+    offers.zeros = lambda shape, dtype, layout=None: tl.zeros(shape, dtype)
+    offers.thread_barrier = lambda: tl.debug_barrier()
+    offers.allocate_shared_memory = lambda dtype, shape, layout: _Slots(dtype, shape)
+    hopper: Any = ModuleType(f"{language.__name__}.nvidia.hopper")
+    hopper.mbarrier = SimpleNamespace(MBarrierLayout=lambda: None, init=lambda barrier, count: None)
+    return {module.__name__: module for module in (gluon, language, hopper)}
 
 
-def bulk_dispatch(name: str = "", path: Any = None) -> ModuleType:
-    """The module ``bulk_dispatch``, its kernels readable by the interpreter.
+def bulk_module(entry: str, name: str = "", path: Any = None) -> ModuleType:
+    """The module ``bulk_dispatch`` or ``bulk_combine``, its kernels readable by the interpreter.
 
     Args:
+        entry: which of the two.
         name: a module of the kernels, and
         path: where it is found instead.
     """
-    gluon, language = _gluon()
-    shims = {gluon.__name__: gluon, language.__name__: language}
+    shims = _gluon()
     with (
-        _forgotten(PACKAGE),
+        forgotten(PACKAGE),
         mock.patch.dict(sys.modules, shims),
-        mock.patch.object(triton.experimental, "gluon", gluon),
-        nullcontext() if path is None else _found_at(name, path),
+        mock.patch.object(triton.experimental, "gluon", shims["triton.experimental.gluon"]),
+        nullcontext() if path is None else found_at(name, path),
     ):
         importlib.import_module(PACKAGE)
         sys.modules[f"{PACKAGE}.bulk"] = emulated_bulk()
         columns: Any = importlib.import_module(f"{PACKAGE}.bulk_columns")
         columns.tl = tl  # the interpreter looks for it
-        return importlib.import_module(f"{PACKAGE}.bulk_dispatch")
+        return importlib.import_module(f"{PACKAGE}.{entry}")
+
+
+def mutated_bulk_module(entry: str, module: ModuleType, old: str, new: str) -> ModuleType:
+    """One of them with a fault: ``old``, which occurs once in the source of ``module``, replaced by ``new``."""
+    return bulk_module(entry, module.__name__, mutated_source(module, old, new))

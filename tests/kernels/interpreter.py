@@ -1,6 +1,8 @@
 """Triton's interpreter made fit for the simulator. ``install`` changes it once per process, in three ways:
 
 *Speed.* Stock, every launch and every call of a helper patches ``triton.language`` anew; here it is patched once.
+Nor are sums and products computed again in int64 for a check of overflows that reports none without debugging, or
+functions rewritten again when their module is imported anew.
 
 *Programs.* Program ids, memory operations and barriers of a thread that has a ``Program`` go through that program;
 other threads, and so ordinary launches, keep the stock behaviour.
@@ -13,6 +15,7 @@ booleans where they meet tensors.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -75,6 +78,8 @@ def install() -> None:
     if not _is_installed:
         _is_installed = True
         _patch_language_once()
+        _compute_once()
+        _rewrite_once()
         _ask_programs()
         _repair_numbers()
 
@@ -124,6 +129,48 @@ def _patch_language_once() -> None:
         return _NothingToRestore()
 
     stock._patch_lang = patch_language_once
+
+
+def _compute_once() -> None:
+    builder = stock.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    stock_dtype, known = stock._get_np_dtype, {}
+
+    def numpy_dtype(dtype):
+        """Stock, a table of all types made anew for each question."""
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = stock_dtype(dtype)
+        return known[name]
+
+    stock._get_np_dtype = numpy_dtype
+
+
+def _rewrite_once() -> None:
+    rewriter = stock.FunctionRewriter
+    rewrite = rewriter.rewrite_ast
+    rewritten: dict[Any, Any] = {}
+
+    def key_of(function):
+        return function.__code__.co_filename, function.__code__
+
+    def compile_and_run(self, tree):
+        code = rewritten[key_of(self.fn)] = compile(tree, self.filename, "exec")
+        return run(self, code)
+
+    def run(self, code):
+        names = {**self.kwargs}
+        for name, value in vars(stock).items():
+            self.fn.__globals__.setdefault(name, value)
+        exec(code, self.fn.__globals__, names)
+        return names[self.fn.__name__]
+
+    def rewrite_once(self):
+        code = rewritten.get(key_of(self.fn))
+        return rewrite(self) if code is None else run(self, code)
+
+    rewriter.rewrite_ast, rewriter._compile_and_exec = rewrite_once, compile_and_run
 
 
 def _ask_programs() -> None:

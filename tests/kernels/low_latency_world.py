@@ -98,7 +98,7 @@ class _Plane:
         return poisoned(torch.empty(num_rows, width, dtype=dtype))
 
     def low_latency_tables(self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int) -> Any:
-        tables = self._low_latency.tables(num_local_experts, num_max_tokens, num_topk, CPU)
+        tables = self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, CPU)
         tables[0].untyped_storage().fill_(0x5A)
         return tables
 

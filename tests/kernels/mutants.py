@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,14 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="mutants-")
 def mutated_module(
     module: ModuleType, old: str, new: str, count: int = 1, *, entry: ModuleType | None = None
 ) -> ModuleType:
-    """A fresh copy of a module with ``old`` replaced by ``new`` in its source.
+    """A fresh copy of ``entry``, by default of ``module``; see :func:`mutated_modules`."""
+    return mutated_modules(module, old, new, count, entries=[entry or module])[0]
+
+
+def mutated_modules(
+    module: ModuleType, old: str, new: str, count: int = 1, *, entries: Iterable[ModuleType]
+) -> list[ModuleType]:
+    """Fresh copies of modules of a package, with ``old`` replaced by ``new`` in the source of one of them.
 
     The other modules of the same package are imported anew too, so that those that import from ``module`` see the
     fault; ``sys.modules`` is afterwards as before, and nobody else meets the copies.
@@ -28,20 +35,21 @@ def mutated_module(
         old: Source text that occurs exactly ``count`` times.
         new: What stands there instead.
         count: Occurrences of ``old``.
-        entry: The module to return, of the same package: say, the kernels that call the changed helper. Default:
-            ``module``.
-
-    Returns:
-        The copy of ``entry``.
+        entries: The modules to return, of the same package: say, the kernels that call the changed helper.
     """
+    path = mutated_source(module, old, new, count)
+    with forgotten(module.__package__), found_at(module.__name__, path):
+        return [importlib.import_module(entry.__name__) for entry in entries]
+
+
+def mutated_source(module: ModuleType, old: str, new: str, count: int = 1) -> Path:
+    """Where the source of a module lies, with ``old`` replaced by ``new``."""
     source = Path(module.__file__).read_text()
     if source.count(old) != count:
         raise ValueError(f"{old!r} occurs {source.count(old)} times in {module.__name__}, not {count}")
-    folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
-    path = folder / Path(module.__file__).name
+    path = Path(tempfile.mkdtemp(dir=_FOLDER.name)) / Path(module.__file__).name
     path.write_text(source.replace(old, new))
-    with _forgotten(module.__package__), _found_at(module.__name__, path):
-        return importlib.import_module((entry or module).__name__)
+    return path
 
 
 class _Finder:
@@ -56,7 +64,7 @@ class _Finder:
 
 
 @contextmanager
-def _found_at(name: str, path: Path) -> Iterator[None]:
+def found_at(name: str, path: Path) -> Iterator[None]:
     finder = _Finder(name, path)
     sys.meta_path.insert(0, finder)
     try:
@@ -66,7 +74,7 @@ def _found_at(name: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _forgotten(package: str) -> Iterator[None]:
+def forgotten(package: str) -> Iterator[None]:
     """A package and its modules are not imported yet, for a while."""
     kept = _take_out(package)
     parent_name, _, name = package.rpartition(".")

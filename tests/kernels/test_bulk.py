@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +22,7 @@ SMALL = Case(tokens=(5, 6), num_topk=3, alignment=2, row_bytes=16, combine_bytes
 
 def world_of(monkeypatch: Any, seed: int, direct: str, stage_bytes: int, module: ModuleType | None = None) -> World:
     world = World(monkeypatch, 2, seed, direct=DIRECT[direct], stage_bytes=stage_bytes, max_steps=400_000)
-    kernel = (module or bulk_emulator.bulk_dispatch()).dispatch
+    kernel = (module or bulk_emulator.bulk_module("bulk_dispatch")).dispatch
     monkeypatch.setattr(programs, "_BULK_DISPATCH", Simulated(world.simulator, kernel, programs._BULK_DISPATCH))
     monkeypatch.setattr(programs, "_BULK_COMBINE", {})
     world.target = programs.Target(2, True, 0)
@@ -91,24 +89,15 @@ ENGINE = {
 }
 
 
-def mutant(module: ModuleType, old: str, new: str) -> ModuleType:
-    source = Path(module.__file__ or "").read_text()
-    if source.count(old) != 1:
-        raise ValueError(f"{old!r} occurs {source.count(old)} times")
-    path = Path(tempfile.mkdtemp(prefix="mutants-")) / Path(module.__file__ or "").name
-    path.write_text(source.replace(old, new))
-    return bulk_emulator.bulk_dispatch(module.__name__, path)
-
-
 @pytest.mark.parametrize("name", COPIES)
 def test_fault_in_copies_is_found(monkeypatch: Any, name: str) -> None:
-    module = mutant(bulk_columns, *COPIES[name])
+    module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_columns, *COPIES[name])
     with pytest.raises((AssertionError, InterpreterError)):
         run(monkeypatch, SMALL, 1, "mixed", module)
 
 
 @pytest.mark.parametrize("name", ENGINE)
 def test_fault_in_the_use_of_the_engine_is_found(monkeypatch: Any, name: str) -> None:
-    module = mutant(bulk_dispatch, *ENGINE[name])
+    module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_dispatch, *ENGINE[name])
     with pytest.raises((AssertionError, InterpreterError)):  # the latter from within a helper
         many_rows(monkeypatch, 1, module)

@@ -17,6 +17,7 @@ import triton.language as tl
 from tests import low_latency_oracle as oracle
 from tests.kernels import simulator
 from tests.kernels.low_latency_world import LowLatencyWorld, known_expert_rows
+from tests.kernels.schedules import Scheduler, Sleeps, put_to_sleep
 from tests.kernels.simulator import Simulator
 from tests.low_latency_cases import FORMATS, ROUTINGS, Case, Scenario
 from tokenferry.config import align_up
@@ -41,8 +42,8 @@ CASES = {
 }
 
 
-class Paces(random.Random):
-    """Choices of a scheduler to whom one program of every launch of one rank is slow."""
+class Paces(Scheduler):
+    """To whom one program of every launch of one rank is slow."""
 
     def __init__(self, seed: int, num_ranks: int, pace: float) -> None:
         super().__init__(seed)
@@ -50,10 +51,7 @@ class Paces(random.Random):
         self._name = f"rank {self.randrange(num_ranks)} "
         self._slow: dict[Any, int] = {}
 
-    def choices(self, programs: Any, weights: Any) -> Any:
-        return super().choices(programs, [w * self._pace_of(p) for p, w in zip(programs, weights, strict=True)])
-
-    def _pace_of(self, program: Any) -> float:
+    def pace_of(self, program: Any) -> float:
         launch = program.launch
         if not launch.name.startswith(self._name):
             return 1
@@ -69,6 +67,7 @@ def disturb(monkeypatch: Any, world: LowLatencyWorld, seed: int, pace: float) ->
     if seed % 2 == 0:
         world.simulator.random = Paces(seed, world.num_ranks, pace)
         return
+    world.simulator.random = Scheduler(seed)
     source, launch = random.Random(seed), world.simulator.launch
 
     def delayed(rank: int, *args: Any, **kwargs: Any) -> None:
@@ -86,15 +85,19 @@ def world_of(
     slots: int = 2,
     exact: bool = False,
     pace: float = 0.2,
+    sleeps: Sleeps | None = None,
     **options: Any,
 ) -> LowLatencyWorld:
     """Ranks whose push areas have so many slots and not a byte more, disturbed."""
     most = max(1, *case.tokens) + case.spare
-    layouts = programs.layouts(num_ranks, most, case.hidden, case.num_topk, case.local_experts, exact)
+    layouts = programs.layouts(num_ranks, most, case.hidden, case.num_topk, case.local_experts, 1, exact)
     nbytes = slots * align_up(max(layout[-1] for layout in layouts))
     options = {"most_programs": 2, **options}
     world = LowLatencyWorld(monkeypatch, num_ranks, seed, push_bytes=nbytes, exact=exact, **options)
-    disturb(monkeypatch, world, seed, pace)
+    if sleeps is None:
+        disturb(monkeypatch, world, seed, pace)
+    else:
+        put_to_sleep(world.simulator, seed, sleeps)
     return world
 
 
@@ -111,8 +114,7 @@ class Calls:
 
     def dispatch(self, *, hook: bool = False, **options: Any) -> None:
         for rank, scenario in self.scenarios.items():
-            result = scenario.dispatch(self.world.buffers[rank], return_recv_hook=hook, **options)
-            self.results[rank] = result
+            self.results[rank] = scenario.dispatch(self.world.buffers[rank], return_recv_hook=hook, **options)
         if hook:
             self.hooks.append([result[4] for result in self.results.values()])
 
@@ -241,9 +243,8 @@ def test_hook_receives_beside_operations_at_once(monkeypatch: Any) -> None:
 
 def unlike(monkeypatch: Any, seed: int, modules: dict[str, ModuleType] | None = None, **options: Any) -> None:
     """Rank 0 sends ahead of what it has not received, rank 1 does one after the other."""
-    cases = [TINY, replace(TINY, seed=39), replace(TINY, seed=10)]
     world = world_of(monkeypatch, 2, seed, TINY, modules=modules, max_steps=2500, **options)
-    all_calls = [Calls(world, case) for case in cases]
+    all_calls = [Calls(world, replace(TINY, seed=case_seed)) for case_seed in (22, 39, 10)]
     for number, calls in enumerate(all_calls):
         for rank, scenario in calls.scenarios.items():
             calls.results[rank] = scenario.dispatch(world.buffers[rank], return_recv_hook=rank == 0)

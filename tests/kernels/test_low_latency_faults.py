@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 from types import SimpleNamespace
@@ -240,8 +241,20 @@ def test_slots_that_differ_are_a_mismatch(monkeypatch: Any) -> None:
     large = Case(tokens=(8,), hidden=8, num_topk=2)
     world = world_of(monkeypatch, 2, 1, large, slots=2, max_steps=30_000)
     first = world.buffers[0].plane._low_latency
-    first.num_slots(first._layouts(8, 8, 2, 2))
+    first.num_slots(first._layouts(8, 8, 2, 2, 1))
     Calls(world, TINY).dispatch()
+    world.run()
+    assert [world.code(rank) for rank in range(2)] == [words.MISMATCH.value] * 2
+
+
+def test_other_maxima_reach_nothing_outside(monkeypatch: Any) -> None:
+    """What ranks that disagree leave where this one looks may be anything: here a choice of expert -2^31."""
+    world = world_of(monkeypatch, 2, 1, Case(tokens=(8,), hidden=8, num_topk=2), slots=4, max_steps=30_000)
+    for heap in world.heaps:
+        heap[words.CONTROL_BYTES :].view(torch.int64).fill_(1 << 31)
+    for rank in range(2):
+        case = dataclasses.replace(TINY, spare=4 * rank)
+        Scenario(case, rank, 2).dispatch(world.buffers[rank])
     world.run()
     assert [world.code(rank) for rank in range(2)] == [words.MISMATCH.value] * 2
 

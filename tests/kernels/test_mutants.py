@@ -15,7 +15,8 @@ import triton.language as tl
 
 from tests.cases import Case
 from tests.kernels import simulator
-from tests.kernels.mutants import mutated_module
+from tests.kernels.mutants import mutated_modules
+from tests.kernels.schedules import Scheduler, put_to_sleep, stop_at_deadlocks
 from tests.kernels.world import ALL_MODULES, Rank, World
 from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.kernels import combine, dispatch, layout, notify, rounds, sync, words
@@ -111,17 +112,14 @@ class Calls:
             self.world.simulator.launch(rank, overwrite, (1,), flat, size, BLOCK=block)
 
 
-class Paces(random.Random):
-    """Choices of a scheduler to whom one program of every other launch is slow."""
+class Paces(Scheduler):
+    """To whom one program of every other launch is slow."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self._slow: dict[Any, int] = {}
 
-    def choices(self, programs: Any, weights: Any) -> Any:
-        return super().choices(programs, [w * self._pace(p) for p, w in zip(programs, weights, strict=True)])
-
-    def _pace(self, program: Any) -> float:
+    def pace_of(self, program: Any) -> float:
         if program.launch not in self._slow:
             self._slow[program.launch] = self.randrange(2 * program.grid[0])
         return SLOW if program.index[0] == self._slow[program.launch] else 1
@@ -138,6 +136,7 @@ def disturb(monkeypatch: Any, world: World, seed: int) -> None:
     if seed % 2 == 0:
         world.simulator.random = Paces(seed)
         return
+    world.simulator.random = Scheduler(seed)
     source, launch = random.Random(seed), world.simulator.launch
     late = source.randrange(world.num_ranks + 1)
 
@@ -190,6 +189,22 @@ def alternating(monkeypatch: Any, seed: int, modules: Modules | None = None) -> 
         call.dispatch()
     for call in calls * 2:
         call.dispatch_cached()
+    world.run()
+    for call in calls:
+        call.check()
+    assert [world.code(rank) for rank in range(2)] == [0, 0]
+
+
+def unread(monkeypatch: Any, seed: int, modules: Modules | None = None, *, cached: bool = False) -> None:
+    """A program of rank 1 reads nothing of a staged dispatch before the next one is sent, as far as may be."""
+    world = World(monkeypatch, 2, seed, direct=(False,), stage_bytes=4096, modules=modules, max_steps=5000)
+    put_to_sleep(world.simulator, seed, {-1: (3, 16)})
+    # Not cached, other lists; cached, no tokens of rank 0 after many.
+    calls = [Calls(world, number, 2 if cached else 0, routing="one_rank") for number in range(2)]
+    for call in calls:
+        call.dispatch()
+    if cached:
+        calls[0].dispatch_cached()
     world.run()
     for call in calls:
         call.check()
@@ -250,6 +265,8 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "dispatches": _repeated("staged", routing="sparse", stage_bytes=4096, combines=False, length=4),
     "many rounds": _repeated("staged", stage_bytes=256, length=1),
     "alternating": alternating,
+    "unread": unread,
+    "unread, cached": lambda *given: unread(*given, cached=True),
     "counted": counted,
     "refused": refused,
     "refused, no host waits": lambda *given: refused(*given, host_waits=False),
@@ -267,11 +284,9 @@ class Mutant:
     count: int = 1
 
     def modules(self) -> Modules:
-        entries = {"layout": layout, "notify": notify, "dispatch": dispatch, "combine": combine}
-        return {
-            name: mutated_module(self.module, self.old, self.new, self.count, entry=entries[name])
-            for name in ALL_MODULES
-        }
+        entries = (layout, notify, dispatch, combine)
+        copies = mutated_modules(self.module, self.old, self.new, self.count, entries=entries)
+        return dict(zip(ALL_MODULES, copies, strict=True))
 
 
 WAIT_RELEASED_BEFORE = """alive = wait_released(
@@ -302,7 +317,7 @@ MUTANTS = {
     "wait for any epoch": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "step", "direct"),
     "wait for just this step": Mutant(sync, "while (seen < value)", "while (seen != value)", "staged"),
     # The message.
-    "message over an unread one": Mutant(sync, WAIT_RELEASED_BEFORE, "alive = True", "alternating"),
+    "message over an unread one": Mutant(sync, WAIT_RELEASED_BEFORE, "alive = True", "unread, cached"),
     "message after its flag": Mutant(
         sync,
         WRITE_MESSAGE + "tl.debug_barrier()\n            " + SIGNAL_MESSAGE,
@@ -316,7 +331,7 @@ MUTANTS = {
     "one message is not waited for": Mutant(
         sync, "for source in range(R):\n        patience", "for source in range(R - 1):\n        patience", "direct"
     ),
-    "list over an unread one": Mutant(notify, "progress(epoch - 1, ALL)", "0", "dispatches"),
+    "list over an unread one": Mutant(notify, "progress(epoch - 1, ALL)", "0", "unread"),
     "list after its flag": Mutant(notify, LIST + SIGNAL_LIST, SIGNAL_LIST + LIST, "dispatches"),
     "no barrier after the list": Mutant(notify, SIGNAL_LIST, SIGNAL_LIST.partition("\n")[2], "direct"),
     "nobody listens": Mutant(notify, "progress(epoch, 1), patience", "0, patience", "direct"),
@@ -383,6 +398,7 @@ MUTANTS = {
 
 def finds(monkeypatch: Any, mutant: Mutant, seed: int) -> bool:
     """Whether a seed shows the fault: wrong results or status, a deadlock or a late load."""
+    stop_at_deadlocks(monkeypatch)
     try:
         SCENARIOS[mutant.scenario](monkeypatch, seed, mutant.modules())
     except AssertionError:

@@ -149,8 +149,9 @@ def test_delay_counts_steps():
 
 def test_error_of_a_program_ends_the_run():
     simulator = Simulator(0)
-    simulator.launch(0, exchange.increment, (1,), torch.zeros(1), 1, BY="two")
-    simulator.launch(1, exchange.increment, (2,), torch.zeros(1), 5, BY=1)
+    memory = torch.zeros(2)
+    simulator.launch(0, exchange.increment, (1,), memory[:1], 1, BY="two")
+    simulator.launch(1, exchange.increment, (2,), memory[1:], 5, BY=1)
     with pytest.raises(Exception) as error:
         simulator.run()
     assert error.value.__notes__ == ["in rank 0 increment[0, 0, 0]"]

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nodes",
         type=_positive,
         default=1,
-        help="cpu: groups of ranks that count as nodes, joined by TCP (default 1)",
+        help="groups of ranks that count as nodes, joined by TCP; with cuda by NCCL's network (default 1)",
     )
     size = shape.add_mutually_exclusive_group()
     size.add_argument("--tokens", type=_positive, nargs="+", help=f"of each rank (default {_DEFAULT_TOKENS})")
@@ -246,8 +246,6 @@ def _draw(args: argparse.Namespace) -> int:
 def _settle(args: argparse.Namespace) -> None:
     """Fill in the defaults of the device; ends the program if an argument has no meaning there."""
     if args.device == "cuda":
-        if args.nodes > 1:
-            args.fail("argument --nodes: with --device cuda; allowed: 1")
         if args.seconds is not None:
             args.fail("argument --seconds: with --device cuda; allowed: --iterations")
         if len(args.num_nvl_bytes) > 1:
@@ -255,14 +253,14 @@ def _settle(args: argparse.Namespace) -> None:
         num_gpus = torch.cuda.device_count()
         if num_gpus == 0:
             args.fail("argument --device: cuda, but torch finds no GPU")
-        args.ranks = args.ranks or num_gpus
+        args.ranks = args.ranks or max(num_gpus, args.nodes)
+        _check_nodes(args)
         args.dtype = args.dtype or ["bf16", "fp8"]
         args.modes = args.modes or list(CUDA_MODES)
         args.sms = args.sms or [_DEFAULT_SMS]
         return
     args.ranks = args.ranks or _DEFAULT_RANKS
-    if args.ranks % args.nodes:
-        args.fail(f"argument --nodes: {args.nodes}; allowed: a divisor of the {args.ranks} ranks")
+    _check_nodes(args)
     args.dtype = args.dtype or ["bf16"]
     args.modes = args.modes or list(MODES)
     if len(args.dtype) > 1:
@@ -275,6 +273,11 @@ def _settle(args: argparse.Namespace) -> None:
     ):
         if given:
             args.fail(f"argument {name}: needs {'a NAME' if name == '--save' else '--device cuda'}")
+
+
+def _check_nodes(args: argparse.Namespace) -> None:
+    if args.ranks % args.nodes:
+        args.fail(f"argument --nodes: {args.nodes}; allowed: a divisor of the {args.ranks} ranks")
 
 
 def _shapes(args: argparse.Namespace) -> list[tuple[str, int]]:

@@ -23,6 +23,7 @@ import torch
 
 from tokenferry.cli.bench_cases import BASELINE, BenchError
 from tokenferry.cli.bench_cuda_cases import (
+    BARE,
     DEEPEP,
     DEEPEP_DTYPES,
     DEEPEP_RANKS,
@@ -85,10 +86,10 @@ def run(
     num_gpus, commit = torch.cuda.device_count(), describe_commit()
     try:
         with sharing(args.ranks > num_gpus), RankPool(args.ranks, num_threads=1) as pool:
-            devices = pool.run(take_device)
+            devices = pool.run(take_device, args.nodes)
             machine = {**describe_machine("cuda"), **describe_gpus(devices, num_gpus)}
             earlier = earlier_of(machine)
-            rivals, notes = choose_rivals(machine, devices[0]["deep_ep"], args.baseline)
+            rivals, notes = choose_rivals({**machine, "nodes": args.nodes}, devices[0]["deep_ep"], args.baseline)
             _introduce(args, machine, notes, effort)
             reports = []
             for cases in groups_of(args, shapes):
@@ -141,6 +142,7 @@ def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> li
                 num_nvl_bytes=args.num_nvl_bytes[0],
                 seed=args.seed,
                 sms=sms,
+                nodes=args.nodes,
             )
             for mode, sms in chosen
         ]
@@ -153,12 +155,16 @@ def choose_rivals(machine: Mapping[str, Any], deep_ep: str, wanted: bool) -> tup
     """The contenders beside tokenferry, and why others are left out.
 
     Args:
-        machine: with the entries of :func:`tokenferry.cli.bench_machine.describe_gpus`.
+        machine: with the entries of :func:`tokenferry.cli.bench_machine.describe_gpus`, and ``nodes``.
         deep_ep: "yes" if DeepEP can be imported, else why not.
         wanted: whether there are to be any.
     """
     if not wanted:
         return [], ["no other contenders: --no-baseline"]
+    nodes, per_node = machine["nodes"], machine["ranks"] // machine["nodes"]
+    if nodes > 1 and per_node <= max(machine["gpus"] // nodes, 1):
+        notes = ["nodes are groups of ranks of this machine: NCCL goes between them through its network transport"]
+        return [BASELINE, BARE] if per_node == 1 else [BASELINE], notes
     if machine["ranks_share_gpus"]:
         return [], [f"{BASELINE} (NCCL) and {DEEPEP} left out: NCCL refuses ranks that share a GPU"]
     if deep_ep != "yes":
@@ -199,6 +205,8 @@ def file_name(machine: Mapping[str, Any], reports: Sequence[CudaReport]) -> str:
     """A name for a result: the device, the ranks, and what varies."""
     device = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower().removeprefix("nvidia ")).strip("-")
     parts = [device, f"{machine['ranks']}ranks"]
+    if reports[0].case.nodes > 1:
+        parts.append(f"{reports[0].case.nodes}nodes")
     if machine["ranks_share_gpus"]:
         parts.append("shared")
     tokens = {report.case.tokens for report in reports}

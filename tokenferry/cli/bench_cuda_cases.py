@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,9 +23,11 @@ import torch.distributed as dist
 from tokenferry.buffer import Buffer
 from tokenferry.cli.bench_cases import (
     BASELINE,
+    CUDA_MODES,
     OURS,
     Call,
     Case,
+    Result,
     Workload,
     baseline_calls,
     check_agreement,
@@ -34,6 +37,8 @@ from tokenferry.cli.bench_cases import (
 )
 from tokenferry.cli.bench_machine import describe_device
 
+BARE = "all_to_all_single"
+"""The bytes alone, between nodes of one rank: one exchange of all that goes to other ranks, back again for a pair."""
 DEEPEP = "DeepEP V1"
 DEEPEP_RANKS = (2, 4, 8)
 """Numbers of ranks that DeepEP V1 can run inside a node."""
@@ -158,10 +163,20 @@ class Rival(NamedTuple):
     """If not, one measurement is good for all numbers of SMs."""
 
 
-def take_device(rank: int, num_ranks: int) -> dict[str, Any]:
-    """Give this rank its GPU, one after the other, and describe it."""
-    index = rank % torch.cuda.device_count()
+def take_device(rank: int, num_ranks: int, num_nodes: int = 1) -> dict[str, Any]:
+    """Give this rank its GPU, and describe it.
+
+    The GPUs go to the nodes in equal shares, one after the other where there are too few, then to the ranks of a node
+    likewise. NCCL takes nodes for hosts, so that it goes between them through its network transport.
+    """
+    num_gpus, per_node = torch.cuda.device_count(), num_ranks // num_nodes
+    node, local = divmod(rank, per_node)
+    share = max(num_gpus // num_nodes, 1)
+    index = (node * share + local % share) % num_gpus
     torch.cuda.set_device(index)
+    if num_nodes > 1:
+        os.environ["NCCL_HOSTID"] = f"node-{node}"
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return {**describe_device(index), "deep_ep": _deepep_state()}
 
 
@@ -193,9 +208,10 @@ def _run_cases(
     rank: int, cases: Sequence[CudaCase], effort: Effort, rivals: Sequence[str], clock: Clock
 ) -> list[CudaRankResult]:
     shape, results = cases[0], []
+    node = rank * shape.nodes // shape.ranks if shape.nodes > 1 else None
     with ExitStack() as stack:
         buffer = stack.enter_context(
-            Buffer(dist.group.WORLD, shape.num_nvl_bytes, device=shape.device, timeout=_TIMEOUT)
+            Buffer(dist.group.WORLD, shape.num_nvl_bytes, device=shape.device, timeout=_TIMEOUT, node=node)
         )
         stack.callback(Buffer.set_num_sms, Buffer.num_sms)
         work = prepare(shape, rank, buffer)
@@ -277,7 +293,38 @@ def _rival(name: str, case: CudaCase, work: Workload) -> Rival:
     if name == BASELINE:
         calls = baseline_calls(case, work, group)
         return Rival(name, lambda _: calls, knows_sms=False)
+    if name == BARE:
+        modes = [mode for mode in CUDA_MODES if mode != "layout"]
+        bare = {mode: _bare_exchange(dataclasses.replace(case, mode=mode), work, group) for mode in modes}
+        return Rival(name, lambda _: bare, knows_sms=False)
     return _deepep(case, work, group)
+
+
+def _bare_exchange(case: CudaCase, work: Workload, group: dist.ProcessGroup | None) -> Call:
+    """As many bytes to every other rank as one call sends there, and as many from it; of a pair there, then back."""
+    rank = dist.get_rank()
+    matrix = [torch.empty_like(work.num_tokens_per_rank) for _ in range(case.ranks)]
+    dist.all_gather(matrix, work.num_tokens_per_rank, group=group)
+    counts = torch.stack(matrix).fill_diagonal_(0).tolist()
+    there, back = counts[rank], [row[rank] for row in counts]
+
+    def bytes_of(mode: str) -> int:
+        return dataclasses.replace(case, mode=mode).row_bytes()
+
+    exchanges = {
+        "combine": [(bytes_of("combine"), back, there)],
+        "pair": [(bytes_of("dispatch"), there, back), (bytes_of("combine"), back, there)],
+        "cached-pair": [(bytes_of("cached"), there, back), (bytes_of("combine"), back, there)],
+    }.get(case.mode, [(case.row_bytes(), there, back)])
+    device = work.num_tokens_per_rank.device
+
+    def call() -> Result:
+        for row_bytes, going, coming in exchanges:
+            sent = torch.empty(sum(going), row_bytes, dtype=torch.uint8, device=device)
+            dist.all_to_all_single(sent.new_empty(sum(coming), row_bytes), sent, coming, going, group=group)
+        return Result([], [])
+
+    return call
 
 
 def _deepep(case: CudaCase, work: Workload, group: dist.ProcessGroup | None) -> Rival:

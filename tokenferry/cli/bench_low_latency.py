@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tokenferry.cli.bench_cases import BenchError
+from tokenferry.cli.bench_cases import BASELINE, BenchError
 from tokenferry.cli.bench_cuda import sharing
 from tokenferry.cli.bench_cuda_cases import DEEPEP, take_device
 from tokenferry.cli.bench_cuda_report import shared_note
@@ -218,10 +218,12 @@ def choose_rivals(machine: Mapping[str, Any], deep_ep: str, wanted: bool) -> tup
     if not wanted:
         return [], [*notes, "no other contenders: --no-baseline"]
     if machine["ranks_share_gpus"]:
-        return [], [*notes, f"{DEEPEP} left out: it needs a GPU for each rank"]
+        return [], [*notes, f"{BASELINE} (NCCL) and {DEEPEP} left out: they need a GPU for each rank"]
+    notes.append(f"{BASELINE}: all_gather, all_to_all_single (NCCL) of a fixed size, rows in bf16")
     if deep_ep != "yes":
-        return [], [*notes, f"{DEEPEP} left out: deep_ep {deep_ep}"]
-    return [DEEPEP], [*notes, f"{DEEPEP}: the code that calls it here was never run before; check its figures"]
+        return [BASELINE], [*notes, f"{DEEPEP} left out: deep_ep {deep_ep}"]
+    notes.append(f"{DEEPEP}: the code that calls it here was never run before; check its figures")
+    return [BASELINE, DEEPEP], notes
 
 
 def file_of(target: tuple[Path, str], args: argparse.Namespace, machine: Mapping[str, Any]) -> Path:

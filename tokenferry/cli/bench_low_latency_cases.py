@@ -15,14 +15,15 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
 from tokenferry.buffer import Buffer
-from tokenferry.cli.bench_cases import OURS, SCALE_BLOCK, BenchError
+from tokenferry.cli.bench_cases import BASELINE, OURS, SCALE_BLOCK, BenchError
 from tokenferry.cli.bench_cuda_cases import DEEPEP, nccl_group
+from tokenferry.cli.bench_low_latency_baseline import FixedCollectives
 from tokenferry.cli.bench_low_latency_clocks import Clock, GraphClock, HostClock
 
 OPERATIONS = ("dispatch", "combine", "pair")
@@ -140,20 +141,64 @@ class Workload(NamedTuple):
     """float32 [T, K]: positive, of any sum."""
 
 
-class Contender:
+class Contender(Protocol):
+    """The operations of one contender in a case."""
+
+    has_hooks: bool
+    """Whether dispatch and combine take ``return_recv_hook`` as their only argument, and return the hook last."""
+
+    def dispatch(self) -> tuple[Any, ...]:
+        """Dispatch."""
+
+    def combine(self) -> tuple[Any, ...]:
+        """Combine what a dispatch has brought."""
+
+    def pair(self) -> tuple[Any, ...]:
+        """Dispatch and combine; the sums come first."""
+
+
+class CollectivesContender:
+    """``torch.distributed`` in a case.
+
+    Args:
+        work: of this rank.
+        case: what to run.
+        group: of all ranks; None: the default one.
+    """
+
+    has_hooks = False
+
+    def __init__(self, work: Workload, case: LowLatencyCase, group: dist.ProcessGroup | None) -> None:
+        self._calls = FixedCollectives(group, *work, case.experts)
+        self._received = self._calls.dispatch()
+
+    def dispatch(self) -> tuple[Any, ...]:
+        """See :class:`Contender`."""
+        return self._calls.dispatch()
+
+    def combine(self) -> tuple[Any, ...]:
+        """See :class:`Contender`."""
+        return self._calls.combine(*self._received)
+
+    def pair(self) -> tuple[Any, ...]:
+        """See :class:`Contender`."""
+        return self._calls.combine(*self._calls.dispatch())
+
+
+class BufferContender:
     """The operations of one Buffer in a case, its experts returning the rows as they come.
 
     An fp8 row comes back as bfloat16, converted beforehand, because converting is not communication.
 
     Args:
-        name: for errors.
         case: what to run.
         work: of this rank.
         buffer: of tokenferry, or another one with its low-latency methods.
     """
 
-    def __init__(self, name: str, case: LowLatencyCase, work: Workload, buffer: Any) -> None:
-        self._name = name
+    has_hooks = True
+
+    def __init__(self, case: LowLatencyCase, work: Workload, buffer: Any) -> None:
         self._case = case
         self._work = work
         self._buffer = buffer
@@ -190,21 +235,21 @@ class Contender:
         )
         return result
 
-    def check(self, rank: int) -> None:
-        """Run a pair and look at what comes back.
 
-        Raises:
-            BenchError: it is not what was sent, times the weights.
-        """
-        work, dtype = self._work, self._case.dtype
-        wanted = work.x.float() * work.topk_weights.sum(1, keepdim=True)
-        error = (self.pair()[0].float() - wanted).abs()
-        wrong = ~(error <= _TOLERANCES[dtype] * wanted.abs() + _SMALLEST)  # also where there is no number
-        if wrong.any():
-            raise BenchError(
-                f"{self._name}, {self._case.tokens} tokens, {dtype}: rank {rank} got {int(wrong.sum())} of "
-                f"{wrong.numel()} elements wrong"
-            )
+def check(name: str, contender: Contender, case: LowLatencyCase, work: Workload, rank: int) -> None:
+    """Run a pair and look at what comes back.
+
+    Raises:
+        BenchError: it is not what was sent, times the weights.
+    """
+    wanted = work.x.float() * work.topk_weights.sum(1, keepdim=True)
+    error = (contender.pair()[0].float() - wanted).abs()
+    wrong = ~(error <= _TOLERANCES[case.dtype] * wanted.abs() + _SMALLEST)  # also where there is no number
+    if wrong.any():
+        raise BenchError(
+            f"{name}, {case.tokens} tokens, {case.dtype}: rank {rank} got {int(wrong.sum())} of {wrong.numel()} "
+            "elements wrong"
+        )
 
 
 def prepare(case: LowLatencyCase, rank: int) -> Workload:
@@ -240,7 +285,7 @@ def count_traffic(topk_idx: torch.Tensor, rank: int, ranks: int, experts: int) -
 def measure(clock: Clock, contender: Contender, effort: Effort) -> Samples:
     """Time the operations of a contender in all ways."""
     samples = {name: _time(clock, getattr(contender, name), effort) for name in OPERATIONS}
-    for name in ("dispatch", "combine"):
+    for name in ("dispatch", "combine") if contender.has_hooks else ():
         samples[name].update(_time_phases(clock, getattr(contender, name), effort))
     return samples
 
@@ -291,7 +336,7 @@ def run_cases(
         cases: what to run, on one Buffer.
         largest: the case of the whole run that needs most memory.
         effort: how much.
-        rivals: contenders to run beside tokenferry: :data:`DEEPEP`.
+        rivals: contenders to run beside tokenferry: :data:`BASELINE`, :data:`DEEPEP`.
         clock: by default one that suits the device.
 
     Returns:
@@ -316,11 +361,11 @@ def run_cases(
             buffer.low_latency_warmup(most, case.hidden, case.topk, case.experts, use_fp8=fp8)
             samples = {}
             for name in (OURS, *rivals):
-                contender = Contender(name, case, work, _deepep(case, largest) if name == DEEPEP else buffer)
-                contender.check(rank)
+                contender = _contender(name, case, largest, work, buffer)
+                check(name, contender, case, work, rank)
                 samples[name] = measure(clock, contender, effort)
                 clock.drain()
-                contender.check(rank)  # raises what the last kernels may have reported, too
+                check(name, contender, case, work, rank)  # raises what the last kernels may have reported, too
             assert buffer.runtime is not None
             traffic = count_traffic(work.topk_idx, rank, case.ranks, case.experts)
             results.append(RankResult(samples, traffic, buffer.runtime.allocated_bytes()))
@@ -328,6 +373,17 @@ def run_cases(
         dist.barrier()
     torch.cuda.empty_cache()  # the next token count needs blocks of other sizes
     return results
+
+
+def _contender(name: str, case: LowLatencyCase, largest: LowLatencyCase, work: Workload, buffer: Buffer) -> Contender:
+    if name == BASELINE:
+        return CollectivesContender(work, case, _collectives_group(case.device))
+    return BufferContender(case, work, _deepep(case, largest) if name == DEEPEP else buffer)
+
+
+@functools.cache
+def _collectives_group(device: str) -> dist.ProcessGroup | None:
+    return nccl_group() if device == "cuda" else None
 
 
 def _deepep(case: LowLatencyCase, largest: LowLatencyCase) -> Any:

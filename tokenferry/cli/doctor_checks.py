@@ -184,7 +184,8 @@ def _carriers() -> Iterator[Finding]:
         yield Finding("carriers", Level.BROKEN, what, "install torch from pytorch.org or PyPI")
         return
     nccl = "with NCCL" if dist.is_nccl_available() else "no NCCL"
-    yield Finding("carriers", Level.FINE, f"between nodes: {', '.join(CARRIERS)} (Gloo); {nccl} in torch")
+    what = f"between nodes: {', '.join(CARRIERS)} (Gloo for CPU ranks, NCCL for GPUs); {nccl} in torch"
+    yield Finding("carriers", Level.FINE, what)
     given = os.environ.get("GLOO_SOCKET_IFNAME")
     interfaces = [name for _, name in socket.if_nameindex()]
     if given:

@@ -8,6 +8,7 @@ was done, and what is left: shared memory, files, processes, memory.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=_positive, default=300, help="most tokens of a rank in an operation (default: %(default)s)"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and open files over time (a PNG file)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -47,9 +49,13 @@ def main(args: argparse.Namespace) -> int:
         args: parsed options, see :func:`add_arguments`.
 
     Returns:
-        0; 1 if a result was wrong, a rank failed or something leaked; 130 after Ctrl-C.
+        0; 1 if a result was wrong, a rank failed, something leaked, or ``--plot`` finds no matplotlib; 130 after
+        Ctrl-C.
     """
     settings = Settings(60 * args.minutes, args.seed, args.device, args.tokens)
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        print("error: --plot needs matplotlib: pip install 'tokenferry[cli]'", file=sys.stderr)
+        return 1
     before = named_segments()
     began = time.monotonic()
     pool = RankPool(args.ranks, num_threads=1)
@@ -65,7 +71,19 @@ def main(args: argparse.Namespace) -> int:
         return _INTERRUPTED
     leaks = find_leaks(reports, named_segments() - before, sum(process.is_alive() for process in pool.processes))
     print(summary(settings, reports, leaks, time.monotonic() - began))
+    if args.plot is not None:
+        from tokenferry.cli.soak_plot import draw
+
+        draw(reports, _title(settings, reports), args.plot)
+        print(f"\nwritten: {args.plot}")
     return 1 if any(leak.is_leak for leak in leaks) else 0
+
+
+def _title(settings: Settings, reports: Sequence[Report]) -> str:
+    calls, faults = sum(reports[0].calls.values()), sum(reports[0].faults.values())
+    where = f"{len(reports)} ranks on {settings.device}, {os.cpu_count()} cores"
+    done = f"{calls} operations on each, {reports[0].episodes} Buffers, {faults} faults, no wrong result"
+    return f"Soak of {settings.seconds / 60:g} minutes, seed {settings.seed}: {where}\n{done}"
 
 
 def named_segments() -> set[str]:

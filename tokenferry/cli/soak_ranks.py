@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,17 @@ class Settings:
     most_tokens: int
 
 
+class Look(NamedTuple):
+    """What a rank holds at a moment."""
+
+    seconds: float
+    """Since the start."""
+    resident: int
+    """Bytes of memory that is not shared."""
+    files: int
+    """Open ones."""
+
+
 @dataclass
 class Report:
     """What one rank did, and what it held."""
@@ -62,6 +73,10 @@ class Report:
     resident: tuple[int, int] = (0, 0)
     """Bytes likewise."""
     resident_peak: int = 0
+    looks: list[Look] = field(default_factory=list)
+    """After every Buffer."""
+    warm_seconds: float = 0.0
+    """When the warm-up was over."""
 
 
 def layouts_of(num_ranks: int) -> list[tuple[int, ...]]:
@@ -97,9 +112,10 @@ class _Soak:
         self.what = "the start"
 
     def run(self) -> Report:
-        self.ends = time.monotonic() + self.settings.seconds
-        warm_until = time.monotonic() + self.settings.seconds / 4
+        self.started = time.monotonic()
+        self.ends = self.started + self.settings.seconds
         report = self.report
+        report.warm_seconds = self.settings.seconds / 4
         layouts = layouts_of(self.num_ranks) if self.device.type == "cpu" else [(0,) * self.num_ranks]
         warmed = False
         while True:
@@ -113,7 +129,7 @@ class _Soak:
             report.layouts["x".join(str(n) for n in (max(layout) + 1, layout.count(layout[0])))] += 1
             goes_on = self._goes_on()
             self._look(warmed)
-            warmed = warmed or time.monotonic() > warm_until
+            warmed = warmed or time.monotonic() > self.started + report.warm_seconds
             if not goes_on:
                 break
         self.alive.clear()
@@ -133,6 +149,7 @@ class _Soak:
         report.files = (report.files[0] if warmed else files, files)
         report.resident = (report.resident[0] if warmed else resident, resident)
         report.resident_peak = max(report.resident_peak, resident)
+        report.looks.append(Look(time.monotonic() - self.started, resident, files))
 
     def late(self) -> None:
         """Come later than the others, sometimes."""

@@ -99,6 +99,19 @@ def _describe(name: str, value: int) -> str:
     return describe_dtype(value) if name.endswith("dtype") else str(value)
 
 
+class PartPlan(NamedTuple):
+    """A dispatch that is one of several which fill the same outputs. The host waits for no counts."""
+
+    num_rows: int
+    """Rows of the outputs, which are there before."""
+    starts: torch.Tensor
+    """int64 [R]: where the rows of each source rank begin. ``pull`` adds how many came."""
+    first_tokens: torch.Tensor
+    """int64 [R]: added to the source tokens, for ``recv_src_idx``."""
+    expert_ids: range | None
+    """Ids of this rank's experts. None: no choices travel."""
+
+
 class SendPlan(NamedTuple):
     """What a rank brings to a dispatch."""
 
@@ -113,9 +126,9 @@ class SendPlan(NamedTuple):
     is_token_in_rank: torch.Tensor
     """bool [T, R]."""
     num_tokens_per_rank: torch.Tensor | None
-    """int32 [R]; None with a handle."""
+    """int32 [R]; None with a handle or a part."""
     num_tokens_per_expert: torch.Tensor | None
-    """int32 [E]; None with a handle."""
+    """int32 [E]; likewise."""
     num_worst_tokens: int
     """Rows of the outputs if the caller fixed them, else 0."""
     handle: DispatchHandle | None
@@ -124,8 +137,8 @@ class SendPlan(NamedTuple):
     """SMs that the operation may use, where there are any; 0: the data plane chooses."""
     experts: ExpertPlan | None = None
     """Not None: the outputs tell where rows are from, and may be expanded. Choices travel then."""
-    expert_ids: range | None = None
-    """Ids of this rank's experts; None: its share of num_tokens_per_expert, by its place among the ranks."""
+    part: PartPlan | None = None
+    """Not None: only the columns and ``recv_src_idx`` of rows that come are written, nothing past them."""
 
 
 class Outputs(NamedTuple):
@@ -145,12 +158,10 @@ class Outputs(NamedTuple):
     topk_weights: torch.Tensor | None
     """float32 [M', K]: 0 where the id is -1."""
     recv_src_idx: torch.Tensor | None
-    """int32 [M']; -1 in rows past the last received. None with a handle."""
+    """int32 [M']; -1 in rows past the last received. None with a handle, or where a part's are known."""
     metadata: torch.Tensor | None = None
     """int32 [M', K + 2]: ``source rank * N + source token``; ``source rank * K + first choice of a local expert``;
     for each choice the expanded row of its copy, or -1. All -1 in rows past the last received. None with a handle."""
-    starts: Sequence[int] | None = None
-    """Where the rows of each source rank begin. Nothing else is written then. None: one after the other."""
 
 
 class DispatchExchange(Protocol):
@@ -183,12 +194,16 @@ class DispatchExchange(Protocol):
 
 
 class HeldRows(NamedTuple):
-    """The rows that a rank holds for each source rank, ordered by source token."""
+    """Which rows of the columns are summed, where not all are: rows ``starts[s]`` to ``ends[s] - 1`` of source s."""
 
-    starts: Sequence[int]
-    """First row of each source; they follow each other."""
-    tokens: Sequence[torch.Tensor]
-    """Integers: source tokens of the rows of each source."""
+    starts: torch.Tensor
+    """int64 [R]."""
+    ends: torch.Tensor
+    """int64 [R]."""
+    first_tokens: torch.Tensor
+    """int64 [R]."""
+    tokens: torch.Tensor
+    """int32 [M]: row i of source s belongs to token ``tokens[i] - first_tokens[s]``; ascending from start to end."""
 
 
 class ReducePlan(NamedTuple):
@@ -208,7 +223,7 @@ class ReducePlan(NamedTuple):
     sum_dtype: torch.dtype | None = None
     """Expanded: dtype of these sums on their way: that of the column, or a wider one."""
     held: HeldRows | None = None
-    """Which rows of the columns are summed, where not all are. Of the handle only the membership counts then."""
+    """Not None: only these rows; of the handle only the membership counts."""
 
 
 class Part(NamedTuple):
@@ -241,6 +256,8 @@ class Relays(NamedTuple):
     """[R]: which rank of the node relays a source rank, as which of its G sources."""
     num_max_tokens: int
     """N, of a source rank. That of the plan is G * N."""
+    node: int
+    """The node of this rank."""
 
 
 class LowLatencyDispatchPlan(NamedTuple):
@@ -361,9 +378,13 @@ class DataPlane(Protocol):
         """
 
     def warm_low_latency(
-        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int
-    ) -> None:
-        """Make ready for low-latency operations of these shapes: what takes long the first time."""
+        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int,
+        relays: Relays | None,
+    ) -> None:  # fmt: skip
+        """Make ready for low-latency operations of such plans: what takes long the first time."""
+
+    def advance(self) -> None:
+        """Finish those low-latency operations that wait for nothing: ranks may wait for what this one still reads."""
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """Send each token once to every rank that holds one of its experts; the rest happens in ``finish``.

@@ -64,6 +64,7 @@ class State(IntEnum):
     FAILED = 3
 
 
+_STATES = frozenset(State)
 _MAGIC_WORD, _VERSION_WORD, _RANK_WORD, _SIZE_WORD, _STATE_WORD, _LOCKED_WORD = range(6)
 
 
@@ -163,9 +164,8 @@ class Heap:
         for peer in self._peers:
             segment = Segment(*handles[peer], create=False)
             self._segments[peer] = segment
-            found = list(segment.words[:_STATE_WORD])
-            if found != [MAGIC, VERSION, peer, self.num_ranks]:
-                name = self.names[peer]
+            if not self._is_sound(peer):
+                name, found = self.names[peer], list(segment.words[:_LOCKED_WORD])
                 raise HeapError(f"the segment of rank {name} starts with {found}: not a heap of this group")
 
     def unlink(self) -> None:
@@ -412,6 +412,8 @@ class Heap:
         if not self._finalizer.alive:
             raise BufferStateError("the Buffer was destroyed")
         if self._own.words[_STATE_WORD] != State.OPEN:
+            if not self._is_sound(self.rank):
+                raise BufferStateError("something has written over the control words of this Buffer: build a new one")
             raise BufferStateError("an earlier operation failed on this Buffer: destroy it and build a new one")
 
     def trouble(self, missing: Sequence[int]) -> tuple[list[int], str] | None:
@@ -421,15 +423,23 @@ class Heap:
         dead = [rank for rank in missing if self._is_dead(rank)]
         gave_up = [rank for rank, state in states.items() if state == State.FAILED]
         closed = [rank for rank, state in states.items() if state == State.CLOSED]
+        spoiled = [rank for rank in missing if not self._is_sound(rank)]
         if gave_up and not dead:  # name the cause, not the next in the chain
             dead = [rank for rank in self.active_peers() if self._is_dead(rank)]
         if dead:
             return dead, "its process has ended"
+        if spoiled:
+            return spoiled, "something has written over its control words"
         if closed:
             return closed, "has destroyed its Buffer"
         if gave_up:
             return gave_up, f"gave up on an operation ({self._reason_of(gave_up[0])})"
         return None
+
+    def _is_sound(self, rank: int) -> bool:
+        words = self._segment(rank).words
+        identity = list(words[:_STATE_WORD])
+        return identity == [MAGIC, VERSION, rank, self.num_ranks] and words[_STATE_WORD] in _STATES
 
     def _is_dead(self, rank: int) -> bool:
         segment = self._segment(rank)

@@ -25,12 +25,12 @@ from typing import NamedTuple
 import torch
 
 from tokenferry.config import Config, align_up
-from tokenferry.dataplane import HeldRows, OperationKind, Outputs, Part, ReducePlan, SendPlan
+from tokenferry.dataplane import HeldRows, OperationKind, Outputs, Part, PartPlan, ReducePlan, SendPlan
 from tokenferry.errors import HeapError
 from tokenferry.handles import DispatchHandle
 from tokenferry.modes import intranode
 from tokenferry.modes.intranode import Inputs, Party, Received, Rows, as_bytes, signature_of, topk_idx_t
-from tokenferry.modes.nodes import Nodes, Offer, Operation, Share
+from tokenferry.modes.nodes import Nodes, Offer, Operation, Share, share_bytes
 from tokenferry.modes.routes import Routes, check_handle, in_nodes, make_handle, places_of, starts_of
 from tokenferry.rail import Transfer
 from tokenferry.topology import Topology
@@ -193,7 +193,8 @@ class _Delivery:
         self._relayed = relayed
         self._topology = _nodes(party).topology
         self._others = _nodes(party).others
-        self._filled = [list(starts) for starts in routes.starts]
+        self._filled = torch.tensor(routes.starts, device=party.device)  # int64 [G, L]
+        self._edges = edges_of(shares, party.device)
 
     def run(self, rows: Rows, outputs: Outputs) -> None:
         """Send the rows, and fill the outputs."""
@@ -227,35 +228,26 @@ class _Delivery:
 
     def _pull(self, node: int, number: int, columns: Sequence[torch.Tensor], outputs: Outputs) -> None:
         """Forward the rows of a part to the ranks of this node, and receive what is for this one."""
-        index, party = self._topology.local_index, self._party
-        edges = [bounds(share.num_rows[node], share.chunks[node], number) for share in self._shares]
-        part = slice(*edges[index])
+        party, share = self._party, self._shares[self._topology.local_index]
+        rows = slice(*bounds(share.num_rows[node], share.chunks[node], number))
         ids = weights = None
         if self._relayed is not None:
-            ids, weights = ((None if t is None else t[part]) for t in self._relayed[node][1:3])
-        scales = columns[1] if len(columns) == 2 else None
+            ids, weights = ((None if t is None else t[rows]) for t in self._relayed[node][1:3])
         plan = SendPlan(
             columns[0],
-            scales,
+            columns[1] if len(columns) == 2 else None,
             topk_idx=ids,
             topk_weights=weights,
-            is_token_in_rank=self._routes.members[node][part],
+            is_token_in_rank=self._routes.members[node][rows],
             num_tokens_per_rank=None,
             num_tokens_per_expert=None,
             num_worst_tokens=0,
             handle=None,
             num_sms=party.num_sms,
-            expert_ids=self._experts(),
+            part=PartPlan(len(outputs.rows), self._filled[node], self._edges[node][number], self._experts()),
         )
-        starts = self._filled[node]
         with party.plane.dispatch(self._operation.signature, plan) as exchange:
-            exchange.pull(outputs._replace(starts=starts))
-        ends = exchange.rank_prefix_matrix[:, index].tolist()
-        for source, (low, _) in enumerate(edges):
-            count = ends[source] - (ends[source - 1] if source else 0)
-            if outputs.recv_src_idx is not None and low:
-                outputs.recv_src_idx[starts[source] : starts[source] + count] += low
-            starts[source] += count
+            exchange.pull(outputs)
 
     def _experts(self) -> range | None:
         """The experts of this rank."""
@@ -266,14 +258,14 @@ class _Delivery:
 
     def _finish(self, outputs: Outputs) -> None:
         """Check that all rows are there, and mark those past the last."""
-        total = 0
-        for node, starts in enumerate(self._routes.starts):
-            for index, start in enumerate(starts):
-                count = self._routes.counts[node][index]
-                total += count
-                if self._filled[node][index] != start + count:
+        for node, filled in enumerate(self._filled.tolist()):
+            for index, (start, count) in enumerate(
+                zip(self._routes.starts[node], self._routes.counts[node], strict=True)
+            ):
+                if filled[index] != start + count:
                     rank = self._topology.ranks_of_node(node)[index]
-                    raise HeapError(f"{self._filled[node][index] - start} of the {count} rows of rank {rank} came")
+                    raise HeapError(f"{filled[index] - start} of the {count} rows of rank {rank} came")
+        total = sum(map(sum, self._routes.counts))
         for tensor, value in ((outputs.recv_src_idx, -1), (outputs.topk_idx, -1), (outputs.topk_weights, 0)):
             if tensor is not None:
                 tensor[total:].fill_(value)
@@ -293,6 +285,17 @@ def pieces(count: int, size: int) -> int:
 def bounds(count: int, size: int, number: int) -> tuple[int, int]:
     """First row, and the row past the last, of a piece; both ``count`` past the end."""
     return min(number * size, count), min((number + 1) * size, count)
+
+
+def edges_of(shares: Sequence[Share], device: torch.device) -> list[torch.Tensor]:
+    """Where parts begin and the last one ends, [G] of int64 [parts + 1, L]: rows that each relay has of the node."""
+    edges = []
+    for node in range(len(shares[0].num_rows)):
+        sizes = [(share.num_rows[node], min(share.chunks[node], max(share.num_rows[node], 1))) for share in shares]
+        rows, chunks = torch.tensor(sizes, device="cpu").unbind(1)
+        numbers = torch.arange(max(num_parts_of(shares, node), 1) + 1, device="cpu")
+        edges.append(torch.minimum(numbers.unsqueeze(1) * chunks, rows))
+    return list(torch.split(torch.cat(edges).to(device), [len(of_node) for of_node in edges]))
 
 
 def num_parts_of(shares: Sequence[Share], node: int) -> int:
@@ -385,6 +388,8 @@ class _Homecoming:
         self._places = places.contiguous()  # a column of the handle
         self._topology = _nodes(party).topology
         self._others = _nodes(party).others
+        self._edges = edges_of(shares, party.device)
+        self._held = self._rows_of_parts()
         exact = _nodes(party).exact
         self._dtypes = [torch.promote_types(c.dtype, torch.float32) if exact else c.dtype for c in columns]
 
@@ -409,21 +414,33 @@ class _Homecoming:
             transfer.finish()
         return [homes[node] for node in range(self._topology.num_nodes)]
 
+    def _rows_of_parts(self) -> list[torch.Tensor]:
+        """The first row of every part, [G] of int64 [parts + 1, L]: like the edges, in rows of this rank."""
+        device, order = self._places.device, self._topology.places
+        counts = [self._routes.counts[node][index] for node, index in order]
+        ranks = torch.repeat_interleave(
+            torch.arange(len(counts), device=device), torch.tensor(counts, device=device), output_size=sum(counts)
+        )
+        # Rows ascend by (source rank, place), so in one number they are searched all at once.
+        rows = (ranks << 32) + self._places[: len(ranks)]
+        number = {place: rank for rank, place in enumerate(order)}
+        first = [
+            [number[node, index] << 32 for index in range(len(self._shares))]
+            for node in range(self._topology.num_nodes)
+        ]
+        wanted = [edges + start for edges, start in zip(self._edges, torch.tensor(first, device=device), strict=True)]
+        found = torch.searchsorted(rows, torch.cat(wanted))
+        return list(torch.split(found, [len(edges) for edges in self._edges]))
+
     def _sum(self, node: int, number: int) -> list[torch.Tensor]:
         """The sums over the ranks of this node for the rows of a part that this rank relays."""
-        topology = self._topology
-        edges = [bounds(share.num_rows[node], share.chunks[node], number) for share in self._shares]
-        starts, tokens = [], []
-        for source, (low, high) in enumerate(edges):
-            start, count = self._routes.starts[node][source], self._routes.counts[node][source]
-            places = self._places[start : start + count]
-            first, last = torch.searchsorted(places, places.new_tensor([low, high])).tolist()
-            starts.append(start + first)
-            tokens.append(places[first:last] - low)
-        member = self._routes.members[node][slice(*edges[topology.local_index])]
+        share = self._shares[self._topology.local_index]
+        member = self._routes.members[node][slice(*bounds(share.num_rows[node], share.chunks[node], number))]
         nothing = self._places[:0]
         handle = DispatchHandle(nothing, nothing, nothing, nothing, member, nothing)
-        plan = ReducePlan(self._columns, (), handle, self._party.num_sms, held=HeldRows(starts, tokens))
+        starts, ends = self._held[node][number], self._held[node][number + 1]
+        held = HeldRows(starts, ends, self._edges[node][number], self._places)
+        plan = ReducePlan(self._columns, (), handle, self._party.num_sms, held=held)
         sums = self._empty(len(member))
         self._party.plane.pull_reduce(self._operation.signature, plan, sums)
         return sums
@@ -433,3 +450,25 @@ class _Homecoming:
             self._party.plane.empty_rows(num_rows, column.size(1), dtype)
             for column, dtype in zip(self._columns, self._dtypes, strict=True)
         ]
+
+
+def warm(
+    party: Party,
+    hidden: int,
+    num_topk: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    scale_bytes: int,
+    combine_dtype: torch.dtype | None,
+) -> None:
+    """Make ready for such operations; see :meth:`tokenferry.Buffer.warmup`."""
+    fresh, reduces = intranode.plans_to_warm(party, hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
+    topology = _nodes(party).topology
+    empty = torch.empty(0, dtype=torch.int64, device=party.device)
+    part = fresh._replace(part=PartPlan(0, empty, empty, None))
+    cached = part._replace(topk_idx=None, topk_weights=None)
+    shares = [
+        cached._replace(rows=torch.empty((0, nbytes), dtype=torch.uint8, device=party.device), scales=None, part=None)
+        for nbytes in (share_bytes(topology, 0, num_experts // topology.num_nodes), share_bytes(topology, 1, 0))
+    ]
+    party.plane.warm([part, cached, *shares], reduces, num_experts)

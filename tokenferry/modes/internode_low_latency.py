@@ -5,7 +5,8 @@ relay, sends the tokens of its whole rail inside its node, as if they were its o
 of its rail, the rows of its node, and sends N sums home; the source adds them, nodes ascending. FP8 rows cross the
 network in bfloat16: the relay quantises them.
 
-What a call posts it also forwards, so that no receive waits for the hook of another rank.
+What a call posts it also forwards, so that no receive waits for the hook of another rank. On GPUs nothing waits for
+the host, except at the first operation of a kind, when ranks compare what they call. A CUDA graph can hold others.
 
 Formula: ``out[t] = round(sum over nodes g, ascending, of p_g[t])`` with ``p_g[t] = round(sum over the choices k of
 experts on g, ascending, of topk_weights[t, k] * row of (t, topk_idx[t, k]))``; sums in float32.
@@ -32,7 +33,7 @@ def dispatch(party: Party, nodes: Nodes, signature: Signature, plan: LowLatencyD
     """Send the tokens; see :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
     most = plan.num_max_tokens
     with nodes.operation(party, "low_latency_dispatch", signature) as operation:
-        operation.compare()
+        _compare(party, nodes, operation)
         ids, x = _on_all_nodes(operation, nodes, most, [(plan.topk_idx, -1), (plan.x, None)])
         waits = _Waits(nodes, plan.wait_stats)
         inside = plan._replace(
@@ -40,8 +41,7 @@ def dispatch(party: Party, nodes: Nodes, signature: Signature, plan: LowLatencyD
             x=x,
             num_max_tokens=len(ids),
             wait_stats=waits.inside,
-            receives_now=False,
-            relays=_relays(nodes, most),
+            relays=relays_of(nodes, most),
         )
         pending = party.plane.low_latency_dispatch(signature, inside)
     return _Receive(nodes, operation, pending, waits)
@@ -60,7 +60,7 @@ def combine(party: Party, nodes: Nodes, signature: Signature, plan: LowLatencyCo
     topology, hidden = nodes.topology, plan.out.size(1)
     dtype = torch.float32 if nodes.exact else plan.out.dtype
     with nodes.operation(party, "low_latency_combine", signature) as operation:
-        operation.compare()
+        _compare(party, nodes, operation)
         given = [(plan.topk_idx, -1), (plan.topk_weights, 0)]
         ids, weights = _on_all_nodes(operation, nodes, most, given)
         sums = party.plane.empty_rows(len(ids), hidden, dtype)
@@ -71,7 +71,7 @@ def combine(party: Party, nodes: Nodes, signature: Signature, plan: LowLatencyCo
             out=sums,
             wait_stats=waits.inside,
             receives_now=True,
-            relays=_relays(nodes, most),
+            relays=relays_of(nodes, most),
         )
         party.plane.low_latency_combine(signature, inside).finish()
         waits.add()
@@ -83,8 +83,20 @@ def combine(party: Party, nodes: Nodes, signature: Signature, plan: LowLatencyCo
     return _Homecoming(nodes, operation, transfer, homes, plan.out)
 
 
-def _relays(nodes: Nodes, most: int) -> Relays:
-    return Relays([(index, node) for node, index in nodes.topology.places], most)
+def relays_of(nodes: Nodes, most: int) -> Relays:
+    """Who relays for whom, of up to ``most`` tokens of a rank."""
+    return Relays([(index, node) for node, index in nodes.topology.places], most, nodes.topology.node)
+
+
+def _compare(party: Party, nodes: Nodes, operation: Operation) -> None:
+    """Compare signatures along the rail, where the host waits anyway, and elsewhere the first time.
+
+    Ranks of which some know a signature and others do not miss each other, and find out at the deadline.
+    """
+    if party.plane.values_at_hand or operation.signature not in nodes.compared:
+        operation.compare()
+        nodes.compared.add(operation.signature)
+    operation.is_agreed = True
 
 
 def _on_all_nodes(
@@ -102,10 +114,13 @@ def _on_all_nodes(
         if filler is not None:
             block[here, len(tensor) :].fill_(filler)
         blocks.append(block)
-    operation.exchange(
+    transfer = operation.post(
         {node: [block[here] for block in blocks] for node in nodes.others},
         {node: [block[node] for block in blocks] for node in nodes.others},
     )
+    for node in nodes.others:
+        transfer.wait(node)
+    transfer.settle()
     return [block.flatten(0, 1) for block in blocks]
 
 
@@ -120,7 +135,8 @@ class _Waits:
     def add(self) -> None:
         """Once those of the node are complete."""
         if self._stats is not None and self.inside is not None:
-            self._stats[list(self._ranks)] += self.inside
+            for index, rank in enumerate(self._ranks):
+                self._stats[rank] += self.inside[index]
 
 
 class _Receive:
@@ -161,6 +177,6 @@ class _Homecoming:
         with self._nodes.guarded(self._operation):
             for node in self._nodes.others:
                 self._transfer.wait(node)
-            self._transfer.finish()
+            self._transfer.settle()
             parts = [Part(None, home[: len(self._out)]) for home in self._homes]
             self._operation.who.plane.sum_rows(parts, (), self._out)

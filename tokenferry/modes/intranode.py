@@ -444,32 +444,43 @@ def warm(
     combine_dtype: torch.dtype | None,
 ) -> None:
     """Make ready for such operations; see :meth:`tokenferry.Buffer.warmup`."""
+    fresh, reduces = plans_to_warm(party, hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
+    empty = torch.empty(0, dtype=torch.int32, device=party.device)
+    handle = DispatchHandle(empty, empty, empty, empty, fresh.is_token_in_rank, empty)
+    cached = fresh._replace(topk_idx=None, topk_weights=None, handle=handle)
+    party.plane.warm([fresh, cached], reduces, num_experts)
+
+
+def plans_to_warm(
+    party: Party,
+    hidden: int,
+    num_topk: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    scale_bytes: int,
+    combine_dtype: torch.dtype | None,
+) -> tuple[SendPlan, list[list[torch.Tensor]]]:
+    """A dispatch of no rows, and the columns of combines; checks the arguments of :func:`warm`."""
     hidden = check_int("hidden", hidden, minimum=1)
     num_topk = check_int("num_topk", num_topk, minimum=0)
     scale_bytes = check_int("scale_bytes", scale_bytes, minimum=0, multiple_of=4)
-    num_experts = check_num_experts(party, "num_experts", num_experts)
+    check_num_experts(party, "num_experts", num_experts)
     wide = combine_dtype or (dtype if dtype.itemsize > 1 else torch.bfloat16)
     require(wide in COMBINE_DTYPES, "combine_dtype", wide, "one of " + ", ".join(map(str, COMBINE_DTYPES)))
 
     def none(width: int, of: torch.dtype) -> torch.Tensor:
         return torch.empty((0, width), dtype=of, device=party.device)
 
-    ranks = party.num_ranks
-    scales = none(scale_bytes, torch.uint8) if scale_bytes else None
     fresh = SendPlan(
         rows=none(hidden * dtype.itemsize, torch.uint8),
-        scales=scales,
+        scales=none(scale_bytes, torch.uint8) if scale_bytes else None,
         topk_idx=none(num_topk, topk_idx_t) if num_topk else None,
         topk_weights=none(num_topk, torch.float32) if num_topk else None,
-        is_token_in_rank=none(ranks, torch.bool),
+        is_token_in_rank=none(party.num_ranks, torch.bool),
         num_tokens_per_rank=None,
         num_tokens_per_expert=None,
         num_worst_tokens=0,
         handle=None,
     )
-    empty = torch.empty(0, dtype=torch.int32, device=party.device)
-    handle = DispatchHandle(empty, empty, empty, empty, fresh.is_token_in_rank, empty)
-    cached = fresh._replace(topk_idx=None, topk_weights=None, handle=handle)
     rows = none(hidden, wide)
-    reduces = [[rows], [rows, none(num_topk, torch.float32)]] if num_topk else [[rows]]
-    party.plane.warm([fresh, cached], reduces, num_experts)
+    return fresh, [[rows], [rows, none(num_topk, torch.float32)]] if num_topk else [[rows]]

@@ -188,7 +188,11 @@ def warm(
     hidden = check_int("hidden", hidden, minimum=1, multiple_of=8 if scale_format == ScaleFormat.NONE else GROUP)
     num_topk = check_int("num_topk", num_topk, minimum=1)
     num_local = check_num_experts(party, "num_experts", num_experts) // party.num_ranks
-    party.plane.warm_low_latency(scale_format, most, hidden, num_topk, num_local)
+    relays = None
+    if party.nodes is not None:
+        relays = internode_low_latency.relays_of(party.nodes, most)
+        most *= party.nodes.topology.num_nodes
+    party.plane.warm_low_latency(scale_format, most, hidden, num_topk, num_local, relays)
 
 
 def scale_format_of(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> ScaleFormat:

@@ -41,7 +41,9 @@ from tokenferry.topology import Topology
 from tokenferry.validation import MEMORY_BYTES
 
 _WORDS = torch.int64
+_CPU = torch.device("cpu")
 _OFFER_WORDS = len(Signature._fields) + 3
+_WORDS_AT_A_TIME = 64
 
 
 class Who(Protocol):
@@ -117,6 +119,8 @@ class Nodes:
         self.recorder = recorder
         self._lock = threading.RLock()
         self.epoch = 0
+        self.compared: set[Signature] = set()
+        """Of low-latency operations, where they are compared but once."""
 
     @cached_property
     def others(self) -> list[int]:
@@ -128,8 +132,13 @@ class Nodes:
     def operation(self, who: Who, name: str, signature: Signature) -> Iterator[Operation]:
         """Run one operation among all ranks, or its first half. See :meth:`guarded`."""
         with self._lock:
-            who.plane.check()
+            try:
+                who.plane.check()
+            except BufferStateError:
+                self.rail.close()  # whatever made it unusable, the other nodes shall not wait for this rank
+                raise
             self.epoch += 1
+            self.rail.meanwhile = who.plane.advance
             operation = Operation(self, who, name, self.epoch, signature)
             with self.guarded(operation):
                 yield operation
@@ -166,11 +175,11 @@ class Nodes:
     def _translated(self, error: BaseException, operation: Operation) -> BaseException:
         """In terms of the operation, not of a part of it."""
         if isinstance(error, RailError):
-            ranks = self.topology.ranks_of_node(error.node)
             lost: type[PeerError] = PeerTimeoutError if error.timed_out else PeerLostError
-            listed = ", ".join(map(str, ranks))
-            reason = f"node {error.node} (ranks {listed}), over the rail: {error}"
-            return lost(operation.name, operation.epoch, [self.topology.rail[error.node]], reason)
+            listed = {node: ", ".join(map(str, self.topology.ranks_of_node(node))) for node in error.nodes}
+            named = " or ".join(f"node {node} (ranks {ranks})" for node, ranks in listed.items())
+            reason = f"{named}, over the rail: {error}"
+            return lost(operation.name, operation.epoch, [self.topology.rail[node] for node in error.nodes], reason)
         if isinstance(error, PeerError) and (error.operation, error.epoch) != (operation.name, operation.epoch):
             has_room = not (isinstance(error, CapacityError) and operation.is_agreed)  # else it is too late
             return (type(error) if has_room else PeerLostError)(
@@ -233,7 +242,7 @@ class Operation:
             offer = Offer(Signature._make(signature), epoch, rows, size)
             is_possible = 0 <= rows < 1 << 31 and rows * self.signature.row_bytes < MEMORY_BYTES and size > 0
             if epoch != self.epoch or not is_possible:
-                raise RailError(node, False, f"out of step: {offer}")
+                raise RailError([node], False, f"out of step: {offer}")
             if offer.signature == self.signature:
                 offers[node] = offer
             elif self._verdict.kind == _FINE:
@@ -332,15 +341,16 @@ class Operation:
 
     def _gather(self, mine: Sequence[int]) -> list[list[int]]:
         """One row to every rank of the node: a dispatch."""
-        padded = [*mine, 0][: len(mine) + len(mine) % 2]  # rows are multiples of 16 bytes
-        row = self._words(padded).view(1, -1)
+        padded = [*mine, *[0] * (_padded(len(mine)) - len(mine))]
         device = self.who.device
+        row = self._words(padded).view(1, -1).to(device)
         count = len(self._nodes.topology.local_ranks)
         member = torch.ones((1, count), dtype=torch.bool, device=device)
-        plan = SendPlan(row.view(torch.uint8), None, None, None, member, None, None, 0, None)
+        once = torch.ones(count, dtype=torch.int32, device=device)
+        plan = SendPlan(row.view(torch.uint8), None, None, None, member, once, once, 0, None)
         rows = torch.empty((count, len(padded)), dtype=_WORDS, device=device)
         with self.who.plane.dispatch(self.signature, plan) as exchange:
-            exchange.pull(Outputs(rows.view(torch.uint8), None, None, None, None))
+            exchange.pull(Outputs(rows.view(torch.uint8), None, None, None, torch.empty_like(once)))
         found: list[list[int]] = rows.tolist()
         return found
 
@@ -386,10 +396,22 @@ class Operation:
         raise MismatchError(self.name, self.epoch, [rank], reason)
 
     def _words(self, words: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(words, dtype=_WORDS, device=self.who.device)
+        return torch.tensor(words, dtype=_WORDS, device=_CPU)
 
     def _empty(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=_WORDS, device=self.who.device)
+        return torch.empty(count, dtype=_WORDS, device=_CPU)
+
+
+def share_bytes(topology: Topology, num_expected: int, num_extra: int) -> int:
+    """Bytes of a :class:`Share` with so many words of ``extra``; ``num_expected``: 1 with what is expected, or 0."""
+    nodes = topology.num_nodes
+    counts = nodes * len(topology.local_ranks) * (1 + num_expected)
+    return _WORDS.itemsize * _padded(len(Verdict._fields) + 2 * nodes + counts + 1 + num_extra)
+
+
+def _padded(num_words: int) -> int:
+    """Words that move: a GPU has one kernel for each width of a row, so let there be few."""
+    return -(-num_words // _WORDS_AT_A_TIME) * _WORDS_AT_A_TIME
 
 
 class _Counted(NamedTuple):
@@ -410,6 +432,9 @@ class _Counted(NamedTuple):
     def finish(self) -> None:
         self.transfer.finish()
 
+    def settle(self) -> None:
+        self.transfer.settle()
+
 
 def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool, row_bytes: int) -> Share:
     rest = iter(words)
@@ -425,6 +450,7 @@ def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool, row_byt
     received = sum(map(sum, counts))
     if (
         min([*words[len(Verdict._fields) :], *(chunk - 1 for chunk in chunks)]) < 0
+        or max(num_rows) >= 1 << 31
         or received * row_bytes > ranks * MEMORY_BYTES
     ):
         raise HeapError(f"a rank of this node relays {num_rows} rows, in chunks of {chunks}, for {counts}")

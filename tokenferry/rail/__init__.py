@@ -7,16 +7,12 @@ tensor by tensor, of the sizes that both know. Posting does not wait, so that a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from tokenferry.errors import ArgumentError
 from tokenferry.topology import Topology
-
-if TYPE_CHECKING:
-    from tokenferry.rail.process_group import ProcessGroupRail
 
 CARRIER_VARIABLE = "TOKENFERRY_CARRIER"
 PROCESS_GROUP = "process_group"
@@ -32,13 +28,13 @@ class RailError(RuntimeError):
     """An exchange cannot finish.
 
     Attributes:
-        node: because of this node.
+        nodes: because of one of these nodes.
         timed_out: it was silent until the deadline; else the connection to it is lost.
     """
 
-    def __init__(self, node: int, timed_out: bool, reason: str) -> None:
+    def __init__(self, nodes: Sequence[int], timed_out: bool, reason: str) -> None:
         super().__init__(reason)
-        self.node = node
+        self.nodes = nodes
         self.timed_out = timed_out
 
 
@@ -59,13 +55,26 @@ class Transfer(Protocol):
             RailError: as for :meth:`wait`.
         """
 
+    def settle(self) -> None:
+        """As :meth:`finish`, behind :meth:`wait` for all nodes; but where a stream waits, the host does not.
+
+        Then the rail ends itself if the exchange is not over by the deadline, and says so when it is used next.
+
+        Raises:
+            RailError: as for :meth:`wait`.
+        """
+
 
 class Rail(Protocol):
     """A rank's end of its rail."""
 
     carrier: str
-    bytes_sent: int
-    """Since the rail was made."""
+    meanwhile: Callable[[], object]
+    """Called now and then while the host waits; set by who uses the rail."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Since the rail was made."""
 
     def post(self, sends: Parts, receives: Parts) -> Transfer:
         """Begin an exchange with other nodes. Tensors without elements do not travel."""
@@ -74,14 +83,18 @@ class Rail(Protocol):
         """Let go. Local: nobody is waited for. Peers that still wait for this rank find out. May be called again."""
 
 
-def _process_group(group: dist.ProcessGroup, topology: Topology, key: str, timeout: float) -> ProcessGroupRail:
+def _process_group(topology: Topology, key: str, timeout: float, device: torch.device) -> Rail:
+    if device.type == "cuda":
+        from tokenferry.rail.device_group import nccl_rail
+
+        return nccl_rail(topology, key, timeout, device)
     from tokenferry.rail.process_group import ProcessGroupRail
 
     return ProcessGroupRail(topology, key, timeout)
 
 
-CARRIERS: dict[str, Callable[[dist.ProcessGroup, Topology, str, float], Rail]] = {PROCESS_GROUP: _process_group}
-"""What makes a rail, by the carrier's name."""
+CARRIERS: dict[str, Callable[[Topology, str, float, torch.device], Rail]] = {PROCESS_GROUP: _process_group}
+"""What makes a rail, by the carrier's name: from who is where, the name of the rail, seconds to wait, the device."""
 
 
 def check_carrier(name: str, carrier: str) -> str:

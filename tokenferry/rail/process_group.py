@@ -29,8 +29,10 @@ from tokenferry.topology import Topology
 
 _LONGEST = 365 * 86400.0
 """Seconds; Gloo takes no endless deadline."""
-_MOST_UNFINISHED = 32
+MOST_UNFINISHED = 32
 """Exchanges that may be under way; a further one waits for the oldest, which somebody may have forgotten."""
+_MEANWHILE_EVERY = 0.002
+"""Seconds."""
 
 _rails: weakref.WeakSet[ProcessGroupRail] = weakref.WeakSet()
 _inherited: list[object] = []
@@ -53,6 +55,7 @@ class ProcessGroupRail:
 
     def __init__(self, topology: Topology, key: str, timeout: float) -> None:
         self.bytes_sent = 0
+        self.meanwhile: Callable[[], object] = _nothing
         self._node = topology.node
         self._timeout = timedelta(seconds=min(timeout, _LONGEST))
         self._unfinished: deque[PostedTransfer] = deque()
@@ -70,15 +73,15 @@ class ProcessGroupRail:
 
     def post(self, sends: Parts, receives: Parts) -> PostedTransfer:
         """See :meth:`tokenferry.rail.Rail.post`."""
-        while len(self._unfinished) >= _MOST_UNFINISHED:
+        while len(self._unfinished) >= MOST_UNFINISHED:
             self._unfinished[0].finish()
         transfer = PostedTransfer(self, self._timeout)
         self._unfinished.append(transfer)
         for node, parts in receives.items():
-            for part in _bytes_of(parts):
+            for part in bytes_of(parts):
                 transfer.receive(node, part)
         for node, parts in sends.items():
-            for part in _bytes_of(parts):
+            for part in bytes_of(parts):
                 transfer.send(node, part)
                 self.bytes_sent += part.numel()
         return transfer
@@ -100,7 +103,7 @@ class ProcessGroupRail:
             RailError: the rail is closed.
         """
         if self._group is None:
-            raise RailError(self._node, False, "this rank has closed its rail")
+            raise RailError([self._node], False, "this rank has closed its rail")
         return self._group
 
     def is_done_with(self, transfer: PostedTransfer) -> None:
@@ -114,9 +117,14 @@ class ProcessGroupRail:
         In another thread, since Gloo's wait does not end for Ctrl-C.
         """
         self.group()
-        if self._waiter is None:
-            self._waiter = _Waiter()
-        return self._waiter.wait(work, self._timeout)
+        waiter = self._waiter or _Waiter()
+        self._waiter = None  # whose answer is not fetched is of no further use
+        reason = waiter.wait(work, self._timeout, self.meanwhile)
+        if self._group is None:
+            waiter.stop()
+        else:
+            self._waiter = waiter
+        return reason
 
     def leave_to_the_parent(self) -> None:
         """In a forked child: this rail is not its own."""
@@ -178,6 +186,10 @@ class PostedTransfer:
             self._sends = self._sends[1:]
         self._rail.is_done_with(self)
 
+    def settle(self) -> None:
+        """See :meth:`tokenferry.rail.Transfer.settle`: the host waits."""
+        self.finish()
+
     def abandon(self) -> None:
         """Forget what has not come."""
         self._is_abandoned = True
@@ -195,7 +207,7 @@ class PostedTransfer:
     def _check(self) -> None:
         if self._is_abandoned:
             self._rail.group()
-            raise RailError(self._rail._node, False, "this exchange was given up")
+            raise RailError([self._rail._node], False, "this exchange was given up")
 
     def _wait(self, works: list[dist.Work], node: int) -> None:
         started = time.monotonic()
@@ -204,8 +216,8 @@ class PostedTransfer:
         if reason:
             self.abandon()
             if seconds > 0.9 * self._seconds:
-                raise RailError(node, True, f"no sign of life for {seconds:.1f} s")
-            raise RailError(node, False, reason)
+                raise RailError([node], True, f"no sign of life for {seconds:.1f} s")
+            raise RailError([node], False, reason)
         self._check()
 
 
@@ -217,14 +229,26 @@ class _Waiter:
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_serve, args=(self._jobs, self._answers), daemon=True, name="rail").start()
 
-    def wait(self, work: list[dist.Work], timeout: timedelta) -> str:
+    def wait(self, work: list[dist.Work], timeout: timedelta, meanwhile: Callable[[], object]) -> str:
         """Wait for the first work of the list, which goes from there; returns why it failed, or nothing."""
         self._jobs.put((work, timeout))
-        return self._answers.get()
+        while True:
+            try:
+                return self._answers.get(timeout=_MEANWHILE_EVERY)
+            except queue.Empty:
+                try:
+                    meanwhile()
+                except BaseException:
+                    self.stop()
+                    raise
 
     def stop(self) -> None:
         """End the thread, once it is done with what it waits for."""
         self._jobs.put(None)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _serve(
@@ -236,7 +260,7 @@ def _serve(
         try:
             work.wait(timeout)
         except RuntimeError as error:
-            reason = _first_line(error)
+            reason = first_line(error)
         del job, work, works
         answers.put(reason)
 
@@ -247,16 +271,17 @@ def _begun(
     try:
         return operation([part], node, 0)
     except RuntimeError as error:
-        reason = _first_line(error)
-    raise RailError(node, False, reason)
+        reason = first_line(error)
+    raise RailError([node], False, reason)
 
 
-def _bytes_of(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The bytes of those that have elements."""
     for tensor in tensors:
         if tensor.numel():
             yield tensor.view(-1).view(torch.uint8)
 
 
-def _first_line(error: RuntimeError) -> str:
+def first_line(error: RuntimeError) -> str:
+    """What it says, without what torch adds."""
     return str(error).splitlines()[0]

@@ -21,6 +21,7 @@ from tokenferry.dataplane import (
     Part,
     Pending,
     ReducePlan,
+    Relays,
     ScaleFormat,
     SendPlan,
     Signature,
@@ -115,9 +116,15 @@ class CpuDataPlane:
         )
 
     def warm_low_latency(
-        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int
-    ) -> None:
+        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int,
+        relays: Relays | None,
+    ) -> None:  # fmt: skip
         """See :meth:`tokenferry.dataplane.DataPlane.warm_low_latency`: nothing takes long the first time."""
+
+    def advance(self) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.advance`."""
+        with self.heap.guarded():
+            self._pending.advance()
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""

@@ -22,7 +22,7 @@ from itertools import pairwise
 
 import torch
 
-from tokenferry.dataplane import HeldRows, Part, ReducePlan, Signature
+from tokenferry.dataplane import Part, ReducePlan, Signature
 from tokenferry.dataplane.cpu.exchange import Exchange, offsets, rows_of
 from tokenferry.dataplane.cpu.expert_major import sum_copies
 from tokenferry.errors import HeapError
@@ -54,7 +54,7 @@ class Combine(Exchange):
             self._dtypes[0] = plan.sum_dtype
         widths = [column.size(1) for column in plan.columns]
         self._widths = [width * dtype.itemsize for width, dtype in zip(widths, self._dtypes, strict=True)]
-        self._starts, self._sources = plan.held or _held_rows(plan, self.rank)
+        self._starts, self._sources = _held_rows(plan, self.rank)
         member = plan.handle.is_token_in_rank
         self._num_tokens = member.size(0)
         self._tokens = [member[:, rank].nonzero().flatten() for rank in range(self.num_ranks)]
@@ -181,12 +181,21 @@ class Combine(Exchange):
         return part[head.start : head.start + head.length].view(self._dtypes[index])
 
 
-def _held_rows(plan: ReducePlan, rank: int) -> HeldRows:
-    """What the rank holds by the handle."""
-    ends = plan.handle.rank_prefix_matrix[:, rank].tolist()
-    starts = [0, *ends[:-1]]
-    tokens = [plan.handle.recv_src_idx[start:end] for start, end in zip(starts, ends, strict=True)]
-    return HeldRows(starts, tokens)
+def _held_rows(plan: ReducePlan, rank: int) -> tuple[list[int], list[torch.Tensor]]:
+    """The first row of each source, and the tokens of its rows."""
+    held = plan.held
+    if held is None:
+        ends = plan.handle.rank_prefix_matrix[:, rank].tolist()
+        starts, tokens, firsts = [0, *ends[:-1]], plan.handle.recv_src_idx, [0] * len(ends)
+    else:
+        starts, ends, tokens, firsts = (
+            held.starts.tolist(),
+            held.ends.tolist(),
+            held.tokens,
+            held.first_tokens.tolist(),
+        )
+    parts = [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+    return starts, [part if first == 0 else part - first for part, first in zip(parts, firsts, strict=True)]
 
 
 def sum_rows(parts: Sequence[Part], biases: Sequence[torch.Tensor], out: torch.Tensor) -> None:

@@ -124,7 +124,8 @@ class Dispatch(Exchange):
         if self._plan.experts is not None:
             num_local = self._plan.experts.num_local
         share = range(self.rank * num_local, (self.rank + 1) * num_local)
-        self._experts = share if self._plan.expert_ids is None else self._plan.expert_ids
+        part = self._plan.part
+        self._experts = share if part is None or part.expert_ids is None else part.expert_ids
         self.num_received_per_expert = [] if worst else per_expert[share.start : share.stop]
         needed = self.rank_prefix_matrix[-1].tolist()
         self.num_rows = (worst or needed[self.rank]) if handle is None else len(handle.recv_src_idx)
@@ -167,12 +168,15 @@ class Dispatch(Exchange):
         ends = self.rank_prefix_matrix[:, self.rank].tolist()
         self._filled = [0, *ends[:-1]]
         self._ends = ends
-        if outputs.starts is None:
+        self._first_tokens = [0] * self.num_ranks
+        part = self._plan.part
+        if part is None:
             _mark_unused(outputs, ends[-1])
         else:
             counts = [end - start for start, end in zip(self._filled, ends, strict=True)]
-            self._filled = list(outputs.starts)
-            self._ends = [start + count for start, count in zip(outputs.starts, counts, strict=True)]
+            self._filled = part.starts.tolist()
+            self._ends = [start + count for start, count in zip(self._filled, counts, strict=True)]
+            self._first_tokens = part.first_tokens.tolist()
         self._first_round = set(self.peers)
         own = self._tokens[self.rank]
         self._copies = self._copy_map(outputs)
@@ -182,6 +186,8 @@ class Dispatch(Exchange):
         self.drive()
         if self._copies is not None:
             self._copies.pad()
+        if part is not None:
+            part.starts.copy_(torch.tensor(self._filled, device=_CPU))
 
     def _copy_map(self, outputs: Outputs) -> CopyMap | None:
         plan = self._plan.experts
@@ -199,7 +205,7 @@ class Dispatch(Exchange):
         start = self._filled[source]
         end = self._filled[source] = start + len(rows)
         if self._out.recv_src_idx is not None:
-            self._out.recv_src_idx[start:end] = tokens
+            torch.add(tokens, self._first_tokens[source], out=self._out.recv_src_idx[start:end])
         if self._out.metadata is not None and self._plan.experts is not None:
             ids = columns[-2].index_select(0, rows).view(torch.int64)
             most = self._plan.experts.num_max_tokens

@@ -1,64 +1,51 @@
 """The data plane of CUDA ranks: rows are pulled over NVLink, from the tensors where they lie into their final rows.
 
-Dispatch is two kernels, ``notify`` and ``dispatch``; a cached dispatch and a combine are one. The kernels agree,
-wait, signal and release among themselves (``kernels/``); the host launches them, waits only where the shape of an
-output depends on counts, and looks for reported errors whenever it is here.
+Dispatch is two kernels, ``notify`` (of a part: ``announce_part``) and ``dispatch``; a cached dispatch and a combine
+are one (of held rows: behind ``note_held``). The kernels agree, wait, signal and release among themselves
+(``kernels/``); the host launches them, waits only where the shape of an output depends on counts, and looks for
+reported errors whenever it is here.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
 from tokenferry.dataplane import (
     DispatchExchange,
     ExpertPlan,
+    HeldRows,
     Layout,
     LowLatencyCombinePlan,
     LowLatencyDispatchPlan,
     Outputs,
     Part,
+    PartPlan,
     Pending,
     ReducePlan,
+    Relays,
     ScaleFormat,
     SendPlan,
     Signature,
 )
-from tokenferry.dataplane.cuda import expert_major_programs, programs
+from tokenferry.dataplane.cuda import expert_major_programs, parts_programs, programs
 from tokenferry.dataplane.cuda.exchange import CudaDispatch
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
-from tokenferry.dataplane.cuda.status import Status
+from tokenferry.dataplane.cuda.rank import CudaRank, Queue
 from tokenferry.errors import ArgumentError
+from tokenferry.handles import DispatchHandle
 from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
 
 DEFAULT_NUM_SMS = 16
 _PROGRAMS_AN_SM = 4
-_NANOSECONDS = 1_000_000_000
 
 
-class Queue(Protocol):
-    """Where the work goes: a stream."""
-
-    @property
-    def stream(self) -> torch.cuda.Stream:
-        """The stream."""
-
-    @property
-    def handle(self) -> int:
-        """Its address for the driver."""
-
-    def start(self) -> None:
-        """Make it wait for what the operation depends on; called before the first launch of every operation."""
-
-
-class CudaDataPlane:
+class CudaDataPlane(CudaRank):
     """The operations of one CUDA rank; see :class:`tokenferry.dataplane.DataPlane`.
 
     Args:
@@ -83,33 +70,8 @@ class CudaDataPlane:
         may_mask: bool,
         exact_combine: bool,
     ) -> None:
-        self.heap = heap
-        self.rank = heap.rank
-        self.num_ranks = heap.num_ranks
-        self.status = Status(heap.rank, heap.num_ranks, timeout)
-        self._regions = regions
-        self._queue = queue
-        self._most_programs = most_programs
-        self._timeout = min(int(timeout * _NANOSECONDS), 1 << 60)
-        device = heap.device
-        self._device = device
-        with torch.inference_mode(False):
-            self._state = torch.zeros(words.STATE_WORDS, dtype=torch.int64, device=device)
-            most_counts = self.num_ranks * (1 + words.MAX_LOCAL_EXPERTS)
-            self._sums = torch.zeros(most_counts, dtype=torch.int32, device=device)
-            self._heap_table = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
-            self._region_table = torch.zeros_like(regions.table, device=device, pin_memory=False)
-            self._ready = torch.zeros_like(regions.ready, device=device, pin_memory=False)
-        self._copies: deque[tuple[torch.cuda.Event, int]] = deque()
-        torch.cuda.synchronize(device)
-        self._context = tuple(
-            tensor.data_ptr()
-            for tensor in (self._heap_table, self._state, self._ready, self._region_table, self.status.words)
-        )
-        capability = torch.cuda.get_device_capability(device)
-        self._target = programs.Target(self.num_ranks, capability >= (9, 0), device.index, capability >= (8, 9))
-        self._half = heap.stage_bytes // 2 // 128 * 128
-        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        super().__init__(heap, regions, queue, timeout, most_programs)
+        num_sms = torch.cuda.get_device_properties(heap.device).multi_processor_count
         place = Place(
             rank=self.rank,
             num_ranks=self.num_ranks,
@@ -125,86 +87,28 @@ class CudaDataPlane:
         context = self._context[0], self._context[1], self._context[4]
         self._low_latency = LowLatency(place, context, self.check, torch.cuda.is_current_stream_capturing)
 
-    # Before every operation.
-
-    def check(self) -> None:
-        """Raise what was reported since the last check."""
-        with self._forgiving():
-            self.status.check()
-
-    @contextmanager
-    def _forgiving(self) -> Iterator[None]:
-        """Forget bad input once it has been reported."""
-        try:
-            yield
-        except ArgumentError:
-            with torch.cuda.stream(self._queue.stream):
-                self._state[words.BAD_INPUT.value].zero_()
-            raise
-
-    def _follow_regions(self) -> None:
-        """Learn what memory peers exposed, and tell them what the device here knows by now.
-
-        The tables change in the order of the operations: one that runs sees them as they were when it began, and
-        all of its programs see the same.
-        """
-        if torch.cuda.is_current_stream_capturing():
-            return
-        if self._regions.poll():
-            self._queue.start()
-            with torch.cuda.stream(self._queue.stream):
-                self._region_table.copy_(self._regions.table, non_blocking=True)
-                self._ready.copy_(self._regions.ready, non_blocking=True)
-                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                copied.record()
-            self._copies.append((copied, self._regions.version))
-        while self._copies and self._copies[0][0].query():  # type: ignore[no-untyped-call]
-            self._regions.acknowledge(self._copies.popleft()[1])
-
-    def _place(self, tensor: torch.Tensor | None) -> int:
-        """Where peers find a tensor, in one word."""
-        if tensor is None or tensor.numel() == 0:
-            return 0
-        if self.num_ranks == 1:
-            return -1
-        region, offset = self._regions.expose(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-        return region << words.PLACE_SHIFT.value | offset if region >= 0 else -1
-
-    def _aligned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, copied if it does not begin on 16 bytes or is not packed."""
-        if tensor.data_ptr() % 16 == 0 and tensor.is_contiguous():
-            return tensor
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        return copy.copy_(tensor)
-
-    def _check_stage(self, record_bytes: int) -> None:
-        if record_bytes > self._half:
-            given = f"a stage of {self.heap.stage_bytes} bytes"
-            raise ArgumentError("num_nvl_bytes", given, f"at least {2 * record_bytes} bytes for rows of this size")
-
-    def empty(self, count: int) -> torch.Tensor:
-        """int32 [count], unset."""
-        return torch.empty(count, dtype=torch.int32, device=self._device)
-
-    def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """See :meth:`tokenferry.dataplane.DataPlane.empty_rows`."""
-        return torch.empty((num_rows, width), dtype=dtype, device=self._device)
-
     # High throughput.
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
         self.check()
-        ranks, num_tokens = self.num_ranks, topk_idx.size(0)
-        limit = ranks * words.MAX_LOCAL_EXPERTS
+        ranks, num_tokens = num_ranks, topk_idx.size(0)
+        limit = self._sums.numel() - ranks
         if num_experts > limit:
-            raise ArgumentError("num_experts", num_experts, f"at most {limit} on a GPU with {ranks} ranks")
+            raise ArgumentError("num_experts", num_experts, f"at most {limit} on a GPU with {self.num_ranks} ranks")
         topk_idx = self._aligned(topk_idx)
         counts = self.empty(ranks + num_experts)
         member = torch.empty((num_tokens, ranks), dtype=torch.bool, device=self._device)
         self._queue.start()
         programs.layout(
-            self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, self._target
+            self._queue.handle,
+            topk_idx,
+            self._sums,
+            counts,
+            member,
+            self._state,
+            num_experts,
+            self._target._replace(num_ranks=ranks),
         )
         return Layout(counts[:ranks], counts[ranks:], member)
 
@@ -212,7 +116,8 @@ class CudaDataPlane:
     def dispatch(self, signature: Signature, plan: SendPlan) -> Iterator[DispatchExchange]:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
         self.check()
-        if plan.handle is None and plan.num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
+        waits = plan.handle is None and plan.num_worst_tokens == 0 and plan.part is None
+        if waits and torch.cuda.is_current_stream_capturing():
             given = "while a CUDA graph is captured: the host would have to wait for the counts"
             if plan.experts is not None:
                 raise ArgumentError("do_cpu_sync", f"True {given}", "False, or a cached dispatch (handle=...)")
@@ -241,11 +146,8 @@ class CudaDataPlane:
         """Launch the exchange of counts."""
         assert plan.num_tokens_per_rank is not None
         assert plan.num_tokens_per_expert is not None
-        num_tokens = plan.rows.size(0)
         num_local = plan.num_tokens_per_expert.numel() // self.num_ranks
-        limit = self.heap.list_capacity
-        if num_tokens > limit:
-            raise ArgumentError("x", f"{num_tokens} tokens", f"at most {limit} on a GPU with {self.num_ranks} ranks")
+        limit = self._check_list(plan)
         if num_local > words.MAX_LOCAL_EXPERTS:
             raise ArgumentError(
                 "num_tokens_per_expert", f"{num_local} experts a rank", f"at most {words.MAX_LOCAL_EXPERTS}"
@@ -270,6 +172,32 @@ class CudaDataPlane:
             host_waits,
             self._target,
         )
+
+    def announce_part(self, signature: Signature, plan: SendPlan, part: PartPlan, table: torch.Tensor) -> None:
+        """Launch what stands for the exchange of counts where no host waits; it fills the int32 [3, R] ``table``."""
+        limit = self._check_list(plan)
+        self._queue.start()
+        parts_programs.announce_part(
+            self._queue.handle,
+            self._context,
+            plan,
+            part,
+            table,
+            self._send_places(plan),
+            _number(signature),
+            limit,
+            self.rank,
+            signature.operation,
+            self._timeout,
+            self._target,
+        )
+
+    def _check_list(self, plan: SendPlan) -> int:
+        """The most tokens that lists of tokens have room for; raise if this rank has more."""
+        num_tokens, limit = plan.rows.size(0), self.heap.list_capacity
+        if num_tokens > limit:
+            raise ArgumentError("x", f"{num_tokens} tokens", f"at most {limit} on a GPU with {self.num_ranks} ranks")
+        return limit
 
     def _send_places(self, plan: SendPlan) -> tuple[int, ...]:
         return tuple(self._place(column) for column in (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights))
@@ -341,7 +269,6 @@ class CudaDataPlane:
                 outputs.topk_weights.zero_()
         cached = plan.handle is not None
         src_idx = plan.handle.recv_src_idx if plan.handle is not None else outputs.recv_src_idx
-        assert src_idx is not None
         programs.dispatch(
             self._queue.handle,
             self._context,
@@ -370,6 +297,7 @@ class CudaDataPlane:
             return
         columns = [self._aligned(column) for column in plan.columns]
         biases = [self._aligned(bias) for bias in plan.biases]
+        held = None if plan.held is None else self._held_tables(plan.handle, plan.held)
         self._check_stage(programs.combine_record(columns) * self.num_ranks)
         self._follow_regions()
         places = [self._place(column) for column in columns]
@@ -389,21 +317,45 @@ class CudaDataPlane:
             self._timeout,
             self._target,
             min(plan.num_sms or DEFAULT_NUM_SMS, self._most_programs),
+            held,
         )
+
+    def _held_tables(self, handle: DispatchHandle, held: HeldRows) -> programs.HeldTables:
+        """The routes of a combine of held rows, once the device gets there."""
+        member = handle.is_token_in_rank
+        send_head = self.empty_table(member.numel())
+        tables = programs.HeldTables(self.empty_table(4 * self.num_ranks), held.tokens, send_head)
+        self._queue.start()
+        parts_programs.note_held(self._queue.handle, member, held, tables, self._target)
+        return tables
 
     def sum_rows(
         self, parts: Sequence[Part], biases: Sequence[torch.Tensor], out: torch.Tensor, num_sms: int = 0
     ) -> None:
-        """Needed between nodes only, which Buffers on GPUs refuse to span."""
-        raise NotImplementedError("GPUs on several nodes")
+        """See :meth:`tokenferry.dataplane.DataPlane.sum_rows`."""
+        self.check()
+        if not out.numel():
+            return
+        wide = functools.reduce(torch.promote_types, [part.rows.dtype for part in parts], out.dtype)
+        stream = torch.cuda.current_stream(self._device)
+        if not torch.cuda.is_current_stream_capturing():
+            for part in parts:
+                part.rows.record_stream(stream)  # it may be memory of another one
+        parts = [part._replace(rows=self._aligned(part.rows.to(wide))) for part in parts]
+        biases = [self._aligned(bias) for bias in biases]
+        found = self.empty_rows(out.size(0), len(parts), torch.int64)
+        sms = num_sms or DEFAULT_NUM_SMS
+        parts_programs.sum_rows(stream.cuda_stream, parts, biases, out, wide, found, self._target, sms)
 
     def has_room(self, row_bytes: int) -> bool:
-        """As :meth:`sum_rows`."""
-        raise NotImplementedError("GPUs on several nodes")
+        """See :meth:`tokenferry.dataplane.DataPlane.has_room`."""
+        return programs.most_record(row_bytes) * self.num_ranks <= self._half
 
     def give_up(self, reason: str) -> None:
-        """As :meth:`sum_rows`."""
-        raise NotImplementedError("GPUs on several nodes")
+        """See :meth:`tokenferry.dataplane.DataPlane.give_up`; peers find out when this rank does not come."""
+        self.status.give_up(reason)
+        with torch.cuda.stream(self._queue.stream):
+            self._state[words.FAILED.value].fill_(1)
 
     def _pull_reduce_copies(
         self, signature: Signature, plan: ReducePlan, metadata: torch.Tensor, outs: Sequence[torch.Tensor]
@@ -438,6 +390,7 @@ class CudaDataPlane:
     def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.warm`."""
         programs.warm(plans, reduces, num_experts, self._target)
+        parts_programs.warm(plans, reduces, self._target)
 
     # Low latency, on the current stream.
 
@@ -445,13 +398,19 @@ class CudaDataPlane:
         self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
-        return self._low_latency.tables(num_local_experts, num_max_tokens, num_topk, self._device)
+        return self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, self._device)
 
     def warm_low_latency(
-        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int
-    ) -> None:
+        self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int,
+        relays: Relays | None,
+    ) -> None:  # fmt: skip
         """See :meth:`tokenferry.dataplane.DataPlane.warm_low_latency`."""
-        self._low_latency.warm(scale_format, num_max_tokens, hidden, num_topk, num_local_experts)
+        self._low_latency.warm(scale_format, num_max_tokens, hidden, num_topk, num_local_experts, relays)
+        if relays is not None:
+            parts_programs.warm_sums(torch.bfloat16, hidden, self._target)
+
+    def advance(self) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.advance`: kernels wait for no host."""
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class CudaDispatch:
-    """See :class:`tokenferry.dataplane.DispatchExchange`."""
+    """See :class:`tokenferry.dataplane.DispatchExchange`. Of a part, the device alone knows what comes."""
 
     def __init__(self, plane: CudaDataPlane, signature: Signature, plan: SendPlan) -> None:
         self._plane = plane
@@ -26,6 +26,11 @@ class CudaDispatch:
         self._bases: torch.Tensor | None = None
         self.num_pairs = self.expert_ends = plan.is_token_in_rank[:0]
         handle = plan.handle
+        if plan.part is not None:
+            self.num_rows = plan.part.num_rows
+            self.rank_prefix_matrix = plane.empty_table(3 * plane.num_ranks)
+            self.send_head = self.channel_prefix_matrix = self.recv_channel_prefix_matrix = plane.empty(0)
+            return
         if handle is not None:
             self.num_rows = handle.recv_src_idx.numel()
             self.num_expanded_rows = 0 if plan.experts is None else plan.experts.num_worst_rows
@@ -46,6 +51,10 @@ class CudaDispatch:
         """Tell the ranks what comes and learn the counts, from the host's side if outputs depend on them."""
         plan = self._plan
         if plan.handle is not None:
+            return
+        if plan.part is not None:
+            self._plane.announce_part(self._signature, plan, plan.part, self.rank_prefix_matrix)
+            self._is_open = True
             return
         self._plane.notify(self._signature, plan, self.rank_prefix_matrix, self._channels, self.send_head)
         self._is_open = True

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-REGISTERS = {1: 255, 2: 255, 4: 255, 8: 208}
+REGISTERS = {1: 255, 2: 255, 4: 255, 8: 208, 16: 128}
 """Registers a thread may take, by warps: one block an SM is enough, and without a limit some variants are spilled."""
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from tokenferry.config import ALIGNMENT, align_up
-from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, ScaleFormat
+from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, Relays, ScaleFormat
 from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.programs import Target
@@ -80,6 +80,7 @@ class LowLatency:
         self._num_sent = 0
         self._pending: deque[Receive] = deque()
         self._prepared: dict[tuple[int | None, ...], _Prepared] = {}
+        self._relay_tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def num_slots(self, layouts: Sequence[tuple[int, ...]]) -> int:
         """How many slots the area has, as many as fit or at least two; decided by the first operation's shapes."""
@@ -102,15 +103,16 @@ class LowLatency:
         )
 
     def tables(
-        self, num_local_experts: int, num_max_tokens: int, num_topk: int, device: torch.device
+        self, num_sources: int, num_local_experts: int, num_max_tokens: int, num_topk: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`; all in one piece of memory.
 
-        The ranges, int64 [L, R], follow ``src_info`` and the table behind it, then the counts.
+        The ranges, int64 [L, R], follow ``src_info`` and the table behind it, then the counts. ``num_sources``: R;
+        ``num_max_tokens``: of one of them.
         """
-        ranks, slab = self._place.num_ranks, self._place.num_ranks * num_max_tokens
-        first = self._ranges_at(num_local_experts, num_max_tokens, num_topk)
-        size = self._storage_size(num_local_experts, num_max_tokens, num_topk)
+        ranks, slab, each = num_sources, num_sources * num_max_tokens, num_sources // self._place.num_ranks
+        first = self._ranges_at(num_local_experts, each * num_max_tokens, num_topk)
+        size = self._storage_size(num_local_experts, each * num_max_tokens, num_topk, each)
         longs = torch.empty(size // 8, dtype=torch.int64, device=device)
         ints = longs.view(torch.int32)
         return (
@@ -124,39 +126,44 @@ class LowLatency:
         ranks = self._place.num_ranks
         return align_up(4 * (num_local * ranks * most + ranks * most * num_topk + ranks), 16)
 
-    def _storage_size(self, num_local: int, most: int, num_topk: int) -> int:
-        """Bytes of what :meth:`tables` allocates."""
-        ranges = 8 * num_local * self._place.num_ranks
+    def _storage_size(self, num_local: int, most: int, num_topk: int, each: int) -> int:
+        """Bytes of what :meth:`tables` allocates, where a rank sends the tokens of ``each`` sources."""
+        ranges = 8 * num_local * self._place.num_ranks * each
         return align_up(self._ranges_at(num_local, most, num_topk) + ranges + 4 * num_local, 16)
 
     def dispatch(self, stream: int, signature: int, operation: int, plan: LowLatencyDispatchPlan) -> Receive:
         """Send, and receive if that is to be done at once."""
         num_rows, hidden = plan.x.shape
+        order = None
+        if plan.relays is not None:
+            order, ids = self._relayed(plan.relays, plan.num_local_experts, plan.topk_idx)
+            plan = plan._replace(topk_idx=ids)
         key = (
             plan.scale_format,
             num_rows,
             hidden,
             plan.topk_idx.size(1),
             plan.num_local_experts,
+            self._each(plan.relays),
             plan.num_max_tokens,
         )
         prepared = self._prepared.get(key) or self._prepare_dispatch(key, signature, operation)
         tensors = (
             plan.topk_idx, plan.x, plan.recv_x, plan.recv_scales, plan.recv_src_info, plan.layout_range,
-            plan.recv_count, plan.recv_stats, plan.wait_stats,
+            plan.recv_count, plan.recv_stats, plan.wait_stats, order,
         )  # fmt: skip
         return self._run(stream, prepared, tensors, plan.receives_now)
 
     def _prepare_dispatch(
-        self, key: tuple[ScaleFormat, int, int, int, int, int], signature: int, operation: int
+        self, key: tuple[ScaleFormat, int, int, int, int, int, int], signature: int, operation: int
     ) -> _Prepared:
         place = self._place
-        scale_format, num_rows, hidden, num_topk, num_local, most = key
-        layouts = self._layouts(most, hidden, num_topk, num_local)
+        scale_format, num_rows, hidden, num_topk, num_local, each, most = key
+        layouts = self._layouts(most, hidden, num_topk, num_local, each)
         depth = self.num_slots(layouts)
         layout = layouts[scale_format != ScaleFormat.NONE]
         part = programs.part_of(hidden, num_rows)
-        shape = programs.DispatchShape(scale_format, hidden, num_topk, num_local, part, place.shrinks, depth)
+        shape = programs.DispatchShape(scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth)
         parts = -(-hidden // part)
         prepared = self._prepared[key] = _Prepared(
             programs.dispatch(shape, place.target),
@@ -170,22 +177,25 @@ class LowLatency:
         """Send, and receive if that is to be done at once."""
         num_local, slab, hidden = plan.x.shape
         num_rows, num_topk = plan.topk_idx.shape
-        most, info = slab // self._place.num_ranks, plan.src_info
-        size = self._storage_size(num_local, most, num_topk)
+        if plan.relays is not None:
+            _, ids = self._relayed(plan.relays, num_local, plan.topk_idx)
+            plan = plan._replace(topk_idx=ids)
+        most, each, info = slab // self._place.num_ranks, self._each(plan.relays), plan.src_info
+        size = self._storage_size(num_local, most, num_topk, each)
         if info.storage_offset() != 0 or info.untyped_storage().nbytes() != size:
             allowed = f"the tensor that the dispatch of {num_topk} choices a token returned, not a copy of it"
             raise ArgumentError("handle.src_info", "a tensor of another origin", allowed)
-        key = (None, num_rows, hidden, num_topk, num_local, most)
+        key = (None, num_rows, hidden, num_topk, num_local, each, most)
         prepared = self._prepared.get(key) or self._prepare_combine(key, signature, operation)
         tensors = (plan.topk_idx, plan.topk_weights, plan.x, info, plan.out, plan.wait_stats)
         return self._run(stream, prepared, tensors, plan.receives_now)
 
     def _prepare_combine(
-        self, key: tuple[None, int, int, int, int, int], signature: int, operation: int
+        self, key: tuple[None, int, int, int, int, int, int], signature: int, operation: int
     ) -> _Prepared:
         place = self._place
-        _, num_rows, hidden, num_topk, num_local, most = key
-        layouts = self._layouts(most, hidden, num_topk, num_local)
+        _, num_rows, hidden, num_topk, num_local, each, most = key
+        layouts = self._layouts(most, hidden, num_topk, num_local, each)
         depth, layout = self.num_slots(layouts), layouts[2]
         part = programs.part_of(hidden, num_rows, num_topk)
         shape = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
@@ -198,14 +208,20 @@ class LowLatency:
         )
         return prepared
 
-    def warm(self, scale_format: ScaleFormat, most: int, hidden: int, num_topk: int, num_local: int) -> None:
-        """Compile what operations of these shapes launch."""
-        place = self._place
-        depth = self.num_slots(self._layouts(most, hidden, num_topk, num_local))
-        for num_tokens in {1, most}:
+    def warm(
+        self, scale_format: ScaleFormat, most: int, hidden: int, num_topk: int, num_local: int, relays: Relays | None
+    ) -> None:
+        """Compile what operations of these shapes launch; ``most``: of all sources of a rank."""
+        place, each = self._place, self._each(relays)
+        if relays is not None:
+            self._tables_of(relays, num_local, torch.device("cuda", self.device))
+        depth = self.num_slots(self._layouts(most, hidden, num_topk, num_local, each))
+        for num_tokens in {1, most} if relays is None else {most}:
             part = programs.part_of(hidden, num_tokens)
-            dispatches = programs.DispatchShape(scale_format, hidden, num_topk, num_local, part, place.shrinks, depth)
-            programs.dispatch(dispatches, place.target).warm()
+            shape = programs.DispatchShape(
+                scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth
+            )
+            programs.dispatch(shape, place.target).warm()
             part = programs.part_of(hidden, num_tokens, num_topk)
             combines = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
             programs.combine(combines, place.target).warm()
@@ -218,12 +234,43 @@ class LowLatency:
     def _at_most(self, num_items: int) -> int:
         return max(min(num_items, self._place.most_programs), 1)
 
-    def _layouts(self, most: int, hidden: int, num_topk: int, num_local: int) -> tuple[tuple[int, ...], ...]:
+    def _each(self, relays: Relays | None) -> int:
+        """Sources whose tokens a rank sends."""
+        return 1 if relays is None else len(relays.order) // self._place.num_ranks
+
+    def _relayed(self, relays: Relays, num_local: int, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The order of the sources for the kernels, and the ids as they count the experts of this node alone."""
+        order, numbers = self._tables_of(relays, num_local, topk_idx.device)
+        return order, numbers[(topk_idx + 2).clamp_(0, len(numbers) - 1)]
+
+    def _tables_of(self, relays: Relays, num_local: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The order of the sources, and what an id is on this node.
+
+        int32 [2, R]: which of all a source is, by relay and number, and the reverse. int64 [E + 3]: for each id
+        from -2 on the number of the expert here, -1 if it is elsewhere; for ids that name none, one that none has.
+        """
+        key = (tuple(relays.order), relays.node, num_local)
+        if key not in self._relay_tables:
+            each, experts = self._each(relays), self._place.num_ranks * num_local
+            places = torch.tensor([rank * each + number for rank, number in relays.order], dtype=torch.int32)
+            order = torch.cat([places.argsort().to(torch.int32), places])
+            numbers = [experts, -1]
+            for rank, node in relays.order:
+                here = node == relays.node
+                numbers += [rank * num_local + expert if here else -1 for expert in range(num_local)]
+            with torch.inference_mode(False):
+                table = torch.tensor([*numbers, experts], dtype=torch.int64)
+                self._relay_tables[key] = order.to(device), table.to(device)
+        return self._relay_tables[key]
+
+    def _layouts(
+        self, most: int, hidden: int, num_topk: int, num_local: int, each: int
+    ) -> tuple[tuple[int, ...], ...]:
         ranks = self._place.num_ranks
         limit = min(MOST_TOKENS, (1 << 31) // (num_local * ranks)) - 1
         if most > limit:
             raise ArgumentError("num_max_dispatch_tokens_per_rank", most, f"at most {limit}")
-        return programs.layouts(ranks, most, hidden, num_topk, num_local, self._place.exact)
+        return programs.layouts(ranks, most, hidden, num_topk, num_local, each, self._place.exact)
 
     def _run(
         self, stream: int, prepared: _Prepared, tensors: tuple[torch.Tensor | None, ...], receives_now: bool

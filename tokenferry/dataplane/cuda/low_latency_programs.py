@@ -20,7 +20,7 @@ _I8, _I32, _I64, _F32, _BF16 = torch.uint8, torch.int32, torch.int64, torch.floa
 _EXACT = {"enable_fp_fusion": False}  # a product is rounded before it is added, as on CPU ranks
 _DISPATCH = Kernel(
     dispatch_kernels.dispatch,
-    (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 15),
+    (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 16),
     _EXACT,
 )
 _COMBINE = Kernel(
@@ -46,6 +46,8 @@ class DispatchShape(NamedTuple):
     hidden: int
     num_topk: int
     num_local_experts: int
+    num_sources: int
+    """Whose tokens a rank sends: 1, or the nodes."""
     part: int
     shrinks: bool
     depth: int
@@ -85,16 +87,19 @@ def part_of(hidden: int, num_tokens: int, rows_held: int = 1) -> int:
 
 @functools.cache
 def layouts(
-    num_ranks: int, most: int, hidden: int, num_topk: int, num_local: int, exact: bool
+    num_ranks: int, most: int, hidden: int, num_topk: int, num_local: int, num_sources: int, exact: bool
 ) -> tuple[tuple[int, ...], ...]:
-    """Offsets in a slot, and the end: of dispatch's scales, choices and counts, in bfloat16 and FP8; of weights."""
+    """Offsets in a slot, and the end: of dispatch's scales, choices and counts, in bfloat16 and FP8; of weights.
+
+    ``most``: tokens that a rank sends, those of ``num_sources`` together.
+    """
     rows = num_ranks * most
     result: list[tuple[int, ...]] = []
     for row_bytes, scales in ((2 * hidden, 0), (hidden, num_scales(ScaleFormat.PLAIN, hidden))):
         off_scales = align_up(rows * row_bytes)
         off_choices = off_scales + align_up(rows * scales * 4)
         off_counts = off_choices + align_up(rows * num_topk * 8)
-        result.append((off_scales, off_choices, off_counts, off_counts + num_ranks * num_local * 4))
+        result.append((off_scales, off_choices, off_counts, off_counts + num_ranks * num_sources * num_local * 4))
     off_weights = align_up((most * num_topk if exact else rows) * hidden * 2)
     return (*result, (off_weights, off_weights + rows * num_topk * 4))
 
@@ -153,12 +158,14 @@ def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target)
         KB=topk,
         E=num_experts,
         L=shape.num_local_experts,
+        G=shape.num_sources,
         GROUPS=shape.part // GROUP,
         BINS=min(_power_of_two(num_experts), 1024),
         LB=min(_power_of_two(shape.num_local_experts), 128),
         BLOCK=min(2048 // topk, 1024),
         R=target.num_ranks,
         RB=_power_of_two(target.num_ranks),
+        VB=_power_of_two(target.num_ranks * shape.num_sources),
         DEPTH=shape.depth,
         THREADS=max(THREADS, _power_of_two(target.num_ranks)),
     )

@@ -35,16 +35,19 @@ _DISPATCH = Kernel(
     (*_CONTEXT, _I8, _I8, _I64, _F32, _I8, _I8, _I64, _F32, *(_I32,) * 4, *(None,) * 18),
 )
 _COMBINE = {
-    dtype: Kernel(
+    (dtype, sums): Kernel(
         combine_kernels.combine,
-        (*_CONTEXT, dtype, _F32, dtype, _F32, dtype, dtype, _I32, _I32, _I32, *(None,) * 11),
+        (*_CONTEXT, dtype, _F32, sums, _F32, dtype, dtype, _I32, _I32, _I32, *(None,) * 11),
     )
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    for sums in {dtype, torch.promote_types(dtype, torch.float32)}
 }
+"""By the dtype of the rows and that of their sums, which is a wider one only where sums are summed again."""
 _BULK_DISPATCH = Kernel(bulk_dispatch_kernels.dispatch, _DISPATCH.types)
 _BULK_COMBINE = {
-    dtype: Kernel(bulk_combine_kernels.combine, _COMBINE[dtype].types)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    dtypes: Kernel(bulk_combine_kernels.combine, kernel.types)
+    for dtypes, kernel in _COMBINE.items()
+    if torch.float64 not in dtypes
 }
 _TOKENS_PER_BLOCK = 256
 _FEWEST_SLOTS = 4
@@ -64,6 +67,17 @@ class Target(NamedTuple):
     """Index of the GPU: a compiled kernel is loaded on one."""
     has_fp8: bool = True
     """Whether the GPU converts to FP8."""
+
+
+class HeldTables(NamedTuple):
+    """The routes of a combine of held rows: what ``note_held`` wrote, and the tokens."""
+
+    table: torch.Tensor
+    """int32 [4, R]."""
+    tokens: torch.Tensor
+    """int32 [M]."""
+    send_head: torch.Tensor
+    """int32 [T, R]."""
 
 
 def _power_of_two(number: int) -> int:
@@ -93,6 +107,11 @@ def dispatch_record(plan: SendPlan) -> int:
 def combine_record(columns: Sequence[torch.Tensor]) -> int:
     """Bytes of a row in the stage."""
     return sum(_aligned(column.size(1) * column.element_size()) for column in columns)
+
+
+def most_record(row_bytes: int) -> int:
+    """Bytes that a row of so many bytes in four columns takes in the stage at most."""
+    return _aligned(row_bytes) + 3 * 16
 
 
 def layout(
@@ -176,7 +195,7 @@ def dispatch(
     context: tuple[int, ...],
     plan: SendPlan,
     outputs: Outputs,
-    src_idx: torch.Tensor,
+    src_idx: torch.Tensor | None,
     prefix: torch.Tensor,
     places: tuple[int, ...],
     signature: int,
@@ -190,23 +209,30 @@ def dispatch(
     num_sms: int,
     bases: torch.Tensor | None = None,
 ) -> None:
-    """Launch ``dispatch``. Expanded, the plan's ids are packed, and ``bases`` are what ``starts`` wrote."""
+    """Launch ``dispatch``.
+
+    Expanded, the plan's ids are packed, and ``bases`` are what ``starts`` wrote. Of a part, ``prefix`` is what
+    ``announce_part`` wrote.
+    """
     num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.numel() // target.num_ranks
     widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
-    metadata, most, num_expanded = None, 0, 0
+    first_expert, metadata, most, num_expanded = rank * num_local, None, 0, 0
+    if plan.part is not None and plan.part.expert_ids is not None:
+        first_expert, num_local = plan.part.expert_ids.start, len(plan.part.expert_ids)
     if plan.experts is not None:
         num_local = plan.experts.num_local
+        first_expert = rank * num_local
         if plan.experts.expand:
             metadata = outputs.metadata if plan.experts.metadata is None else plan.experts.metadata
             most, num_expanded = plan.experts.num_max_tokens, outputs.rows.size(0)
-    variant = _dispatch(plan.handle is not None, *widths, target, metadata is not None)
+    variant = _dispatch(plan.handle is not None, *widths, target, metadata is not None, plan.part is not None)
     own = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
     out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights, src_idx, prefix, metadata, bases)
     numbers = (
         signature,
         plan.rows.size(0),
         num_rows,
-        rank * num_local,
+        first_expert,
         num_local,
         most,
         num_expanded,
@@ -223,7 +249,13 @@ def dispatch(
 
 @functools.cache
 def _dispatch(
-    cached: bool, row_bytes: int, scale_bytes: int, num_topk: int, target: Target, expand: bool = False
+    cached: bool,
+    row_bytes: int,
+    scale_bytes: int,
+    num_topk: int,
+    target: Target,
+    expand: bool = False,
+    placed: bool = False,
 ) -> Variant:
     """The variant by the bulk-copy engine, unless a few rows do not fit shared memory."""
     slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk, expand)
@@ -235,6 +267,7 @@ def _dispatch(
                 num_warps,
                 CACHED=cached,
                 EXPAND=expand,
+                PLACED=placed,
                 ROW=row_bytes,
                 SCALES=scale_bytes,
                 K=num_topk,
@@ -250,6 +283,7 @@ def _dispatch(
         8,
         CACHED=cached,
         EXPAND=expand,
+        PLACED=placed,
         WORDS=row_bytes // 4,
         SCALE_WORDS=scale_bytes // 4,
         K=num_topk,
@@ -276,11 +310,14 @@ def combine(
     timeout: int,
     target: Target,
     num_sms: int,
+    held: HeldTables | None = None,
 ) -> None:
     """Launch ``combine``."""
     rows = columns[0]
     weights = columns[1] if len(columns) > 1 else None
-    variant = _combine(rows.dtype, rows.size(1), _width(weights), len(biases), target)
+    dtypes = rows.dtype, outs[0].dtype
+    variant = _combine(dtypes, rows.size(1), _width(weights), len(biases), target, held is not None)
+    routes = (handle.rank_prefix_matrix, handle.recv_src_idx, handle.send_head) if held is None else held
     tensors = (
         rows,
         weights,
@@ -288,30 +325,36 @@ def combine(
         outs[1] if len(outs) > 1 else None,
         biases[0] if biases else None,
         biases[1] if len(biases) > 1 else None,
-        handle.rank_prefix_matrix,
-        handle.recv_src_idx,
-        handle.send_head,
+        *routes,
     )
     numbers = (signature, outs[0].size(0), rows.size(0), *stage, max(num_sms // 2, 1), rank, operation, timeout)
     variant.launch(max(num_sms, 2), stream, (*context, *(_address(tensor) for tensor in tensors), *places, *numbers))
 
 
 @functools.cache
-def _combine(dtype: torch.dtype, width: int, num_topk: int, num_biases: int, target: Target) -> Variant:
+def _combine(
+    dtypes: tuple[torch.dtype, torch.dtype], width: int, num_topk: int, num_biases: int, target: Target, held: bool
+) -> Variant:
     """The variant by the bulk-copy engine, unless rows do not fit registers and shared memory."""
-    item = dtype.itemsize
+    item = dtypes[0].itemsize
     num_warps = 4 if _power_of_two(width) <= 128 * _MOST_SUMS else 8
     # The ring is the larger of two allocations, and so the first.
     block = max(_power_of_two(width), 512 * num_warps // item)
     slots = min((SHARED_BYTES - bulk_combine_kernels.EXTRA_BYTES) // (block * item), 14)
     biases = {"BIAS_0": num_biases > 0, "BIAS_1": num_biases > 1}
-    if target.can_bulk and dtype in _BULK_COMBINE and slots >= _FEWEST_SLOTS and block <= 32 * num_warps * _MOST_SUMS:
-        return _BULK_COMBINE[dtype].variant(
+    if (
+        target.can_bulk
+        and dtypes in _BULK_COMBINE
+        and slots >= _FEWEST_SLOTS
+        and block <= 32 * num_warps * _MOST_SUMS
+    ):
+        return _BULK_COMBINE[dtypes].variant(
             num_warps,
             WIDTH=width,
             ITEM=item,
             K=num_topk,
             **biases,
+            HELD=held,
             R=target.num_ranks,
             W=num_warps,
             BLOCK=block,
@@ -319,14 +362,15 @@ def _combine(dtype: torch.dtype, width: int, num_topk: int, num_biases: int, tar
             LAG=slots - _BEHIND,
             LANES=next(lanes for lanes in (4, 2, 1) if width * item % (16 * lanes) == 0),
         )
-    return _COMBINE[dtype].variant(
+    return _COMBINE[dtypes].variant(
         8,
         WIDTH=width,
         ITEM=item,
-        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+        ACC=tl.float64 if dtypes[0] == torch.float64 else tl.float32,
         K=num_topk,
         KB=_power_of_two(num_topk),
         **biases,
+        HELD=held,
         R=target.num_ranks,
         RT=2,
         BLOCK=min(_power_of_two(width), 4096 // item),
@@ -340,14 +384,19 @@ def warm(
     num_experts: int,
     target: Target,
 ) -> None:
-    """Compile what dispatches of such plans and combines of such columns launch, and what comes before."""
+    """Compile what dispatches of such plans and combines of such columns launch, and what comes before.
+
+    With a part among the plans, the combines are of held rows, and their sums of both dtypes.
+    """
+    held = any(plan.part is not None for plan in plans)
     for host_waits in (True, False):
         _notify(host_waits, target)
     for plan in plans:
         if plan.topk_idx is not None:
-            _layout(plan.topk_idx.size(1), num_experts, target)
+            _layout(plan.topk_idx.size(1), num_experts, target._replace(num_ranks=plan.is_token_in_rank.size(1)))
         widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
-        _dispatch(plan.handle is not None, *widths, target)
+        _dispatch(plan.handle is not None, *widths, target, placed=plan.part is not None)
     for columns in reduces:
-        num_topk = columns[1].size(1) if len(columns) > 1 else 0
-        _combine(columns[0].dtype, columns[0].size(1), num_topk, 0, target)
+        dtype, num_topk = columns[0].dtype, columns[1].size(1) if len(columns) > 1 else 0
+        for sums in {dtype, torch.promote_types(dtype, torch.float32)} if held else {dtype}:
+            _combine((dtype, sums), columns[0].size(1), num_topk, 0, target, held)

@@ -51,6 +51,7 @@ class Status:
         self._num_ranks = num_ranks
         self._timeout = timeout
         self.failed = False
+        self._reason = "an earlier operation failed on this Buffer"
         self.recorder = Recorder()
         with torch.inference_mode(False):
             self.words = torch.zeros(words.STATUS_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -67,7 +68,7 @@ class Status:
             TokenferryError: what happened since the last check.
         """
         if self.failed:
-            raise BufferStateError("an earlier operation failed on this Buffer: destroy it and build a new one")
+            raise BufferStateError(f"{self._reason}: destroy it and build a new one")
         news = self._words[words.NEWLY_MASKED.value :][: self._num_ranks]
         if news.any():
             masked = [int(rank) for rank in news.nonzero()[0]]
@@ -75,6 +76,12 @@ class Status:
             logger.warning("low latency: no sign of life from ranks %s for %.1f s: masked", masked, self._timeout)
         if self._words[words.CODE.value]:
             raise self._take()
+
+    def give_up(self, reason: str) -> None:
+        """From now on all checks fail, and say why."""
+        if not self.failed:
+            self._reason = f"an earlier operation failed on this Buffer ({reason})"
+        self.failed = True
 
     def arm(self) -> None:
         """Before ``notify`` is launched for a host that will wait."""

@@ -66,12 +66,12 @@ WINDOW = gl.constexpr(160)
 @gluon.jit
 def prepare(
     heap, regions, prefix, x, weights, rank, this, per_round, stage, half, table, first_thread,
-    RECORD: gl.constexpr, AT: gl.constexpr, ROW: gl.constexpr, K: gl.constexpr, R: gl.constexpr,
+    RECORD: gl.constexpr, AT: gl.constexpr, ROW: gl.constexpr, K: gl.constexpr, HELD: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
     """Write the table of a round."""
     for source in range(R):
         base, step, staged, _, count = place_of(
-            heap, regions, prefix, x, rank, source, this, per_round, stage, half, 0, RECORD, 0, ROW, R
+            heap, regions, prefix, x, rank, source, this, per_round, stage, half, 0, RECORD, 0, ROW, HELD, R
         )
         entry = table + source * ENTRY
         none = first_thread.to(gl.int64) * 0
@@ -81,8 +81,9 @@ def prepare(
         store_shared_long(entry + COUNT, count.to(gl.int64) + none, first_thread)
         if K > 0:
             base, step, staged, _, count = place_of(
-                heap, regions, prefix, weights, rank, source, this, per_round, stage, half, 1, RECORD, AT, K * 4, R
-            )
+                heap, regions, prefix, weights, rank, source, this, per_round, stage, half, 1, RECORD, AT, K * 4,
+                HELD, R,
+            )  # fmt: skip
             store_shared_long(entry + WEIGHTS_AT, base + none, first_thread)
             store_shared_long(entry + WEIGHTS_STEP, step.to(gl.int64) + none, first_thread)
 
@@ -159,7 +160,7 @@ def ask_ahead(
 def stage_rows(
     heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage, half, worker,
     workers, tid, cols,
-    WIDTH: gl.constexpr, ITEM: gl.constexpr, K: gl.constexpr, R: gl.constexpr,
+    WIDTH: gl.constexpr, ITEM: gl.constexpr, K: gl.constexpr, HELD: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
     """Copy the rows of every peer's tokens into the stage, round by round; one program's part."""
     AT: gl.constexpr = (WIDTH * ITEM + 15) // 16 * 16
@@ -171,10 +172,11 @@ def stage_rows(
         if alive:
             alive = wait_for_half(heap, state, status, rank, this, per_round, operation, epoch, timeout, True, R)
         if alive:
-            first = this * per_round
             for step in range(R - 1):
                 reader = (rank + 1 + step) % R
-                low, high = rows_of_reader(prefix, src_idx, num_rows, rank, reader, first, per_round, R)
+                low, high, first = rows_of_reader(
+                    prefix, src_idx, num_rows, rank, reader, this * per_round, per_round, HELD, R
+                )
                 target = own + (this % 2) * half + reader.to(tl.int64) * per_round * RECORD
                 for row in range(low + worker, high, workers):
                     slot = tl.load(src_idx + row) - first
@@ -228,6 +230,7 @@ def combine(
     K: gl.constexpr,
     BIAS_0: gl.constexpr,
     BIAS_1: gl.constexpr,
+    HELD: gl.constexpr,
     R: gl.constexpr,
     W: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -244,7 +247,7 @@ def combine(
     LINE: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
     ROWS: gl.constexpr = gl.BlockedLayout([16 // ITEM], [32], [W], [0])
-    memory = gl.allocate_shared_memory(out.dtype.element_ty, [SLOTS, BLOCK], LINE)
+    memory = gl.allocate_shared_memory(x.dtype.element_ty, [SLOTS, BLOCK], LINE)
     rest = gl.allocate_shared_memory(gl.int32, [4096], LINE)
     anchor = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(anchor.index(0), count=1)
@@ -262,19 +265,19 @@ def combine(
     if tl.load(state + FAILED) == 0:
         places = (place_rows, place_weights)
         going = agree(
-            heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation, timeout,
-            True, 2, R,
+            heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places,
+            prefix if HELD else None, operation, timeout, True, 2, R,
         )  # fmt: skip
         fits = False
         staged = zero()
         if going:
-            fits = check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS, R)
+            fits = check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS, HELD, R)
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
         stagers = tl.where(staged != 0, num_stagers, 0)
         if pid < stagers:
             stage_rows(
                 heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage,
-                half, pid, stagers, tid, cols, WIDTH, ITEM, K, R,
+                half, pid, stagers, tid, cols, WIDTH, ITEM, K, HELD, R,
             )  # fmt: skip
         elif fits:
             worker = pid - stagers
@@ -298,7 +301,7 @@ def combine(
                     mine = tl.maximum((end - first - worker + workers - 1) // workers, 0)
                     prepare(
                         heap, regions, prefix, x.to(tl.int64), weights.to(tl.int64), rank, this, per_round, stage,
-                        half, extra, first_thread, RECORD, AT, ROW, K, R,
+                        half, extra, first_thread, RECORD, AT, ROW, K, HELD, R,
                     )  # fmt: skip
                     gl.thread_barrier()
                     fence_before_loads(tid)

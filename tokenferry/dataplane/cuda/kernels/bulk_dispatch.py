@@ -61,6 +61,8 @@ START = gl.constexpr(80)
 FIRST = gl.constexpr(88)
 """The first token that can be read now, and behind it the one after the last."""
 LAST = gl.constexpr(96)
+FIRST_TOKEN = gl.constexpr(104)
+"""What is added to tokens where they are written down."""
 TABLE_BYTES = 32 * 128
 """Entries for as many sources as ranks can share a node."""
 SLOT_HEADER = 16
@@ -98,13 +100,14 @@ def put_column(table, source, field, at, step, first, lane0):
 def prepare_source(
     heap, state, regions, status, x, scales, ids, weights, src_idx, prefix, num_rows, list_capacity, rank, source,
     epoch, operation, timeout, stage, half, this, table, lane0,
-    CACHED: gl.constexpr, ROW: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr, R: gl.constexpr,
-    RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr, WEIGHTS_OFF: gl.constexpr,
+    CACHED: gl.constexpr, PLACED: gl.constexpr, ROW: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr,
+    R: gl.constexpr, RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr,
+    WEIGHTS_OFF: gl.constexpr,
 ):  # fmt: skip
     """Wait for a source's round, and write its table entry."""
     tokens, start, low, high, first, last, staged, alive = range_of_source(
         heap, state, status, src_idx, prefix, num_rows, list_capacity, rank, source, epoch, operation, timeout, this,
-        half // RECORD, CACHED, R,
+        half // RECORD, CACHED, PLACED, R,
     )  # fmt: skip
     base = tl.load(heap + source) + stage + (this % 2) * half
     own = source == rank
@@ -133,6 +136,8 @@ def prepare_source(
     put(table, source, START, start + low, lane0)
     put(table, source, FIRST, first, lane0)
     put(table, source, LAST, last, lane0)
+    if PLACED:
+        put(table, source, FIRST_TOKEN, tl.load(prefix + 2 * R + source).to(gl.int64), lane0)
     return alive, high - low
 
 
@@ -180,10 +185,10 @@ def granules(at, NBYTES: gl.constexpr):
 def move_rows(
     table, bars, ring, tid, lane, warp, rank, items, first, slot_at, use_at, parity, worker, workers, target,
     out_scales, out_ids, out_weights, src_idx, metadata, bases, first_expert, num_local, num_max_tokens, num_expanded,
-    STAGE: gl.constexpr, CACHED: gl.constexpr, EXPAND: gl.constexpr, ROW: gl.constexpr, SCALES: gl.constexpr,
-    K: gl.constexpr, R: gl.constexpr, RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr,
-    WEIGHTS_OFF: gl.constexpr, W: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, LAG: gl.constexpr,
-    LANES: gl.constexpr,
+    STAGE: gl.constexpr, CACHED: gl.constexpr, EXPAND: gl.constexpr, PLACED: gl.constexpr, ROW: gl.constexpr,
+    SCALES: gl.constexpr, K: gl.constexpr, R: gl.constexpr, RECORD: gl.constexpr, SCALES_OFF: gl.constexpr,
+    IDS_OFF: gl.constexpr, WEIGHTS_OFF: gl.constexpr, W: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr,
+    LAG: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     """One program's part of ``items`` rows, the sources by turns.
 
@@ -235,7 +240,10 @@ def move_rows(
                 total += on * (ids_size + weights_size)
             store_shared(slot + HEADER, on, lane0)
             store_shared(slot + HEADER + 4, row, lane0)
-            store_shared(slot + HEADER + 8, token, lane0)
+            if PLACED and not STAGE:
+                store_shared(slot + HEADER + 8, token + load_shared_long(entry + FIRST_TOKEN).to(gl.int32), lane0)
+            else:
+                store_shared(slot + HEADER + 8, token, lane0)
             store_shared(slot + HEADER + 12, skips, lane0)
             announce(bar, total, lane0)
             load_bulk(slot + lane * PIECE, rows_at + lane * PIECE, tid * 0 + PIECE, bar, moves * on)
@@ -287,7 +295,10 @@ def move_rows(
                     weights_there = (out_weights.to(gl.int64) + spot * 4).to(gl.pointer_type(gl.int32))
                     gl.store(weights_there, gl.where(here, weight, 0), mask=mine)
             if not STAGE:
-                if not CACHED:
+                if PLACED:
+                    noted = live & (lane == 0) & (src_idx.to(gl.int64) != 0)
+                    gl.store(src_idx + row, load_shared(slot + HEADER + 8), mask=noted)
+                elif not CACHED:
                     gl.store(src_idx + row, load_shared(slot + HEADER + 8), mask=live & (lane == 0))
             parity = tl.where(use_at == SLOTS - 1, parity ^ 1, parity)
             use_at = tl.where(use_at == SLOTS - 1, 0, use_at + 1)
@@ -339,6 +350,7 @@ def dispatch(
     timeout: tl.int64,
     CACHED: gl.constexpr,
     EXPAND: gl.constexpr,
+    PLACED: gl.constexpr,
     ROW: gl.constexpr,
     SCALES: gl.constexpr,
     K: gl.constexpr,
@@ -373,15 +385,16 @@ def dispatch(
     if gl.load(state + FAILED) == 0:
         places = (place_rows, place_scales, place_ids, place_weights)
         going = agree(
-            heap, state, ready, status, rank, epoch, signature, num_tokens, num_tokens, places, operation, timeout,
-            CACHED, 4, R,
+            heap, state, ready, status, rank, epoch, signature, num_tokens, num_tokens, places, None, operation,
+            timeout, CACHED, 4, R,
         )  # fmt: skip
         staged = zero()
         received = zero().to(tl.int64)
         if going:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
-            received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
-            received = tl.minimum(tl.maximum(received, 0), num_rows)
+            if not PLACED:
+                received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+                received = tl.minimum(tl.maximum(received, 0), num_rows)
         stagers = tl.where(staged != 0, num_stagers, 0)
         slot_at = zero()
         use_at = zero()
@@ -412,8 +425,8 @@ def dispatch(
                         table, bars, ring, tid, lane, warp, rank, count.to(tl.int32), first.to(tl.int32), slot_at,
                         use_at, parity, pid, stagers, own + (this % 2) * half, out_scales.to(tl.int64), out_ids,
                         out_weights, src_idx, metadata, bases, first_expert, num_local, num_max_tokens, num_expanded,
-                        True, CACHED, EXPAND, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF, WEIGHTS_OFF, W, SLOT,
-                        SLOTS, LAG, LANES,
+                        True, CACHED, EXPAND, PLACED, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF, WEIGHTS_OFF, W,
+                        SLOT, SLOTS, LAG, LANES,
                     )  # fmt: skip
                     wait_stores(tid)
                     gl.thread_barrier()
@@ -421,7 +434,7 @@ def dispatch(
         else:
             worker = pid - stagers
             workers = programs - stagers
-            if not CACHED:
+            if not CACHED and not PLACED:
                 fill_tail(
                     out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, tid, EXPAND, K, W
                 )
@@ -436,7 +449,8 @@ def dispatch(
                             there, count = prepare_source(
                                 heap, state, regions, status, x, scales, ids, weights, src_idx, prefix, num_rows,
                                 list_capacity, rank, source, epoch, operation, timeout, stage, half, this, table,
-                                lane0, CACHED, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF, WEIGHTS_OFF,
+                                lane0, CACHED, PLACED, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF,
+                                WEIGHTS_OFF,
                             )  # fmt: skip
                             alive = alive & there
                             most = tl.maximum(most, count)
@@ -446,8 +460,8 @@ def dispatch(
                             table, bars, ring, tid, lane, warp, rank, (most * R).to(tl.int32), zero(), slot_at,
                             use_at, parity, worker, workers, out_x.to(tl.int64), out_scales.to(tl.int64), out_ids,
                             out_weights, src_idx, metadata, bases, first_expert, num_local, num_max_tokens,
-                            num_expanded, False, CACHED, EXPAND, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF,
-                            WEIGHTS_OFF, W, SLOT, SLOTS, LAG, LANES,
+                            num_expanded, False, CACHED, EXPAND, PLACED, ROW, SCALES, K, R, RECORD, SCALES_OFF,
+                            IDS_OFF, WEIGHTS_OFF, W, SLOT, SLOTS, LAG, LANES,
                         )  # fmt: skip
                         complain(status, operation, epoch, wrong, tid, BAD_HANDLE)
                         if EXPAND:

@@ -17,7 +17,16 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_round,
 )
 from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report, zero
-from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, EPOCH, FAILED, NUM_ROWS, STAGED, UNKNOWN_REGION
+from tokenferry.dataplane.cuda.kernels.words import (
+    BAD_HANDLE,
+    EPOCH,
+    FAILED,
+    FIRST_ROW,
+    NUM_ROWS,
+    ROW_COUNT,
+    STAGED,
+    UNKNOWN_REGION,
+)
 
 
 @triton.jit
@@ -31,18 +40,23 @@ def rounds_of_readers(heap, rank, per_round, R: tl.constexpr):
 
 
 @triton.jit
-def rows_of_reader(prefix, src_idx, num_rows, rank, reader, first, per_round, R: tl.constexpr):
-    """From where to where a reader's rows go in the round that begins with its token ``first``."""
-    start, end = rows_from(prefix, num_rows, rank, reader, R)
+def rows_of_reader(
+    prefix, src_idx, num_rows, rank, reader, first, per_round, HELD: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """From where to where a reader's rows go in the round from its token ``first`` on; that as ``src_idx`` has it."""
+    start, end = rows_from(prefix, num_rows, rank, reader, R, HELD)
+    if HELD:
+        first += tl.load(prefix + 2 * R + reader)
     low = lower_bound(src_idx, start, end, first)
-    return low, lower_bound(src_idx, low, end, first + per_round)
+    return low, lower_bound(src_idx, low, end, first + per_round), first
 
 
 @triton.jit
 def stage_combine(
     heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage, half, worker,
     workers,
-    WORDS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
+    WORDS: tl.constexpr, K: tl.constexpr, HELD: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr,
+    SMALL: tl.constexpr,
 ):  # fmt: skip
     """Copy the rows of every peer's tokens into the stage, round by round; one program's part."""
     RECORD: tl.constexpr = (WORDS * 4 + 15) // 16 * 16 + (K * 4 + 15) // 16 * 16
@@ -54,10 +68,11 @@ def stage_combine(
         if alive:
             alive = wait_for_half(heap, state, status, rank, this, per_round, operation, epoch, timeout, True, R)
         if alive:
-            first = this * per_round
             for step in range(R - 1):
                 reader = (rank + 1 + step) % R
-                low, high = rows_of_reader(prefix, src_idx, num_rows, rank, reader, first, per_round, R)
+                low, high, first = rows_of_reader(
+                    prefix, src_idx, num_rows, rank, reader, this * per_round, per_round, HELD, R
+                )
                 target = own + (this % 2) * half + reader.to(tl.int64) * per_round * RECORD
                 for at in range(low + worker * RT, high, workers * RT):
                     row = at + tl.arange(0, RT)
@@ -73,16 +88,36 @@ def stage_combine(
 
 
 @triton.jit
+def start_at(heap, prefix, rank, source, HELD: tl.constexpr, R: tl.constexpr):
+    """Where a rank's rows for this rank's tokens begin among all of its rows."""
+    if HELD:
+        start = tl.load(message_word(tl.load(heap + rank), source, FIRST_ROW))
+    else:
+        start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0).to(tl.int64)
+    return start
+
+
+@triton.jit
+def count_at(prefix, rank, source, start, HELD: tl.constexpr, R: tl.constexpr):
+    """How many rows for this rank's tokens a rank must have."""
+    if HELD:
+        count = tl.load(prefix + 3 * R + source).to(tl.int64)
+    else:
+        count = tl.load(prefix + rank * R + source) - start
+    return count
+
+
+@triton.jit
 def place_of(
     heap, regions, prefix, own_address, rank, source, this, per_round, stage, half, column,
-    RECORD: tl.constexpr, AT: tl.constexpr, ROW_BYTES: tl.constexpr, R: tl.constexpr,
+    RECORD: tl.constexpr, AT: tl.constexpr, ROW_BYTES: tl.constexpr, HELD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Where a rank's rows for this rank's tokens start, the bytes from one to the next, whether by token, and more.
 
     Direct rows are counted by ``send_head``, staged ones by token. Then: whether they can be read, and how many.
     """
     staged = is_staged(heap, rank, source)
-    start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0).to(tl.int64)
+    start = start_at(heap, prefix, rank, source, HELD, R)
     direct = column_address(heap, regions, rank, source, column)
     direct = tl.where(source == rank, own_address, direct)
     known = staged | (direct != 0)
@@ -94,7 +129,7 @@ def place_of(
         tl.where(staged, RECORD, ROW_BYTES),
         staged,
         known,
-        tl.load(prefix + rank * R + source) - start,
+        count_at(prefix, rank, source, start, HELD, R),
     )
 
 
@@ -103,10 +138,10 @@ def sum_rows(
     heap, regions, send_head, prefix, own_address, out, bias_0, bias_1, t, live, rank, this, per_round, stage, half,
     column,
     RECORD: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr, ITEM: tl.constexpr, ALIGN: tl.constexpr,
-    ACC: tl.constexpr, BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TYPE: tl.constexpr, ACC: tl.constexpr, BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, HELD: tl.constexpr,
+    R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of some tokens' rows, ranks ascending, from the biases on; rounded once."""
+    """Sums of some tokens' rows, of elements of TYPE, ranks ascending, from the biases on; rounded once."""
     for start in tl.static_range(0, WIDTH, BLOCK):
         column_ids = start + tl.arange(0, BLOCK)
         wanted = live[:, None] & (column_ids < WIDTH)[None, :]
@@ -120,10 +155,10 @@ def sum_rows(
             head = tl.load(send_head + t * R + source, mask=live, other=-1)
             base, stride, staged, known, count = place_of(
                 heap, regions, prefix, own_address, rank, source, this, per_round, stage, half, column, RECORD, AT,
-                WIDTH * ITEM, R,
+                WIDTH * ITEM, HELD, R,
             )  # fmt: skip
             row = tl.where(staged, t.to(tl.int64), head.to(tl.int64))
-            at = (base + row * stride).to(tl.pointer_type(out.dtype.element_ty))
+            at = (base + row * stride).to(tl.pointer_type(TYPE))
             at = tl.multiple_of(at, [ALIGN])
             there = wanted & ((head >= 0) & (head < count))[:, None] & known
             total += tl.load(at[:, None] + column_ids[None, :], mask=there, other=0.0).to(ACC)
@@ -131,12 +166,22 @@ def sum_rows(
 
 
 @triton.jit
-def check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS: tl.constexpr, R: tl.constexpr):
+def check_sources(
+    heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS: tl.constexpr, HELD: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
     """Whether the handle's counts fit the rows that every rank brought, all of them readable."""
     fits = True
     for source in range(R):
-        end = tl.load(prefix + rank * R + source)
-        start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0)
+        if HELD:
+            start = start_at(heap, prefix, rank, source, HELD, R)
+            end = start + count_at(prefix, rank, source, start, HELD, R)
+            if end - start != tl.load(message_word(tl.load(heap + rank), source, ROW_COUNT)):
+                report(status, BAD_HANDLE, operation, epoch)
+                fits = False
+        else:
+            end = tl.load(prefix + rank * R + source)
+            start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0)
         brought = tl.load(message_word(tl.load(heap + rank), source, NUM_ROWS))
         if (start < 0) | (end < start) | (end > brought):
             report(status, BAD_HANDLE, operation, epoch)
@@ -197,12 +242,16 @@ def combine(
     KB: tl.constexpr,
     BIAS_0: tl.constexpr,
     BIAS_1: tl.constexpr,
+    HELD: tl.constexpr,
     R: tl.constexpr,
     RT: tl.constexpr,
     BLOCK: tl.constexpr,
     SMALL: tl.constexpr,
 ):
-    """``out[t]`` = biases + rows of t on all ranks; ``out_weights[t]`` = sums of its weights. ITEM: bytes."""
+    """``out[t]`` = biases + rows of t on all ranks; ``out_weights[t]`` = sums of its weights. ITEM: bytes.
+
+    HELD: only the rows that the table of :mod:`.parts` names, which is in the place of ``prefix``.
+    """
     WORDS: tl.constexpr = WIDTH * ITEM // 4
     AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
     RECORD: tl.constexpr = AT + (K * 4 + 15) // 16 * 16
@@ -212,19 +261,19 @@ def combine(
     if tl.load(state + FAILED) == 0:
         places = (place_rows, place_weights)
         going = agree(
-            heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation, timeout,
-            True, 2, R,
+            heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places,
+            prefix if HELD else None, operation, timeout, True, 2, R,
         )  # fmt: skip
         fits = False
         staged = zero()
         if going:
-            fits = check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS, R)
+            fits = check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS, HELD, R)
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
         stagers = tl.where(staged != 0, num_stagers, 0)
         if pid < stagers:
             stage_combine(
                 heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage,
-                half, pid, stagers, WORDS, K, R, RT, BLOCK * ITEM // 4, SMALL,
+                half, pid, stagers, WORDS, K, HELD, R, RT, BLOCK * ITEM // 4, SMALL,
             )  # fmt: skip
         elif fits:
             worker = pid - stagers
@@ -246,14 +295,14 @@ def combine(
                         live = t < end
                         sum_rows(
                             heap, regions, send_head, prefix, x.to(tl.int64), out, bias_0, bias_1, t, live, rank,
-                            this, per_round, stage, half, 0, RECORD, 0, WIDTH, ITEM, 16, ACC, BIAS_0, BIAS_1, R, RT,
-                            BLOCK,
+                            this, per_round, stage, half, 0, RECORD, 0, WIDTH, ITEM, 16, x.dtype.element_ty, ACC,
+                            BIAS_0, BIAS_1, HELD, R, RT, BLOCK,
                         )  # fmt: skip
                         if K > 0:
                             sum_rows(
                                 heap, regions, send_head, prefix, weights.to(tl.int64), out_weights, out_weights,
                                 out_weights, t, live, rank, this, per_round, stage, half, 1, RECORD, AT, K, 4, 4,
-                                tl.float32, False, False, R, RT, KB,
+                                tl.float32, tl.float32, False, False, HELD, R, RT, KB,
                             )  # fmt: skip
                     if by_rounds:
                         release_round(heap, state, rank, this, epoch, workers, R)

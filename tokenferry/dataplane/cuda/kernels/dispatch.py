@@ -138,10 +138,14 @@ def fill_tail(
 
 
 @triton.jit
-def rows_from(prefix, num_rows, rank, source, R: tl.constexpr):
+def rows_from(prefix, num_rows, rank, source, R: tl.constexpr, PLACED: tl.constexpr):
     """Where a rank's rows from a source start and end, within the rows that there are, whatever the handle says."""
-    start = tl.load(prefix + (source - 1) * R + rank, mask=source > 0, other=0).to(tl.int64)
-    end = tl.load(prefix + source * R + rank).to(tl.int64)
+    if PLACED:
+        start = tl.load(prefix + source).to(tl.int64)
+        end = tl.load(prefix + R + source).to(tl.int64)
+    else:
+        start = tl.load(prefix + (source - 1) * R + rank, mask=source > 0, other=0).to(tl.int64)
+        end = tl.load(prefix + source * R + rank).to(tl.int64)
     start = tl.minimum(tl.maximum(start, 0), num_rows)
     return start, tl.minimum(tl.maximum(end, start), num_rows)
 
@@ -170,7 +174,7 @@ def staged_rounds(heap, rank, per_round, R: tl.constexpr):
 def range_of_source(
     heap, state, status, src_idx, prefix, num_rows, list_capacity, rank, source, epoch, operation, timeout, this,
     per_round,
-    CACHED: tl.constexpr, R: tl.constexpr,
+    CACHED: tl.constexpr, PLACED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Wait for a source's round, and tell which of its rows come in it.
 
@@ -179,7 +183,7 @@ def range_of_source(
         rows if they did not come); the first token that can be read now, and the one after the last; whether the
         rows are staged; whether they came.
     """
-    start, end = rows_from(prefix, num_rows, rank, source, R)
+    start, end = rows_from(prefix, num_rows, rank, source, R, PLACED)
     tokens = list_of(heap, src_idx, rank, source, start, list_capacity, CACHED)
     num_tokens = tokens_of(heap, rank, source)
     count = tl.minimum(end - start, num_tokens)
@@ -206,8 +210,9 @@ def pull_source(
     heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids, out_weights, src_idx, prefix,
     metadata, bases, num_rows, first_expert, num_local, num_max_tokens, num_expanded, list_capacity, rank, source,
     epoch, operation, timeout, stage, half, this, worker, workers,
-    CACHED: tl.constexpr, EXPAND: tl.constexpr, WORDS: tl.constexpr, SCALE_WORDS: tl.constexpr, K: tl.constexpr,
-    KB: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr,
+    CACHED: tl.constexpr, EXPAND: tl.constexpr, PLACED: tl.constexpr, WORDS: tl.constexpr,
+    SCALE_WORDS: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
+    BLOCK: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """One program's part of the rows that come from one source in one round."""
     SCALES_AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
@@ -216,7 +221,7 @@ def pull_source(
     RECORD: tl.constexpr = WEIGHTS_AT + (K * 4 + 15) // 16 * 16
     tokens, start, low, high, first, last, staged, alive = range_of_source(
         heap, state, status, src_idx, prefix, num_rows, list_capacity, rank, source, epoch, operation, timeout, this,
-        half // RECORD, CACHED, R,
+        half // RECORD, CACHED, PLACED, R,
     )  # fmt: skip
     if low < high:
         base = tl.load(heap + source) + stage + (this % 2) * half
@@ -275,21 +280,24 @@ def pull_source(
                         ids_at, weights_at, ids_step, weights_step, slot, out_ids, out_weights, row, live,
                         first_expert, num_local, K, KB,
                     )  # fmt: skip
-            if not CACHED:
+            if PLACED:
+                noted = live & (src_idx.to(tl.int64) != 0)
+                tl.store(src_idx + row, t + tl.load(prefix + 2 * R + source), mask=noted)
+            elif not CACHED:
                 tl.store(src_idx + row, t, mask=live)
     return alive
 
 
 @triton.jit
 def agree(
-    heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation, timeout,
+    heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, held, operation, timeout,
     CACHED: tl.constexpr, NUM_COLUMNS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Whether this operation goes on: everyone is there and means the same."""
+    """Whether this operation goes on: everyone is there and means the same. ``held``: as in ``publish_all``."""
     if CACHED:
         if tl.program_id(0) == 0:
             publish_all(
-                heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation,
+                heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, held, operation,
                 timeout, NUM_COLUMNS, R,
             )  # fmt: skip
     going = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, R)
@@ -350,6 +358,7 @@ def dispatch(
     timeout: tl.int64,
     CACHED: tl.constexpr,
     EXPAND: tl.constexpr,
+    PLACED: tl.constexpr,
     WORDS: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
     K: tl.constexpr,
@@ -362,6 +371,8 @@ def dispatch(
     """Rows, scales and choices into their final places. Not cached, the message went out with ``notify``.
 
     EXPAND: the ids are packed (see :mod:`.expert_major`), and rows, scales and weights go to their copies.
+    PLACED: only what comes is written, where the table of :mod:`.parts` says, which is in the place of ``prefix``;
+    source tokens are not written where ``src_idx`` is 0.
     """
     RECORD: tl.constexpr = (
         (WORDS * 4 + 15) // 16 + (SCALE_WORDS * 4 + 15) // 16 + (K * 8 + 15) // 16 + (K * 4 + 15) // 16
@@ -372,15 +383,16 @@ def dispatch(
     if tl.load(state + FAILED) == 0:
         places = (place_rows, place_scales, place_ids, place_weights)
         going = agree(
-            heap, state, ready, status, rank, epoch, signature, num_tokens, num_tokens, places, operation, timeout,
-            CACHED, 4, R,
+            heap, state, ready, status, rank, epoch, signature, num_tokens, num_tokens, places, None, operation,
+            timeout, CACHED, 4, R,
         )  # fmt: skip
         staged = zero()
         received = zero().to(tl.int64)
         if going:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
-            received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
-            received = tl.minimum(tl.maximum(received, 0), num_rows)
+            if not PLACED:
+                received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+                received = tl.minimum(tl.maximum(received, 0), num_rows)
         stagers = tl.where(staged != 0, num_stagers, 0)
         if pid < stagers:
             stage_dispatch(
@@ -390,7 +402,7 @@ def dispatch(
         else:
             worker = pid - stagers
             workers = programs - stagers
-            if not CACHED:
+            if not CACHED and not PLACED:
                 fill_tail(
                     out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, EXPAND, K, KB, RT
                 )
@@ -404,8 +416,8 @@ def dispatch(
                                 heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids,
                                 out_weights, src_idx, prefix, metadata, bases, num_rows, first_expert, num_local,
                                 num_max_tokens, num_expanded, list_capacity, rank, (rank + 1 + step) % R, epoch,
-                                operation, timeout, stage, half, this, worker, workers, CACHED, EXPAND, WORDS,
-                                SCALE_WORDS, K, KB, R, RT, BLOCK, SMALL,
+                                operation, timeout, stage, half, this, worker, workers, CACHED, EXPAND, PLACED,
+                                WORDS, SCALE_WORDS, K, KB, R, RT, BLOCK, SMALL,
                             )  # fmt: skip
                     if this < by_rounds:
                         release_round(heap, state, rank, this, epoch, workers, R)

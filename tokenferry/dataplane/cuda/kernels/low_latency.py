@@ -71,6 +71,12 @@ def longs_at(address):
 
 
 @triton.jit
+def ints_at(address):
+    """Likewise, of int32."""
+    return (address + zero().to(tl.int64)).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
 def words_of(base, kind, slot):
     """The words of one kind and slot in the heap at ``base``, by rank."""
     return (base + kind + slot * (RANKS * 8)).to(tl.pointer_type(tl.int64))
@@ -399,6 +405,7 @@ def arrivals(
         differs = there & (theirs != signature)
         if tl.max(differs.to(tl.int32)) != 0:
             fail(state, status, MISMATCH, differs, operation, epoch, RB)
+            there = there & (theirs == signature)
     # A rank that disagrees may have more tokens than there is room for.
     return tl.where(there, tl.minimum(seen & TOKEN_MASK, most), -1).to(tl.int32)
 

@@ -6,6 +6,9 @@ expert is the receiver's, else -1; position: how many choices of this source, by
 come before. So row of a choice = rows of earlier sources for the expert + position, whatever arrives when.
 
 Sender 0 counts, the others push parts of rows. Receiver 0 writes tables, the others spread rows.
+
+Between nodes (``G`` > 1) a rank sends the tokens of G sources, N / G of each one after the other, and has counts for
+each. ``order`` is then int32: for every source, by rank and number, which one of all it is; behind it the reverse.
 Formats of rows: 0, as they are; 1 to 3, FP8 with plain, rounded and UE8M0 scales as in
 :mod:`tokenferry.dataplane.cpu.fp8`.
 """
@@ -23,6 +26,7 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     end,
     first_look,
     has,
+    ints_at,
     lacks,
     longs_at,
     publish,
@@ -78,38 +82,42 @@ def scales_of(amax, FORMAT: tl.constexpr):
 @triton.jit
 def count_choices(
     heap, status, ids, num_tokens, most, rank, epoch, operation, at, off_counts, bits,
-    E: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count the choices of every expert and write the counts to its rank."""
-    total = num_tokens * K
+    each = most // G
     bad = zero()
-    for first in range(0, E, BINS):
-        counts = tl.zeros([BINS], tl.int32)
-        for start in range(0, total, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            e = tl.load(ids + i, mask=i < total, other=-1)
-            bad += tl.sum(((e < -1) | (e >= E)).to(tl.int32))
-            inside = (e >= first) & (e < first + BINS)
-            counts += tl.histogram(tl.where(inside, e - first, 0).to(tl.int32), BINS, mask=inside)
-        e = first + tl.arange(0, BINS)
-        owner = e // L
-        on = (e < E) & (((bits >> owner) & 1) != 0)
-        base = tl.load(heap + owner, mask=on, other=0)
-        target = (base + at + off_counts + (rank * L + e % L) * 4).to(tl.pointer_type(tl.int32))
-        tl.store(target, tl.minimum(counts, most), mask=on)
-        if tl.max(tl.where(e < E, counts, 0)) > most:
-            report(status, CROWDED, operation, epoch)
+    for source in range(G):
+        begin = source * each * K
+        total = tl.minimum(num_tokens * K, begin + each * K)
+        for first in range(0, E, BINS):
+            counts = tl.zeros([BINS], tl.int32)
+            for start in range(begin, total, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                e = tl.load(ids + i, mask=i < total, other=-1)
+                bad += tl.sum(((e < -1) | (e >= E)).to(tl.int32))
+                inside = (e >= first) & (e < first + BINS)
+                counts += tl.histogram(tl.where(inside, e - first, 0).to(tl.int32), BINS, mask=inside)
+            e = first + tl.arange(0, BINS)
+            owner = e // L
+            on = (e < E) & (((bits >> owner) & 1) != 0)
+            base = tl.load(heap + owner, mask=on, other=0)
+            place = (rank * G + source) * L + e % L
+            target = (base + at + off_counts + place * 4).to(tl.pointer_type(tl.int32))
+            tl.store(target, tl.minimum(counts, each), mask=on)
+            if tl.max(tl.where(e < E, counts, 0)) > each:
+                report(status, CROWDED, operation, epoch)
     if bad != 0:
         report(status, BAD_EXPERT, operation, epoch)
 
 
 @triton.jit
-def positions_of(ids, token, e, E: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BLOCK: tl.constexpr):
-    """[KB]: how many choices before those of a token, or among them, have the same expert."""
+def positions_of(ids, first, token, e, E: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BLOCK: tl.constexpr):
+    """[KB]: how many choices from the token ``first`` on, before each choice of a token, have the same expert."""
     k = tl.arange(0, KB)
     mine = token * K + k
     found = tl.zeros([KB], tl.int32)
-    for start in range(0, token * K + K, BLOCK):
+    for start in range(first * K, token * K + K, BLOCK):
         i = start + tl.arange(0, BLOCK)
         others = tl.load(ids + i, mask=i < token * K + K, other=-1)
         others = tl.where((others >= 0) & (others < E), others, -2).to(tl.int32)
@@ -120,16 +128,20 @@ def positions_of(ids, token, e, E: tl.constexpr, K: tl.constexpr, KB: tl.constex
 @triton.jit
 def send_choices(
     heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, timeout, token,
-    SHRINK: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    RB: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    SHRINK: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, RB: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """A token's choices, to all ranks; returns those that may be sent to."""
     k = tl.arange(0, KB)
     e = tl.load(ids + token * K + k, mask=k < K, other=-1)
     e = tl.where((e >= 0) & (e < E), e, -1).to(tl.int32)
-    position = positions_of(ids, token, e, E, K, KB, BLOCK)
+    each = most // G
+    if G == 1:
+        position = positions_of(ids, 0, token, e, E, K, KB, BLOCK)
+    else:
+        position = positions_of(ids, token // each * each, token, e, E, K, KB, BLOCK)
     choice = (position.to(tl.int64) << 32) | (e % L)
-    choice = tl.where((e >= 0) & (position < most), choice, -1)
+    choice = tl.where((e >= 0) & (position < each), choice, -1)
     bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
     place = (rank * most + token).to(tl.int64) * K
     for step in range(R):
@@ -192,19 +204,25 @@ def send_part(
 
 @triton.jit
 def write_tables(
-    counts, tokens, layout_range, num_received, stats, table_tokens, L: tl.constexpr,
-    R: tl.constexpr, RB: tl.constexpr, LB: tl.constexpr,
+    counts, tokens, layout_range, num_received, stats, table_tokens, order, L: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, RB: tl.constexpr, VB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    """Where the rows of each source lie in each slab, how many there are, and the tokens of each source or -1."""
+    """Where the rows of each source lie in each slab, how many there are, and the tokens of each rank or -1."""
     r = tl.arange(0, RB)
     tl.store(table_tokens + r, tokens, mask=r < R)
+    if G == 1:
+        s, place, there = r, r, tokens > 0
+    else:
+        s = tl.arange(0, VB)
+        place = tl.load(ints_at(order) + R * G + s, mask=s < R * G, other=0)
+        there = (s < R * G) & (tl.sum(((tokens <= 0) & (r < R)).to(tl.int32)) == 0)
     for start in range(0, L, LB):
         expert = start + tl.arange(0, LB)
-        inside = (r < R)[:, None] & (expert < L)[None, :]
-        count = tl.load(counts + r[:, None] * L + expert[None, :], mask=inside & (tokens > 0)[:, None], other=0)
+        inside = (s < R * G)[:, None] & (expert < L)[None, :]
+        count = tl.load(counts + place[:, None] * L + expert[None, :], mask=inside & there[:, None], other=0)
         begin = tl.cumsum(count, 0) - count
         both = (begin.to(tl.int64) << 32) | count
-        tl.store(layout_range + expert[None, :] * R + r[:, None], both, mask=inside)
+        tl.store(layout_range + expert[None, :] * (R * G) + s[:, None], both, mask=inside)
         total = tl.sum(count, 0)
         tl.store(num_received + expert, total, mask=expert < L)
         if stats != 0:
@@ -214,9 +232,10 @@ def write_tables(
 
 @triton.jit
 def spread_part(
-    base, out, out_scales, src_info, table, tokens, most, off_scales, off_choices, off_counts, source, token, part,
+    base, out, out_scales, src_info, table, tokens, order, most, off_scales, off_choices, off_counts, source, token,
+    part,
     ROW: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, L: tl.constexpr,
-    WORDS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    WORDS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, VB: tl.constexpr,
 ):  # fmt: skip
     """A part of a row from the slot to all slabs that it belongs to."""
     k, r = tl.arange(0, KB), tl.arange(0, RB)
@@ -228,11 +247,21 @@ def spread_part(
     choices = (base + off_choices + place * (K * 8)).to(tl.pointer_type(tl.int64))
     choice = tl.load(choices + k, mask=k < K, other=-1)
     local = (choice & 0xFFFFFFFF).to(tl.int32)
-    here = (choice >= 0) & (local < L)
+    here = (choice >= 0) & (local >= 0) & (local < L)  # a rank that disagrees may leave anything there
     local = tl.where(here, local, 0)
     counts = (base + off_counts).to(tl.pointer_type(tl.int32))
-    earlier = here[:, None] & ((r < source) & (tokens > 0))[None, :]
-    before = tl.sum(tl.load(counts + r[None, :] * L + local[:, None], mask=earlier, other=0), 1)
+    if G == 1:
+        own_token = token
+        earlier = here[:, None] & ((r < source) & (tokens > 0))[None, :]
+        before = tl.sum(tl.load(counts + r[None, :] * L + local[:, None], mask=earlier, other=0), 1)
+    else:
+        each = most // G
+        number = token // each
+        own_token = token - number * each
+        s = tl.arange(0, VB)
+        places = tl.load(ints_at(order) + R * G + s, mask=s < R * G, other=0)
+        earlier = here[:, None] & (s < tl.load(ints_at(order) + source * G + number))[None, :]
+        before = tl.sum(tl.load(counts + places[None, :] * L + local[:, None], mask=earlier, other=0), 1)
     at = before + (choice >> 32)
     here = here & (at >= 0) & (at < slab)
     target = local * slab + at
@@ -247,7 +276,7 @@ def spread_part(
         line = (local[:, None] * S + column[None, :]) * slab + at[:, None]
         tl.store(out_scales + line, scale[None, :], mask=here[:, None] & (column < S)[None, :])
     if part == 0:
-        tl.store(src_info + target, tl.zeros([KB], tl.int32) + token, mask=here)
+        tl.store(src_info + target, tl.zeros([KB], tl.int32) + own_token, mask=here)
         tl.store(table + place * K + k, tl.where(here, target, -1).to(tl.int32), mask=k < K)
 
 
@@ -256,9 +285,9 @@ def send(
     heap, own, state, status, ids, x, num_tokens, most, rank, slot, epoch, signature, at, off_scales, off_choices,
     off_counts, operation, timeout, num_senders,
     FORMAT: tl.constexpr, HAS_FP8: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
-    K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, DEPTH: tl.constexpr,
-    THREADS: tl.constexpr,
+    K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
+    PARTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    DEPTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """What a sender does. The choices of a token are sent as a part of their own, behind those of its row."""
     pid = tl.program_id(0)
@@ -268,7 +297,7 @@ def send(
         failed = lacks(bits, SHRINK, R)
         sign(heap, rank, slot, signature, bits, RB)
         count_choices(
-            heap, status, ids, num_tokens, most, rank, epoch, operation, at, off_counts, bits, E, K, L, BINS, BLOCK
+            heap, status, ids, num_tokens, most, rank, epoch, operation, at, off_counts, bits, E, K, L, G, BINS, BLOCK
         )  # fmt: skip
     elif pid == 1:
         release(heap, state, rank, R, RB, DEPTH)
@@ -279,7 +308,7 @@ def send(
             if part == PARTS:
                 bits = send_choices(
                     heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, once, token,
-                    SHRINK, K, KB, E, L, R, RB, BLOCK, THREADS,
+                    SHRINK, K, KB, E, L, G, R, RB, BLOCK, THREADS,
                 )  # fmt: skip
             else:
                 bits = send_part(
@@ -292,11 +321,11 @@ def send(
 
 @triton.jit
 def receive(
-    own, state, status, out, out_scales, src_info, layout_range, num_received, stats, wait_stats, most, rank, slot,
-    epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders,
+    own, state, status, out, out_scales, src_info, layout_range, num_received, stats, wait_stats, order, most, rank,
+    slot, epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders,
     ROW: tl.constexpr, WORDS: tl.constexpr, SHRINK: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr,
-    KB: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, LB: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
-    THREADS: tl.constexpr,
+    KB: tl.constexpr, L: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, LB: tl.constexpr, R: tl.constexpr,
+    RB: tl.constexpr, VB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """What a receiver does."""
     index = tl.program_id(0) - num_senders
@@ -309,21 +338,23 @@ def receive(
     table = src_info + most.to(tl.int64) * (L * R)
     if index == 0:
         counts = (base + off_counts).to(tl.pointer_type(tl.int32))
-        write_tables(counts, tokens, layout_range, num_received, stats, table + most * (R * K), L, R, RB, LB)
+        write_tables(
+            counts, tokens, layout_range, num_received, stats, table + most * (R * K), order, L, G, R, RB, VB, LB
+        )  # fmt: skip
     else:
         tokens = tl.maximum(tokens, 0)
         for item in range(index - 1, tl.sum(tokens) * PARTS, num_receivers - 1):
             source, token, part = source_of(tokens, item, PARTS, RB)
             spread_part(
-                base, out, out_scales, src_info, table, tokens, most, off_scales, off_choices, off_counts, source,
-                token, part, ROW, S, SB, K, KB, L, WORDS, R, RB,
+                base, out, out_scales, src_info, table, tokens, order, most, off_scales, off_choices, off_counts,
+                source, token, part, ROW, S, SB, K, KB, L, WORDS, G, R, RB, VB,
             )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
-        "own", "stats", "wait_stats", "num_tokens", "most", "rank", "signature", "area", "slot_bytes", "off_scales",
-        "off_choices", "off_counts", "operation", "timeout", "num_senders",
+        "own", "stats", "wait_stats", "order", "num_tokens", "most", "rank", "signature", "area", "slot_bytes",
+        "off_scales", "off_choices", "off_counts", "operation", "timeout", "num_senders",
     ]
 )  # fmt: skip
 def dispatch(
@@ -340,6 +371,7 @@ def dispatch(
     num_received,
     stats: tl.int64,
     wait_stats: tl.int64,
+    order: tl.int64,
     own: tl.int64,
     num_tokens: tl.int32,
     most: tl.int32,
@@ -364,12 +396,14 @@ def dispatch(
     KB: tl.constexpr,
     E: tl.constexpr,
     L: tl.constexpr,
+    G: tl.constexpr,
     GROUPS: tl.constexpr,
     BINS: tl.constexpr,
     LB: tl.constexpr,
     BLOCK: tl.constexpr,
     R: tl.constexpr,
     RB: tl.constexpr,
+    VB: tl.constexpr,
     DEPTH: tl.constexpr,
     THREADS: tl.constexpr,
 ):
@@ -396,15 +430,15 @@ def dispatch(
                 send(
                     heap, own, state, status, ids, x, num_tokens, most, rank, slot, epoch, signature, at, off_scales,
                     off_choices, off_counts, operation, timeout, num_senders, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E,
-                    L, GROUPS, PARTS, BINS, BLOCK, R, RB, DEPTH, THREADS,
+                    L, G, GROUPS, PARTS, BINS, BLOCK, R, RB, DEPTH, THREADS,
                 )  # fmt: skip
         if RECEIVES:
             if tl.program_id(0) >= num_senders:
                 receive(
                     own, state, status, out, out_scales, src_info, layout_range, num_received, stats, wait_stats,
-                    most, rank, slot, epoch, signature, at, off_scales, off_choices, off_counts, operation,
-                    timeout, num_senders, H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, S, SB, K, KB, L, PARTS, LB,
-                    R, RB, THREADS,
+                    order, most, rank, slot, epoch, signature, at, off_scales, off_choices, off_counts, operation,
+                    timeout, num_senders, H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, S, SB, K, KB, L, G, PARTS, LB,
+                    R, RB, VB, THREADS,
                 )  # fmt: skip
     if SENDS:
         if not RECEIVES:

@@ -50,15 +50,20 @@ from tokenferry.dataplane.cuda.kernels.words import (
 
 @triton.jit
 def send_list(target, member, send_head, num_tokens, reader, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the ascending ids of the tokens that go to ``reader``; return how many."""
+    """Write the ascending ids of the tokens that go to ``reader``, and the place of each; return how many.
+
+    Either is left out where it is None.
+    """
     count = zero()
     for start in range(0, num_tokens, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = t < num_tokens
         goes = (tl.load(member + t * R + reader, mask=inside, other=0) != 0).to(tl.int32)
         position = count + tl.cumsum(goes, 0) - goes
-        tl.store(target + position, t.to(tl.int32), mask=goes != 0)
-        tl.store(send_head + t * R + reader, tl.where(goes != 0, position, -1), mask=inside)
+        if target is not None:
+            tl.store(target + position, t.to(tl.int32), mask=goes != 0)
+        if send_head is not None:
+            tl.store(send_head + t * R + reader, tl.where(goes != 0, position, -1), mask=inside)
         count += tl.sum(goes)
     return count
 
@@ -100,6 +105,20 @@ def tell(
 
 
 @triton.jit
+def compare(own, status, signature, code, R: tl.constexpr):
+    """The code of what is wrong with the messages in the heap at ``own``, if anything is, else ``code``."""
+    for source in range(R):
+        if tl.load(message_word(own, source, PROBLEM)) != 0:
+            tl.store(status + DETAIL + source, 1)
+            code = PEER_PROBLEM
+    for source in range(R):
+        if tl.load(message_word(own, source, SIGNATURE)) != signature:
+            tl.store(status + DETAIL + source, 1)
+            code = MISMATCH
+    return code
+
+
+@triton.jit
 def judge(heap, state, status, host, prefix, rank, epoch, operation, signature, R: tl.constexpr, RB: tl.constexpr):
     """Compare what all ranks said and write the prefix matrix; return a code, 0 if the ranks agree."""
     own = tl.load(heap + rank)
@@ -118,15 +137,7 @@ def judge(heap, state, status, host, prefix, rank, epoch, operation, signature, 
         if (worst > 0) & (worst < total):
             tl.store(status + DETAIL + source, total)
             code = CAPACITY
-    for source in range(R):
-        if tl.load(message_word(own, source, PROBLEM)) != 0:
-            tl.store(status + DETAIL + source, 1)
-            code = PEER_PROBLEM
-    for source in range(R):
-        if tl.load(message_word(own, source, SIGNATURE)) != signature:
-            tl.store(status + DETAIL + source, 1)
-            code = MISMATCH
-    return code
+    return compare(own, status, signature, code, R)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     EPOCH,
     EPOCH_SHIFT,
     FAILED,
+    FIRST_ROW,
     HAS_FAILED,
     LINE,
     MESSAGE_BYTES,
@@ -35,6 +36,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     PUBLISHED,
     REGIONS,
     RELEASED,
+    ROW_COUNT,
     SIGNATURE,
     STAGED,
     TIMED_OUT,
@@ -191,6 +193,15 @@ def write_message(
 
 
 @triton.jit
+def write_held(heap, rank, reader, table, R: tl.constexpr):
+    """Write into the message to one reader which rows are for it; ``table``: see :mod:`.parts`."""
+    base = tl.load(heap + reader)
+    first = tl.load(table + reader).to(tl.int64)
+    tl.store(message_word(base, rank, FIRST_ROW), first)
+    tl.store(message_word(base, rank, ROW_COUNT), tl.load(table + R + reader).to(tl.int64) - first)
+
+
+@triton.jit
 def must_stage(ready, places, NUM_COLUMNS: tl.constexpr, R: tl.constexpr):
     """Whether some column lies where a peer cannot see it yet."""
     staged = zero()
@@ -215,10 +226,13 @@ def column_address(heap, regions, rank, source, column):
 
 @triton.jit
 def publish_all(
-    heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, operation, timeout,
+    heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, held, operation, timeout,
     NUM_COLUMNS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The message and its flag for every rank: the first step of an operation whose counts are known."""
+    """The message and its flag for every rank: the first step of an operation whose counts are known.
+
+    ``held``: None, or the table of what is told besides.
+    """
     staged = must_stage(ready, places, NUM_COLUMNS, R)
     alive = True
     for step in range(R):
@@ -228,6 +242,8 @@ def publish_all(
                 heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout
             )
         if alive:
+            if held is not None:
+                write_held(heap, rank, reader, held, R)
             write_message(
                 heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
             )  # fmt: skip

@@ -74,6 +74,10 @@ NUM_ROWS = tl.constexpr(2)
 NUM_WORST = tl.constexpr(3)
 PROBLEM = tl.constexpr(4)
 STAGED = tl.constexpr(5)
+FIRST_ROW = tl.constexpr(6)
+"""Of one of several combines of the same rows: where those for the reader begin."""
+ROW_COUNT = tl.constexpr(7)
+"""Likewise, how many there are. Of one of several dispatches: how many tokens are in the list."""
 COLUMNS = tl.constexpr(16)
 COUNTS = tl.constexpr(32)
 

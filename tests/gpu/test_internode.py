@@ -1,0 +1,173 @@
+"""Two nodes of one, two and four ranks, bit for bit against the oracle; rails over NCCL, in two ways.
+
+Each node has a GPU, where there are two. On one GPU NCCL joins ranks only if it takes them for those of two hosts:
+then all rails run over its network transport.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.cases import Case
+from tests.conftest import PoolOf
+from tests.internode_cases import NodeScenario, check_nodes, check_rail_bytes, make_buffer, small_chunks
+from tokenferry import PeerError, TokenferryError
+from tokenferry.dataplane.cuda import parts_programs, programs
+from tokenferry.modes import internode
+from tokenferry.rail.device_group import DeviceRail
+
+CASE = Case(tokens=(70, 0, 33, 128), row_bytes=1040, num_topk=3, local_experts=4, combine_bytes=1040, bias="two")
+SCALED = Case(
+    tokens=(64, 5), dtype=torch.float8_e4m3fn, row_bytes=512, scales=torch.float32, scale_columns=4,
+    scale_layout="columns", num_topk=6, local_experts=4, combine_dtype=torch.float32, combine_bytes=1024,
+    spare_rows=9,
+)  # fmt: skip
+WIDE = Case(tokens=(600, 411), row_bytes=14336, num_topk=8, local_experts=16, combine_bytes=14336)
+LAYOUTS = ["2x1", "2x2", "2x4"]
+
+
+def size(layout: str) -> int:
+    return 2 * int(layout[2:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [CASE, SCALED], ids=["plain", "scaled"])
+def test_every_call(direct: PoolOf, layout: str, case: Case) -> None:
+    direct(size(layout)).run(check_nodes, layout, case, 16, 0, False, "cuda")
+
+
+@pytest.mark.parametrize("routing", ["random", "nothing", "own", "others", "one_rank", "all", "sparse"])
+def test_routings(direct: PoolOf, routing: str) -> None:
+    direct(4).run(check_nodes, "2x2", replace(CASE, routing=routing), 24, 0, False, "cuda")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_wide_rows(direct: PoolOf, exact: bool) -> None:
+    direct(2).run(check_nodes, "2x1", WIDE, 128, 0, exact, "cuda")
+    direct(4).run(check_nodes, "2x2", WIDE, 0, 0, exact, "cuda")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_over_a_network(over_network: PoolOf, layout: str) -> None:
+    over_network(size(layout)).run(check_nodes, layout, CASE, 16, 0, False, "cuda")
+
+
+def test_bytes_on_the_rail(direct: PoolOf) -> None:
+    for sent, rows in direct(4).run(check_rail_bytes, "2x2", replace(WIDE, tokens=(500,)), "cuda"):
+        assert rows <= sent <= 1.03 * rows
+
+
+def _compiled() -> int:
+    return sum(
+        function.cache_info().misses
+        for module in (programs, parts_programs)
+        for function in vars(module).values()
+        if hasattr(function, "cache_info")
+    )
+
+
+def _warmed(rank: int, num_ranks: int) -> None:
+    """Nothing is compiled while other ranks wait."""
+    with make_buffer(rank, "2x2", device="cuda") as buffer:
+        scenario = NodeScenario(WIDE, rank, "2x2", device="cuda")
+        buffer.warmup(7168, WIDE.num_topk, scenario.num_experts)
+        before = _compiled()
+        result = scenario.dispatch(buffer)
+        scenario.check_dispatch(result)
+        scenario.check_cached(buffer.dispatch(scenario.x, handle=result[4]))
+        scenario.check_combine(scenario.combine(buffer, result[4]))
+        assert _compiled() == before
+
+
+def test_warmup(direct: PoolOf) -> None:
+    direct(4).run(_warmed)
+
+
+def _many(rank: int, num_ranks: int, layout: str) -> None:
+    """Calls of all kinds on one Buffer, with chunks of changing size and random delays."""
+    generator = torch.Generator().manual_seed(rank)
+    with make_buffer(rank, layout, device="cuda") as buffer:
+        for turn in range(40):
+            case = replace(CASE, seed=turn, routing=("random", "sparse", "others")[turn % 3])
+            time.sleep(float(torch.rand((), generator=generator)) * 0.01)
+            NodeScenario(case, rank, layout, device="cuda").check_all(buffer, config=small_chunks(8 + 8 * (turn % 5)))
+
+
+def test_many_calls(direct: PoolOf) -> None:
+    direct(4).run(_many, "2x2")
+
+
+def _silent(rank: int, num_ranks: int) -> tuple[str, float]:
+    with make_buffer(rank, "2x1", device="cuda", timeout=4.0) as buffer:
+        scenario = NodeScenario(CASE, rank, "2x1", device="cuda")
+        scenario.check_dispatch(scenario.dispatch(buffer))
+        dist.barrier()
+        started, text = time.monotonic(), ""
+        if rank == 0:
+            with pytest.raises(PeerError) as caught:
+                scenario.dispatch(buffer)
+            text = str(caught.value)
+        seconds = time.monotonic() - started
+        dist.barrier()
+    assert float(torch.ones(8, device="cuda").sum()) == 8  # the context is alive
+    with make_buffer(rank, "2x1", device="cuda") as buffer:
+        scenario.check_dispatch(scenario.dispatch(buffer))
+    return text, seconds
+
+
+def test_silent_node_is_named(direct: PoolOf) -> None:
+    text, seconds = direct(2).run(_silent)[0]
+    assert "node 1" in text
+    assert seconds < 5.0
+
+
+def _stuck(rank: int, num_ranks: int) -> tuple[str, float]:
+    """The rows of a node do not come, after all have agreed: NCCL waits for them in vain."""
+    with make_buffer(rank, "2x1", device="cuda", timeout=4.0) as buffer:
+        scenario = NodeScenario(CASE, rank, "2x1", device="cuda")
+        scenario.check_dispatch(scenario.dispatch(buffer))
+        dist.barrier()
+        text, seconds = "", 0.0
+        if rank == 0:
+            started = time.monotonic()
+            with pytest.raises(PeerError) as caught:
+                scenario.dispatch(buffer)
+            text, seconds = str(caught.value), time.monotonic() - started
+        else:
+            # A rank that raises closes its rail: one that hangs keeps it.
+            kept = mock.patch.object(DeviceRail, "close")
+            failing = mock.patch.object(internode._Delivery, "run", side_effect=KeyError)
+            with kept, failing, pytest.raises(KeyError):
+                scenario.dispatch(buffer)
+        dist.barrier()
+    assert float(torch.ones(8, device="cuda").sum()) == 8  # the context is alive
+    with make_buffer(rank, "2x1", device="cuda") as buffer:
+        scenario.check_dispatch(scenario.dispatch(buffer))
+    return text, seconds
+
+
+def test_rows_that_do_not_come(direct: PoolOf) -> None:
+    text, seconds = direct(2).run(_stuck)[0]
+    assert "node 1" in text
+    assert seconds < 5.0
+
+
+def _refused(rank: int, num_ranks: int) -> None:
+    options = {"low_latency_mode": True, "num_rdma_bytes": 1 << 20, "exact_combine": True}
+    with pytest.raises(TokenferryError, match="low_latency_mode with exact_combine between nodes"):
+        make_buffer(rank, "2x1", device="cuda", **options)
+    with make_buffer(rank, "2x1", device="cuda") as buffer:
+        scenario = NodeScenario(CASE, rank, "2x1", device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(TokenferryError, match="CUDA graph"):
+            scenario.dispatch(buffer)
+        scenario.check_dispatch(scenario.dispatch(buffer))
+
+
+def test_what_is_not_there_is_refused(direct: PoolOf) -> None:
+    direct(2).run(_refused)

@@ -1,0 +1,261 @@
+"""Rails for tensors on GPUs, with Gloo in the place of NCCL, and tensors on the CPU."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_default_store
+
+from tests.conftest import PoolOf
+from tokenferry.errors import TokenferryError
+from tokenferry.rail import RailError
+from tokenferry.rail.device_group import DeviceRail, _errors_left_to_us, nccl_rail
+from tokenferry.rail.process_group import ProcessGroupRail
+from tokenferry.topology import Topology
+
+CPU = torch.device("cpu")
+
+
+class Passed:
+    """A marker that the stream has always passed."""
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class AsOne:
+    """Gloo under a group that takes several operations as one, as NCCL does."""
+
+    supports_coalescing = True
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._works: list[Any] | None = None
+        self.was_aborted = False
+
+    def _get_backend(self, device: torch.device) -> AsOne:
+        return self
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        assert self._works is None
+        self._works = []
+
+    def send(self, tensors: list[torch.Tensor], node: int, tag: int) -> None:
+        assert self._works is not None
+        self._works.append(self._group.send(tensors, node, tag))
+
+    def recv(self, tensors: list[torch.Tensor], node: int, tag: int) -> None:
+        assert self._works is not None
+        self._works.append(self._group.recv(tensors, node, tag))
+
+    def _end_coalescing(self, device: torch.device) -> Any:
+        assert self._works is not None
+        works, self._works = self._works, None
+        return AllOf(works)
+
+    def abort(self) -> None:
+        self.was_aborted = True
+
+
+class AllOf:
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def rail_of(rank: int, num_ranks: int, key: str, as_one: bool, timeout: float = 10.0) -> tuple[DeviceRail, Any]:
+    topology = Topology(rank, tuple(range(num_ranks)))
+    store = PrefixStore(f"{key}/device", _get_default_store())
+    group: Any = dist.ProcessGroup(store, rank, num_ranks)
+    kind = dist.ProcessGroup.BackendType.GLOO
+    backend = ProcessGroupGloo(store, rank, num_ranks)
+    group._set_default_backend(kind)
+    group._register_backend(CPU, kind, backend)
+    if as_one:
+        group = AsOne(group)
+    words = ProcessGroupRail(topology, key, timeout)
+    return DeviceRail(words, group, topology, CPU, timeout, Passed), group
+
+
+def _exchange(rank: int, num_ranks: int, key: str, as_one: bool) -> int:
+    rail, _ = rail_of(rank, num_ranks, key, as_one)
+    others = [node for node in range(num_ranks) if node != rank]
+
+    def columns(source: int, reader: int, turn: int) -> list[torch.Tensor]:
+        rows = (source + 2 * reader + turn) % 4
+        first = torch.arange(rows * 8).view(rows, 8) + 1000 * source + 100 * reader + turn
+        return [first, first[:, :3].float().contiguous()]
+
+    transfers, received = [], []
+    for turn in range(5):
+        came = {node: [torch.full_like(t, -7) for t in columns(node, rank, turn)] for node in others}
+        transfers.append(rail.post({node: columns(rank, node, turn) for node in others}, came))
+        received.append(came)
+    for turn, transfer in enumerate(transfers):
+        for node in others:
+            transfer.wait(node)
+            for given, wanted in zip(received[turn][node], columns(node, rank, turn), strict=True):
+                assert torch.equal(given, wanted)
+        transfer.finish()
+    sent = rail.bytes_sent
+    rail.close()
+    rail.close()
+    with pytest.raises(RailError, match="closed"):
+        rail.post({node: [torch.zeros(1)] for node in others}, {})
+    expected = sum(t.nbytes for turn in range(5) for node in others for t in columns(rank, node, turn))
+    assert sent == expected
+    return sent
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_exchange(pool_of: PoolOf, num_ranks: int, as_one: bool) -> None:
+    assert min(pool_of(num_ranks).run(_exchange, f"device/{num_ranks}/{as_one}", as_one)) > 0
+
+
+class Never(Passed):
+    """A marker that the stream never passes."""
+
+    def query(self) -> bool:
+        return False
+
+
+def _silent(rank: int, num_ranks: int, key: str) -> tuple[bool, tuple[int, ...], float]:
+    """The exchange never ends on the device: the deadline ends it."""
+    rail, group = rail_of(rank, num_ranks, key, True, timeout=0.5)
+    rail._marker = Never
+    AllOf.is_completed = lambda self: False  # type: ignore[method-assign]
+    others = [node for node in range(num_ranks) if node != rank]
+    transfer = rail.post({node: [torch.zeros(4)] for node in others}, {node: [torch.zeros(4)] for node in others})
+    started = time.monotonic()
+    try:
+        with pytest.raises(RailError) as caught:
+            transfer.finish()
+    finally:
+        AllOf.is_completed = lambda self: True  # type: ignore[method-assign]
+    seconds = time.monotonic() - started
+    assert group.was_aborted
+    with pytest.raises(RailError, match="closed"):
+        rail.post({others[0]: [torch.zeros(4)]}, {})
+    rail.close()
+    return caught.value.timed_out, tuple(caught.value.nodes), seconds
+
+
+def test_deadline(pool_of: PoolOf) -> None:
+    results = pool_of(3).run(_silent, "device/silent")
+    for rank, (timed_out, nodes, seconds) in enumerate(results):
+        assert timed_out
+        assert nodes == tuple(node for node in range(3) if node != rank)
+        assert 0.5 <= seconds < 1.5
+
+
+def _settled(rank: int, num_ranks: int, key: str) -> None:
+    """No host waits; values are there, memory is let go, and the thread ends."""
+    rail, _ = rail_of(rank, num_ranks, key, True)
+    other = 1 - rank
+    for turn in range(20):
+        came = torch.zeros(5)
+        transfer = rail.post({other: [torch.full((5,), float(10 * turn + rank))]}, {other: [came]})
+        transfer.wait(other)
+        transfer.settle()
+        assert came.tolist() == [10 * turn + other] * 5
+    transfer.settle()
+    transfer.finish()
+    deadline = time.monotonic() + 10
+    while rail.watch._is_running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not rail.watch._watched
+    rail.close()
+
+
+def test_exchanges_that_no_host_waits_for(pool_of: PoolOf) -> None:
+    pool_of(2).run(_settled, "device/settled")
+
+
+def _no_setting() -> Any:
+    raise RuntimeError("no such setting")
+
+
+def _missed(rank: int, num_ranks: int, key: str, has_setting: bool) -> tuple[bool, tuple[int, ...], str]:
+    """The same, and the stream never gets there: the thread ends the rail, which says so when it is used next."""
+    rail, group = rail_of(rank, num_ranks, key, True, timeout=0.5)
+    if not has_setting:
+        rail.watch._in_thread = _no_setting
+    others = [node for node in range(num_ranks) if node != rank]
+    rail._marker = Never
+    for _ in range(3):
+        parts = {node: [torch.zeros(4)] for node in others}
+        transfer = rail.post(parts, {node: [torch.zeros(4)] for node in others})
+        for node in others:
+            transfer.wait(node)
+        transfer.settle()
+    assert not group.was_aborted
+    deadline = time.monotonic() + 10
+    while not group.was_aborted:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(RailError) as caught:
+        rail.post({others[0]: [torch.zeros(4)]}, {})
+    rail.close()
+    return caught.value.timed_out, tuple(caught.value.nodes), str(caught.value)
+
+
+@pytest.mark.parametrize("has_setting", [True, False])
+def test_deadline_that_no_host_waits_for(pool_of: PoolOf, has_setting: bool) -> None:
+    results = pool_of(3).run(_missed, f"device/missed/{has_setting}", has_setting)
+    for rank, (timed_out, nodes, text) in enumerate(results):
+        assert timed_out
+        assert nodes == tuple(node for node in range(3) if node != rank)
+        assert "0.5 s" in text
+
+
+def _failed(rank: int, num_ranks: int, key: str) -> tuple[bool, str]:
+    """The backend says that all is over, but the stream has not passed: the exchange has failed."""
+    rail, group = rail_of(rank, num_ranks, key, True, timeout=30.0)
+    rail._marker = Never
+    other = 1 - rank
+    transfer = rail.post({other: [torch.zeros(4)]}, {other: [torch.zeros(4)]})
+    with pytest.raises(RailError) as caught:
+        transfer.finish()
+    assert group.was_aborted
+    rail.close()
+    return caught.value.timed_out, str(caught.value)
+
+
+def test_error_of_the_backend(pool_of: PoolOf) -> None:
+    for timed_out, text in pool_of(2).run(_failed, "device/failed"):
+        assert not timed_out
+        assert "error" in text
+
+
+def test_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(TokenferryError, match="NCCL"):
+        nccl_rail(Topology(0, (0, 1)), "key", 1.0, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+def test_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    import os
+
+    with _errors_left_to_us():
+        assert os.environ[name] == "0"
+    assert os.environ.get(name) == before

@@ -1,0 +1,82 @@
+"""What a warm-up makes ready is all that the operations need then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.cases import Case, Scenario
+from tests.conftest import PoolOf
+from tests.internode_cases import LAYOUTS, NodeScenario
+from tokenferry import Buffer
+
+CASE = Case(
+    tokens=(9, 0, 30),
+    dtype=torch.float8_e4m3fn,
+    row_bytes=512,
+    combine_bytes=1024,
+    scales=torch.float32,
+    num_topk=3,
+    local_experts=64,
+)
+
+
+def _width(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.size(1)
+
+
+def _of_dispatch(plan: Any) -> tuple[Any, ...]:
+    widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
+    return plan.handle is not None, plan.part is not None, *widths
+
+
+def _of_columns(columns: Any) -> tuple[Any, ...]:
+    return tuple((column.dtype, column.size(1)) for column in columns)
+
+
+def _operations(rank: int, num_ranks: int, layout: str) -> tuple[int, int]:
+    """How many different dispatches and combines there were, all of them made ready before."""
+    node = LAYOUTS[layout][rank] if layout else 0
+    with Buffer(dist.group.WORLD, node=node, timeout=20.0) as buffer:
+        runtime = buffer.runtime
+        assert runtime is not None
+        plane: Any = runtime.party().plane
+        ready: tuple[set[Any], set[Any]] = set(), set()
+        used: tuple[set[Any], set[Any]] = set(), set()
+        originals = plane.dispatch, plane.pull_reduce
+
+        def warm(plans: Any, reduces: Any, num_experts: int) -> None:
+            ready[0].update(map(_of_dispatch, plans))
+            ready[1].update(map(_of_columns, reduces))
+
+        def dispatch(signature: Any, plan: Any) -> Any:
+            used[0].add(_of_dispatch(plan))
+            return originals[0](signature, plan)
+
+        def pull_reduce(signature: Any, plan: Any, outs: Any) -> None:
+            used[1].add(_of_columns(plan.columns))
+            originals[1](signature, plan, outs)
+
+        plane.warm, plane.dispatch, plane.pull_reduce = warm, dispatch, pull_reduce
+        scenario: Scenario = NodeScenario(CASE, rank, layout) if layout else Scenario(CASE, rank, num_ranks)
+        buffer.warmup(
+            512, CASE.num_topk, scenario.num_experts, CASE.dtype, _width(scenario.x[1]) * 4, CASE.combine_dtype
+        )
+        result = scenario.dispatch(buffer)
+        scenario.check_dispatch(result)
+        scenario.check_rows(buffer.dispatch(scenario.x, handle=result[4])[0])
+        for weights in (True, False):
+            scenario.combine(buffer, result[4], weights=weights)
+    assert used[0] <= ready[0]
+    assert used[1] <= ready[1]
+    return len(used[0]), len(used[1])
+
+
+@pytest.mark.parametrize("layout", ["", "2x2", "3x1"])
+def test_what_is_used_was_made_ready(pool_of: PoolOf, layout: str) -> None:
+    ranks = len(LAYOUTS[layout]) if layout else 2
+    # Between nodes ranks tell each other what they know in dispatches of their own.
+    assert set(pool_of(ranks).run(_operations, layout)) == {(4 if layout else 2, 2)}

@@ -1,0 +1,144 @@
+"""What all operations of one CUDA rank need: its memory and that of its peers, tables on the device, the queue."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from tokenferry.dataplane.cuda import programs
+from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.dataplane.cuda.status import Status
+from tokenferry.errors import ArgumentError
+from tokenferry.memory.direct import Regions
+from tokenferry.memory.symm import SymmetricHeap
+
+_NANOSECONDS = 1_000_000_000
+
+
+class Queue(Protocol):
+    """Where the work goes: a stream."""
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """The stream."""
+
+    @property
+    def handle(self) -> int:
+        """Its address for the driver."""
+
+    def start(self) -> None:
+        """Make it wait for what the operation depends on; called before the first launch of every operation."""
+
+
+class CudaRank:
+    """The host of one CUDA rank, without operations.
+
+    Args:
+        heap: attached.
+        regions: attached, and with the heap as region 0.
+        queue: of all launches.
+        timeout: seconds that a kernel waits for a peer.
+        most_programs: programs of a kernel that surely run at a time.
+    """
+
+    def __init__(
+        self, heap: SymmetricHeap, regions: Regions, queue: Queue, timeout: float, most_programs: int
+    ) -> None:
+        self.heap = heap
+        self.rank = heap.rank
+        self.num_ranks = heap.num_ranks
+        self.status = Status(heap.rank, heap.num_ranks, timeout)
+        self._regions = regions
+        self._queue = queue
+        self._most_programs = most_programs
+        self._timeout = min(int(timeout * _NANOSECONDS), 1 << 60)
+        device = heap.device
+        self._device = device
+        with torch.inference_mode(False):
+            self._state = torch.zeros(words.STATE_WORDS, dtype=torch.int64, device=device)
+            most_counts = self.num_ranks * (1 + words.MAX_LOCAL_EXPERTS)
+            self._sums = torch.zeros(most_counts, dtype=torch.int32, device=device)
+            self._heap_table = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
+            self._region_table = torch.zeros_like(regions.table, device=device, pin_memory=False)
+            self._ready = torch.zeros_like(regions.ready, device=device, pin_memory=False)
+        self._copies: deque[tuple[torch.cuda.Event, int]] = deque()
+        torch.cuda.synchronize(device)
+        self._context = tuple(
+            tensor.data_ptr()
+            for tensor in (self._heap_table, self._state, self._ready, self._region_table, self.status.words)
+        )
+        capability = torch.cuda.get_device_capability(device)
+        self._target = programs.Target(self.num_ranks, capability >= (9, 0), device.index, capability >= (8, 9))
+        self._half = heap.stage_bytes // 2 // 128 * 128
+
+    def check(self) -> None:
+        """Raise what was reported since the last check."""
+        with self._forgiving():
+            self.status.check()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Forget bad input once it has been reported."""
+        try:
+            yield
+        except ArgumentError:
+            with torch.cuda.stream(self._queue.stream):
+                self._state[words.BAD_INPUT.value].zero_()
+            raise
+
+    def _follow_regions(self) -> None:
+        """Learn what memory peers exposed, and tell them what the device here knows by now.
+
+        The tables change in the order of the operations: one that runs sees them as they were when it began, and
+        all of its programs see the same.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._regions.poll():
+            self._queue.start()
+            with torch.cuda.stream(self._queue.stream):
+                self._region_table.copy_(self._regions.table, non_blocking=True)
+                self._ready.copy_(self._regions.ready, non_blocking=True)
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                copied.record()
+            self._copies.append((copied, self._regions.version))
+        while self._copies and self._copies[0][0].query():  # type: ignore[no-untyped-call]
+            self._regions.acknowledge(self._copies.popleft()[1])
+
+    def _place(self, tensor: torch.Tensor | None) -> int:
+        """Where peers find a tensor, in one word."""
+        if tensor is None or tensor.numel() == 0:
+            return 0
+        if self.num_ranks == 1:
+            return -1
+        region, offset = self._regions.expose(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        return region << words.PLACE_SHIFT.value | offset if region >= 0 else -1
+
+    def _aligned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, copied if it does not begin on 16 bytes or is not packed."""
+        if tensor.data_ptr() % 16 == 0 and tensor.is_contiguous():
+            return tensor
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return copy.copy_(tensor)
+
+    def _check_stage(self, record_bytes: int) -> None:
+        if record_bytes > self._half:
+            given = f"a stage of {self.heap.stage_bytes} bytes"
+            raise ArgumentError("num_nvl_bytes", given, f"at least {2 * record_bytes} bytes for rows of this size")
+
+    def empty(self, count: int) -> torch.Tensor:
+        """int32 [count], unset."""
+        return torch.empty(count, dtype=torch.int32, device=self._device)
+
+    def empty_table(self, count: int) -> torch.Tensor:
+        """As :meth:`empty`, for work on the queue alone: it may be freed as soon as that is launched."""
+        with torch.cuda.stream(self._queue.stream):
+            return self.empty(count)
+
+    def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`tokenferry.dataplane.DataPlane.empty_rows`."""
+        return torch.empty((num_rows, width), dtype=dtype, device=self._device)

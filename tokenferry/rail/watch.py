@@ -1,0 +1,108 @@
+"""A deadline for exchanges that no host waits for: a thread looks after them, and ends their rail."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import NamedTuple, Protocol
+
+import torch
+
+logger = logging.getLogger("tokenferry")
+
+_LOOK_EVERY = 0.02
+"""Seconds. The thread ends when there is nothing to look after."""
+
+
+class Marker(Protocol):
+    """A place in a stream."""
+
+    def record(self) -> None:
+        """Take the place that the current stream has come to."""
+
+    def query(self) -> bool:
+        """Whether the stream has passed it."""
+
+
+class Watched(NamedTuple):
+    """An exchange that a stream waits for."""
+
+    marker: Marker
+    """Behind it."""
+    nodes: Sequence[int]
+    """That it is with."""
+    parts: Sequence[torch.Tensor]
+    """Its memory, which must live as long."""
+    since: float
+    """When the wait for it began, by the monotonic clock."""
+
+
+class Watch:
+    """The exchanges of one rail.
+
+    Args:
+        seconds: that an exchange may take.
+        give_up: called with the nodes of one that takes longer, and what it was.
+        in_thread: entered by the thread; it goes without if that fails.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        give_up: Callable[[Sequence[int], str], None],
+        in_thread: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self._seconds = seconds
+        self._give_up = give_up
+        self._in_thread = in_thread
+        self._lock = threading.Lock()
+        self._watched: deque[Watched] = deque()
+        self._is_running = False
+
+    def add(self, exchange: Watched) -> None:
+        """Look after an exchange; they end in the order in which they are added."""
+        with self._lock:
+            self._watched.append(exchange)
+            if not self._is_running:
+                self._is_running = True
+                threading.Thread(target=self._run, name="tokenferry rail", daemon=True).start()
+
+    def clear(self) -> None:
+        """Look after none any more."""
+        with self._lock:
+            self._watched.clear()
+
+    def _run(self) -> None:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._in_thread())
+            except Exception as error:  # a deadline matters more
+                logger.warning("rail: the thread that looks at deadlines goes without its setting: %s", error)
+            while self._look():
+                time.sleep(_LOOK_EVERY)
+
+    def _look(self) -> bool:
+        """Forget what is over; returns whether there is more to come."""
+        with self._lock:
+            while self._watched and self._is_over(self._watched[0]):
+                self._watched.popleft()
+            late = None
+            if self._watched and time.monotonic() - self._watched[0].since > self._seconds:
+                late = self._watched.popleft()
+                self._watched.clear()
+            self._is_running = bool(self._watched)
+            goes_on = self._is_running
+        if late is not None:
+            self._give_up(late.nodes, f"no sign of life for {self._seconds:.1f} s")
+        return goes_on
+
+    @staticmethod
+    def _is_over(exchange: Watched) -> bool:
+        try:
+            return exchange.marker.query()
+        except RuntimeError:  # the device has failed, which operations find out by themselves
+            return True
