@@ -33,7 +33,8 @@
 /* What can be wrong, one at a time. */
 #define NONE 0
 #define NO_RELEASE_WAIT 1	/* a message is written over one that is still read */
-#define FLAG_BEFORE_MESSAGE 2	/* published without release: before the message and the rows */
+#define FLAG_BEFORE_MESSAGE 2	/* published without release: before the message */
+#define FLAG_BEFORE_TENSOR 24	/* before the rows that are read in place */
 #define FLAG_BEFORE_ROUND 3	/* likewise before the staged rows */
 #define ANY_EPOCH 4	/* a message of an earlier operation will do */
 #define ANY_ROUND 5	/* the round before will do */
@@ -54,6 +55,7 @@
 #define FLAG_BEFORE_WEIGHTS 20	/* weighed without release */
 #define ANY_NUMBER 21	/* rows of an earlier operation in the slot will do */
 #define NO_RECEIVE_BEFORE_REUSE 22	/* of the operation whose slot comes round again */
+#define GIVES_UP_ALL 23	/* who gives up one rank pushes to nobody */
 #ifndef MUTANT
 #define MUTANT NONE
 #endif
@@ -147,6 +149,6 @@ init {
 		for (i : 0 .. R - 1) { run sender(i); run releaser(i); run receiver(i) }
 #endif
 		for (i : 0 .. R - 1) { run stream(i) }
-		run memory(); i = 0
+		i = 0
 	}
 }

@@ -43,35 +43,44 @@ bool staged[R], signature[R], told[R], refused[R];
 	published[AT(me, p)] >= WORD(epoch[me] - 1, 1) && released[AT(me, p)] + 2 * STEPS >= WORD(epoch[me], ALL))
 
 /* A message for one reader. Hazards: the last one may still be read; the flag may be seen before what it speaks of. */
+inline write_message(r)
+{
+	seen[MESSAGE(me, r)] = CONTENT(epoch[me], staged[me] + 2 * signature[me] + 4 * tokens[me])
+}
+
 inline tell(r, others)
 {
 	atomic {
 		LAST_IS_READ(r) ->
-		STORE(MESSAGE(me, r), CONTENT(epoch[me], staged[me] + 2 * signature[me] + 4 * tokens[me]))
-	};
-	atomic {
-		MUTANT == FLAG_BEFORE_MESSAGE || (ARRIVED(MESSAGE(me, r)) && ARRIVED(ROWS(me))) ->
+#if MUTANT != FLAG_BEFORE_MESSAGE
+		write_message(r);
+#endif
 		published[AT(r, me)] = WORD(epoch[me], 1);
-		untold = untold & others;
-		if
-		:: untold == 0 -> break
-		:: else
-		fi
-	}
+		untold = untold & others
+	};
+#if MUTANT == FLAG_BEFORE_MESSAGE
+	write_message(r);
+#elif MUTANT == FLAG_BEFORE_TENSOR
+	write_tensor()
+#endif
+}
+
+inline publish_round(r)
+{
+	published[AT(r, me)] = WORD(epoch[me], k + 2)
 }
 
 proctype owner(byte me)
 {
-	byte untold, k, rounds;
+	byte untold, k, rounds;	/* untold: peers in question, as bits: LEFT, RIGHT */
 idle:
 end:	atomic { running[me] & OWNER -> untold = (1 << (R - 1)) - 1 };
 	do	/* programs of their own in notify; one after the other in a cached dispatch or combine */
-	:: untold & 1 ->
-tell_left:	tell(LEFT, 2)
+	:: untold & 1 -> tell(LEFT, 2)
 #if R > 2
-	:: (untold & 2) && (untold == 2 || op[me] == DISPATCH) ->
-tell_right:	tell(RIGHT, 1)
+	:: (untold & 2) && (untold == 2 || op[me] == DISPATCH) -> tell(RIGHT, 1)
 #endif
+	:: untold == 0 -> break
 	od;
 	atomic {
 		EVERY_PEER(HAS_COME) || SOME_PEER(WILL_NOT_COME) ->
@@ -100,12 +109,16 @@ message_before_stage:
 		fi
 	};
 	do	/* rounds; hazards: a half may still be read; the flag may be seen before the rows */
-	:: atomic { EVERY_PEER(IS_FREE) -> STORE(HALF(me, k), CONTENT(epoch[me], k)) };
+	:: atomic {
+		EVERY_PEER(IS_FREE) ->
+#if MUTANT != FLAG_BEFORE_ROUND
+		seen[HALF(me, k)] = CONTENT(epoch[me], k);
+#endif
+		EACH_PEER(publish_round);
+#if MUTANT == FLAG_BEFORE_ROUND
+	   };
 	   atomic {
-		MUTANT == FLAG_BEFORE_ROUND || ARRIVED(HALF(me, k)) ->
-		published[AT(LEFT, me)] = WORD(epoch[me], k + 2);
-#if R > 2
-		published[AT(RIGHT, me)] = WORD(epoch[me], k + 2);
+		seen[HALF(me, k)] = CONTENT(epoch[me], k);
 #endif
 		k++;
 		if
@@ -116,6 +129,21 @@ message_before_stage:
 	od;
 staged_all:
 	atomic { k = 0; rounds = 0; running[me] = running[me] - OWNER; goto idle }
+}
+
+inline release_round(s)
+{
+	released[AT(s, me)] = WORD(epoch[me], k + 1)
+}
+
+inline release(s)
+{
+	released[AT(s, me)] = WORD(epoch[me], ALL)
+}
+
+inline forget_message(s)	/* not to be read any more */
+{
+	seen[MESSAGE(s, me)] = 0
 }
 
 /* Rows are read at some time between seeing the flag and releasing. They are compared at both ends: there from the
@@ -141,7 +169,7 @@ agreed_before_reading:
 rows_before_flag:
 		assert(EVERY_PEER(ROWS_ARE_THERE));
 #if MUTANT == RELEASE_BEFORE_READING
-		released[AT(LEFT, me)] = WORD(epoch[me], ALL);
+		release(LEFT);
 #endif
 		if
 		:: STAGED(LEFT) -> rounds = (op[me] == COMBINE -> tokens[me] : TOKENS(LEFT))
@@ -169,15 +197,12 @@ round_before_flag:
 	   atomic { ROUND_HAS_COME(RIGHT) -> assert(ROUND_IS_THERE(RIGHT)) };
 #endif
 #if MUTANT == ROUND_RELEASED_EARLY
-	   released[AT(LEFT, me)] = WORD(epoch[me], k + 1);
+	   release_round(LEFT);
 #endif
 	   atomic {
-		released[AT(LEFT, me)] = WORD(epoch[me], k + 1);
+		EACH_PEER(release_round);
 round_until_release:
 		assert(EVERY_PEER(ROUND_IS_THERE));
-#if R > 2
-		released[AT(RIGHT, me)] = WORD(epoch[me], k + 1);
-#endif
 		k++;
 		if
 		:: k == rounds -> break
@@ -187,6 +212,11 @@ round_until_release:
 	od;
 read_all:
 	atomic { k = 0; rounds = 0; running[me] = running[me] - READER; goto idle }
+}
+
+inline write_tensor()	/* by earlier kernels of this stream */
+{
+	seen[ROWS(me)] = CONTENT(epoch[me], 1)
 }
 
 inline start_pull()
@@ -203,7 +233,9 @@ inline start_pull()
 	:: signature[me] = 0
 	:: DISAGREE -> signature[me] = 1
 	fi;
-	STORE(ROWS(me), CONTENT(epoch[me], 1));	/* by earlier kernels of this stream */
+#if MUTANT != FLAG_BEFORE_TENSOR
+	write_tensor();
+#endif
 	running[me] = OWNER + READER
 }
 
@@ -213,14 +245,10 @@ inline close_pull()
 {
 	atomic {
 		running[me] == 0 ->
-		released[AT(LEFT, me)] = WORD(epoch[me], ALL);
+		EACH_PEER(release);
 rows_until_release:
 		assert(failed[me] || (EVERY_PEER(MESSAGE_IS_THERE) && EVERY_PEER(ROWS_ARE_THERE)));
-		seen[MESSAGE(LEFT, me)] = 0;	/* not to be read any more */
-#if R > 2
-		released[AT(RIGHT, me)] = WORD(epoch[me], ALL);
-		seen[MESSAGE(RIGHT, me)] = 0;
-#endif
+		EACH_PEER(forget_message)
 	};
 	atomic {
 		(staged[me] && !refused[me]) || EVERY_PEER(IS_READ) || failed[me] || MUTANT == OWNER_LEAVES ->
@@ -250,8 +278,7 @@ inline forget_epochs()
 				released[i] = (released[i] > STEPS -> released[i] - STEPS : 0)
 			}
 			for (i : 0 .. PULL_CELLS - 1) {
-				seen[i] = (seen[i] >= 16 -> seen[i] - 16 : 0);
-				late[i] = (late[i] >= 16 -> late[i] - 16 : 0)
+				seen[i] = (seen[i] >= 16 -> seen[i] - 16 : 0)
 			}
 			i = 0
 		:: else

@@ -18,47 +18,43 @@ byte sent[R], receives[R], hooks[R];	/* last number sent; the one being received
 #define SENDER 4
 #define RELEASER 8
 #define RECEIVER 16
-#define PEERS ((1 << R) - 1 - (1 << me))
 
 /* What is waited for. */
 #define MAY_PUSH(r) (MUTANT == NO_CREDIT || credit[IN_SLOT(me, sent[me], r)] >= sent_to[IN_SLOT(me, sent[me], r)])
 #define HAS_WEIGHED(s) (weighed[IN_SLOT(me, sent[me], s)] >= sent[me])
 #define HAS_PUSHED(s) (pushed[IN_SLOT(me, receives[me], s)] >= (MUTANT == ANY_NUMBER -> 1 : receives[me]))
-#define ALL_HAVE_PUSHED (EVERY_PEER(HAS_PUSHED) && (HAS_PUSHED(me) || MUTANT == OWN_FLAG_IGNORED))
 /* Or given up, at the deadline. */
 #define WILL_NOT_FREE(r) (gone[r] && !MAY_PUSH(r) && MUTANT != NO_DEADLINE)
 #define WILL_NOT_WEIGH(s) (gone[s] && !HAS_WEIGHED(s))
 #define WILL_NOT_PUSH(s) (gone[s] && !HAS_PUSHED(s))
 #define CREDIT_IS_CLEAR(r) (MAY_PUSH(r) || WILL_NOT_FREE(r))
+#define PUSH_IS_CLEAR(s) (HAS_PUSHED(s) || WILL_NOT_PUSH(s))
+#define ALL_HAVE_PUSHED (EVERY_PEER(PUSH_IS_CLEAR) && (HAS_PUSHED(me) || MUTANT == OWN_FLAG_IGNORED))
 #define IS_UNRECEIVED(r) (received[sent[me] % DEPTH * R + me] < sent_to[IN_SLOT(me, sent[me], r)])
 /* What must hold. */
 #define WEIGHTS_ARE_THERE(s) (seen[WEIGHTS(me, sent[me], s)] == sent[me])
+#define IS_MISSED(s) (!HAS_PUSHED(s) && sent[s] >= receives[me])
 #define ROW_IS_THERE(s) (seen[ROW(me, receives[me], s)] == receives[me])
 
-#define GOES_TO(r) (!(given_up & (1 << (r))))
-#define WEIGHTS_ARRIVED(r) ARRIVED(WEIGHTS(r, sent[me], me))
-#define ROW_ARRIVED(r) ARRIVED(ROW(r, sent[me], me))
+#define GOES_TO(r) (!(given_up & BIT(r)))
 
 inline give_up(r, is_late)
 {
 	if
-	:: is_late -> given_up = given_up | (1 << (r)); failed[me] = true
+	:: is_late -> given_up = given_up | BIT(r); failed[me] = true
 	:: else
 	fi
+}
+
+inline give_up_creditor(r)
+{
+	give_up(r, WILL_NOT_FREE(r))
 }
 
 inline push_weights(r)
 {
 	if
-	:: GOES_TO(r) -> STORE(WEIGHTS(r, sent[me], me), sent[me])
-	:: else
-	fi
-}
-
-inline push_row(r)
-{
-	if
-	:: GOES_TO(r) -> STORE(ROW(r, sent[me], me), sent[me])
+	:: GOES_TO(r) -> seen[WEIGHTS(r, sent[me], me)] = sent[me]
 	:: else
 	fi
 }
@@ -67,6 +63,14 @@ inline tell_weights(r)
 {
 	if
 	:: GOES_TO(r) -> weighed[IN_SLOT(r, sent[me], me)] = sent[me]
+	:: else
+	fi
+}
+
+inline push_row(r)
+{
+	if
+	:: GOES_TO(r) -> seen[ROW(r, sent[me], me)] = sent[me]
 	:: else
 	fi
 }
@@ -81,70 +85,69 @@ inline tell_rows(r)
 }
 
 /* Hazards: a slot whose last rows are still read; a flag before what it speaks of. Who has been given up gets nothing,
-   the others get all. */
+   the others get all. A combine with exact_combine has no weights: to this model it is a dispatch. */
 proctype sender(byte me)
 {
-	byte unsent, given_up;
+	byte unsent, given_up;	/* peers, as bits */
 idle:
 end:	atomic {
 		(running[me] & SENDER) && (EVERY_PEER(CREDIT_IS_CLEAR) || SOME_PEER(IS_UNRECEIVED)) ->
 		if
 		:: EVERY_PEER(CREDIT_IS_CLEAR)
-		:: else -> failed[me] = true; goto sent_all
+		:: else -> failed[me] = true; goto sent_all	/* to nobody */
 		fi;
-		give_up(LEFT, WILL_NOT_FREE(LEFT));
-#if R > 2
-		give_up(RIGHT, WILL_NOT_FREE(RIGHT));
+		EACH_PEER(give_up_creditor);
+#if MUTANT == GIVES_UP_ALL
+		given_up = (given_up != 0 -> PEERS : 0);
 #endif
 		if
 		:: op[me] == LOW_DISPATCH ->
-			push_row(LEFT);
-#if R > 2
-			push_row(RIGHT);
+#if MUTANT != FLAG_BEFORE_ROWS
+			EACH_PEER(push_row);
 #endif
 			goto pushed_all
 		:: op[me] == LOW_COMBINE ->
-			push_weights(LEFT);
-#if R > 2
-			push_weights(RIGHT);
+#if MUTANT != FLAG_BEFORE_WEIGHTS
+			EACH_PEER(push_weights);
 #endif
+			EACH_PEER(tell_weights);
 			unsent = PEERS & ~given_up
 		fi
 	};
-	atomic {
-		MUTANT == FLAG_BEFORE_WEIGHTS || EVERY_PEER(WEIGHTS_ARRIVED) ->
-		tell_weights(LEFT);
-#if R > 2
-		tell_weights(RIGHT)
+#if MUTANT == FLAG_BEFORE_WEIGHTS
+	atomic { EACH_PEER(push_weights) };
 #endif
-	};
 	do	/* a rank's rows go home when its weights have come */
 	:: atomic {
-		(unsent & (1 << LEFT)) && (HAS_WEIGHED(LEFT) || WILL_NOT_WEIGH(LEFT)) ->
+		(unsent & BIT(LEFT)) && (HAS_WEIGHED(LEFT) || WILL_NOT_WEIGH(LEFT)) ->
 		give_up(LEFT, WILL_NOT_WEIGH(LEFT));
 weights_before_flag:
 		assert(!GOES_TO(LEFT) || WEIGHTS_ARE_THERE(LEFT));
+#if MUTANT != FLAG_BEFORE_ROWS
 		push_row(LEFT);
-		unsent = unsent - (1 << LEFT)
+#endif
+		unsent = unsent - BIT(LEFT)
 	   }
 #if R > 2
 	:: atomic {
-		(unsent & (1 << RIGHT)) && (HAS_WEIGHED(RIGHT) || WILL_NOT_WEIGH(RIGHT)) ->
+		(unsent & BIT(RIGHT)) && (HAS_WEIGHED(RIGHT) || WILL_NOT_WEIGH(RIGHT)) ->
 		give_up(RIGHT, WILL_NOT_WEIGH(RIGHT));
 		assert(!GOES_TO(RIGHT) || WEIGHTS_ARE_THERE(RIGHT));
 		push_row(RIGHT);
-		unsent = unsent - (1 << RIGHT)
+		unsent = unsent - BIT(RIGHT)
 	   }
 #endif
 	:: atomic { unsent == 0 -> goto pushed_all }
 	od;
 pushed_all:
 	atomic {
-		(MUTANT == FLAG_BEFORE_ROWS || EVERY_PEER(ROW_ARRIVED)) && !(running[me] & RELEASER) ->
+		!(running[me] & RELEASER) ->
 		pushed[IN_SLOT(me, sent[me], me)] = sent[me];
-		tell_rows(LEFT);
-#if R > 2
-		tell_rows(RIGHT);
+		EACH_PEER(tell_rows);
+#if MUTANT == FLAG_BEFORE_ROWS
+	};
+	atomic {
+		EACH_PEER(push_row);
 #endif
 sent_all:
 		given_up = 0;
@@ -167,23 +170,32 @@ proctype releaser(byte me)
 idle:
 end:	atomic {
 		(running[me] & RELEASER) && (MUTANT != CREDIT_AFTER_PUSH || EVERY_PEER(CREDIT_IS_CLEAR)) ->
-		give_credit(LEFT);
-#if R > 2
-		give_credit(RIGHT);
-#endif
+		EACH_PEER(give_credit);
 		running[me] = running[me] - RELEASER;
 		goto idle
 	}
 }
 
-/* Its own rank's flag, too, is waited for: it says that the releaser of the same kernel is through. */
+inline forget_row(r)	/* not to be read any more */
+{
+	seen[ROW(me, receives[me], r)] = 0
+}
+
+/* Its own rank's flag, too, is waited for: it says that the releaser of the same kernel is through. Hazard: a rank that
+   is there is missed because it has given up another one. */
 proctype receiver(byte me)
 {
 idle:
 end:	atomic {
-		(running[me] & RECEIVER) && (ALL_HAVE_PUSHED || SOME_PEER(WILL_NOT_PUSH) || failed[me]) ->
+		(running[me] & RECEIVER) && (ALL_HAVE_PUSHED || failed[me]) ->
 		if
-		:: ALL_HAVE_PUSHED
+		:: failed[me] -> goto received_all
+		:: else
+		fi;
+only_the_lost_are_missed:
+		assert(!SOME_PEER(IS_MISSED));
+		if
+		:: EVERY_PEER(HAS_PUSHED)
 		:: else -> failed[me] = true; goto received_all
 		fi;
 		received[receives[me] % DEPTH * R + me] = receives[me];
@@ -197,10 +209,7 @@ row_before_flag:
 		running[me] & RECEIVER ->
 row_until_credit:
 		assert(EVERY_PEER(ROW_IS_THERE));
-		seen[ROW(me, receives[me], LEFT)] = 0;	/* not to be read any more */
-#if R > 2
-		seen[ROW(me, receives[me], RIGHT)] = 0;
-#endif
+		EACH_PEER(forget_row);
 received_all:
 		receives[me] = 0; running[me] = running[me] - RECEIVER;
 		goto idle
@@ -233,7 +242,7 @@ inline forget_numbers()
 			for (i : 0 .. R - 1) { YOUNGER(sent[i]); YOUNGER(receives[i]) }
 			for (i : 0 .. DEPTH * R - 1) { YOUNGER(received[i]) }
 			for (i : 0 .. PUSH_WORDS - 1) { YOUNGER(pushed[i]); YOUNGER(weighed[i]); YOUNGER(credit[i]); YOUNGER(sent_to[i]) }
-			for (i : PULL_CELLS .. CELLS - 1) { YOUNGER(seen[i]); YOUNGER(late[i]) }
+			for (i : PULL_CELLS .. CELLS - 1) { YOUNGER(seen[i]) }
 			i = 0
 		:: else
 		fi

@@ -1,51 +1,32 @@
-/* What the models share: weak memory, and the sequence of operations.
+/* What the models share: memory, and the sequence of operations.
 
    R ranks. `me` is the rank of a process, LEFT and RIGHT are its peers; with two ranks there is no RIGHT. */
 
 #define NEXT(r, step) (((r) + (step)) % R)
 #define LEFT NEXT(me, 1)
 #define RIGHT NEXT(me, 2)
+#define BIT(p) (1 << (p))
+#define PEERS ((1 << R) - 1 - BIT(me))
 #define AT(heap, peer) ((heap) * R + (peer))	/* a word in a rank's heap for each peer */
 #if R == 2
 #define EVERY_PEER(condition) (condition(LEFT))
 #define SOME_PEER(condition) (condition(LEFT))
+#define EACH_PEER(act) act(LEFT)
 #else
 #define EVERY_PEER(condition) (condition(LEFT) && condition(RIGHT))
 #define SOME_PEER(condition) (condition(LEFT) || condition(RIGHT))
+#define EACH_PEER(act) act(LEFT); act(RIGHT)
 #endif
 byte i;	/* of loops in one step; 0 between steps */
 
-/* Weak memory. A store of data is late at first; it arrives at any later time, those of a rank in any order. A flag is
-   a release store: it is made when all has arrived that it speaks of. A mutant makes it earlier. A cell says of which
-   operation or message its content is, so that a reader can tell what it got; 0 = of none that may be read.
+/* Memory. A cell says of which operation or message its content is, so that a reader can tell what it got; 0 = none to
+   be read. Data is compared at both ends of a read. So it is no loss that data and the flag that speaks of it are one
+   step: who would see one early and the other late reads something wrong at one end, or notices nothing. That the flag
+   is the later one is what a release store means; a mutant has them in the other order, as two steps.
 
-   Flags for several ranks are raised in one step: a rank that sees one early and is slow cannot be told from a rank that
-   sees it late. For the same reason a flag itself is never late. */
-CELL seen[CELLS], late[CELLS];
-#define STORE(cell, content) late[cell] = content
-#define ARRIVED(cell) (late[cell] == 0)
-#define ARRIVE(cell) :: d_step { (cell) < CELLS && late[(cell) % CELLS] != 0 -> \
-	seen[(cell) % CELLS] = late[(cell) % CELLS]; late[(cell) % CELLS] = 0 }
-#define ARRIVE6(cell) ARRIVE(cell) ARRIVE(cell + 1) ARRIVE(cell + 2) ARRIVE(cell + 3) ARRIVE(cell + 4) ARRIVE(cell + 5)
-
-proctype memory()
-{
-end:	do
-	ARRIVE6(0)
-#if CELLS > 6
-	ARRIVE6(6)
-#endif
-#if CELLS > 12
-	ARRIVE6(12)
-#endif
-#if CELLS > 18
-	ARRIVE6(18) ARRIVE6(24)
-#endif
-#if CELLS > 30
-	ARRIVE6(30) ARRIVE6(36) ARRIVE6(42) ARRIVE6(48)
-#endif
-	od
-}
+   Flags for several ranks are raised in one step, too: a rank that sees one early and is slow cannot be told from a rank
+   that sees it late. */
+CELL seen[CELLS];
 
 /* The operations: the first rank to come to each decides which of KINDS it is, or that all destroy their Buffers then.
    Without end, or LENGTH of them. What all ranks have begun is forgotten. */

@@ -59,8 +59,6 @@
 #define UNIT(owner, unit) (R * R * SLOTS + (owner) * STAGE + (unit) % STAGE)
 #define CELLS (R * R * SLOTS + R * STAGE)
 #include "rank.pml"
-#define PEERS ((1 << R) - 1 - (1 << me))
-#define BIT(p) (1 << (p))
 
 /* Of the heap: flags by [reader, owner, slot], released by [owner, reader]. */
 byte flag[R * R * SLOTS], released[R * R];
@@ -72,7 +70,7 @@ byte epoch[R], pending[R];	/* low-latency operations that are sent and not recei
 byte tokens[R], done[R], bound[R * R];	/* of a combine: tokens of a reader, those summed, of messages at hand */
 byte rounds[R], own_bound[R];	/* rounds sent; what the last one covers */
 byte have[R], more[R];	/* peers whose message is at hand; who have more to say */
-bool agreed[R], looked[R], signature[R];
+bool agreed[R], signature[R];
 #define NO_BOUND 3
 
 /* Room in the stage, as try_reserve finds it. */
@@ -87,8 +85,8 @@ bool agreed[R], looked[R], signature[R];
 #define HAS_ROOM (SLOT_IS_FREE && (OFFSET + want[me] <= LIMIT || MUTANT == NO_STAGE_WAIT))
 
 /* A header: number + 1, epoch, signature, bound, whether it is the operation's last, place and size of the payload. */
-#define HEAD(covers, is_last) (((((((next[me] + 1) * 8 + epoch[me]) * 2 + signature[me]) * 4 + (covers)) * 2 + \
-	(is_last)) * 4 + place[SLOT(next[me])]) * 4 + size[SLOT(next[me])])
+#define HEAD(number, covers, is_last) ((((((((number) + 1) * 8 + epoch[me]) * 2 + signature[me]) * 4 + (covers)) * 2 + \
+	(is_last)) * 4 + place[SLOT(number)]) * 4 + size[SLOT(number)])
 #define NUMBER_AT 11
 #define EPOCH_AT 8
 #define ONE_EPOCH (1 << EPOCH_AT)
@@ -112,7 +110,17 @@ bool agreed[R], looked[R], signature[R];
 #define CAN_READ (agreed[me] && have[me] != 0 && (IS_SUMMED || (more[me] & ~have[me]) == 0))
 #define IS_OVER (agreed[me] && own_bound[me] == NO_BOUND && more[me] == 0 && have[me] == 0)
 #define IS_STUCK (!CAN_SEND && !SOME_PEER(CAN_TAKE) && !CAN_AGREE && !CAN_READ && !IS_OVER)
-#define IN_TROUBLE (!looked[me] && SOME_PEER(IS_GONE) && MUTANT != NO_LOOK)
+
+/* A peer that is gone and stands in the way is lost. Whether it does is seen after it was seen to be gone: what it has
+   published before counts. */
+#define IS_SILENT(p) (gone[p] && !HAS_COME(p))
+#define IS_MISSING(p) ((more[me] & BIT(p)) && !(have[me] & BIT(p)) && IS_SILENT(p))
+#define HAS_RELEASED(o, r) (released[AT(o, r)] > oldest[o])
+#define IS_IN_THE_WAY(p) (gone[p] && IN_FLIGHT > 0 && !HAS_RELEASED(me, p))
+#define LOSES(condition) (MUTANT != NO_LOOK && (MUTANT == ONE_LOOK -> SOME_PEER(IS_GONE) : (condition)))
+#define LOSES_PENDING LOSES(SOME_PEER(IS_SILENT))
+#define LOSES_TOGETHER LOSES(IS_STUCK && (SOME_PEER(IS_MISSING) || SOME_PEER(IS_IN_THE_WAY)))
+#define LOSES_ROOM LOSES(!HAS_ROOM && !CAN_COLLECT && (pending[me] > 0 -> SOME_PEER(IS_SILENT) : SOME_PEER(IS_IN_THE_WAY)))
 
 /* What must hold. */
 #define AWAITED (epoch[me] - IS_LOW(op[me]) - (pending[me] > 0 -> pending[me] - 1 : 0))
@@ -128,45 +136,57 @@ inline choose_size()
 	fi
 }
 
-#define UNIT_ARRIVED(unit) (unit >= want[me] || ARRIVED(UNIT(me, place[SLOT(next[me])] + unit)))
-#define PAYLOAD_ARRIVED (UNIT_ARRIVED(0) && UNIT_ARRIVED(1))
-#define HEADER_ARRIVED(p) ARRIVED(HEADER(p, me, next[me]))
-
 /* Hazards: header or payload over one that is still read; the flag before either. The caller has found room. */
+inline write_payload(number)
+{
+	seen[UNIT(me, place[SLOT(number)])] = number + 1;
+	seen[UNIT(me, place[SLOT(number)] + size[SLOT(number)] - 1)] = number + 1
+}
+
+inline write_headers(number, to_left, to_right, is_last)
+{
+	seen[HEADER(LEFT, me, number)] = HEAD(number, to_left, is_last);
+#if R > 2
+	seen[HEADER(RIGHT, me, number)] = HEAD(number, to_right, is_last);
+#endif
+}
+
+inline raise_flag(r)
+{
+	flag[HEADER(r, me, next[me])] = next[me] + 1
+}
+
 inline publish(to_left, to_right, is_last)
 {
-	d_step {
-		k = OFFSET;
-		place[SLOT(next[me])] = k; k = 0;
-		size[SLOT(next[me])] = want[me];
-		STORE(UNIT(me, place[SLOT(next[me])]), next[me] + 1);
-		if
-		:: want[me] > 1 -> STORE(UNIT(me, place[SLOT(next[me])] + 1), next[me] + 1)
-		:: else
-		fi;
-		STORE(HEADER(LEFT, me, next[me]), HEAD(to_left, is_last));
-#if R > 2
-		STORE(HEADER(RIGHT, me, next[me]), HEAD(to_right, is_last));
+	k = OFFSET;
+	place[SLOT(next[me])] = k; k = 0;
+	size[SLOT(next[me])] = want[me];
+#if MUTANT != FLAG_BEFORE_PAYLOAD
+	write_payload(next[me]);
 #endif
-	};
-	(PAYLOAD_ARRIVED || MUTANT == FLAG_BEFORE_PAYLOAD) && (EVERY_PEER(HEADER_ARRIVED) || MUTANT == FLAG_BEFORE_HEADER) ->
-	flag[HEADER(LEFT, me, next[me])] = next[me] + 1;
-#if R > 2
-	flag[HEADER(RIGHT, me, next[me])] = next[me] + 1;
+#if MUTANT != FLAG_BEFORE_HEADER
+	write_headers(next[me], to_left, to_right, is_last);
 #endif
+	EACH_PEER(raise_flag);
 	next[me]++;
 	choose_size()
 }
 
+#if MUTANT == FLAG_BEFORE_PAYLOAD
+#define WRITE_LATE write_payload(next[me] - 1);
+#elif MUTANT == FLAG_BEFORE_HEADER
+#define WRITE_LATE write_headers(next[me] - 1, NO_BOUND, NO_BOUND, true);
+#else
+#define WRITE_LATE
+#endif
+
 #define YOUNGER(number) number = (number > SLOTS -> number - SLOTS : 0)
 #define YOUNGER_HEADER(header) header = (header >> NUMBER_AT > SLOTS -> header - (SLOTS << NUMBER_AT) : 0)
-#define IS_RELEASED(o, step) (released[AT(o, NEXT(o, step))] > oldest[o])
-
 /* Its owner may use the room of a message as soon as all have released it. */
 inline retire(o)
 {
 	do
-	:: oldest[o] < next[o] && IS_RELEASED(o, 1) && IS_RELEASED(o, R - 1) ->
+	:: oldest[o] < next[o] && HAS_RELEASED(o, NEXT(o, 1)) && HAS_RELEASED(o, NEXT(o, R - 1)) ->
 		k = o * SLOTS + oldest[o] % SLOTS;
 		seen[UNIT(o, place[k])] = 0;	/* not to be read any more */
 		seen[UNIT(o, place[k] + size[k] - 1)] = 0;
@@ -189,9 +209,9 @@ inline release(o)
 			for (i : 0 .. R - 1) { YOUNGER(released[AT(o, i)]); YOUNGER(got[AT(i, o)]) }
 			for (i : 0 .. R * SLOTS - 1) {
 				k = HEADER(i / SLOTS, o, i % SLOTS);
-				YOUNGER(flag[k]); YOUNGER_HEADER(seen[k]); YOUNGER_HEADER(late[k])
+				YOUNGER(flag[k]); YOUNGER_HEADER(seen[k])
 			}
-			for (i : 0 .. STAGE - 1) { YOUNGER(seen[UNIT(o, i)]); YOUNGER(late[UNIT(o, i)]) }
+			for (i : 0 .. STAGE - 1) { YOUNGER(seen[UNIT(o, i)]) }
 			k = 0; i = 0
 		:: else
 		fi
@@ -212,7 +232,6 @@ inline take(p)
 	more[me] = (IS_LAST(p) -> more[me] - BIT(p) : more[me]);
 	have[me] = have[me] | BIT(p);
 	bound[AT(me, p)] = BOUND_OF(p);
-	looked[me] = false;
 	release_early(p)
 }
 
@@ -234,8 +253,7 @@ inline forget_epochs()
 		:: epoch[0] > pending[0] + 2 && epoch[1] > pending[1] + 2 && epoch[R - 1] > pending[R - 1] + 2 ->
 			for (i : 0 .. R - 1) { epoch[i]-- }
 			for (i : 0 .. R * R * SLOTS - 1) {
-				seen[i] = ((seen[i] >> EPOCH_AT & 7) > 0 -> seen[i] - ONE_EPOCH : seen[i]);
-				late[i] = ((late[i] >> EPOCH_AT & 7) > 0 -> late[i] - ONE_EPOCH : late[i])
+				seen[i] = ((seen[i] >> EPOCH_AT & 7) > 0 -> seen[i] - ONE_EPOCH : seen[i])
 			}
 			i = 0
 		:: else
@@ -266,7 +284,6 @@ collect:	/* receive the oldest low-latency operation */
 low_latency_before_flag:
 		assert(EVERY_PEER(HEADER_IS_THERE) && EVERY_PEER(PAYLOAD_IS_THERE));
 		release_early(LEFT);
-		looked[me] = false
 	};
 	atomic {
 		pending[me]--;
@@ -286,8 +303,7 @@ low_latency_until_release:
 together:	/* all that was sent is received first */
 	if
 	:: atomic { CAN_COLLECT -> goto collect }
-	:: atomic { pending[me] > 0 && IN_TROUBLE -> looked[me] = true; goto together }
-	:: atomic { pending[me] > 0 && looked[me] && (!CAN_COLLECT || MUTANT == ONE_LOOK) -> goto lost }
+	:: atomic { pending[me] > 0 && LOSES_PENDING -> goto lost }
 	:: atomic { pending[me] == 0 && op[me] == DESTROY -> goto destroyed }
 	:: atomic {
 		(pending[me] == 0 || MUTANT == PENDING_LATER) && op[me] != DESTROY ->
@@ -308,7 +324,6 @@ together:	/* all that was sent is received first */
 	do
 	:: atomic {
 		CAN_SEND ->
-		looked[me] = false;
 		rounds[me]++;
 #if MUTANT == ROUNDS_BY_READER
 		own_bound[me] = (rounds[me] == 1 -> 1 : NO_BOUND);
@@ -321,7 +336,8 @@ together:	/* all that was sent is received first */
 		fi;
 		publish(own_bound[me], own_bound[me], own_bound[me] == NO_BOUND)
 #endif
-	   }
+	   };
+	   WRITE_LATE
 	:: atomic {
 		CAN_TAKE(LEFT) ->
 message_before_flag:
@@ -337,7 +353,6 @@ message_before_flag:
 #endif
 	:: atomic {
 		CAN_AGREE ->
-		looked[me] = false;
 		if
 		:: EVERY_PEER(AGREES) -> agreed[me] = true
 		:: else ->
@@ -357,7 +372,6 @@ message_until_release:
 #if R > 2
 		assert(!(have[me] & BIT(RIGHT)) || PAYLOAD_IS_THERE(RIGHT));
 #endif
-		looked[me] = false;
 		done[me] = tokens[me];
 		done[me] = (LOWERS(LEFT) -> bound[AT(me, LEFT)] : done[me]);
 #if R > 2
@@ -371,8 +385,7 @@ message_until_release:
 		fi
 	   }
 	:: atomic { IS_OVER -> break }
-	:: atomic { IN_TROUBLE -> looked[me] = true }
-	:: atomic { looked[me] && (IS_STUCK || MUTANT == ONE_LOOK) -> goto lost }
+	:: atomic { LOSES_TOGETHER -> goto lost }
 	od;
 	atomic {
 		more[me] = 0; have[me] = 0; agreed[me] = false; rounds[me] = 0; own_bound[me] = 0; done[me] = 0; tokens[me] = 0;
@@ -386,25 +399,20 @@ low_latency:	/* waits for room; hazard: all wait, until somebody receives */
 	if
 	:: atomic {
 		HAS_ROOM ->
-		looked[me] = false;
 		publish(NO_BOUND, NO_BOUND, true);
 		pending[me]++;
 		forget_epochs();
-		op[me] = 0;
-		goto next_call
-	   }
+		op[me] = 0
+	   };
+	   WRITE_LATE
+	   goto next_call
 	:: atomic { CAN_COLLECT && MUTANT != NO_ADVANCE -> goto collect }
-	:: atomic { IN_TROUBLE -> looked[me] = true; goto low_latency }
-	:: atomic { looked[me] && ((!HAS_ROOM && !CAN_COLLECT) || MUTANT == ONE_LOOK) -> goto lost }
+	:: atomic { LOSES_ROOM -> goto lost }
 	fi;
 
 lost:	/* a peer that will not answer; not while all go on to the end */
-	atomic {
-		looked[me] = false;
 nobody_is_lost:
-		assert(QUITS);
-		goto destroyed
-	};
+	assert(QUITS);
 destroyed:
 	gone[me] = true
 }
@@ -412,6 +420,6 @@ destroyed:
 init {
 	atomic {
 		for (i : 0 .. R - 1) { run rank(i) }
-		run memory(); i = 0
+		i = 0
 	}
 }
