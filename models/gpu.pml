@@ -34,7 +34,7 @@
 #define NONE 0
 #define NO_RELEASE_WAIT 1	/* a message is written over one that is still read */
 #define FLAG_BEFORE_MESSAGE 2	/* published without release: before the message */
-#define FLAG_BEFORE_TENSOR 24	/* before the rows that are read in place */
+#define FLAG_BEFORE_TENSOR 23	/* before the rows that are read in place */
 #define FLAG_BEFORE_ROUND 3	/* likewise before the staged rows */
 #define ANY_EPOCH 4	/* a message of an earlier operation will do */
 #define ANY_ROUND 5	/* the round before will do */
@@ -55,7 +55,6 @@
 #define FLAG_BEFORE_WEIGHTS 20	/* weighed without release */
 #define ANY_NUMBER 21	/* rows of an earlier operation in the slot will do */
 #define NO_RECEIVE_BEFORE_REUSE 22	/* of the operation whose slot comes round again */
-#define GIVES_UP_ALL 23	/* who gives up one rank pushes to nobody */
 #ifndef MUTANT
 #define MUTANT NONE
 #endif

@@ -48,6 +48,11 @@ inline write_message(r)
 	seen[MESSAGE(me, r)] = CONTENT(epoch[me], staged[me] + 2 * signature[me] + 4 * tokens[me])
 }
 
+inline write_tensor()	/* by earlier kernels of this stream */
+{
+	seen[ROWS(me)] = CONTENT(epoch[me], 1)
+}
+
 inline tell(r, others)
 {
 	atomic {
@@ -212,11 +217,6 @@ round_until_release:
 	od;
 read_all:
 	atomic { k = 0; rounds = 0; running[me] = running[me] - READER; goto idle }
-}
-
-inline write_tensor()	/* by earlier kernels of this stream */
-{
-	seen[ROWS(me)] = CONTENT(epoch[me], 1)
 }
 
 inline start_pull()

@@ -97,9 +97,6 @@ end:	atomic {
 		:: else -> failed[me] = true; goto sent_all	/* to nobody */
 		fi;
 		EACH_PEER(give_up_creditor);
-#if MUTANT == GIVES_UP_ALL
-		given_up = (given_up != 0 -> PEERS : 0);
-#endif
 		if
 		:: op[me] == LOW_DISPATCH ->
 #if MUTANT != FLAG_BEFORE_ROWS

@@ -221,7 +221,7 @@ inline release(o)
 inline release_early(o)
 {
 #if MUTANT == RELEASE_BEFORE_READING
-	d_step { released[AT(o, me)] = got[AT(me, o)] + 1; retire(o) }
+	released[AT(o, me)] = got[AT(me, o)] + 1; retire(o)
 #else
 	skip
 #endif

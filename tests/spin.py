@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 MODELS = Path(__file__).parent.parent / "models"
 DEADLOCK = "deadlock"
+_DEADLOCKED = "pan:1: invalid end state"
 _MOST_MEGABYTES = 3500
 _LABEL = re.compile(r"^(?!end:)([a-z]\w*):", re.MULTILINE)
 
@@ -51,7 +52,13 @@ def _compiler() -> str | None:
 
 
 def search(
-    model: str, options: Mapping[str, int], work: Path, *, depth: int = 1_000_000, optimise: int = 0, timeout: float = 60
+    model: str,
+    options: Mapping[str, int],
+    work: Path,
+    *,
+    depth: int = 1_000_000,
+    optimise: int = 0,
+    timeout: float = 60,
 ) -> Verdict:
     """Search a model to the end, or to the first error.
 
@@ -70,7 +77,9 @@ def search(
     compiler = _compiler()
     assert compiler is not None
     macros = [f"-D{name}={value}" for name, value in options.items()]
-    source = str(MODELS / f"{model}.pml")
+    source = f"{model}.pml"
+    for file in MODELS.glob("*.pml"):
+        shutil.copy(file, work)
 
     def call(*command: str) -> str:
         done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=timeout)
@@ -89,14 +98,14 @@ def search(
     assert states is not None, output
     fault = ""
     if errors[1] != "0":
-        fault = _fault_of(output, "" if "invalid end state" in output else call("spin", "-t", *macros, source))
+        fault = _fault_of(output, "" if _DEADLOCKED in output else call("spin", "-t", *macros, source))
     cut_short = re.search(r"not completed|too small|memory|MEMLIM", output.split("State-vector")[0])
     is_complete = not fault and cut_short is None
     return Verdict(fault, is_complete, int(states[1]), seconds, _unreached(output), output)
 
 
 def _fault_of(output: str, trail: str) -> str:
-    if "invalid end state" in output:
+    if _DEADLOCKED in output:
         return DEADLOCK
     failed = re.search(r"spin: (\S+):(\d+), Error: assertion violated", trail)
     assert failed is not None, output + trail
