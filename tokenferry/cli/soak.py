@@ -74,16 +74,19 @@ def main(args: argparse.Namespace) -> int:
     if args.plot is not None:
         from tokenferry.cli.soak_plot import draw
 
-        draw(reports, _title(settings, reports), args.plot)
+        draw(reports, _headlines(settings, reports), args.plot)
         print(f"\nwritten: {args.plot}")
     return 1 if any(leak.is_leak for leak in leaks) else 0
 
 
-def _title(settings: Settings, reports: Sequence[Report]) -> str:
+def _headlines(settings: Settings, reports: Sequence[Report]) -> list[str]:
     calls, faults = sum(reports[0].calls.values()), sum(reports[0].faults.values())
-    where = f"{len(reports)} ranks on {settings.device}, {os.cpu_count()} cores"
-    done = f"{calls} operations on each, {reports[0].episodes} Buffers, {faults} faults, no wrong result"
-    return f"Soak of {settings.seconds / 60:g} minutes, seed {settings.seed}: {where}\n{done}"
+    return [
+        f"{settings.seconds / 60:g} minutes, {len(reports)} ranks on {settings.device}, {os.cpu_count()} cores, "
+        f"seed {settings.seed}",
+        f"{calls} operations on each rank, all right; {reports[0].episodes} Buffers, {faults} faults",
+        find_leaks(reports, set(), 0)[-1].found + " since the warm-up",
+    ]
 
 
 def named_segments() -> set[str]:
