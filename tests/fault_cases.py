@@ -177,7 +177,7 @@ def suffer(
     world = World(kind, rank, row_bytes=options.get("row_bytes", 0))
     with world.open() as buffer:  # what libraries keep for good, they have from here on
         world.turn(buffer)
-    before = Holdings.now()
+    before = Holdings.settled()
     group = dist.new_group(list(range(num_ranks))) if options.get("own_group") else None
     buffer = world.open(timeout, group)
     result = world.dispatch(buffer)
@@ -270,7 +270,7 @@ def construct(
     world, seen = World(kind, rank), Seen(available=False)
     with world.open() as buffer:
         world.turn(buffer)
-    before = Holdings.now()
+    before = Holdings.settled()
     seconds = timedelta(seconds=options["deadline"]) if "deadline" in options else None
     group = dist.new_group(list(range(num_ranks)), seconds)
     dist.barrier(group)

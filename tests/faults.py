@@ -26,6 +26,8 @@ from tokenferry import PeerError, TokenferryError
 SHARED = Path("/dev/shm")
 PATIENCE = 5.0
 """Seconds in which what is let go of must be gone."""
+_SETTLED = 0.05
+"""Seconds without a change, after which none is expected."""
 
 Raised = tuple[type[BaseException], ...]
 """One of these; empty: nothing."""
@@ -145,6 +147,17 @@ class Holdings(NamedTuple):
             len(children()),
             int(status.get("VmLck", "0").split()[0]),
         )
+
+    @staticmethod
+    def settled() -> Holdings:
+        """Of this process, once what is on its way has gone: threads that still end would hide others later."""
+        last, since = Holdings.now(), time.monotonic()
+        while time.monotonic() < since + _SETTLED:
+            time.sleep(_SETTLED / 10)
+            now = Holdings.now()
+            if now != last:
+                last, since = now, time.monotonic()
+        return last
 
     def left(self) -> dict[str, int]:
         """How much more than this there is, when what is on its way has gone."""

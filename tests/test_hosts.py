@@ -58,7 +58,7 @@ def test_hosts(layout: str) -> None:
 def _until_it_fails(rank: int, num_ranks: int, layout: str) -> Seen:
     """Dispatch and combine until an exception comes."""
     seen = Seen()
-    before = Holdings.now()
+    before = Holdings.settled()
     with Buffer(dist.group.WORLD, node=LAYOUTS[layout][rank], timeout=TIMEOUT) as buffer:
         scenario = NodeScenario(Case(tokens=(40,), row_bytes=4096, num_topk=4), rank, layout)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from tests.cases import Case, Scenario
+from tests.cases import Case, Scenario, wait_for
 from tests.conftest import PoolOf
 from tests.internode_cases import NodeScenario, make_buffer, small_chunks
 from tests.internode_low_latency_cases import NodeScenario as QuickScenario
@@ -19,8 +23,10 @@ from tests.internode_low_latency_cases import make_buffer as make_quick_buffer
 from tests.low_latency_cases import Case as QuickCase
 from tests.low_latency_cases import check_case
 from tokenferry import BufferStateError, CapacityError, HeapError, MismatchError, PeerError, TokenferryError
+from tokenferry.cli.ranks import RankPool
 from tokenferry.dataplane.cpu import CpuDataPlane
 from tokenferry.memory.heap import Heap
+from tokenferry.rail.process_group import _Waiter
 from tokenferry.runtime import Runtime
 
 CASE = Case(tokens=(6, 9, 3, 5), num_topk=3)
@@ -154,6 +160,38 @@ def _no_stage(rank: int, num_ranks: int, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["2x2", "3x2"])
 def test_ranks_step_back_whatever_comes_together(pool_of: PoolOf, layout: str) -> None:
     pool_of(4 if layout == "2x2" else 6).run(_no_stage, layout)
+
+
+class _LongWork:
+    """Work that Gloo does not end for a while."""
+
+    def wait(self, timeout: timedelta) -> None:
+        time.sleep(0.3)
+
+
+def _interrupt(after: float) -> None:
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+def _waiters(rank: int, num_ranks: int) -> int:
+    """Ctrl-C in a wait, and in what is done meanwhile: threads that are left when the work has ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    before = threading.active_count()
+    kept = []
+    for meanwhile in (lambda: None, lambda: time.sleep(1.0)):
+        _interrupt(0.1)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            _Waiter().wait([cast(dist.Work, _LongWork())], timedelta(seconds=9), meanwhile)
+        kept.append(caught.value)
+    _Waiter()  # as if it came before the wait
+    wait_for(lambda: threading.active_count() <= before)
+    return threading.active_count() - before
+
+
+def test_interrupted_waits_leave_no_threads() -> None:
+    with RankPool(1, 1) as pool:
+        assert pool.run(_waiters) == [0]
 
 
 def _files(rank: int, num_ranks: int) -> tuple[int, int]:

@@ -222,7 +222,10 @@ class PostedTransfer:
 
 
 class _Waiter:
-    """Waits for operations in a thread of its own, while the caller can be interrupted."""
+    """Waits for operations in a thread of its own, while the caller can be interrupted.
+
+    The thread ends when it is told to, or when nobody holds this object any more: Ctrl-C may come anywhere.
+    """
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[list[dist.Work], timedelta] | None] = queue.SimpleQueue()
@@ -231,20 +234,22 @@ class _Waiter:
 
     def wait(self, work: list[dist.Work], timeout: timedelta, meanwhile: Callable[[], object]) -> str:
         """Wait for the first work of the list, which goes from there; returns why it failed, or nothing."""
-        self._jobs.put((work, timeout))
-        while True:
-            try:
-                return self._answers.get(timeout=_MEANWHILE_EVERY)
-            except queue.Empty:
+        try:
+            self._jobs.put((work, timeout))
+            while True:
                 try:
+                    return self._answers.get(timeout=_MEANWHILE_EVERY)
+                except queue.Empty:
                     meanwhile()
-                except BaseException:
-                    self.stop()
-                    raise
+        except BaseException:
+            self.stop()  # now: the exception may keep this object
+            raise
 
     def stop(self) -> None:
         """End the thread, once it is done with what it waits for."""
         self._jobs.put(None)
+
+    __del__ = stop
 
 
 def _nothing() -> None:
