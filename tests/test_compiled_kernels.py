@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 CAPABILITIES = (80, 90, 100)
 NAMES = tuple(pytest.importorskip("tests.compile_kernels").LAUNCHES)
 REMOTE = tuple(name for name in NAMES if not name.startswith("local"))
+pytestmark = pytest.mark.timeout(1500)  # the first tests wait for all compilers, which share two cores with others
 MOST_SPILLED = 128
 """Bytes: divisions of 64-bit integers are calls, around which a few registers are saved."""
 
