@@ -43,10 +43,14 @@ class IdlePlane:
             channel_prefix_matrix=int32(RANKS, 1),
             recv_channel_prefix_matrix=int32(RANKS, 1),
             send_head=int32(TOKENS, RANKS),
-            pull=self.given.append,
+            pull=self._pull,
         )
         kinds = ((HIDDEN, torch.bfloat16), (TOPK, torch.int64), (TOPK, torch.float32))
         self._rows = {(n, w, t): torch.empty(n, w, dtype=t) for n in (TOKENS, RECEIVED) for w, t in kinds}
+
+    def _pull(self, outputs: Outputs) -> bool:
+        self.given.append(outputs)
+        return True
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         return self._layout

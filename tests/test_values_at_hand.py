@@ -54,8 +54,12 @@ class MetaPlane:
             channel_prefix_matrix=int32(RANKS, 1),
             recv_channel_prefix_matrix=int32(RANKS, 1),
             send_head=int32(len(plan.rows), RANKS),
-            pull=self.given.append,
+            pull=self._pull,
         )
+
+    def _pull(self, outputs: Outputs) -> bool:
+        self.given.append(outputs)
+        return True
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         self.given += [signature, plan, outs]

@@ -29,7 +29,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,8 +105,11 @@ class Simulator:
         launch = _Launch(self, rank, kernel, grid, interpreter.callable_of(kernel, args, kwargs), delay)
         self._queues.setdefault(rank, deque()).append(launch)
 
-    def run(self) -> None:
+    def run(self, hosts: Iterable[Iterator[None]] = ()) -> None:
         """Run all that is queued.
+
+        Args:
+            hosts: what hosts do meanwhile, between any two turns of programs; they yield where they wait.
 
         Raises:
             Deadlock: The step limit is reached.
@@ -117,7 +120,9 @@ class Simulator:
         self.late_load = None
         self.memory.forget()
         try:
-            while any(self._queues.values()):
+            waiting = list(hosts)
+            while any(self._queues.values()) or waiting:
+                waiting = [host for host in waiting if next(host, self) is not self]
                 self._begin_launches()
                 self._give_turn()
                 self._finish_late()
@@ -164,18 +169,21 @@ class Simulator:
     def _give_turn(self) -> None:
         """Let one program run until it hands over. Programs that poll without news come less often."""
         running = self._running()
-        if not running:
+        if running:
+            self._let_one_run(running)
+        else:
             self._pass()
-            return
+        if self.is_over_limit:
+            names = ", ".join(map(str, self._running()))
+            raise Deadlock(f"no end after {self.max_steps} steps; still running: {names or 'nothing'}")
+
+    def _let_one_run(self, running: list[_Program]) -> None:
         program = self.random.choices(running, [1 / (1 + min(p.polls, 15)) for p in running])[0]
         program.turn.release()
         self.returned.acquire()
         if program.error is not None:
             program.error.add_note(f"in {program}")
             raise program.error
-        if self.is_over_limit:
-            names = ", ".join(map(str, self._running()))
-            raise Deadlock(f"no end after {self.max_steps} steps; still running: {names or 'nothing'}")
 
     def _finish_late(self) -> None:
         """What finished programs left under way."""

@@ -85,7 +85,7 @@ ENGINE = {
     "rows before they are there": ("            wait_parity(bars + use_at * 8, parity + tid * 0)\n", ""),
     "slots before they are read": ("            wait_stores_read(tid, SLOTS - LAG - 1)\n", ""),
     "the phase before": ("parity ^ 1, parity)\n            use_at", "parity, parity)\n            use_at"),
-    "the end before all is written": ("                wait_stores(tid)\n        finish", "        finish"),
+    "the end before all is written": ("                wait_stores(tid)\n        if not", "        if not"),
 }
 
 

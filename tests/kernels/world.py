@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -128,8 +129,8 @@ class World:
     def code(self, rank: int) -> int:
         return int(self.status[rank][words.CODE.value])
 
-    def run(self) -> None:
-        self.simulator.run()
+    def run(self, hosts: Iterable[Iterator[None]] = ()) -> None:
+        self.simulator.run(hosts)
 
 
 class Rank:
@@ -170,7 +171,7 @@ class Rank:
         )  # fmt: skip
         self.per_rank, self.per_expert = counts[:ranks], counts[ranks:]
 
-    def notify(self, num_worst_tokens: int = 0, signature: int = 42) -> None:
+    def notify(self, num_worst_tokens: int = 0, signature: int = 42, *, pulls_meanwhile: bool = False) -> None:
         ranks, num_tokens = self.num_ranks, self.given.topk_idx.size(0)
         self.prefix = torch.full((ranks, ranks), -7, dtype=torch.int32)
         self.channels = torch.full((2, ranks), -7, dtype=torch.int32)
@@ -181,7 +182,8 @@ class Rank:
             self.rank, self.world.context(self.rank), self.world.counts[self.rank].data_ptr(), plan,
             (self.send_head, self.prefix, self.channels),
             tuple(self.world.place(self.rank, column) for column in columns), signature, self.case.local_experts,
-            LIST_CAPACITY, self.rank, OperationKind.DISPATCH, 1 << 40, num_worst_tokens == 0, self.world.target,
+            LIST_CAPACITY, self.rank, OperationKind.DISPATCH, 1 << 40, num_worst_tokens == 0 and not pulls_meanwhile,
+            self.world.target,
         )  # fmt: skip
 
     def pull(self, num_rows: int, handle: DispatchHandle | None = None, signature: int = 42) -> None:

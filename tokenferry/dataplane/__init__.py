@@ -139,6 +139,8 @@ class SendPlan(NamedTuple):
     """Not None: the outputs tell where rows are from, and may be expanded. Choices travel then."""
     part: PartPlan | None = None
     """Not None: only the columns and ``recv_src_idx`` of rows that come are written, nothing past them."""
+    may_guess: bool = False
+    """Whether the outputs may be made before the counts are known, with more rows than come; see ``pull``."""
 
 
 class Outputs(NamedTuple):
@@ -171,9 +173,11 @@ class DispatchExchange(Protocol):
     """
 
     num_rows: int
-    """Rows that the outputs must have: those of the handle, else num_worst_tokens, else as many as are received."""
+    """Rows that the outputs must have: those of the handle, else num_worst_tokens, else as many as are received, or
+    a guess of that until ``pull``."""
     num_received_per_expert: list[int]
-    """(token, choice) pairs for each local expert; empty with a handle or with num_worst_tokens."""
+    """(token, choice) pairs for each local expert; empty with a handle or with num_worst_tokens, or until ``pull``
+    where ``num_rows`` is a guess."""
     rank_prefix_matrix: torch.Tensor
     """int32 [R, R], inclusive down the source axis."""
     channel_prefix_matrix: torch.Tensor
@@ -189,8 +193,13 @@ class DispatchExchange(Protocol):
     expert_ends: torch.Tensor
     """int32 [L]: expanded, ``end_e``; else the running sum of pairs rounded up to the alignment. Likewise."""
 
-    def pull(self, outputs: Outputs) -> None:
-        """Fill the outputs."""
+    def pull(self, outputs: Outputs) -> bool:
+        """Fill the outputs.
+
+        Returns:
+            True. With ``plan.may_guess`` False if more rows come than the outputs have: nothing was filled, and it is
+            to be called again, with outputs of ``num_rows`` rows, which is no guess any more.
+        """
 
 
 class HeldRows(NamedTuple):

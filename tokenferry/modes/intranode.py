@@ -286,17 +286,24 @@ def dispatch(party: Party, given: Inputs) -> Received:
         num_worst_tokens=given.num_worst_tokens,
         handle=None,
         num_sms=party.num_sms,
+        may_guess=given.num_worst_tokens == 0,
     )
     signature = signature_of(OperationKind.DISPATCH, rows, num_topk, given.num_experts)
     with party.plane.dispatch(signature, plan) as exchange:
-        num_rows = exchange.num_rows
-        recv_x, recv_scales = empty_rows_like(party, rows, num_rows)
-        recv_ids = recv_weights = None
-        if ids is not None:
-            recv_ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
-            recv_weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
-        recv_src_idx = torch.empty(num_rows, dtype=torch.int32, device=device)
-        exchange.pull(Outputs(*as_bytes(recv_x, recv_scales), recv_ids, recv_weights, recv_src_idx))
+        while True:
+            num_rows = exchange.num_rows
+            recv_x, recv_scales = empty_rows_like(party, rows, num_rows)
+            recv_ids = recv_weights = None
+            if ids is not None:
+                recv_ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
+                recv_weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
+            recv_src_idx = torch.empty(num_rows, dtype=torch.int32, device=device)
+            if exchange.pull(Outputs(*as_bytes(recv_x, recv_scales), recv_ids, recv_weights, recv_src_idx)):
+                break
+        if exchange.num_rows != num_rows:
+            for output in (recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx):
+                if output is not None:
+                    output.resize_(exchange.num_rows, *output.shape[1:])
     handle = _OwnHandle(
         rank_prefix_matrix=exchange.rank_prefix_matrix,
         channel_prefix_matrix=exchange.channel_prefix_matrix,

@@ -160,7 +160,7 @@ class Dispatch(Exchange):
     def _counts_of(self, rank: int) -> torch.Tensor:
         return self._counts if rank == self.rank else ints_of(self.payload(rank), 0, len(self._counts))
 
-    def pull(self, outputs: Outputs) -> None:
+    def pull(self, outputs: Outputs) -> bool:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
         self._out = outputs
         self._outputs = columns_of(outputs)
@@ -188,6 +188,7 @@ class Dispatch(Exchange):
             self._copies.pad()
         if part is not None:
             part.starts.copy_(torch.tensor(self._filled, device=_CPU))
+        return True
 
     def _copy_map(self, outputs: Outputs) -> CopyMap | None:
         plan = self._plan.experts

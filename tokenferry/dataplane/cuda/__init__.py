@@ -32,7 +32,7 @@ from tokenferry.dataplane import (
     Signature,
 )
 from tokenferry.dataplane.cuda import expert_major_programs, parts_programs, programs
-from tokenferry.dataplane.cuda.exchange import CudaDispatch
+from tokenferry.dataplane.cuda.exchange import CudaDispatch, Rooms
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
 from tokenferry.dataplane.cuda.rank import CudaRank, Queue
@@ -73,6 +73,7 @@ class CudaDataPlane(CudaRank):
         exact_combine: bool,
     ) -> None:
         super().__init__(heap, regions, queue, timeout, most_programs)
+        self.rooms = Rooms()
         num_sms = torch.cuda.get_device_properties(heap.device).multi_processor_count
         place = Place(
             rank=self.rank,
@@ -144,8 +145,12 @@ class CudaDataPlane(CudaRank):
         prefix: torch.Tensor,
         channels: torch.Tensor,
         send_head: torch.Tensor,
+        pulls_meanwhile: bool,
     ) -> None:
-        """Launch the exchange of counts."""
+        """Launch the exchange of counts.
+
+        ``pulls_meanwhile``: the pull is launched before the host looks at the counts, whatever they are.
+        """
         assert plan.num_tokens_per_rank is not None
         assert plan.num_tokens_per_expert is not None
         num_local = plan.num_tokens_per_expert.numel() // self.num_ranks
@@ -154,14 +159,14 @@ class CudaDataPlane(CudaRank):
             raise ArgumentError(
                 "num_tokens_per_expert", f"{num_local} experts a rank", f"at most {words.MAX_LOCAL_EXPERTS}"
             )
-        host_waits = plan.num_worst_tokens == 0
-        if host_waits:
+        host_reads = plan.num_worst_tokens == 0
+        if host_reads:
             self.status.arm()
         self._queue.start()
         programs.notify(
             self._queue.handle,
             self._context,
-            (self.status.counts if host_waits else self.status.unread).data_ptr(),
+            (self.status.counts if host_reads else self.status.unread).data_ptr(),
             plan,
             (send_head, prefix, channels),
             self._send_places(plan),
@@ -171,7 +176,7 @@ class CudaDataPlane(CudaRank):
             self.rank,
             signature.operation,
             self._timeout,
-            host_waits,
+            host_reads and not pulls_meanwhile,
             self._target,
         )
 

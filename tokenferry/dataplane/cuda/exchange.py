@@ -12,6 +12,34 @@ if TYPE_CHECKING:
     from tokenferry.dataplane.cuda import CudaDataPlane
 
 
+_SLACK = 16
+"""A room is larger than what came by one of so many parts."""
+
+
+class Rooms:
+    """How many rows dispatches of a kind are likely to receive, by those before them.
+
+    So outputs can be made, and the pull be launched, while the counts are still under way: no row waits for the host.
+    It costs memory for 1/16 more rows while routing is steady, and a second launch where the guess was too low. What
+    a rank guesses is its own affair.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Signature, tuple[int, int]] = {}
+
+    def guess(self, signature: Signature, num_tokens: int) -> int:
+        """Rows to make room for; 0: nothing to go by, as the number of tokens is far from the last one."""
+        before, rows = self._known.get(signature, (0, 0))
+        if 8 * abs(num_tokens - before) > before or rows == 0:
+            return 0
+        return -(-rows * (_SLACK + 1) // _SLACK)
+
+    def note(self, signature: Signature, num_tokens: int, num_rows: int) -> None:
+        """Remember what came: at once where it is more than before, by and by where it is less."""
+        _, rows = self._known.get(signature, (0, 0))
+        self._known[signature] = num_tokens, max(num_rows, (rows + num_rows) // 2)
+
+
 class CudaDispatch:
     """See :class:`tokenferry.dataplane.DispatchExchange`. Of a part, the device alone knows what comes."""
 
@@ -23,6 +51,7 @@ class CudaDispatch:
         self.num_rows = 0
         self.num_received_per_expert: list[int] = []
         self.num_expanded_rows = 0
+        self._guesses = False
         self._bases: torch.Tensor | None = None
         self.num_pairs = self.expert_ends = plan.is_token_in_rank[:0]
         handle = plan.handle
@@ -56,14 +85,18 @@ class CudaDispatch:
             self._plane.announce_part(self._signature, plan, plan.part, self.rank_prefix_matrix)
             self._is_open = True
             return
-        self._plane.notify(self._signature, plan, self.rank_prefix_matrix, self._channels, self.send_head)
+        room = self._plane.rooms.guess(self._signature, plan.rows.size(0)) if plan.may_guess else 0
+        self._guesses = room > 0
+        self._plane.notify(
+            self._signature, plan, self.rank_prefix_matrix, self._channels, self.send_head, self._guesses
+        )
         self._is_open = True
-        if plan.num_worst_tokens:
-            self.num_rows = plan.num_worst_tokens
+        if plan.num_worst_tokens or self._guesses:
+            self.num_rows = plan.num_worst_tokens or room
             self._lay_out_experts(plan.experts)
             return
         self._is_open = False  # if this raises, all ranks have stepped back, or the Buffer has failed
-        self.num_rows, self.num_received_per_expert = self._plane.wait_for_counts(plan)
+        self._wait_for_counts()
         self._is_open = True
         try:
             self._plane.check()  # what else was reported meanwhile
@@ -71,6 +104,12 @@ class CudaDispatch:
         except BaseException:
             self.abandon()
             raise
+
+    def _wait_for_counts(self) -> None:
+        plan = self._plan
+        self.num_rows, self.num_received_per_expert = self._plane.wait_for_counts(plan)
+        if plan.may_guess:
+            self._plane.rooms.note(self._signature, plan.rows.size(0), self.num_rows)
 
     def _lay_out_experts(self, plan: ExpertPlan | None) -> None:
         """Where the rows of the experts begin and end."""
@@ -86,21 +125,29 @@ class CudaDispatch:
             aligned = (-(-count // plan.alignment) * plan.alignment for count in self.num_received_per_expert)
             self.num_expanded_rows = plan.num_worst_rows or sum(aligned)
 
-    def pull(self, outputs: Outputs) -> None:
+    def pull(self, outputs: Outputs) -> bool:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
         self._is_open = False
         self._plane.pull(self._signature, self._plan, self.rank_prefix_matrix, outputs, self.num_rows, self._bases)
         if outputs.rows.size(0) or outputs.metadata is not None:
             self._plane.after_pull(self._plan, self.rank_prefix_matrix, outputs, self.expert_ends)
+        if self._guesses:  # while the rows travel
+            self._guesses = False
+            room = self.num_rows
+            self._wait_for_counts()
+            self._is_open = self.num_rows > room
+            self._plane.check()
+        return not self._is_open
 
     def abandon(self) -> None:
         """After an error on this host alone: take part in what was announced, and receive nothing."""
         if self._is_open:
+            if self._guesses:
+                self._plane.status.leave_counts()
             nothing = self._plan.rows[:0]
             none = torch.empty(0, dtype=torch.int32, device=nothing.device)
-            self.num_rows = 0
             columns = (nothing, self._plan.scales, self._plan.topk_idx, self._plan.topk_weights)
             self._is_open = False
             self._plane.pull(
-                self._signature, self._plan, self.rank_prefix_matrix, Outputs(*columns, none, none), 0, self._bases
+                self._signature, self._plan, self.rank_prefix_matrix, Outputs(*columns, none, none), -1, self._bases
             )

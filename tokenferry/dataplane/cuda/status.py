@@ -55,8 +55,9 @@ class Status:
         self.recorder = Recorder()
         with torch.inference_mode(False):
             self.words = torch.zeros(words.STATUS_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
-            self.counts = torch.zeros(words.HOST_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
-            self.unread = torch.zeros(words.HOST_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
+        self.counts = _host_words()
+        self.unread = _host_words()
+        self._left: list[torch.Tensor] = []
         self._words = self.words.numpy()
         self._counts = self.counts.numpy()
 
@@ -86,6 +87,12 @@ class Status:
     def arm(self) -> None:
         """Before ``notify`` is launched for a host that will wait."""
         self._counts[words.HOST_DONE.value] = 0
+
+    def leave_counts(self) -> None:
+        """Nobody will read the counts that are under way: later ones go elsewhere, lest these be taken for them."""
+        self._left.append(self.counts)
+        self.counts = _host_words()
+        self._counts = self.counts.numpy()
 
     def wait_for_counts(self, num_local: int, is_alive: Callable[[], object]) -> tuple[int, list[int]]:
         """Wait, without the interpreter's lock, until ``notify`` is done.
@@ -164,3 +171,8 @@ class Status:
         if code == words.BAD_HANDLE.value:
             return ArgumentError("handle", f"routes that do not fit ({name}, epoch {epoch})", "the dispatch's handle")
         return TokenferryError(f"{name} (epoch {epoch}): a kernel reported code {code}")
+
+
+def _host_words() -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(words.HOST_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)

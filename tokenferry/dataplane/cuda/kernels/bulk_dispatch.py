@@ -30,7 +30,7 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     wait_stores_read,
 )
 from tokenferry.dataplane.cuda.kernels.bulk_columns import complain, copy_out, copy_window, fill_tail
-from tokenferry.dataplane.cuda.kernels.dispatch import agree, range_of_source, staged_rounds
+from tokenferry.dataplane.cuda.kernels.dispatch import agree, lacks_room, range_of_source, staged_rounds
 from tokenferry.dataplane.cuda.kernels.rounds import (
     publish_round,
     release_round,
@@ -392,9 +392,14 @@ def dispatch(
         received = zero().to(tl.int64)
         if going:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
-            if not PLACED:
+            if not CACHED and not PLACED:
                 received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
-                received = tl.minimum(tl.maximum(received, 0), num_rows)
+        too_few = lacks_room(received, num_rows)
+        num_rows = tl.maximum(num_rows, 0)
+        received = tl.minimum(tl.maximum(received, 0), num_rows)
+        if too_few:
+            going = False
+            staged = zero()
         stagers = tl.where(staged != 0, num_stagers, 0)
         slot_at = zero()
         use_at = zero()
@@ -469,5 +474,6 @@ def dispatch(
                         if this < by_rounds:
                             release_round(heap, state, rank, this, epoch, workers, R)
                 wait_stores(tid)
-        finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
+        if not too_few:
+            finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
     keep(memory)

@@ -151,6 +151,16 @@ def rows_from(prefix, num_rows, rank, source, R: tl.constexpr, PLACED: tl.conste
 
 
 @triton.jit
+def lacks_room(received, num_rows):
+    """Whether outputs of ``num_rows`` rows, made before the counts were known, cannot take those that come.
+
+    All programs of the kernel leave then, as if it had not been launched: the host, which knows by now, launches it
+    again. A negative number of rows: none are wanted, whatever comes.
+    """
+    return (num_rows >= 0) & (received > num_rows)
+
+
+@triton.jit
 def list_of(heap, src_idx, rank, source, start, list_capacity, CACHED: tl.constexpr):
     """The ids of the tokens that come from a source."""
     if CACHED:
@@ -370,6 +380,8 @@ def dispatch(
 ):
     """Rows, scales and choices into their final places. Not cached, the message went out with ``notify``.
 
+    ``num_rows``: of the outputs. If more come the kernel does nothing, and is launched again; -1: none are wanted.
+
     EXPAND: the ids are packed (see :mod:`.expert_major`), and rows, scales and weights go to their copies.
     PLACED: only what comes is written, where the table of :mod:`.parts` says, which is in the place of ``prefix``;
     source tokens are not written where ``src_idx`` is 0.
@@ -390,9 +402,14 @@ def dispatch(
         received = zero().to(tl.int64)
         if going:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
-            if not PLACED:
+            if not CACHED and not PLACED:
                 received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
-                received = tl.minimum(tl.maximum(received, 0), num_rows)
+        too_few = lacks_room(received, num_rows)
+        num_rows = tl.maximum(num_rows, 0)
+        received = tl.minimum(tl.maximum(received, 0), num_rows)
+        if too_few:
+            going = False
+            staged = zero()
         stagers = tl.where(staged != 0, num_stagers, 0)
         if pid < stagers:
             stage_dispatch(
@@ -421,4 +438,5 @@ def dispatch(
                             )  # fmt: skip
                     if this < by_rounds:
                         release_round(heap, state, rank, this, epoch, workers, R)
-        finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
+        if not too_few:
+            finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
