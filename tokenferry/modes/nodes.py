@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 
@@ -194,7 +194,7 @@ class Operation:
     Attributes:
         who: takes part.
         signature: what all ranks must agree on.
-        is_agreed: all ranks go on: what fails from here on cannot be undone.
+        is_agreed: others may count on it that this rank goes on: what fails from here on cannot be undone.
     """
 
     def __init__(self, nodes: Nodes, who: Who, name: str, epoch: int, signature: Signature) -> None:
@@ -205,24 +205,40 @@ class Operation:
         self.who = who
         self.signature = signature
         self._verdict = Verdict()
+        self._verdicts: tuple[Transfer, dict[int, torch.Tensor]] | None = None
+        self._told: list[Transfer] = []
+        self._posted: list[Transfer] = []
 
     def post(self, sends: Parts, receives: Parts) -> Transfer:
         """See :meth:`tokenferry.rail.Rail.post`."""
+        self._posted.append(self._counted(sends, receives))
+        return self._posted[-1]
+
+    def _counted(self, sends: Parts, receives: Parts) -> Transfer:
         return _Counted(self._nodes.rail.post(sends, receives), self._nodes, self.signature.operation)
 
-    def exchange(self, sends: Parts, receives: Parts) -> None:
-        """Post, and wait for everything."""
-        transfer = self.post(sends, receives)
-        for node in receives:
-            transfer.wait(node)
-        transfer.finish()
+    def _tell(self, words: Mapping[int, torch.Tensor], theirs: Mapping[int, torch.Tensor]) -> Transfer:
+        """Begin to send words to the ranks of the rail, and to receive theirs."""
+        sends, receives = ({node: [part] for node, part in of.items()} for of in (words, theirs))
+        self._told.append(self._counted(sends, receives))
+        return self._told[-1]
 
-    def offer(self, num_rows: Sequence[int], chunk: int) -> dict[int, Offer]:
+    def finish(self) -> None:
+        """Wait until nothing that was posted is under way any more.
+
+        Words first, that are out long since: what takes long goes on meanwhile.
+        """
+        for transfers in (self._told, self._posted):
+            for transfer in transfers:
+                transfer.finish()
+            transfers.clear()
+
+    def offer(self, num_rows: Sequence[int], chunks: Sequence[int]) -> dict[int, Offer]:
         """Tell the ranks of the rail how many rows they get.
 
         Args:
             num_rows: [G].
-            chunk: rows of a chunk.
+            chunks: [G]: rows of a chunk.
 
         Returns:
             Their offers, of the nodes whose signature is the same as that of this rank. With the others nothing
@@ -232,10 +248,13 @@ class Operation:
             RailError: a rank of the rail is at another operation, or what it says makes no sense.
         """
         words = {
-            node: self._words([*self.signature, self.epoch, num_rows[node], chunk]) for node in self._nodes.others
+            node: self._words([*self.signature, self.epoch, num_rows[node], chunks[node]])
+            for node in self._nodes.others
         }
         theirs = {node: self._empty(_OFFER_WORDS) for node in self._nodes.others}
-        self.exchange({node: [part] for node, part in words.items()}, {node: [part] for node, part in theirs.items()})
+        transfer = self._tell(words, theirs)
+        for node in theirs:
+            transfer.wait(node)
         offers = {}
         for node in sorted(theirs):
             *signature, epoch, rows, size = theirs[node].tolist()
@@ -256,9 +275,13 @@ class Operation:
             MismatchError: a rank of the rail has another one.
         """
         self.is_agreed = True
-        self.offer([0] * self._nodes.topology.num_nodes, 1)
+        count = self._nodes.topology.num_nodes
+        self.offer([0] * count, [1] * count)
         if self._verdict.kind != _FINE:
-            self._exchange_verdicts(self._verdict)  # the others may be in an operation that has them
+            self._tell_verdict(self._verdict)  # the others may be in an operation that has them
+            self._others_verdicts()
+        self.finish()
+        if self._verdict.kind != _FINE:
             self._raise(self._verdict)
 
     def _difference(self, node: int, theirs: Signature) -> Verdict:
@@ -283,32 +306,39 @@ class Operation:
         chunks: Sequence[int],
         expected: Sequence[Sequence[int]],
         worst: int,
-        extra: Sequence[int],
+        extra: torch.Tensor | None,
         row_bytes: int,
     ) -> list[Share]:
-        """Tell the ranks of the node what :class:`Share` has, find out whether all ranks of all nodes go on.
+        """Tell the ranks of the node what :class:`Share` has, and find out whether they all go on.
+
+        If they do, the other nodes are being told so: what fails here from then on cannot be undone. Until
+        :meth:`agree`, operations inside the node may run, and none on the rails may begin.
 
         Args:
             members: [G]: bool [rows, L], the ranks that each row goes to which this rank relays.
             chunks: as in :class:`Share`, like the rest.
             expected: or empty.
             worst: or 0.
-            extra: of the operation.
+            extra: of the operation, int [any], if there is some.
             row_bytes: of all that moves with a row inside the node.
 
         Returns:
             The shares of the ranks of the node.
 
         Raises:
-            MismatchError, CapacityError: on every rank.
+            MismatchError, CapacityError: on every rank of this node; on the others :meth:`agree` raises it.
         """
         topology = self._nodes.topology
         num_rows = [len(member) for member in members]
-        counts = [count for member in members for count in member.sum(0).tolist()]
+        numbers = [member.sum(0) for member in members]
+        if extra is not None:
+            numbers.append(extra)
+        counts = torch.cat(numbers).tolist()  # at once, since a GPU stops for it
+        counts, added = counts[: len(topology.places)], counts[len(topology.places) :]
         wanted = [count for row in expected for count in row]
         if self._verdict.kind == _FINE and not self.who.plane.has_room(row_bytes):
             self._verdict = Verdict(_STAGE, topology.rank)
-        mine = [*self._verdict, *num_rows, *chunks, *counts, *wanted, worst, *extra]
+        mine = [*self._verdict, *num_rows, *chunks, *counts, *wanted, worst, *added]
         shares, failure = [], None
         try:
             rows = self._gather(mine)
@@ -321,22 +351,40 @@ class Operation:
             shape = topology.num_nodes, len(topology.local_ranks), bool(expected), self.signature.row_bytes
             shares = [_parse(row, *shape) for row in rows]
             found = self._judge(shares)
-        verdicts = self._exchange_verdicts(found)
-        if failure is not None:
-            raise failure
+        self._tell_verdict(found)
         if found.kind != _FINE:
+            self._others_verdicts()
+            self.finish()
+            if failure is not None:
+                raise failure
             self._raise(found)
-        for node in sorted(verdicts):
-            if verdicts[node].kind != _FINE:
-                self._raise(verdicts[node])
         self.is_agreed = True
         return shares
 
-    def _exchange_verdicts(self, found: Verdict) -> dict[int, Verdict]:
-        """Tell the ranks of the rail what is wrong on this node; those of the other nodes."""
+    def agree(self) -> None:
+        """Find out whether the ranks of all nodes go on.
+
+        Raises:
+            MismatchError, CapacityError: they do not. It is raised on every rank, and nothing is under way any more.
+        """
+        verdicts = self._others_verdicts()
+        for node in sorted(verdicts):
+            if verdicts[node].kind != _FINE:
+                self.finish()
+                self.is_agreed = False
+                self._raise(verdicts[node])
+
+    def _tell_verdict(self, found: Verdict) -> None:
+        """Begin to tell the ranks of the rail what is wrong on this node, and to learn the same of theirs."""
         theirs = {node: self._empty(len(found)) for node in self._nodes.others}
-        words = self._words(found)
-        self.exchange({node: [words] for node in theirs}, {node: [part] for node, part in theirs.items()})
+        self._verdicts = self._tell(dict.fromkeys(theirs, self._words(found)), theirs), theirs
+
+    def _others_verdicts(self) -> dict[int, Verdict]:
+        """What is wrong on the other nodes."""
+        assert self._verdicts is not None
+        transfer, theirs = self._verdicts
+        for node in theirs:
+            transfer.wait(node)
         return {node: Verdict._make(part.tolist()) for node, part in theirs.items()}
 
     def _gather(self, mine: Sequence[int]) -> list[list[int]]:
@@ -376,7 +424,7 @@ class Operation:
                         return Verdict(_ROUTES, rank, source, 0, given, share.expected[node][index])
         return Verdict()
 
-    def _raise(self, verdict: Verdict) -> None:
+    def _raise(self, verdict: Verdict) -> NoReturn:
         kind, rank, other, field, given, wanted = verdict
         if kind == _SIGNATURES:
             changed = list(self.signature)
