@@ -19,8 +19,10 @@ from tokenferry.dataplane.cpu import CpuDataPlane
 from tokenferry.modes import internode
 from tokenferry.modes.chunks import ChunkedRows, Chunking, chunking_of
 from tokenferry.modes.nodes import Operation
+from tokenferry.modes.shares import Offer
 from tokenferry.rail import CARRIERS, PROCESS_GROUP
 from tokenferry.rail.device_group import DeviceRail
+from tokenferry.rail.process_group import PostedTransfer
 
 CASE = Case(tokens=(40, 23, 31, 8), num_topk=3, local_experts=4, row_bytes=64, combine_bytes=48)
 
@@ -51,7 +53,7 @@ def watched(buffer: Buffer) -> Iterator[list[str]]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(rail, "post", posting))
-        stack.enter_context(logging(Operation, "_gather", "shares"))
+        stack.enter_context(logging(Operation, "share", "shares"))
         stack.enter_context(logging(Operation, "agree", "agree"))
         stack.enter_context(logging(internode._Delivery, "_pull", "pull"))
         stack.enter_context(logging(internode._Homecoming, "_sum", "sum"))
@@ -107,8 +109,11 @@ def test_the_next_chunk_is_on_its_way_when_one_is_pulled(pool_of: PoolOf, layout
             assert posted == chunks
             assert after[:2] == ["exchange of 1", "pull"]
         last = combine[combine.index("agree") + 1 :]
+        sums = last.index("sum of nodes")
         assert last.count("exchange of 1") == chunks
-        assert last[-2:] == ["sum", "sum of nodes"]
+        assert last[sums - 1] == "sum"
+        assert set(last[sums:]) == {"sum of nodes"}
+        assert 1 < len(last[sums:]) <= 8, "while further rows come"
 
 
 def _stepped_back(rank: int, num_ranks: int) -> int:
@@ -157,6 +162,39 @@ def test_modes_over_the_rail_of_gpus(pool_of: PoolOf, layout: str) -> None:
     pool_of(len(LAYOUTS[layout])).run(_over_device_rail, layout, "steps")
 
 
+def _late_rows(rank: int, num_ranks: int) -> tuple[list[int], int]:
+    """The tokens that a combine has summed when it waits for each of its transfers."""
+    case = Case(tokens=(400,), num_topk=2, local_experts=4, bias="two")
+    with make_buffer(rank, "2x1") as buffer:
+        scenario = NodeScenario(case, rank, "2x1")
+        handle = scenario.dispatch(buffer)[4]
+        summed, seen, waits = [0], [], PostedTransfer.wait
+        sum_rows = CpuDataPlane.sum_rows
+
+        def counting(plane: Any, parts: Any, biases: Any, out: torch.Tensor, *more: Any) -> None:
+            summed[0] += len(out)
+            sum_rows(plane, parts, biases, out, *more)
+
+        def waiting(transfer: PostedTransfer, node: int) -> None:
+            seen.append(summed[0])
+            waits(transfer, node)
+
+        with (
+            mock.patch.object(CpuDataPlane, "sum_rows", counting),
+            mock.patch.object(PostedTransfer, "wait", waiting),
+        ):
+            combined = scenario.combine(buffer, handle, weights=False, config=small_chunks(20))
+        assert torch.equal(combined[0], scenario.wanted_combined)
+        return seen, summed[0]
+
+
+def test_tokens_are_summed_while_further_rows_come(pool_of: PoolOf) -> None:
+    for seen, total in pool_of(2).run(_late_rows):
+        assert total == 400
+        assert seen == sorted(seen)
+        assert 0 < 400 - seen[-1] <= 400 / 8 + 60, "the last sum is short"
+
+
 def test_chunks_are_equal_and_worth_it() -> None:
     presets = Buffer.get_dispatch_config(16)
     assert chunking_of(presets, 0) == Chunking(10 * presets.num_max_rdma_chunked_recv_tokens, 0)
@@ -186,11 +224,10 @@ def test_config_of_the_caller_is_followed() -> None:
 
 
 def test_nothing_to_send_is_no_chunk() -> None:
-    operation, plane = mock.MagicMock(), mock.MagicMock()
-    chunks = ChunkedRows(
-        operation, plane, [torch.zeros((0, 16), dtype=torch.uint8)], [torch.zeros(0).long()], [1], {}
-    )
-    assert chunks.count == 0
-    chunks.post()
+    operation, nothing = mock.MagicMock(), torch.zeros(0, dtype=torch.int64)
+    rows = [torch.zeros((0, 16), dtype=torch.uint8)]
+    chunks = ChunkedRows(operation, mock.MagicMock(), [1], rows, [nothing, nothing], [1, 1])
+    chunks.begin({1: Offer(mock.MagicMock(), 1, 0, 1)})
     chunks.finish(0)
+    assert chunks.count == 0
     assert not operation.post.called

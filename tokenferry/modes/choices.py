@@ -18,8 +18,9 @@ import torch
 
 from tokenferry.config import align_up
 from tokenferry.modes.intranode import Inputs
-from tokenferry.modes.nodes import Offer, Operation
+from tokenferry.modes.nodes import Operation
 from tokenferry.modes.routes import index_of
+from tokenferry.modes.shares import Offer
 from tokenferry.rail import Transfer
 from tokenferry.topology import Topology
 
@@ -44,31 +45,27 @@ class Choices:
     """The choices of a dispatch, told to the relays; and what this rank learns as a relay.
 
     Args:
-        operation: with the offers.
         topology: who is where.
         given: what this rank dispatches.
         tokens: [G]: int64, the tokens that go to each node.
-        offers: of the other nodes that take part.
     """
 
-    def __init__(
-        self,
-        operation: Operation,
-        topology: Topology,
-        given: Inputs,
-        tokens: Sequence[torch.Tensor],
-        offers: Mapping[int, Offer],
-    ) -> None:
+    def __init__(self, topology: Topology, given: Inputs, tokens: Sequence[torch.Tensor]) -> None:
         self._topology = topology
         self._given = given
+        self._packed = {node: self._pack(node, of) for node, of in enumerate(tokens) if node != topology.node}
+        self._received: dict[int, tuple[torch.Tensor, Relayed]] = {}
+        self._transfer: Transfer | None = None
+
+    def post(self, operation: Operation, offers: Mapping[int, Offer]) -> None:
+        """Begin to tell the nodes that take part, by their offers, and to learn theirs."""
         self._received = {node: self._block(offer.num_rows) for node, offer in offers.items()}
-        sends = {node: [self._packed(node, tokens[node])] for node in offers}
-        self._transfer: Transfer = operation.post(
-            sends, {node: [block] for node, (block, _) in self._received.items()}
-        )
+        sends = {node: [self._packed[node]] for node in offers}
+        self._transfer = operation.post(sends, {node: [block] for node, (block, _) in self._received.items()})
 
     def wait(self) -> list[Relayed]:
         """What this rank relays, [G]; of its own node: what its own tokens have. The host waits."""
+        assert self._transfer is not None
         for node in self._received:
             self._transfer.wait(node)
         self._transfer.finish()
@@ -86,7 +83,7 @@ class Choices:
         per_rank = self._given.num_tokens_per_expert.view(self._topology.num_ranks, -1)
         return per_rank[index_of(self._topology.ranks_of_node(node))].reshape(-1)
 
-    def _packed(self, node: int, tokens: torch.Tensor) -> torch.Tensor:
+    def _pack(self, node: int, tokens: torch.Tensor) -> torch.Tensor:
         given, (block, to) = self._given, self._block(len(tokens))
         for source, section in ((given.topk_idx, to.topk_idx), (given.topk_weights, to.topk_weights)):
             if source is not None and section is not None:

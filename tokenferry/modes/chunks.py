@@ -13,7 +13,8 @@ import torch
 
 from tokenferry.config import Config
 from tokenferry.dataplane import DataPlane
-from tokenferry.modes.nodes import Offer, Operation, Share
+from tokenferry.modes.nodes import Operation
+from tokenferry.modes.shares import Offer, Share
 from tokenferry.rail import Transfer
 
 
@@ -60,15 +61,23 @@ def bounds(count: int, size: int, number: int) -> tuple[int, int]:
     return min(number * size, count), min((number + 1) * size, count)
 
 
-def edges_of(shares: Sequence[Share], device: torch.device) -> list[torch.Tensor]:
-    """Where parts begin and the last one ends, [G] of int64 [parts + 1, L]: rows that each relay has of the node."""
+def edges_of(shares: Sequence[Share]) -> list[torch.Tensor]:
+    """Where parts begin and the last one ends, [G] of int64 [parts + 1, L]: rows that each relay has of the node.
+
+    On the CPU; see :func:`on_device`.
+    """
     edges = []
     for node in range(len(shares[0].num_rows)):
         sizes = [(share.num_rows[node], min(share.chunks[node], max(share.num_rows[node], 1))) for share in shares]
         rows, chunks = torch.tensor(sizes, device="cpu").unbind(1)
         numbers = torch.arange(max(num_parts_of(shares, node), 1) + 1, device="cpu")
         edges.append(torch.minimum(numbers.unsqueeze(1) * chunks, rows))
-    return list(torch.split(torch.cat(edges).to(device), [len(of_node) for of_node in edges]))
+    return edges
+
+
+def on_device(tables: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tables [any, L] on a device, where they become one memory: a GPU stops the host for each copy."""
+    return list(torch.split(torch.cat(list(tables)).to(device), [len(table) for table in tables]))
 
 
 def num_parts_of(shares: Sequence[Share], node: int) -> int:
@@ -89,34 +98,42 @@ class ChunkedRows:
     what it has. What is not wanted then is dropped.
 
     Args:
-        operation: with the offers.
+        operation: of the rows.
         plane: of the rank.
+        others: the other nodes.
         columns: uint8 [T, width], contiguous: what it sends.
         tokens: [G]: int64, which of the rows go to each node.
         sizes: [G]: rows of a chunk of these, as offered.
-        offers: of the other nodes that take part.
     """
 
     def __init__(
         self,
         operation: Operation,
         plane: DataPlane,
+        others: Sequence[int],
         columns: Sequence[torch.Tensor],
         tokens: Sequence[torch.Tensor],
         sizes: Sequence[int],
-        offers: Mapping[int, Offer],
     ) -> None:
         self._operation = operation
         self._plane = plane
         self._columns = columns
         self._tokens = tokens
         self._sizes = sizes
+        self._offers: Mapping[int, Offer] = {}
+        self._gathered = {node: self._gather(node, 0) for node in others}
+        self._posted: dict[int, _Posted] = {}
+        self._num_posted = 0
+        self.count = 0
+
+    def begin(self, offers: Mapping[int, Offer]) -> None:
+        """Post the first chunks: the other nodes that take part have made these offers."""
         self._offers = offers
-        going = (pieces(len(tokens[node]), sizes[node]) for node in offers)
+        going = (pieces(len(self._tokens[node]), self._sizes[node]) for node in offers)
         coming = (pieces(offer.num_rows, offer.chunk) for offer in offers.values())
         self.count = max([0, *going, *coming])
-        self._num_posted = 0
-        self._posted: dict[int, _Posted] = {}
+        self.post()
+        self._gathered.clear()
 
     def post(self) -> None:
         """Begin to send and to receive the next chunks, if there are any."""
@@ -125,8 +142,7 @@ class ChunkedRows:
             return
         sends, received = {}, {}
         for node, offer in self._offers.items():
-            tokens = self._tokens[node][slice(*bounds(len(self._tokens[node]), self._sizes[node], number))]
-            sends[node] = [column.index_select(0, tokens) for column in self._columns]
+            sends[node] = self._gather(node, number) if number else self._gathered[node]
             low, high = bounds(offer.num_rows, offer.chunk, number)
             received[node] = self._empty(high - low)
         self._posted[number] = _Posted(self._operation.post(sends, received), received)
@@ -143,6 +159,10 @@ class ChunkedRows:
         """Wait until nothing is under way in the chunks of this number, and let go of their memory."""
         if number in self._posted:
             self._posted.pop(number).transfer.finish()
+
+    def _gather(self, node: int, number: int) -> list[torch.Tensor]:
+        tokens = self._tokens[node][slice(*bounds(len(self._tokens[node]), self._sizes[node], number))]
+        return [column.index_select(0, tokens) for column in self._columns]
 
     def _empty(self, num_rows: int) -> list[torch.Tensor]:
         return [self._plane.empty_rows(num_rows, column.size(1), column.dtype) for column in self._columns]

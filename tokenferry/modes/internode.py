@@ -19,7 +19,7 @@ Legend of dims: T tokens of this rank, H elements of a row, K choices, E experts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,20 +30,24 @@ from tokenferry.errors import HeapError
 from tokenferry.handles import DispatchHandle
 from tokenferry.modes import intranode
 from tokenferry.modes.choices import Choices, Relayed
-from tokenferry.modes.chunks import ChunkedRows, Chunking, bounds, edges_of, num_parts_of, pieces
+from tokenferry.modes.chunks import ChunkedRows, Chunking, bounds, edges_of, num_parts_of, on_device, pieces
 from tokenferry.modes.intranode import Inputs, Party, Received, Rows, as_bytes, signature_of, topk_idx_t
-from tokenferry.modes.nodes import Nodes, Offer, Operation, Share, share_bytes
+from tokenferry.modes.nodes import Nodes, Operation
 from tokenferry.modes.routes import (
     Routes,
     check_handle,
     in_nodes,
     make_handle,
     places_of,
-    rows_by_rank,
     starts_of,
     tokens_of,
 )
+from tokenferry.modes.shares import Offer, Share, share_bytes
+from tokenferry.rail import Transfer
 from tokenferry.validation import check_tensor, require
+
+_MOST_SUMS = 8
+"""In which a combine adds up what comes from the nodes: enough that the last one is short."""
 
 
 def tokens_per_node(party: Party, is_token_in_rank: torch.Tensor) -> torch.Tensor:
@@ -74,10 +78,12 @@ def dispatch(party: Party, given: Inputs, num_tokens_per_rdma_rank: object, chun
     sizes = [chunking.rows(count, row_bytes * len(topology.local_ranks)) for count in sent]
     signature = signature_of(OperationKind.DISPATCH, rows, 0 if ids is None else ids.size(1), given.num_experts)
     with nodes.operation(party, "dispatch", signature) as operation:
-        offers = operation.offer(sent, sizes)
-        choices = Choices(operation, topology, given, tokens, offers)
-        chunks = ChunkedRows(operation, party.plane, columns, tokens, sizes, offers)
-        chunks.post()  # the network has work while ranks agree
+        operation.offer(sent, sizes)
+        choices = Choices(topology, given, tokens)
+        chunks = ChunkedRows(operation, party.plane, nodes.others, columns, tokens, sizes)
+        offers = operation.offers()
+        choices.post(operation, offers)
+        chunks.begin(offers)  # the network has work while ranks agree
         relayed = choices.wait()
         members = [source.members for source in relayed]
         cut = [offers[node].chunk if node in offers else _whole(members[node]) for node in range(len(sent))]
@@ -164,8 +170,8 @@ class _Delivery:
         self._outputs = outputs
         self._topology = _nodes(party).topology
         self._others = _nodes(party).others
-        self._filled = torch.tensor(routes.starts, device=party.device)  # int64 [G, L]
-        self._edges = edges_of(shares, party.device)
+        starts = torch.tensor(routes.starts, device="cpu")
+        self._filled, *self._edges = on_device([starts, *edges_of(shares)], party.device)  # int64 [G, L] ...
 
     def begin(self, columns: Sequence[torch.Tensor]) -> None:
         """Bring the rows of this node, and agree with the others.
@@ -246,9 +252,10 @@ def cached_dispatch(party: Party, x: object, handle: object, chunking: Chunking)
     sizes = [chunking.rows(count, row_bytes * len(nodes.topology.local_ranks)) for count in sent]
     signature = signature_of(OperationKind.CACHED_DISPATCH, rows)
     with nodes.operation(party, "dispatch", signature) as operation:
-        offers = operation.offer(sent, sizes)
-        chunks = ChunkedRows(operation, party.plane, columns, routes.tokens, sizes, offers)
-        chunks.post()
+        operation.offer(sent, sizes)
+        chunks = ChunkedRows(operation, party.plane, nodes.others, columns, routes.tokens, sizes)
+        offers = operation.offers()
+        chunks.begin(offers)
         operation.check_routes(offers, routes.num_relayed)
         cut = [offers[node].chunk if node in offers else _whole(part) for node, part in enumerate(routes.members)]
         shares = operation.share(routes.members, cut, routes.counts, 0, None, row_bytes)
@@ -274,16 +281,19 @@ def combine(
     sizes = [chunking.rows(count, row_bytes * len(nodes.topology.local_ranks)) for count in routes.num_relayed]
     signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk)
     with nodes.operation(party, "combine", signature) as operation:
-        offers = operation.offer(routes.num_relayed, sizes)
+        operation.offer(routes.num_relayed, sizes)
+        offers = operation.offers()
         operation.check_routes(offers, [len(tokens) for tokens in routes.tokens])
         sizes[nodes.topology.node] = _whole(known.is_token_in_rank)
         shares = operation.share(routes.members, sizes, routes.counts, 0, None, row_bytes)
         homecoming = _Homecoming(party, operation, routes, shares, offers, columns, places_of(known).contiguous())
-        homes = homecoming.run()
+        homecoming.send()
         outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
-        for index, out in enumerate(outs):
-            parts = [Part(home.tokens, home.columns[index]) for home in homes]
-            party.plane.sum_rows(parts, biases if index == 0 else (), out, party.num_sms)
+        for tokens, homes in homecoming.arrivals():
+            added = [bias[tokens] for bias in biases]
+            for index, out in enumerate(outs):
+                parts = [Part(home.tokens, home.columns[index]) for home in homes]
+                party.plane.sum_rows(parts, () if index else added, out[tokens], party.num_sms)
         operation.finish()
     return outs[0], outs[1] if num_topk else None
 
@@ -292,11 +302,21 @@ class _Home(NamedTuple):
     """Partial sums of a node, back at the source."""
 
     tokens: torch.Tensor | None
+    """Ascending; None: every token has a row."""
     columns: list[torch.Tensor]
+
+    def cut(self, rows: slice, first_token: int) -> _Home:
+        """These rows, of tokens counted from the first."""
+        tokens = self.tokens
+        if tokens is not None:
+            tokens = tokens[rows] if first_token == 0 else tokens[rows] - first_token
+        return _Home(tokens, [column[rows] for column in self.columns])
 
 
 class _Homecoming:
     """The rows of a combine on their way: summed part by part inside the node, then chunk by chunk over the rail.
+
+    Everything is posted before the first sum over nodes: that of a chunk's tokens is formed while the next one comes.
 
     Args:
         party: who takes part.
@@ -327,46 +347,79 @@ class _Homecoming:
         self._places = places.contiguous()  # a column of the handle
         self._topology = _nodes(party).topology
         self._others = _nodes(party).others
-        self._edges = edges_of(shares, party.device)
-        self._held = self._rows_of_parts()
+        self._edges, self._held = self._rows_of_parts()
+        self._transfers: list[Transfer] = []
+        self._homes: list[_Home] = []
+        self._num_coming = 0
         exact = _nodes(party).exact
         self._dtypes = [torch.promote_types(c.dtype, torch.float32) if exact else c.dtype for c in columns]
 
-    def run(self) -> list[_Home]:
-        """The partial sums of all nodes, by node. On GPUs the stream has waited for them, and not the host."""
-        here, tokens = self._topology.node, self._routes.tokens
+    def send(self) -> None:
+        """Send the partial sums of this node to their sources, and begin to receive those for this rank's tokens."""
+        tokens = self._routes.tokens
         num_parts = {node: num_parts_of(self._shares, node) for node in self._others}
         first = {node: self._sum(node, 0) for node in self._others if num_parts[node]}
         homes = {node: _Home(tokens[node], self._empty(len(tokens[node]))) for node in self._others}
         self._operation.agree()  # the others' answers have come during the first sums
         coming = [pieces(len(tokens[node]), self._offers[node].chunk) for node in self._others]
-        transfers = []
         for number in range(max([*num_parts.values(), *coming])):
             sends = {node: self._sum(node, number) for node in self._others if 0 < number < num_parts[node]}
             receives = {}
             for node, offer in self._offers.items():
                 part = slice(*bounds(len(tokens[node]), offer.chunk, number))
                 receives[node] = [column[part] for column in homes[node].columns]
-            transfers.append(self._operation.post(sends if number else first, receives))
-        homes[here] = _Home(None, self._sum(here, 0))
-        for transfer in transfers:
-            for node in self._others:
-                transfer.wait(node)
-        return [homes[node] for node in range(self._topology.num_nodes)]
+            self._transfers.append(self._operation.post(sends if number else first, receives))
+        homes[self._topology.node] = _Home(None, self._sum(self._topology.node, 0))
+        self._homes = [homes[node] for node in range(self._topology.num_nodes)]
+        self._num_coming = max(coming)
 
-    def _rows_of_parts(self) -> list[torch.Tensor]:
-        """The first row of every part, [G] of int64 [parts + 1, L]: like the edges, in rows of this rank."""
-        device, order = self._places.device, self._topology.places
-        # One number for each row, so that they are searched all at once.
-        rows = rows_by_rank(self._places, [self._routes.counts[node][index] for node, index in order])
-        number = {place: rank for rank, place in enumerate(order)}
-        first = [
-            [number[node, index] << 32 for index in range(len(self._shares))]
-            for node in range(self._topology.num_nodes)
-        ]
-        wanted = [edges + start for edges, start in zip(self._edges, torch.tensor(first, device=device), strict=True)]
-        found = torch.searchsorted(rows, torch.cat(wanted))
-        return list(torch.split(found, [len(edges) for edges in self._edges]))
+    def arrivals(self) -> Iterator[tuple[slice, list[_Home]]]:
+        """Tokens of this rank, and for each node their partial sums; a chunk's as soon as it is there.
+
+        All tokens come, ascending. On GPUs the stream has waited for the rows, and not the host.
+        """
+        low, rows_below = 0, [0] * len(self._homes)
+        arrived = 0
+        for count, high, rows in self._complete():
+            for transfer in self._transfers[arrived:count]:
+                for node in self._others:
+                    transfer.wait(node)
+            arrived = count
+            if high > low:
+                cuts = [slice(*cut) for cut in zip(rows_below, rows, strict=True)]
+                yield slice(low, high), [home.cut(cut, low) for home, cut in zip(self._homes, cuts, strict=True)]
+            low, rows_below = high, rows
+
+    def _complete(self) -> list[tuple[int, int, list[int]]]:
+        """After how many transfers the tokens below which one are complete, and their rows of each node."""
+        num_tokens, here = len(self._routes.members[self._topology.node]), self._topology.node
+        every = [len(home.columns[0]) for home in self._homes]
+        step = max(1, pieces(self._num_coming, _MOST_SUMS))
+        counts = range(step, self._num_coming, step)
+        found = []
+        if counts:
+            tokens = [self._routes.tokens[node] for node in self._others]
+            padded = torch.cat([torch.nn.functional.pad(of_node, (0, 1), value=num_tokens) for of_node in tokens])
+            places, first = [], 0
+            for node, of_node in zip(self._others, tokens, strict=True):
+                places.append([first + min(count * self._offers[node].chunk, len(of_node)) for count in counts])
+                first += len(of_node) + 1
+            missing = padded[torch.tensor(places, device=padded.device)].amin(0)  # the first token that is not there
+            rows = [torch.searchsorted(of_node, missing) for of_node in tokens]
+            for count, high, *row in zip(counts, *torch.stack([missing, *rows]).tolist(), strict=True):
+                by_node = dict(zip(self._others, row, strict=True)) | {here: high}
+                found.append((count, high, [by_node[node] for node in range(len(every))]))
+        return [*found, (len(self._transfers), num_tokens, every)]
+
+    def _rows_of_parts(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The edges of all parts, and the first row of each: [G] of int64 [parts + 1, L], in rows of this rank."""
+        edges, count = edges_of(self._shares), self._topology.num_nodes
+        ranks = [torch.tensor(self._topology.ranks_of_node(node), device="cpu") << 32 for node in range(count)]
+        wanted = [of_node + ranks[node] for node, of_node in enumerate(edges)]
+        tables = on_device([*edges, *wanted], self._places.device)
+        assert self._routes.rows is not None
+        found = torch.searchsorted(self._routes.rows, torch.cat(tables[count:]))
+        return tables[:count], list(torch.split(found, [len(of_node) for of_node in edges]))
 
     def _sum(self, node: int, number: int) -> list[torch.Tensor]:
         """The sums over the ranks of this node for the rows of a part that this rank relays."""

@@ -8,6 +8,7 @@ relay got from the source.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ class Routes(NamedTuple):
     """[G][L]: its first received row of each source rank."""
     counts: list[list[int]]
     """[G][L]: its received rows of each source rank."""
+    rows: torch.Tensor | None = None
+    """int64: see :func:`rows_by_rank`; of a handle."""
 
     @property
     def num_relayed(self) -> list[int]:
@@ -83,31 +86,34 @@ def make_handle(
         num_tokens_per_rank: int32 [R].
         num_rows: M.
     """
-    device = is_token_in_rank.device
-
-    def column(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device).view(-1, 1)
-
+    device, by_rank = is_token_in_rank.device, topology.places
     node_member = in_nodes(topology, is_token_in_rank)
     members = list(routes.members)
     members[topology.node] = members[topology.node][routes.tokens[topology.node]]
-    relayed = column([len(member) for member in members])
-    by_rank = topology.places
+    relayed = [len(member) for member in members]
     counts = [routes.counts[node][index] for node, index in by_rank]
+    numbers = {
+        "rdma_channel_prefix_matrix": [len(tokens) for tokens in routes.tokens],
+        "recv_rdma_channel_prefix_matrix": relayed,
+        "recv_rdma_rank_prefix_sum": list(accumulate(relayed)),
+        "recv_gbl_channel_prefix_matrix": [routes.starts[node][index] for node, index in by_rank],
+        "recv_gbl_rank_prefix_sum": list(accumulate(counts)),
+        "counts": counts,
+        "nodes": [node for node, _ in by_rank],
+    }
+    # Sent at once, since a GPU stops for it.
+    sent = torch.tensor(list(chain(*numbers.values())), dtype=torch.int32, device=device)
+    tables = dict(zip(numbers, torch.split(sent, list(map(len, numbers.values()))), strict=True))
+    nodes = torch.repeat_interleave(tables.pop("nodes"), tables.pop("counts"), output_size=sum(counts))
     meta = torch.full((num_rows, 2), -1, dtype=torch.int32, device=device)
-    source = torch.tensor([[node, routes.counts[node][index]] for node, index in by_rank], device=device)
-    meta[: sum(counts), 0] = torch.repeat_interleave(source[:, 0], source[:, 1], output_size=sum(counts)).int()
+    meta[: len(nodes), 0] = nodes
     return InternodeHandle(
         is_token_in_rank=is_token_in_rank,
-        rdma_channel_prefix_matrix=column([len(tokens) for tokens in routes.tokens]),
         gbl_channel_prefix_matrix=num_tokens_per_rank.view(-1, 1).clone(),
-        recv_rdma_channel_prefix_matrix=relayed,
-        recv_rdma_rank_prefix_sum=relayed.view(-1).cumsum(0, dtype=torch.int32),
-        recv_gbl_channel_prefix_matrix=column([routes.starts[node][index] for node, index in by_rank]),
-        recv_gbl_rank_prefix_sum=column(counts).view(-1).cumsum(0, dtype=torch.int32),
         recv_src_meta=meta.view(torch.uint8),
         send_rdma_head=_heads(node_member),
         send_nvl_head=torch.cat([_heads(member) for member in members]),
+        **{name: table.view(-1, 1) if name.endswith("matrix") else table for name, table in tables.items()},
     )
 
 
@@ -175,7 +181,7 @@ def _routes_of(topology: Topology, handle: InternodeHandle) -> Routes:
     rows = rows_by_rank(places_of(handle), received)
     ascends = bool((rows.diff() > 0).all() & (places_of(handle)[: len(rows)] >= 0).all())
     require(ascends, "handle.recv_src_meta", describe(handle.recv_src_meta), "ascending places of each source rank")
-    return Routes(tokens, members, starts_of(topology, counts), counts)
+    return Routes(tokens, members, starts_of(topology, counts), counts, rows)
 
 
 def rows_by_rank(places: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
