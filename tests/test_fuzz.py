@@ -32,7 +32,7 @@ from tests.internode_cases import NodeScenario, make_buffer
 from tokenferry import Buffer, HeapError, TokenferryError
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.shm import Segment
-from tokenferry.modes import intranode, low_latency, nodes
+from tokenferry.modes import intranode, low_latency, shares
 from tokenferry.runtime import Runtime
 from tokenferry.topology import Topology
 
@@ -247,10 +247,10 @@ def test_garbage_on_the_rail_is_refused(pool_of: PoolOf, word: int, value: int) 
 
 def test_share_with_garbage_is_refused() -> None:
     fine = [*[0] * 6, 3, 0, 1, 2, 1, 1, 1, 0, 0, 5]
-    assert nodes._parse(fine, 2, 2, False, 128).counts == [[1, 1], [1, 0]]
+    assert shares.parse_share(fine, 2, 2, False, 128).counts == [[1, 1], [1, 0]]
     for place, value in ((6, -1), (8, 0), (9, 0), (10, -2), (11, 1 << 60), (14, -1)):
         with pytest.raises(HeapError, match="relays"):
-            nodes._parse([*fine[:place], value, *fine[place + 1 :]], 2, 2, False, 128)
+            shares.parse_share([*fine[:place], value, *fine[place + 1 :]], 2, 2, False, 128)
 
 
 def test_words_of_other_ranks_do_no_harm() -> None:

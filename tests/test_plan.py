@@ -360,12 +360,13 @@ def test_recommended_sms_are_the_fewest_that_do(nodes: int, gpus: int) -> None:
 
 @pytest.mark.parametrize(("nodes", "tokens"), [(2, 4096), (8, 4096), (4, 16)])
 def test_recommended_chunks_are_those_of_the_prediction(nodes: int, tokens: int) -> None:
-    internode = pytest.importorskip("tokenferry.modes.internode", exc_type=ImportError)
+    chunks_module = pytest.importorskip("tokenferry.modes.chunks", exc_type=ImportError)
     plan = predict(Machine(nodes, 8), Shape(tokens=tokens))
     assert Config(*dataclasses.astuple(plan.configs[0])) == plan.configs[0]
     for number, config in enumerate(plan.configs):
         machine = dataclasses.replace(plan.machine, sms=config.num_sms)
         chunks = predict(machine, plan.shape).operations[number].chunks
         rows = tokens * plan.routing.nodes / nodes  # of a source, for one node
-        assert internode.chunk_of(config) * chunks >= rows
-        assert internode.chunk_of(config) < rows / chunks + 7 * config.num_sms / 2 or chunks == 1
+        most = chunks_module.chunking_of(config, 0).most_rows
+        assert most * chunks >= rows
+        assert most < rows / chunks + 7 * config.num_sms / 2 or chunks == 1

@@ -128,7 +128,7 @@ def test_silent_node_is_named(direct: PoolOf) -> None:
 
 
 def _stuck(rank: int, num_ranks: int) -> tuple[str, float]:
-    """The rows of a node do not come, after all have agreed: NCCL waits for them in vain."""
+    """A node takes part in the first chunks only: NCCL waits for it in vain."""
     with make_buffer(rank, "2x1", device="cuda", timeout=4.0) as buffer:
         scenario = NodeScenario(CASE, rank, "2x1", device="cuda")
         scenario.check_dispatch(scenario.dispatch(buffer))
@@ -137,14 +137,14 @@ def _stuck(rank: int, num_ranks: int) -> tuple[str, float]:
         if rank == 0:
             started = time.monotonic()
             with pytest.raises(PeerError) as caught:
-                scenario.dispatch(buffer)
+                scenario.dispatch(buffer, config=small_chunks(8))
             text, seconds = str(caught.value), time.monotonic() - started
         else:
             # A rank that raises closes its rail: one that hangs keeps it.
             kept = mock.patch.object(DeviceRail, "close")
             failing = mock.patch.object(internode._Delivery, "run", side_effect=KeyError)
             with kept, failing, pytest.raises(KeyError):
-                scenario.dispatch(buffer)
+                scenario.dispatch(buffer, config=small_chunks(8))
         dist.barrier()
     assert float(torch.ones(8, device="cuda").sum()) == 8  # the context is alive
     with make_buffer(rank, "2x1", device="cuda") as buffer:

@@ -211,10 +211,12 @@ def low_latency(
 
 
 def rail_bytes(machine: Machine, shape: Shape, routing: Routing, chunks: int) -> int:
-    """Bytes for two chunks of rows that leave over the rail and of rows that come, at the busiest relay."""
+    """Bytes for three chunks of rows that leave over the rail and of rows that come, at the busiest relay."""
     tokens = -(-shape.tokens // chunks)
     rows = tokens * (machine.nodes - 1) * (routing.nodes / machine.nodes + routing.busiest_node)
-    return align_up(math.ceil(2 * rows) * max(shape.row_bytes + shape.topk * CHOICE_BYTES, shape.combine_row_bytes))
+    return align_up(
+        math.ceil(min(3, chunks) * rows) * max(shape.row_bytes + shape.topk * CHOICE_BYTES, shape.combine_row_bytes)
+    )
 
 
 def push_bytes(machine: Machine, shape: Shape) -> int:

@@ -341,6 +341,9 @@ class DataPlane(Protocol):
     """Whether reading a tensor's values costs the host nothing. Modes check values only then; elsewhere the data
     plane finds bad values itself, and raises at the next point where the host waits."""
 
+    least_part_bytes: int
+    """Bytes that the ranks of a node should pull in a part of an operation: a further part costs as much time."""
+
     @property
     def epoch(self) -> int:
         """Number of the last operation; 0 where the host does not count them."""

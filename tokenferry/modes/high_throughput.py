@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenferry.config import Config, dispatch_preset
+from tokenferry.config import Config, combine_preset, dispatch_preset
 from tokenferry.dataplane import Layout
 from tokenferry.modes import internode, intranode
+from tokenferry.modes.chunks import Chunking, chunking_of
 from tokenferry.modes.intranode import Inputs, Party, Received
 
 
@@ -37,13 +38,13 @@ class HighThroughput:
         """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`."""
         if self.party.nodes is None:
             return intranode.dispatch(self.party, given)
-        return internode.dispatch(self.party, given, num_tokens_per_rdma_rank, self._chunk)
+        return internode.dispatch(self.party, given, num_tokens_per_rdma_rank, self._chunking)
 
     def cached_dispatch(self, x: object, handle: tuple[torch.Tensor, ...]) -> Received:
         """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
         if self.party.nodes is None:
             return intranode.cached_dispatch(self.party, x, handle)
-        return internode.cached_dispatch(self.party, x, handle, self._chunk)
+        return internode.cached_dispatch(self.party, x, handle, self._chunking)
 
     def combine(
         self, x: object, handle: tuple[torch.Tensor, ...], topk_weights: object, bias: object
@@ -51,7 +52,7 @@ class HighThroughput:
         """Sum the rows of every token; see :meth:`tokenferry.Buffer.combine`."""
         if self.party.nodes is None:
             return intranode.combine(self.party, x, handle, topk_weights, bias)
-        return internode.combine(self.party, x, handle, topk_weights, bias, self._chunk)
+        return internode.combine(self.party, x, handle, topk_weights, bias, self._chunking)
 
     def warm(
         self,
@@ -67,6 +68,10 @@ class HighThroughput:
         mode.warm(self.party, hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
 
     @property
-    def _chunk(self) -> int:
-        """Rows of a chunk, between nodes."""
-        return internode.chunk_of(self.config or dispatch_preset(self.party.num_ranks, self.party.num_sms))
+    def _chunking(self) -> Chunking:
+        """How rows between nodes are cut: as the caller's own ``Config`` says, else so that chunks are worth it."""
+        party = self.party
+        presets = [preset(party.num_ranks, party.num_sms) for preset in (dispatch_preset, combine_preset)]
+        if self.config is None or self.config in presets:
+            return chunking_of(self.config or presets[0], party.plane.least_part_bytes)
+        return chunking_of(self.config, 0)

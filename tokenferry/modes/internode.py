@@ -19,27 +19,35 @@ Legend of dims: T tokens of this rank, H elements of a row, K choices, E experts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from tokenferry.config import Config, align_up
+from tokenferry.config import align_up
 from tokenferry.dataplane import HeldRows, OperationKind, Outputs, Part, PartPlan, ReducePlan, SendPlan
 from tokenferry.errors import HeapError
 from tokenferry.handles import DispatchHandle
 from tokenferry.modes import intranode
+from tokenferry.modes.choices import Choices, Relayed
+from tokenferry.modes.chunks import ChunkedRows, Chunking, bounds, edges_of, num_parts_of, on_device, pieces
 from tokenferry.modes.intranode import Inputs, Party, Received, Rows, as_bytes, signature_of, topk_idx_t
-from tokenferry.modes.nodes import Nodes, Offer, Operation, Share, share_bytes
-from tokenferry.modes.routes import Routes, check_handle, in_nodes, make_handle, places_of, starts_of
+from tokenferry.modes.nodes import Nodes, Operation
+from tokenferry.modes.routes import (
+    Routes,
+    check_handle,
+    in_nodes,
+    make_handle,
+    places_of,
+    starts_of,
+    tokens_of,
+)
+from tokenferry.modes.shares import Offer, Share, share_bytes
 from tokenferry.rail import Transfer
-from tokenferry.topology import Topology
 from tokenferry.validation import check_tensor, require
 
-
-def chunk_of(config: Config) -> int:
-    """Rows of a chunk: what DeepEP's rings to a node hold, ``num_sms / 2`` of them."""
-    return max(1, config.num_sms // 2) * config.num_max_rdma_chunked_recv_tokens
+_MOST_SUMS = 8
+"""In which a combine adds up what comes from the nodes: enough that the last one is short."""
 
 
 def tokens_per_node(party: Party, is_token_in_rank: torch.Tensor) -> torch.Tensor:
@@ -52,41 +60,35 @@ def _nodes(party: Party) -> Nodes:
     return party.nodes
 
 
-class _Relayed(NamedTuple):
-    """What a relay knows of the rows of one source."""
-
-    members: torch.Tensor
-    """bool [rows, L]."""
-    topk_idx: torch.Tensor | None
-    """int64 [rows, K]."""
-    topk_weights: torch.Tensor | None
-    """float32 [rows, K]."""
-    num_per_expert: torch.Tensor
-    """int32 [E / G]: choices of the experts of this node, rank by rank."""
-
-
-def dispatch(party: Party, given: Inputs, num_tokens_per_rdma_rank: object, chunk: int) -> Received:
+def dispatch(party: Party, given: Inputs, num_tokens_per_rdma_rank: object, chunking: Chunking) -> Received:
     """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`.
 
     Args:
         party: who takes part.
         given: checked inputs.
         num_tokens_per_rdma_rank: int32 [G].
-        chunk: rows of a chunk.
+        chunking: of the rows.
     """
     nodes = _nodes(party)
     topology, rows, ids = nodes.topology, given.rows, given.topk_idx
-    tokens = [column.nonzero().flatten() for column in in_nodes(topology, given.is_token_in_rank).unbind(1)]
-    sent = [len(of_node) for of_node in tokens]
-    _check_per_node(party, num_tokens_per_rdma_rank, sent)
+    node_member = in_nodes(topology, given.is_token_in_rank)
+    sent = _checked_per_node(party, num_tokens_per_rdma_rank, node_member)
+    tokens = tokens_of(node_member, sent)
+    columns, row_bytes = _present(as_bytes(*rows)), _row_bytes(rows, ids)
+    sizes = [chunking.rows(count, row_bytes * len(topology.local_ranks)) for count in sent]
     signature = signature_of(OperationKind.DISPATCH, rows, 0 if ids is None else ids.size(1), given.num_experts)
     with nodes.operation(party, "dispatch", signature) as operation:
-        offers = operation.offer(sent, chunk)
-        relayed = _exchange_choices(operation, topology, given, tokens, offers)
+        operation.offer(sent, sizes)
+        choices = Choices(topology, given, tokens)
+        chunks = ChunkedRows(operation, party.plane, nodes.others, columns, tokens, sizes)
+        offers = operation.offers()
+        choices.post(operation, offers)
+        chunks.begin(offers)  # the network has work while ranks agree
+        relayed = choices.wait()
         members = [source.members for source in relayed]
-        chunks = [offers[node].chunk if node in offers else _whole(members[node]) for node in range(len(sent))]
-        chosen = torch.stack([source.num_per_expert for source in relayed]).sum(0).tolist()
-        shares = operation.share(members, chunks, [], given.num_worst_tokens, chosen, _row_bytes(rows, ids))
+        cut = [offers[node].chunk if node in offers else _whole(members[node]) for node in range(len(sent))]
+        chosen = torch.stack([source.num_per_expert for source in relayed]).sum(0)
+        shares = operation.share(members, cut, [], given.num_worst_tokens, chosen, row_bytes)
         counts = [[share.counts[node][topology.local_index] for share in shares] for node in range(len(sent))]
         routes = Routes(tokens, members, starts_of(topology, counts), counts)
         num_rows = given.num_worst_tokens or sum(map(sum, counts))
@@ -97,19 +99,25 @@ def dispatch(party: Party, given: Inputs, num_tokens_per_rdma_rank: object, chun
             recv_weights = party.plane.empty_rows(num_rows, ids.size(1), torch.float32)
         places = torch.empty(num_rows, dtype=torch.int32, device=party.device)
         outputs = Outputs(*as_bytes(recv_x, recv_scales), recv_ids, recv_weights, places)
-        _Delivery(party, operation, routes, shares, chunk, relayed).run(rows, outputs)
+        delivery = _Delivery(party, operation, routes, shares, chunks, relayed, outputs)
+        delivery.begin(columns)
+        handle = make_handle(topology, routes, given.is_token_in_rank, given.num_tokens_per_rank, num_rows)
+        delivery.run()
+        places_of(handle).copy_(places)
     local_experts = given.num_experts // topology.num_ranks
     first = topology.local_index * local_experts
     per_expert = [sum(share.extra[first + expert] for share in shares) for expert in range(local_experts)]
     aligned = [] if given.num_worst_tokens else [align_up(count, given.expert_alignment) for count in per_expert]
-    handle = make_handle(topology, routes, given.is_token_in_rank, given.num_tokens_per_rank, places)
     return Received(recv_x, recv_scales, recv_ids, recv_weights, aligned, handle)
 
 
-def _check_per_node(party: Party, given: object, sent: list[int]) -> None:
-    name = "num_tokens_per_rdma_rank"
-    per_node = check_tensor(name, given, shape=(len(sent),), dtypes=(torch.int32,), device=party.device).tolist()
-    require(per_node == sent, name, per_node, f"{sent}, as in is_token_in_rank")
+def _checked_per_node(party: Party, given: object, node_member: torch.Tensor) -> list[int]:
+    """Tokens that go to each node, as the caller says, too."""
+    name, count = "num_tokens_per_rdma_rank", node_member.size(1)
+    per_node = check_tensor(name, given, shape=(count,), dtypes=(torch.int32,), device=party.device)
+    said, sent = torch.stack([per_node, node_member.sum(0, dtype=torch.int32)]).tolist()
+    require(said == sent, name, said, f"{sent}, as in is_token_in_rank")
+    return list(sent)
 
 
 def _row_bytes(rows: Rows, topk_idx: torch.Tensor | None) -> int:
@@ -123,43 +131,6 @@ def _whole(member: torch.Tensor) -> int:
     return max(1, len(member))
 
 
-def _exchange_choices(
-    operation: Operation,
-    topology: Topology,
-    given: Inputs,
-    tokens: Sequence[torch.Tensor],
-    offers: Mapping[int, Offer],
-) -> list[_Relayed]:
-    """Tell the relays which ranks each row goes to, and its choices; learn the same as a relay. [G]."""
-    per_rank = given.num_tokens_per_expert.view(topology.num_ranks, -1)
-
-    def of_node(node: int, chosen: torch.Tensor | None) -> _Relayed:
-        ranks = topology.ranks_of_node(node)
-        parts = [given.is_token_in_rank[:, ranks], given.topk_idx, given.topk_weights]
-        if chosen is not None:
-            parts = [None if part is None else part[chosen] for part in parts]
-        members, ids, weights = parts
-        assert members is not None
-        return _Relayed(members.contiguous(), ids, weights, per_rank[ranks, :].reshape(-1))
-
-    def empty(num_rows: int) -> _Relayed:
-        """As what a source of so many rows sends."""
-        like = of_node(topology.node, tokens[topology.node][:0])
-        ids, weights = (None if t is None else t.new_empty((num_rows, t.size(1))) for t in like[1:3])
-        members = like.members.new_empty((num_rows, like.members.size(1)))
-        return _Relayed(members, ids, weights, torch.zeros_like(like.num_per_expert))
-
-    relayed = {node: empty(offer.num_rows) for node, offer in offers.items()}
-    sends = {node: _present(of_node(node, tokens[node])) for node in offers}
-    operation.exchange(sends, {node: _present(source) for node, source in relayed.items()})
-    for node, source in relayed.items():  # whatever bytes came
-        relayed[node] = source._replace(members=source.members.view(torch.uint8) != 0)
-    here = topology.node
-    return [
-        of_node(here, None) if node == here else relayed.get(node, empty(0)) for node in range(topology.num_nodes)
-    ]
-
-
 def _present(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
@@ -167,13 +138,17 @@ def _present(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
 class _Delivery:
     """The rows of a dispatch on their way: chunk by chunk over the rail, part by part inside the node.
 
+    While one chunk is pulled the network has two more. On GPUs the order on the stream is all that parts need; the
+    host stays one chunk behind, so that not more than three take memory.
+
     Args:
         party: who takes part.
-        operation: agreed.
+        operation: shared, but not agreed on.
         routes: of the operation.
         shares: of the ranks of the node.
-        chunk: rows of a chunk that this rank sends.
+        chunks: the rows on the rail.
         relayed: choices of the rows that it relays, [G]; None: no choices travel.
+        outputs: to be filled.
     """
 
     def __init__(
@@ -182,57 +157,56 @@ class _Delivery:
         operation: Operation,
         routes: Routes,
         shares: Sequence[Share],
-        chunk: int,
-        relayed: Sequence[_Relayed] | None,
+        chunks: ChunkedRows,
+        relayed: Sequence[Relayed] | None,
+        outputs: Outputs,
     ) -> None:
         self._party = party
         self._operation = operation
         self._routes = routes
         self._shares = shares
-        self._chunk = chunk
+        self._chunks = chunks
         self._relayed = relayed
+        self._outputs = outputs
         self._topology = _nodes(party).topology
         self._others = _nodes(party).others
-        self._filled = torch.tensor(routes.starts, device=party.device)  # int64 [G, L]
-        self._edges = edges_of(shares, party.device)
+        starts = torch.tensor(routes.starts, device="cpu")
+        self._filled, *self._edges = on_device([starts, *edges_of(shares)], party.device)  # int64 [G, L] ...
 
-    def run(self, rows: Rows, outputs: Outputs) -> None:
-        """Send the rows, and fill the outputs."""
-        columns = _present(as_bytes(*rows))
-        here = self._topology.node
+    def begin(self, columns: Sequence[torch.Tensor]) -> None:
+        """Bring the rows of this node, and agree with the others.
+
+        Args:
+            columns: of this rank's rows.
+        """
+        outputs, total = self._outputs, sum(map(sum, self._routes.counts))
+        for tensor, value in ((outputs.recv_src_idx, -1), (outputs.topk_idx, -1), (outputs.topk_weights, 0)):
+            if tensor is not None and total < len(tensor):
+                tensor[total:].fill_(value)
+        self._pull(self._topology.node, 0, columns)
+        self._operation.agree()
+        self._chunks.post()
+
+    def run(self) -> None:
+        """Bring the rows of the other nodes."""
         num_parts = {node: num_parts_of(self._shares, node) for node in self._others}
-        sent = [pieces(len(self._routes.tokens[node]), self._chunk) for node in self._others]
-        num_chunks = max([*num_parts.values(), *sent])
-        posted = self._post(0, columns)
-        self._pull(here, 0, columns, outputs)
-        for number in range(num_chunks):
-            following = self._post(number + 1, columns)
+        for number in range(max([*num_parts.values(), self._chunks.count])):
             for node in self._others:
-                posted.transfer.wait(node)
+                columns = self._chunks.wait(number, node)
                 if number < num_parts[node]:
-                    self._pull(node, number, posted.received[node], outputs)
-            posted.transfer.finish()
-            posted = following
-        self._finish(outputs)
+                    self._pull(node, number, columns)
+            self._chunks.finish(number - 1)
+            self._chunks.post()
+        self._operation.finish()
+        self._check()
 
-    def _post(self, number: int, columns: Sequence[torch.Tensor]) -> _Posted:
-        """Begin to send and to receive the chunks of this number."""
-        sends, received = {}, {}
-        for node in self._others:
-            tokens = self._routes.tokens[node][number * self._chunk : (number + 1) * self._chunk]
-            sends[node] = [column.index_select(0, tokens) for column in columns]
-            share = self._shares[self._topology.local_index]
-            low, high = bounds(share.num_rows[node], share.chunks[node], number)
-            received[node] = [self._party.plane.empty_rows(high - low, part.size(1), part.dtype) for part in columns]
-        return _Posted(self._operation.post(sends, received), received)
-
-    def _pull(self, node: int, number: int, columns: Sequence[torch.Tensor], outputs: Outputs) -> None:
+    def _pull(self, node: int, number: int, columns: Sequence[torch.Tensor]) -> None:
         """Forward the rows of a part to the ranks of this node, and receive what is for this one."""
         party, share = self._party, self._shares[self._topology.local_index]
         rows = slice(*bounds(share.num_rows[node], share.chunks[node], number))
         ids = weights = None
         if self._relayed is not None:
-            ids, weights = ((None if t is None else t[rows]) for t in self._relayed[node][1:3])
+            ids, weights = ((None if t is None else t[rows]) for t in self._relayed[node][:2])
         plan = SendPlan(
             columns[0],
             columns[1] if len(columns) == 2 else None,
@@ -244,10 +218,10 @@ class _Delivery:
             num_worst_tokens=0,
             handle=None,
             num_sms=party.num_sms,
-            part=PartPlan(len(outputs.rows), self._filled[node], self._edges[node][number], self._experts()),
+            part=PartPlan(len(self._outputs.rows), self._filled[node], self._edges[node][number], self._experts()),
         )
         with party.plane.dispatch(self._operation.signature, plan) as exchange:
-            exchange.pull(outputs)
+            exchange.pull(self._outputs)
 
     def _experts(self) -> range | None:
         """The experts of this rank."""
@@ -256,8 +230,8 @@ class _Delivery:
         per_rank = len(self._relayed[0].num_per_expert) // len(self._topology.local_ranks)
         return range(self._topology.rank * per_rank, (self._topology.rank + 1) * per_rank)
 
-    def _finish(self, outputs: Outputs) -> None:
-        """Check that all rows are there, and mark those past the last."""
+    def _check(self) -> None:
+        """Check that all rows are there."""
         for node, filled in enumerate(self._filled.tolist()):
             for index, (start, count) in enumerate(
                 zip(self._routes.starts[node], self._routes.counts[node], strict=True)
@@ -265,65 +239,36 @@ class _Delivery:
                 if filled[index] != start + count:
                     rank = self._topology.ranks_of_node(node)[index]
                     raise HeapError(f"{filled[index] - start} of the {count} rows of rank {rank} came")
-        total = sum(map(sum, self._routes.counts))
-        for tensor, value in ((outputs.recv_src_idx, -1), (outputs.topk_idx, -1), (outputs.topk_weights, 0)):
-            if tensor is not None:
-                tensor[total:].fill_(value)
 
 
-class _Posted(NamedTuple):
-    transfer: Transfer
-    received: dict[int, list[torch.Tensor]]
-    """By node: the columns of its chunk."""
-
-
-def pieces(count: int, size: int) -> int:
-    """Pieces of ``size`` that ``count`` rows make."""
-    return -(-count // size)
-
-
-def bounds(count: int, size: int, number: int) -> tuple[int, int]:
-    """First row, and the row past the last, of a piece; both ``count`` past the end."""
-    return min(number * size, count), min((number + 1) * size, count)
-
-
-def edges_of(shares: Sequence[Share], device: torch.device) -> list[torch.Tensor]:
-    """Where parts begin and the last one ends, [G] of int64 [parts + 1, L]: rows that each relay has of the node."""
-    edges = []
-    for node in range(len(shares[0].num_rows)):
-        sizes = [(share.num_rows[node], min(share.chunks[node], max(share.num_rows[node], 1))) for share in shares]
-        rows, chunks = torch.tensor(sizes, device="cpu").unbind(1)
-        numbers = torch.arange(max(num_parts_of(shares, node), 1) + 1, device="cpu")
-        edges.append(torch.minimum(numbers.unsqueeze(1) * chunks, rows))
-    return list(torch.split(torch.cat(edges).to(device), [len(of_node) for of_node in edges]))
-
-
-def num_parts_of(shares: Sequence[Share], node: int) -> int:
-    """Parts in which the rows of a source node move inside this one."""
-    return max(pieces(share.num_rows[node], share.chunks[node]) for share in shares)
-
-
-def cached_dispatch(party: Party, x: object, handle: object, chunk: int) -> Received:
+def cached_dispatch(party: Party, x: object, handle: object, chunking: Chunking) -> Received:
     """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
     rows = intranode.check_rows(party, x)
     nodes = _nodes(party)
     known, routes = check_handle(nodes.topology, party.device, handle)
     num_tokens = len(known.is_token_in_rank)
     require(len(rows.x) == num_tokens, "x", f"{len(rows.x)} rows", f"the {num_tokens} rows of the handle")
+    columns, row_bytes, sent = _present(as_bytes(*rows)), _row_bytes(rows, None), list(map(len, routes.tokens))
+    sizes = [chunking.rows(count, row_bytes * len(nodes.topology.local_ranks)) for count in sent]
     signature = signature_of(OperationKind.CACHED_DISPATCH, rows)
     with nodes.operation(party, "dispatch", signature) as operation:
-        offers = operation.offer([len(tokens) for tokens in routes.tokens], chunk)
+        operation.offer(sent, sizes)
+        chunks = ChunkedRows(operation, party.plane, nodes.others, columns, routes.tokens, sizes)
+        offers = operation.offers()
+        chunks.begin(offers)
         operation.check_routes(offers, routes.num_relayed)
-        chunks = [offers[node].chunk if node in offers else _whole(part) for node, part in enumerate(routes.members)]
-        shares = operation.share(routes.members, chunks, routes.counts, 0, (), _row_bytes(rows, None))
+        cut = [offers[node].chunk if node in offers else _whole(part) for node, part in enumerate(routes.members)]
+        shares = operation.share(routes.members, cut, routes.counts, 0, None, row_bytes)
         recv_x, recv_scales = intranode.empty_rows_like(party, rows, len(known.recv_src_meta))
         outputs = Outputs(*as_bytes(recv_x, recv_scales), None, None, None)
-        _Delivery(party, operation, routes, shares, chunk, None).run(rows, outputs)
+        delivery = _Delivery(party, operation, routes, shares, chunks, None, outputs)
+        delivery.begin(columns)
+        delivery.run()
     return Received(recv_x, recv_scales, None, None, None, None)
 
 
 def combine(
-    party: Party, x: object, handle: object, topk_weights: object, bias: object, chunk: int
+    party: Party, x: object, handle: object, topk_weights: object, bias: object, chunking: Chunking
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum the rows of every token; see :meth:`tokenferry.Buffer.combine`."""
     nodes = _nodes(party)
@@ -332,20 +277,24 @@ def combine(
     columns = intranode.check_columns(party, x, topk_weights, num_rows)
     biases = intranode.check_biases(party, bias, (num_tokens, columns[0].size(1)), columns[0].dtype)
     num_topk = columns[1].size(1) if len(columns) > 1 else 0
+    row_bytes = sum(column.size(1) * column.element_size() for column in columns)
+    sizes = [chunking.rows(count, row_bytes * len(nodes.topology.local_ranks)) for count in routes.num_relayed]
     signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk)
     with nodes.operation(party, "combine", signature) as operation:
-        offers = operation.offer(routes.num_relayed, chunk)
+        operation.offer(routes.num_relayed, sizes)
+        offers = operation.offers()
         operation.check_routes(offers, [len(tokens) for tokens in routes.tokens])
-        chunks = [chunk] * nodes.topology.num_nodes
-        chunks[nodes.topology.node] = _whole(known.is_token_in_rank)
-        shares = operation.share(
-            routes.members, chunks, routes.counts, 0, (), sum(c.size(1) * c.element_size() for c in columns)
-        )
-        homes = _Homecoming(party, operation, routes, shares, offers, columns, places_of(known).contiguous()).run()
+        sizes[nodes.topology.node] = _whole(known.is_token_in_rank)
+        shares = operation.share(routes.members, sizes, routes.counts, 0, None, row_bytes)
+        homecoming = _Homecoming(party, operation, routes, shares, offers, columns, places_of(known).contiguous())
+        homecoming.send()
         outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
-        for index, out in enumerate(outs):
-            parts = [Part(home.tokens, home.columns[index]) for home in homes]
-            party.plane.sum_rows(parts, biases if index == 0 else (), out, party.num_sms)
+        for tokens, homes in homecoming.arrivals():
+            added = [bias[tokens] for bias in biases]
+            for index, out in enumerate(outs):
+                parts = [Part(home.tokens, home.columns[index]) for home in homes]
+                party.plane.sum_rows(parts, () if index else added, out[tokens], party.num_sms)
+        operation.finish()
     return outs[0], outs[1] if num_topk else None
 
 
@@ -353,15 +302,25 @@ class _Home(NamedTuple):
     """Partial sums of a node, back at the source."""
 
     tokens: torch.Tensor | None
+    """Ascending; None: every token has a row."""
     columns: list[torch.Tensor]
+
+    def cut(self, rows: slice, first_token: int) -> _Home:
+        """These rows, of tokens counted from the first."""
+        tokens = self.tokens
+        if tokens is not None:
+            tokens = tokens[rows] if first_token == 0 else tokens[rows] - first_token
+        return _Home(tokens, [column[rows] for column in self.columns])
 
 
 class _Homecoming:
     """The rows of a combine on their way: summed part by part inside the node, then chunk by chunk over the rail.
 
+    Everything is posted before the first sum over nodes: that of a chunk's tokens is formed while the next one comes.
+
     Args:
         party: who takes part.
-        operation: agreed.
+        operation: shared, but not agreed on.
         routes: of the dispatch that brought the rows.
         shares: of the ranks of the node.
         offers: of the other relays of this rank's tokens.
@@ -388,49 +347,79 @@ class _Homecoming:
         self._places = places.contiguous()  # a column of the handle
         self._topology = _nodes(party).topology
         self._others = _nodes(party).others
-        self._edges = edges_of(shares, party.device)
-        self._held = self._rows_of_parts()
+        self._edges, self._held = self._rows_of_parts()
+        self._transfers: list[Transfer] = []
+        self._homes: list[_Home] = []
+        self._num_coming = 0
         exact = _nodes(party).exact
         self._dtypes = [torch.promote_types(c.dtype, torch.float32) if exact else c.dtype for c in columns]
 
-    def run(self) -> list[_Home]:
-        """The partial sums of all nodes, by node."""
-        here, tokens = self._topology.node, self._routes.tokens
-        homes = {node: _Home(tokens[node], self._empty(len(tokens[node]))) for node in self._others}
+    def send(self) -> None:
+        """Send the partial sums of this node to their sources, and begin to receive those for this rank's tokens."""
+        tokens = self._routes.tokens
         num_parts = {node: num_parts_of(self._shares, node) for node in self._others}
+        first = {node: self._sum(node, 0) for node in self._others if num_parts[node]}
+        homes = {node: _Home(tokens[node], self._empty(len(tokens[node]))) for node in self._others}
+        self._operation.agree()  # the others' answers have come during the first sums
         coming = [pieces(len(tokens[node]), self._offers[node].chunk) for node in self._others]
-        transfers = []
         for number in range(max([*num_parts.values(), *coming])):
-            sends = {node: self._sum(node, number) for node in self._others if number < num_parts[node]}
+            sends = {node: self._sum(node, number) for node in self._others if 0 < number < num_parts[node]}
             receives = {}
             for node, offer in self._offers.items():
                 part = slice(*bounds(len(tokens[node]), offer.chunk, number))
                 receives[node] = [column[part] for column in homes[node].columns]
-            transfers.append(self._operation.post(sends, receives))
-        homes[here] = _Home(None, self._sum(here, 0))
-        for transfer in transfers:
-            for node in self._others:
-                transfer.wait(node)
-            transfer.finish()
-        return [homes[node] for node in range(self._topology.num_nodes)]
+            self._transfers.append(self._operation.post(sends if number else first, receives))
+        homes[self._topology.node] = _Home(None, self._sum(self._topology.node, 0))
+        self._homes = [homes[node] for node in range(self._topology.num_nodes)]
+        self._num_coming = max(coming)
 
-    def _rows_of_parts(self) -> list[torch.Tensor]:
-        """The first row of every part, [G] of int64 [parts + 1, L]: like the edges, in rows of this rank."""
-        device, order = self._places.device, self._topology.places
-        counts = [self._routes.counts[node][index] for node, index in order]
-        ranks = torch.repeat_interleave(
-            torch.arange(len(counts), device=device), torch.tensor(counts, device=device), output_size=sum(counts)
-        )
-        # Rows ascend by (source rank, place), so in one number they are searched all at once.
-        rows = (ranks << 32) + self._places[: len(ranks)]
-        number = {place: rank for rank, place in enumerate(order)}
-        first = [
-            [number[node, index] << 32 for index in range(len(self._shares))]
-            for node in range(self._topology.num_nodes)
-        ]
-        wanted = [edges + start for edges, start in zip(self._edges, torch.tensor(first, device=device), strict=True)]
-        found = torch.searchsorted(rows, torch.cat(wanted))
-        return list(torch.split(found, [len(edges) for edges in self._edges]))
+    def arrivals(self) -> Iterator[tuple[slice, list[_Home]]]:
+        """Tokens of this rank, and for each node their partial sums; a chunk's as soon as it is there.
+
+        All tokens come, ascending. On GPUs the stream has waited for the rows, and not the host.
+        """
+        low, rows_below = 0, [0] * len(self._homes)
+        arrived = 0
+        for count, high, rows in self._complete():
+            for transfer in self._transfers[arrived:count]:
+                for node in self._others:
+                    transfer.wait(node)
+            arrived = count
+            if high > low:
+                cuts = [slice(*cut) for cut in zip(rows_below, rows, strict=True)]
+                yield slice(low, high), [home.cut(cut, low) for home, cut in zip(self._homes, cuts, strict=True)]
+            low, rows_below = high, rows
+
+    def _complete(self) -> list[tuple[int, int, list[int]]]:
+        """After how many transfers the tokens below which one are complete, and their rows of each node."""
+        num_tokens, here = len(self._routes.members[self._topology.node]), self._topology.node
+        every = [len(home.columns[0]) for home in self._homes]
+        step = max(1, pieces(self._num_coming, _MOST_SUMS))
+        counts = range(step, self._num_coming, step)
+        found = []
+        if counts:
+            tokens = [self._routes.tokens[node] for node in self._others]
+            padded = torch.cat([torch.nn.functional.pad(of_node, (0, 1), value=num_tokens) for of_node in tokens])
+            places, first = [], 0
+            for node, of_node in zip(self._others, tokens, strict=True):
+                places.append([first + min(count * self._offers[node].chunk, len(of_node)) for count in counts])
+                first += len(of_node) + 1
+            missing = padded[torch.tensor(places, device=padded.device)].amin(0)  # the first token that is not there
+            rows = [torch.searchsorted(of_node, missing) for of_node in tokens]
+            for count, high, *row in zip(counts, *torch.stack([missing, *rows]).tolist(), strict=True):
+                by_node = dict(zip(self._others, row, strict=True)) | {here: high}
+                found.append((count, high, [by_node[node] for node in range(len(every))]))
+        return [*found, (len(self._transfers), num_tokens, every)]
+
+    def _rows_of_parts(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The edges of all parts, and the first row of each: [G] of int64 [parts + 1, L], in rows of this rank."""
+        edges, count = edges_of(self._shares), self._topology.num_nodes
+        ranks = [torch.tensor(self._topology.ranks_of_node(node), device="cpu") << 32 for node in range(count)]
+        wanted = [of_node + ranks[node] for node, of_node in enumerate(edges)]
+        tables = on_device([*edges, *wanted], self._places.device)
+        assert self._routes.rows is not None
+        found = torch.searchsorted(self._routes.rows, torch.cat(tables[count:]))
+        return tables[:count], list(torch.split(found, [len(of_node) for of_node in edges]))
 
     def _sum(self, node: int, number: int) -> list[torch.Tensor]:
         """The sums over the ranks of this node for the rows of a part that this rank relays."""

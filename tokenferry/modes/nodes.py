@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 
@@ -28,22 +28,33 @@ from tokenferry.dataplane import DataPlane, Outputs, SendPlan, Signature, descri
 from tokenferry.errors import (
     BufferStateError,
     CapacityError,
-    HeapError,
     MismatchError,
     PeerError,
     PeerLostError,
     PeerTimeoutError,
     StepBackError,
 )
+from tokenferry.modes.shares import (
+    CAPACITY,
+    FINE,
+    NODE,
+    ROUTES,
+    SIGNATURES,
+    STAGE,
+    WORDS,
+    Offer,
+    Share,
+    Verdict,
+    padded,
+    parse_share,
+)
 from tokenferry.rail import Parts, Rail, RailError, Transfer
 from tokenferry.stats import Recorder
 from tokenferry.topology import Topology
 from tokenferry.validation import MEMORY_BYTES
 
-_WORDS = torch.int64
 _CPU = torch.device("cpu")
 _OFFER_WORDS = len(Signature._fields) + 3
-_WORDS_AT_A_TIME = 64
 
 
 class Who(Protocol):
@@ -56,50 +67,6 @@ class Who(Protocol):
     @property
     def device(self) -> torch.device:
         """Where tensors live."""
-
-
-class Verdict(NamedTuple):
-    """What is wrong, if anything, in numbers that every rank turns into the same exception."""
-
-    kind: int = 0
-    rank: int = 0
-    other: int = 0
-    field: int = 0
-    """Of the signature."""
-    given: int = 0
-    wanted: int = 0
-
-
-_FINE, _SIGNATURES, _NODE, _CAPACITY, _ROUTES, _STAGE = range(6)
-
-
-class Offer(NamedTuple):
-    """What a rank says to its peer on another node."""
-
-    signature: Signature
-    epoch: int
-    num_rows: int
-    """Rows that the peer gets of it."""
-    chunk: int
-    """In chunks of so many."""
-
-
-class Share(NamedTuple):
-    """What a rank tells the others of its node."""
-
-    verdict: Verdict
-    num_rows: list[int]
-    """[G]: rows of each source node that it relays."""
-    chunks: list[int]
-    """[G]: rows of a chunk of these."""
-    counts: list[list[int]]
-    """[G][L]: of these, the rows for each rank of the node."""
-    expected: list[list[int]]
-    """[G][L]: rows that it expects of each source rank, if it knows. Else nothing."""
-    worst: int
-    """Rows of its outputs, where fixed; else 0."""
-    extra: list[int]
-    """What the operation adds: as many words on all ranks."""
 
 
 class Nodes:
@@ -194,7 +161,7 @@ class Operation:
     Attributes:
         who: takes part.
         signature: what all ranks must agree on.
-        is_agreed: all ranks go on: what fails from here on cannot be undone.
+        is_agreed: others may count on it that this rank goes on: what fails from here on cannot be undone.
     """
 
     def __init__(self, nodes: Nodes, who: Who, name: str, epoch: int, signature: Signature) -> None:
@@ -205,24 +172,51 @@ class Operation:
         self.who = who
         self.signature = signature
         self._verdict = Verdict()
+        self._offers: tuple[Transfer, dict[int, torch.Tensor]] | None = None
+        self._verdicts: tuple[Transfer, dict[int, torch.Tensor]] | None = None
+        self._told: list[Transfer] = []
+        self._posted: list[Transfer] = []
 
     def post(self, sends: Parts, receives: Parts) -> Transfer:
         """See :meth:`tokenferry.rail.Rail.post`."""
+        self._posted.append(self._counted(sends, receives))
+        return self._posted[-1]
+
+    def _counted(self, sends: Parts, receives: Parts) -> Transfer:
         return _Counted(self._nodes.rail.post(sends, receives), self._nodes, self.signature.operation)
 
-    def exchange(self, sends: Parts, receives: Parts) -> None:
-        """Post, and wait for everything."""
-        transfer = self.post(sends, receives)
-        for node in receives:
-            transfer.wait(node)
-        transfer.finish()
+    def _tell(self, words: Mapping[int, torch.Tensor], theirs: Mapping[int, torch.Tensor]) -> Transfer:
+        """Begin to send words to the ranks of the rail, and to receive theirs."""
+        sends, receives = ({node: [part] for node, part in of.items()} for of in (words, theirs))
+        self._told.append(self._counted(sends, receives))
+        return self._told[-1]
 
-    def offer(self, num_rows: Sequence[int], chunk: int) -> dict[int, Offer]:
-        """Tell the ranks of the rail how many rows they get.
+    def finish(self) -> None:
+        """Wait until nothing that was posted is under way any more.
+
+        Words first, that are out long since: what takes long goes on meanwhile.
+        """
+        for transfers in (self._told, self._posted):
+            for transfer in transfers:
+                transfer.finish()
+            transfers.clear()
+
+    def offer(self, num_rows: Sequence[int], chunks: Sequence[int]) -> None:
+        """Begin to tell the ranks of the rail how many rows they get.
 
         Args:
             num_rows: [G].
-            chunk: rows of a chunk.
+            chunks: [G]: rows of a chunk.
+        """
+        words = {
+            node: self._words([*self.signature, self.epoch, num_rows[node], chunks[node]])
+            for node in self._nodes.others
+        }
+        theirs = {node: self._empty(_OFFER_WORDS) for node in self._nodes.others}
+        self._offers = self._tell(words, theirs), theirs
+
+    def offers(self) -> dict[int, Offer]:
+        """What the ranks of the rail say about theirs.
 
         Returns:
             Their offers, of the nodes whose signature is the same as that of this rank. With the others nothing
@@ -231,11 +225,10 @@ class Operation:
         Raises:
             RailError: a rank of the rail is at another operation, or what it says makes no sense.
         """
-        words = {
-            node: self._words([*self.signature, self.epoch, num_rows[node], chunk]) for node in self._nodes.others
-        }
-        theirs = {node: self._empty(_OFFER_WORDS) for node in self._nodes.others}
-        self.exchange({node: [part] for node, part in words.items()}, {node: [part] for node, part in theirs.items()})
+        assert self._offers is not None
+        transfer, theirs = self._offers
+        for node in theirs:
+            transfer.wait(node)
         offers = {}
         for node in sorted(theirs):
             *signature, epoch, rows, size = theirs[node].tolist()
@@ -245,7 +238,7 @@ class Operation:
                 raise RailError([node], False, f"out of step: {offer}")
             if offer.signature == self.signature:
                 offers[node] = offer
-            elif self._verdict.kind == _FINE:
+            elif self._verdict.kind == FINE:
                 self._verdict = self._difference(node, offer.signature)
         return offers
 
@@ -256,9 +249,14 @@ class Operation:
             MismatchError: a rank of the rail has another one.
         """
         self.is_agreed = True
-        self.offer([0] * self._nodes.topology.num_nodes, 1)
-        if self._verdict.kind != _FINE:
-            self._exchange_verdicts(self._verdict)  # the others may be in an operation that has them
+        count = self._nodes.topology.num_nodes
+        self.offer([0] * count, [1] * count)
+        self.offers()
+        if self._verdict.kind != FINE:
+            self._tell_verdict(self._verdict)  # the others may be in an operation that has them
+            self._others_verdicts()
+        self.finish()
+        if self._verdict.kind != FINE:
             self._raise(self._verdict)
 
     def _difference(self, node: int, theirs: Signature) -> Verdict:
@@ -266,16 +264,14 @@ class Operation:
         topology = self._nodes.topology
         mine, other = (topology.rank, self.signature[field]), (topology.rail[node], theirs[field])
         (low, given), (high, wanted) = sorted((mine, other))
-        return Verdict(_SIGNATURES, low, high, field, given, wanted)
+        return Verdict(SIGNATURES, low, high, field, given, wanted)
 
     def check_routes(self, offers: Mapping[int, Offer], num_rows: Sequence[int]) -> None:
         """Compare the rows that come with those that this rank's handle has, [G]; :meth:`share` raises."""
         for node, offer in offers.items():
-            if offer.num_rows != num_rows[node] and self._verdict.kind == _FINE:
+            if offer.num_rows != num_rows[node] and self._verdict.kind == FINE:
                 topology = self._nodes.topology
-                self._verdict = Verdict(
-                    _ROUTES, topology.rank, topology.rail[node], 0, offer.num_rows, num_rows[node]
-                )
+                self._verdict = Verdict(ROUTES, topology.rank, topology.rail[node], 0, offer.num_rows, num_rows[node])
 
     def share(
         self,
@@ -283,72 +279,99 @@ class Operation:
         chunks: Sequence[int],
         expected: Sequence[Sequence[int]],
         worst: int,
-        extra: Sequence[int],
+        extra: torch.Tensor | None,
         row_bytes: int,
     ) -> list[Share]:
-        """Tell the ranks of the node what :class:`Share` has, find out whether all ranks of all nodes go on.
+        """Tell the ranks of the node what :class:`Share` has, and find out whether they all go on.
+
+        If they do, the other nodes are being told so: what fails here from then on cannot be undone. Until
+        :meth:`agree`, operations inside the node may run, and none on the rails may begin.
 
         Args:
             members: [G]: bool [rows, L], the ranks that each row goes to which this rank relays.
             chunks: as in :class:`Share`, like the rest.
             expected: or empty.
             worst: or 0.
-            extra: of the operation.
+            extra: of the operation, int [any], if there is some.
             row_bytes: of all that moves with a row inside the node.
 
         Returns:
             The shares of the ranks of the node.
 
         Raises:
-            MismatchError, CapacityError: on every rank.
+            MismatchError, CapacityError: on every rank of this node; on the others :meth:`agree` raises it.
         """
         topology = self._nodes.topology
         num_rows = [len(member) for member in members]
-        counts = [count for member in members for count in member.sum(0).tolist()]
+        numbers = [member.sum(0) for member in members]
+        if extra is not None:
+            numbers.append(extra)
+        counts = torch.cat(numbers).tolist()  # at once, since a GPU stops for it
+        counts, added = counts[: len(topology.places)], counts[len(topology.places) :]
         wanted = [count for row in expected for count in row]
-        if self._verdict.kind == _FINE and not self.who.plane.has_room(row_bytes):
-            self._verdict = Verdict(_STAGE, topology.rank)
-        mine = [*self._verdict, *num_rows, *chunks, *counts, *wanted, worst, *extra]
+        if self._verdict.kind == FINE and not self.who.plane.has_room(row_bytes):
+            self._verdict = Verdict(STAGE, topology.rank)
+        mine = [*self._verdict, *num_rows, *chunks, *counts, *wanted, worst, *added]
         shares, failure = [], None
         try:
             rows = self._gather(mine)
         except StepBackError as error:
             failure = error
             found = self._verdict
-            if found.kind != _SIGNATURES:
-                found = Verdict(_STAGE if isinstance(error, CapacityError) else _NODE, error.ranks[0])
+            if found.kind != SIGNATURES:
+                found = Verdict(STAGE if isinstance(error, CapacityError) else NODE, error.ranks[0])
         else:
             shape = topology.num_nodes, len(topology.local_ranks), bool(expected), self.signature.row_bytes
-            shares = [_parse(row, *shape) for row in rows]
+            shares = [parse_share(row, *shape) for row in rows]
             found = self._judge(shares)
-        verdicts = self._exchange_verdicts(found)
-        if failure is not None:
-            raise failure
-        if found.kind != _FINE:
+        self._tell_verdict(found)
+        if found.kind != FINE:
+            self._others_verdicts()
+            self.finish()
+            if failure is not None:
+                raise failure
             self._raise(found)
-        for node in sorted(verdicts):
-            if verdicts[node].kind != _FINE:
-                self._raise(verdicts[node])
         self.is_agreed = True
         return shares
 
-    def _exchange_verdicts(self, found: Verdict) -> dict[int, Verdict]:
-        """Tell the ranks of the rail what is wrong on this node; those of the other nodes."""
+    def agree(self) -> None:
+        """Find out whether the ranks of all nodes go on.
+
+        Raises:
+            MismatchError, CapacityError: they do not. It is raised on every rank, and nothing is under way any more.
+        """
+        verdicts = self._others_verdicts()
+        for node in sorted(verdicts):
+            if verdicts[node].kind != FINE:
+                self.finish()
+                self.is_agreed = False
+                self._raise(verdicts[node])
+
+    def _tell_verdict(self, found: Verdict) -> None:
+        """Begin to tell the ranks of the rail what is wrong on this node, and to learn the same of theirs."""
         theirs = {node: self._empty(len(found)) for node in self._nodes.others}
-        words = self._words(found)
-        self.exchange({node: [words] for node in theirs}, {node: [part] for node, part in theirs.items()})
+        self._verdicts = self._tell(dict.fromkeys(theirs, self._words(found)), theirs), theirs
+
+    def _others_verdicts(self) -> dict[int, Verdict]:
+        """What is wrong on the other nodes."""
+        assert self._verdicts is not None
+        transfer, theirs = self._verdicts
+        for node in theirs:
+            transfer.wait(node)
         return {node: Verdict._make(part.tolist()) for node, part in theirs.items()}
 
     def _gather(self, mine: Sequence[int]) -> list[list[int]]:
-        """One row to every rank of the node: a dispatch."""
-        padded = [*mine, *[0] * (_padded(len(mine)) - len(mine))]
+        """One row to every rank of the node: a dispatch, unless there is no other."""
+        if len(self._nodes.topology.local_ranks) == 1:
+            return [list(mine)]
+        words = [*mine, *[0] * (padded(len(mine)) - len(mine))]
         device = self.who.device
-        row = self._words(padded).view(1, -1).to(device)
+        row = self._words(words).view(1, -1).to(device)
         count = len(self._nodes.topology.local_ranks)
         member = torch.ones((1, count), dtype=torch.bool, device=device)
         once = torch.ones(count, dtype=torch.int32, device=device)
         plan = SendPlan(row.view(torch.uint8), None, None, None, member, once, once, 0, None)
-        rows = torch.empty((count, len(padded)), dtype=_WORDS, device=device)
+        rows = torch.empty((count, len(words)), dtype=WORDS, device=device)
         with self.who.plane.dispatch(self.signature, plan) as exchange:
             exchange.pull(Outputs(rows.view(torch.uint8), None, None, None, torch.empty_like(once)))
         found: list[list[int]] = rows.tolist()
@@ -358,60 +381,48 @@ class Operation:
         """The first thing that is wrong on this node."""
         topology = self._nodes.topology
         for share in shares:
-            if share.verdict.kind == _SIGNATURES:
+            if share.verdict.kind == SIGNATURES:
                 return share.verdict
         for share in shares:
-            if share.verdict.kind != _FINE:
+            if share.verdict.kind != FINE:
                 return share.verdict
         for reader, share in enumerate(shares):
             rank = topology.local_ranks[reader]
             received = sum(relay.counts[node][reader] for relay in shares for node in range(topology.num_nodes))
             if share.worst and share.worst < received:
-                return Verdict(_CAPACITY, rank, 0, 0, share.worst, received)
+                return Verdict(CAPACITY, rank, 0, 0, share.worst, received)
             for index, relay in enumerate(shares):
                 for node in range(topology.num_nodes):
                     given = relay.counts[node][reader]
                     if share.expected and share.expected[node][index] != given:
                         source = topology.ranks_of_node(node)[index]
-                        return Verdict(_ROUTES, rank, source, 0, given, share.expected[node][index])
+                        return Verdict(ROUTES, rank, source, 0, given, share.expected[node][index])
         return Verdict()
 
-    def _raise(self, verdict: Verdict) -> None:
+    def _raise(self, verdict: Verdict) -> NoReturn:
         kind, rank, other, field, given, wanted = verdict
-        if kind == _SIGNATURES:
+        if kind == SIGNATURES:
             changed = list(self.signature)
             changed[field] = given
             one = Signature._make(changed)
             changed[field] = wanted
             reason = describe_difference(rank, one, other, Signature._make(changed))
             raise MismatchError(self.name, self.epoch, [other], reason)
-        if kind == _NODE:
+        if kind == NODE:
             raise MismatchError(self.name, self.epoch, [rank], "disagrees with ranks of its node")
-        if kind == _CAPACITY:
+        if kind == CAPACITY:
             reason = f"num_worst_tokens: got {given}; allowed: at least the {wanted} rows it receives"
             raise CapacityError(self.name, self.epoch, [rank], reason)
-        if kind == _STAGE:
+        if kind == STAGE:
             raise CapacityError(self.name, self.epoch, [rank], "no shared memory for the stage")
         reason = f"ranks disagree on handle: rank {other} has {given} rows for it, its own has {wanted}"
         raise MismatchError(self.name, self.epoch, [rank], reason)
 
     def _words(self, words: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(words, dtype=_WORDS, device=_CPU)
+        return torch.tensor(words, dtype=WORDS, device=_CPU)
 
     def _empty(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=_WORDS, device=_CPU)
-
-
-def share_bytes(topology: Topology, num_expected: int, num_extra: int) -> int:
-    """Bytes of a :class:`Share` with so many words of ``extra``; ``num_expected``: 1 with what is expected, or 0."""
-    nodes = topology.num_nodes
-    counts = nodes * len(topology.local_ranks) * (1 + num_expected)
-    return _WORDS.itemsize * _padded(len(Verdict._fields) + 2 * nodes + counts + 1 + num_extra)
-
-
-def _padded(num_words: int) -> int:
-    """Words that move: a GPU has one kernel for each width of a row, so let there be few."""
-    return -(-num_words // _WORDS_AT_A_TIME) * _WORDS_AT_A_TIME
+        return torch.empty(count, dtype=WORDS, device=_CPU)
 
 
 class _Counted(NamedTuple):
@@ -434,24 +445,3 @@ class _Counted(NamedTuple):
 
     def settle(self) -> None:
         self.transfer.settle()
-
-
-def _parse(words: list[int], nodes: int, ranks: int, has_expected: bool, row_bytes: int) -> Share:
-    rest = iter(words)
-
-    def take(count: int) -> list[int]:
-        return [next(rest) for _ in range(count)]
-
-    verdict = Verdict._make(take(len(Verdict._fields)))
-    num_rows, chunks = take(nodes), take(nodes)
-    counts = [take(ranks) for _ in range(nodes)]
-    expected = [take(ranks) for _ in range(nodes)] if has_expected else []
-    share = Share(verdict, num_rows, chunks, counts, expected, take(1)[0], list(rest))
-    received = sum(map(sum, counts))
-    if (
-        min([*words[len(Verdict._fields) :], *(chunk - 1 for chunk in chunks)]) < 0
-        or max(num_rows) >= 1 << 31
-        or received * row_bytes > ranks * MEMORY_BYTES
-    ):
-        raise HeapError(f"a rank of this node relays {num_rows} rows, in chunks of {chunks}, for {counts}")
-    return share

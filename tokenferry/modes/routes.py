@@ -8,6 +8,7 @@ relay got from the source.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ class Routes(NamedTuple):
     """[G][L]: its first received row of each source rank."""
     counts: list[list[int]]
     """[G][L]: its received rows of each source rank."""
+    rows: torch.Tensor | None = None
+    """int64: see :func:`rows_by_rank`; of a handle."""
 
     @property
     def num_relayed(self) -> list[int]:
@@ -44,6 +47,17 @@ def in_nodes(topology: Topology, is_token_in_rank: torch.Tensor) -> torch.Tensor
     order = [rank for node in range(topology.num_nodes) for rank in topology.ranks_of_node(node)]
     by_node = is_token_in_rank if order == sorted(order) else is_token_in_rank[:, order]
     return by_node.contiguous().view(len(by_node), topology.num_nodes, len(topology.local_ranks)).any(2)
+
+
+def index_of(ranks: Sequence[int]) -> slice | list[int]:
+    """What takes these ranks out of a dim of ranks; without a table, which a GPU would have to be sent, if it can."""
+    in_a_row = list(ranks) == list(range(ranks[0], ranks[0] + len(ranks)))
+    return slice(ranks[0], ranks[0] + len(ranks)) if in_a_row else list(ranks)
+
+
+def tokens_of(node_member: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    """[G]: int64, the tokens of each node, ascending, from bool [T, G] and how many there are: a GPU stops once."""
+    return list(torch.split(node_member.t().nonzero()[:, 1].contiguous(), list(counts)))
 
 
 def starts_of(topology: Topology, counts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -61,44 +75,45 @@ def make_handle(
     routes: Routes,
     is_token_in_rank: torch.Tensor,
     num_tokens_per_rank: torch.Tensor,
-    places: torch.Tensor,
+    num_rows: int,
 ) -> InternodeHandle:
-    """The handle of a dispatch.
+    """The handle of a dispatch; the places of the rows, :func:`places_of` it, are still to be set.
 
     Args:
         topology: who is where.
         routes: of the dispatch.
         is_token_in_rank: bool [T, R].
         num_tokens_per_rank: int32 [R].
-        places: int32 [M], of the received rows, -1 where there is none.
+        num_rows: M.
     """
-    device = is_token_in_rank.device
-
-    def column(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device).view(-1, 1)
-
+    device, by_rank = is_token_in_rank.device, topology.places
     node_member = in_nodes(topology, is_token_in_rank)
     members = list(routes.members)
     members[topology.node] = members[topology.node][routes.tokens[topology.node]]
-    relayed = column([len(member) for member in members])
-    by_rank = topology.places
+    relayed = [len(member) for member in members]
     counts = [routes.counts[node][index] for node, index in by_rank]
-    meta = torch.full((len(places), 2), -1, dtype=torch.int32, device=device)
-    for node, index in by_rank:
-        start = routes.starts[node][index]
-        meta[start : start + routes.counts[node][index], 0] = node
-    meta[:, 1] = places
+    numbers = {
+        "rdma_channel_prefix_matrix": [len(tokens) for tokens in routes.tokens],
+        "recv_rdma_channel_prefix_matrix": relayed,
+        "recv_rdma_rank_prefix_sum": list(accumulate(relayed)),
+        "recv_gbl_channel_prefix_matrix": [routes.starts[node][index] for node, index in by_rank],
+        "recv_gbl_rank_prefix_sum": list(accumulate(counts)),
+        "counts": counts,
+        "nodes": [node for node, _ in by_rank],
+    }
+    # Sent at once, since a GPU stops for it.
+    sent = torch.tensor(list(chain(*numbers.values())), dtype=torch.int32, device=device)
+    tables = dict(zip(numbers, torch.split(sent, list(map(len, numbers.values()))), strict=True))
+    nodes = torch.repeat_interleave(tables.pop("nodes"), tables.pop("counts"), output_size=sum(counts))
+    meta = torch.full((num_rows, 2), -1, dtype=torch.int32, device=device)
+    meta[: len(nodes), 0] = nodes
     return InternodeHandle(
         is_token_in_rank=is_token_in_rank,
-        rdma_channel_prefix_matrix=column([len(tokens) for tokens in routes.tokens]),
         gbl_channel_prefix_matrix=num_tokens_per_rank.view(-1, 1).clone(),
-        recv_rdma_channel_prefix_matrix=relayed,
-        recv_rdma_rank_prefix_sum=relayed.view(-1).cumsum(0, dtype=torch.int32),
-        recv_gbl_channel_prefix_matrix=column([routes.starts[node][index] for node, index in by_rank]),
-        recv_gbl_rank_prefix_sum=column(counts).view(-1).cumsum(0, dtype=torch.int32),
         recv_src_meta=meta.view(torch.uint8),
         send_rdma_head=_heads(node_member),
         send_nvl_head=torch.cat([_heads(member) for member in members]),
+        **{name: table.view(-1, 1) if name.endswith("matrix") else table for name, table in tables.items()},
     )
 
 
@@ -142,26 +157,37 @@ def places_of(handle: InternodeHandle) -> torch.Tensor:
 
 
 def _routes_of(topology: Topology, handle: InternodeHandle) -> Routes:
-    num_tokens, here = len(handle.is_token_in_rank), topology.node
+    num_tokens, here, nodes = len(handle.is_token_in_rank), topology.node, topology.num_nodes
     heads, name = handle.send_rdma_head, "handle.send_rdma_head"
     require(len(heads) == num_tokens, name, f"{len(heads)} rows", f"{num_tokens}, as in is_token_in_rank")
-    tokens = [column.nonzero().flatten() for column in (heads >= 0).unbind(1)]
-    ends = handle.recv_rdma_rank_prefix_sum.tolist()
+    node_member = heads >= 0
+    sums = (node_member.sum(0), handle.recv_rdma_rank_prefix_sum, handle.recv_gbl_rank_prefix_sum)
+    numbers = torch.cat(sums).tolist()  # at once, since a GPU stops for it
+    tokens = tokens_of(node_member, numbers[:nodes])
+    ends, sums_of_ranks = numbers[nodes : 2 * nodes], numbers[2 * nodes :]
     relayed = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     name = "handle.recv_rdma_rank_prefix_sum"
     require(min(relayed) >= 0, name, ends, "ascending sums")
     require(ends[-1] == len(handle.send_nvl_head), name, ends, f"{len(handle.send_nvl_head)} rows, as send_nvl_head")
     members = list(torch.split(handle.send_nvl_head >= 0, relayed))
-    members[here] = handle.is_token_in_rank[:, topology.local_ranks]
-    sums = handle.recv_gbl_rank_prefix_sum.tolist()
-    received = [end - start for start, end in zip([0, *sums[:-1]], sums, strict=True)]
+    members[here] = handle.is_token_in_rank[:, index_of(topology.local_ranks)]
+    received = [end - start for start, end in zip([0, *sums_of_ranks[:-1]], sums_of_ranks, strict=True)]
     name, num_rows = "handle.recv_gbl_rank_prefix_sum", len(handle.recv_src_meta)
-    require(min(received) >= 0, name, sums, "ascending sums")
-    require(sums[-1] <= num_rows, name, sums, f"at most the {num_rows} rows of recv_src_meta")
-    places, counts = places_of(handle), [[0] * len(topology.local_ranks) for _ in range(topology.num_nodes)]
+    require(min(received) >= 0, name, sums_of_ranks, "ascending sums")
+    require(sums_of_ranks[-1] <= num_rows, name, sums_of_ranks, f"at most the {num_rows} rows of recv_src_meta")
+    counts = [[0] * len(topology.local_ranks) for _ in range(nodes)]
     for rank, (node, index) in enumerate(topology.places):
         counts[node][index] = received[rank]
-        part = places[sums[rank] - received[rank] : sums[rank]]
-        ascends = bool((part.diff() > 0).all()) and not bool((part < 0).any())
-        require(ascends, "handle.recv_src_meta", describe(handle.recv_src_meta), f"ascending places of rank {rank}")
-    return Routes(tokens, members, starts_of(topology, counts), counts)
+    rows = rows_by_rank(places_of(handle), received)
+    ascends = bool((rows.diff() > 0).all() & (places_of(handle)[: len(rows)] >= 0).all())
+    require(ascends, "handle.recv_src_meta", describe(handle.recv_src_meta), "ascending places of each source rank")
+    return Routes(tokens, members, starts_of(topology, counts), counts, rows)
+
+
+def rows_by_rank(places: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """int64 [rows]: source rank and place in one number, which ascends, of the rows received from each rank, [R]."""
+    device, total = places.device, sum(counts)
+    ranks = torch.repeat_interleave(
+        torch.arange(len(counts), device=device), torch.tensor(counts, device=device), output_size=total
+    )
+    return (ranks << 32) + places[:total]

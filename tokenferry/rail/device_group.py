@@ -31,7 +31,12 @@ from tokenferry.rail.watch import Marker, Watch, Watched
 from tokenferry.topology import Topology
 
 _NEVER = timedelta(days=365)
-_POLL_SECONDS = 20e-6
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 20e-6, 200e-6
+"""Seconds between two looks at a marker. NCCL's own threads need the cores, too: the longer a host has waited, the
+longer it sleeps."""
+_SLEEP_SHARE = 0.05
+"""Of the time that it has waited already."""
+_LOOK_FOR_ERRORS_EVERY = 0.01
 _GRACE_SECONDS = 1.0
 """Between the moment when an exchange counts as over and that when its marker must have passed, or it has failed."""
 _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
@@ -233,18 +238,19 @@ class DeviceTransfer:
             return
         self.wait(self._nodes[0])
         self._rail.group()
-        marker, started, ended = self._marker, time.monotonic(), None
+        marker, started, ended, looked = self._marker, time.monotonic(), None, 0.0
         assert marker is not None  # no host waits for what is captured
         while not marker.query():
             now = time.monotonic()
-            if ended is None and all(work.is_completed() for work in self._works):
-                ended = now
+            if ended is None and now - looked > _LOOK_FOR_ERRORS_EVERY:
+                looked = now
+                ended = now if all(work.is_completed() for work in self._works) else None
             timed_out = now - started > self._seconds
             if timed_out or (ended is not None and now - ended > _GRACE_SECONDS):
                 self._rail.abandon()
                 reason = f"no sign of life for {now - started:.1f} s" if timed_out else "NCCL reports an error"
                 raise RailError(self._nodes, timed_out, reason)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(min(max(_SHORTEST_SLEEP, _SLEEP_SHARE * (now - started)), _LONGEST_SLEEP))
         self._works, self._parts = [], []
         self._rail.is_done_with(self)
 

@@ -41,6 +41,7 @@ class CpuDataPlane:
     """The operations of CPU ranks over a heap in shared memory; see :class:`tokenferry.dataplane.DataPlane`."""
 
     values_at_hand = True
+    least_part_bytes = 8 << 20
 
     def __init__(self, heap: Heap) -> None:
         self.heap = heap

@@ -59,6 +59,7 @@ class CudaDataPlane(CudaRank):
     """
 
     values_at_hand = False
+    least_part_bytes = 32 << 20
     epoch = 0
     """Operations are counted on the device."""
 
