@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.cases import TIMEOUT, Case, Scenario
@@ -202,6 +203,8 @@ def test_live_names_and_draws_the_slow_rank(tmp_path: Path) -> None:
 
 def test_slow_rank_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--live", "--ranks", "2", "--slow", "2"]) == 2
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        assert cli.main(["doctor", "--live", "--device", "cuda"]) == 2
     assert "--slow: got 2" in capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.rail import Rail
 from tokenferry.rendezvous import node_group
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
-from tokenferry.stats import Recorder
+from tokenferry.stats import Recorder, Waits
 from tokenferry.streams import CommStream
 from tokenferry.topology import Topology
 
@@ -195,6 +195,19 @@ class CudaRuntime:
     def rail_bytes(self) -> int:
         """Bytes sent to other nodes."""
         return 0 if self._nodes is None else self._nodes.rail.bytes_sent
+
+    def kernel_waits(self, *, reset: bool) -> dict[int, dict[int, Waits]]:
+        """What kernels have waited, by kind of operation and rank of the group.
+
+        Raises:
+            BufferStateError: a CUDA graph is being captured.
+        """
+        if self._plane is None:
+            return {}
+        ranks = self.topology.local_ranks
+        with torch.cuda.device(self.device):
+            found = self._plane.waits.read(reset=reset)
+        return {kind: {ranks[peer]: waits for peer, waits in of.items()} for kind, of in found.items()}
 
     def destroy(self) -> None:
         """Let go of all memory. Local: no peer is waited for. May be called again."""

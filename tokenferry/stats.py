@@ -3,8 +3,8 @@
 A rank is *idle* while it can neither stage nor read anything; the ranks that keep it from going on are *waited for*.
 On CPU ranks both come from the waiting loop of the heap, between nodes also from waits on the rail. A *wait* is the
 idle time of one phase of an operation (the agreement, the rows) for one rank, so several may be waited for at a time,
-and their waits may add up to more than the idle time. On GPUs the kernels wait for each other, unseen by the host:
-idle is what the host waits for the counts of a dispatch, and no rank is named.
+and their waits may add up to more than the idle time. On GPUs the kernels wait, and count for whom, in memory of the
+device that is read when somebody asks; idle is what the host waits for the counts of a dispatch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ class Waits:
     total_ns: int = 0
     longest_ns: int = 0
 
+    def __add__(self, other: Waits) -> Waits:
+        """Both, where none is in the other."""
+        return Waits(self.count + other.count, self.total_ns + other.total_ns, max(self.longest_ns, other.longest_ns))
+
 
 @dataclass(frozen=True)
 class PeerStats:
@@ -31,7 +35,7 @@ class PeerStats:
 
     Attributes:
         rank: the other rank.
-        waits: for it.
+        waits: for it; on a GPU those of the kernels.
         bytes_read: rows of it that this rank has read from shared memory, with what travels beside them.
     """
 
@@ -51,7 +55,7 @@ class OperationStats:
         idle: time in which the rank (on a GPU: its host) could do nothing but wait, whoever for.
         bytes_staged: rows that this rank has put into shared memory, once for all readers, with what travels beside
             them. 0 on GPUs.
-        peers: every rank of the group; of this rank itself, and on GPUs, all is 0.
+        peers: every rank of the group; of this rank itself all is 0, and on GPUs ``bytes_read``.
     """
 
     kind: str
@@ -88,7 +92,7 @@ class BufferStats:
         for operation in self.operations:
             if operation.kind == kind:
                 return operation
-        return _snapshot(kind, _Counts(), self.num_ranks)
+        return _snapshot(kind, _Counts(), self.num_ranks, {})
 
     def waited_for(self) -> list[int]:
         """[R]: nanoseconds that this rank has waited for each rank, over all kinds of operations."""
@@ -166,12 +170,26 @@ class Recorder:
             for rank, nanoseconds in for_ranks.items():
                 counts.waits.setdefault(rank, _Tally()).add(nanoseconds)
 
-    def snapshot(self, rank: int, names: Mapping[int, str], num_ranks: int, rail_bytes: int) -> BufferStats:
-        """What has been counted; ``names`` are those of the kinds."""
+    def snapshot(
+        self,
+        rank: int,
+        names: Mapping[int, str],
+        num_ranks: int,
+        rail_bytes: int,
+        on_device: Mapping[int, Mapping[int, Waits]] | None = None,
+    ) -> BufferStats:
+        """What has been counted; ``names`` are those of the kinds.
+
+        ``on_device``: waits that kernels have counted, by kind and rank; also of operations that no call has begun,
+        as those of a graph.
+        """
+        kernels = on_device or {}
         with self._lock:
             operations = tuple(
-                _snapshot(names.get(kind, str(kind)), counts, num_ranks)
-                for kind, counts in sorted(self._kinds.items())
+                _snapshot(
+                    names.get(kind, str(kind)), self._kinds.get(kind, _Counts()), num_ranks, kernels.get(kind, {})
+                )
+                for kind in sorted({*self._kinds, *kernels})
             )
         return BufferStats(rank, num_ranks, operations, rail_bytes)
 
@@ -181,10 +199,12 @@ class Recorder:
             self._kinds.clear()
 
 
-def _snapshot(name: str, counts: _Counts, num_ranks: int) -> OperationStats:
+def _snapshot(name: str, counts: _Counts, num_ranks: int, on_device: Mapping[int, Waits]) -> OperationStats:
     none = _Tally()
     peers = tuple(
-        PeerStats(rank, counts.waits.get(rank, none).waits(), counts.bytes_read.get(rank, 0))
+        PeerStats(
+            rank, counts.waits.get(rank, none).waits() + on_device.get(rank, Waits()), counts.bytes_read.get(rank, 0)
+        )
         for rank in range(num_ranks)
     )
     return OperationStats(name, counts.count, counts.call_ns, counts.idle.waits(), counts.bytes_staged, peers)

@@ -21,7 +21,7 @@ _LIKE_THE_SLOWEST = 0.5
 _ABOVE_THE_OTHERS = 2.0
 """How far a slow rank is above the median of those that are not."""
 _LEAST_SHARE = 0.1
-"""Of the time that the others spent in calls: less above that median is not worth a word."""
+"""Of the time that the others spent in operations: less above that median is not worth a word."""
 _MOST_IN_TABLE = 16
 
 
@@ -46,8 +46,8 @@ class WaitReport:
 def wait_report(buffer: Buffer, picture: Path | str | None = None, *, reset: bool = False) -> WaitReport:
     """Gather the statistics of all ranks, and name those that the others wait for.
 
-    Collective, like construction: every rank must call, and gets the same report. On GPUs no rank is named: there the
-    kernels wait (:mod:`tokenferry.stats`).
+    Collective, like construction: every rank must call, and gets the same report. On GPUs the waits are those of the
+    kernels, also under CUDA graphs.
 
     Args:
         buffer: of this rank.
@@ -69,7 +69,11 @@ def wait_report(buffer: Buffer, picture: Path | str | None = None, *, reset: boo
 def analyse(gathered: Sequence[BufferStats]) -> WaitReport:
     """The report of the statistics of all ranks, by rank."""
     waited = tuple(tuple(stats.waited_for()) for stats in gathered)
-    slow = find_slow(waited, [sum(of.call_ns for of in stats.operations) for stats in gathered])
+    # On GPUs calls return before kernels have waited: the time of a rank is at least what it waited for one other.
+    spent = [
+        max(sum(of.call_ns for of in stats.operations), *row) for stats, row in zip(gathered, waited, strict=True)
+    ]
+    slow = find_slow(waited, spent)
     return WaitReport(waited, slow, "\n".join([_verdict(gathered, waited, slow), "", *_table(waited, slow)]))
 
 
@@ -78,12 +82,12 @@ def waited_for(waited: Sequence[Sequence[int]]) -> list[int]:
     return [sum(row[rank] for row in waited) for rank in range(len(waited))]
 
 
-def find_slow(waited: Sequence[Sequence[int]], call_ns: Sequence[int]) -> tuple[int, ...]:
+def find_slow(waited: Sequence[Sequence[int]], spent: Sequence[int]) -> tuple[int, ...]:
     """The ranks that stand out, slowest first.
 
     Args:
         waited: the matrix.
-        call_ns: time that each rank spent in calls.
+        spent: nanoseconds that each rank spent in operations.
     """
     totals = waited_for(waited)
     worst = max(totals)
@@ -93,7 +97,7 @@ def find_slow(waited: Sequence[Sequence[int]], call_ns: Sequence[int]) -> tuple[
     others = [total for rank, total in enumerate(totals) if rank not in slow]
     if not others:
         return ()
-    usual, time_of_others = statistics.median(others), sum(call_ns) - call_ns[slow[0]]
+    usual, time_of_others = statistics.median(others), sum(spent) - spent[slow[0]]
     stands_out = worst > _ABOVE_THE_OTHERS * usual and worst - usual > _LEAST_SHARE * time_of_others
     return tuple(slow) if stands_out else ()
 

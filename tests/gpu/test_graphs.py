@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch.distributed as dist
 
 from tests import oracle
 from tests.cases import same
-from tokenferry import ArgumentError, Buffer
+from tokenferry import ArgumentError, Buffer, BufferStateError
 from tokenferry.cli.ranks import RankPool
 
 TOKENS, HIDDEN, TOPK, LOCAL = 48, 1024, 4, 4
+LATE = 0.1
+"""Seconds."""
 
 
 def inputs_of(num_ranks: int, seed: int) -> list[oracle.Inputs]:
@@ -95,6 +98,38 @@ def check_replays(rank: int, num_ranks: int) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_replays_mixed_with_eager_calls(gpu_pool_of: Callable[[int], RankPool], num_ranks: int) -> None:
     gpu_pool_of(num_ranks).run(check_replays)
+
+
+def check_waits_of_replays(rank: int, num_ranks: int) -> None:
+    """Kernels count for whom they wait, also where no host calls anything."""
+    with Buffer(dist.group.WORLD, timeout=20.0, device="cuda") as buffer:
+        step = Step(buffer, rank, num_ranks)
+        step.load(inputs_of(num_ranks, 3))
+        step.run(TOKENS * num_ranks)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step.run(TOKENS * num_ranks)
+            with pytest.raises(BufferStateError, match="captured"):
+                buffer.stats()
+        torch.cuda.synchronize()
+        dist.barrier()
+        buffer.stats(reset=True)
+        for _ in range(3):
+            if rank == 1:
+                torch.cuda.synchronize()
+                time.sleep(LATE)
+            graph.replay()
+        torch.cuda.synchronize()
+        waited = buffer.stats()
+    if rank == 0:
+        assert waited.waited_for()[1] > 0.8 * 3 * LATE * 1e9, waited
+        assert waited.of("dispatch").peers[1].waits.longest_ns > 0.8 * LATE * 1e9, waited
+    else:
+        assert sum(waited.waited_for()) < LATE * 1e9, waited
+
+
+def test_waits_of_replays_are_counted(gpu_pool_of: Callable[[int], RankPool]) -> None:
+    gpu_pool_of(2).run(check_waits_of_replays)
 
 
 def check_capture_that_would_wait(rank: int, num_ranks: int) -> None:

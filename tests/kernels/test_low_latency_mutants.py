@@ -169,7 +169,8 @@ class Mutant:
         return dict(zip(("dispatch", "combine"), copies, strict=True))
 
 
-CREDIT = "bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)\n"
+CREDIT = "bits = credit(own, state, status, slot, epoch, operation, timeout, False, SHRINK, R, RB, THREADS)\n"
+FIRST_CREDIT = CREDIT.replace("False", "COUNTS")
 ALL = "bits = (1 << R) - 1\n"
 SIGN = "        sign(heap, rank, slot, signature, bits, RB)\n"
 LACKS = "        failed = lacks(bits, SHRINK, R)\n"
@@ -181,11 +182,18 @@ FIRST_LOOK = "epoch, failed = first_look(state, state + PUSH_EPOCH, THREADS)\n"
 BEGIN = "        before = begin(state, epoch)\n"
 PUBLISH = "    publish(heap, state, rank, slot, epoch, num_tokens, num_senders, failed, SHRINK, R, RB, THREADS)\n"
 RELEASE = "release(heap, state, rank, R, RB, DEPTH)\n"
-WAIT_FOR_WEIGHTS = "there = wait_at_least(state, flag, epoch << TOKEN_BITS, patience, state + MASKED + source)"
+WAIT_FOR_WEIGHTS = """there = wait_at_least(
+                state, flag, epoch << TOKEN_BITS, patience, operation, source, state + MASKED + source,
+                FOR_WEIGHTS if COUNTS else None,
+            )  # fmt: skip
+"""
 NEW_VERDICT = "((verdict >> 32) ^ epoch) & 0xFFFFFFFF != 0"
 FIRST_DECIDES = "    if SHRINK:\n        if index == 0:\n"
 UNMASKED = "            on = unmasked(state, R, RB, SHRINK, THREADS)\n"
-VERDICT_WAITS = "            seen = wait_ranks(state, flags, goals, on, rank, timeout, R, RB, THREADS)\n"
+VERDICT_WAITS = """            seen = wait_ranks(
+                state, flags, goals, on, rank, timeout, operation, True, R, RB, THREADS, wait_stats=wait_stats
+            )  # fmt: skip
+"""
 
 MUTANTS = {
     # Credit.
@@ -194,10 +202,10 @@ MUTANTS = {
         shared, "tl.store(state + SENT_TO + slot", "tl.store(state + SENT_TO + 2 * RANKS + slot", "dispatches ahead"
     ),
     "credit for the operation before": Mutant(shared, SENT_TO, SENT_TO + " - 2", "dispatches ahead"),
-    "counts without credit": Mutant(dispatch, CREDIT + LACKS, ALL + LACKS, "dispatches ahead"),
+    "counts without credit": Mutant(dispatch, FIRST_CREDIT + LACKS, ALL + LACKS, "dispatches ahead"),
     "choices without credit": Mutant(dispatch, CREDIT + "    place", ALL + "    place", "dispatches ahead"),
     "rows without credit": Mutant(dispatch, CREDIT + "    e =", ALL + "    e =", "dispatches ahead"),
-    "weights without credit": Mutant(combine, CREDIT + LACKS + SIGN, ALL + LACKS + SIGN, "combine ahead"),
+    "weights without credit": Mutant(combine, FIRST_CREDIT + LACKS + SIGN, ALL + LACKS + SIGN, "combine ahead"),
     "exact rows without credit": Mutant(combine, CREDIT + "    if has", ALL + "    if has", "combine ahead, exact"),
     "credit of a masked rank": Mutant(
         shared, "on = unmasked(state, R, RB, SHRINK, THREADS)\n    received", "on = r < R\n    received", "left alone"
@@ -229,7 +237,7 @@ MUTANTS = {
     "signature is not looked at": Mutant(shared, "theirs != signature", "theirs != theirs", "refused"),
     "signature is not sent": Mutant(dispatch, SIGN, "", "once"),
     # Weights.
-    "no wait for weights": Mutant(combine, WAIT_FOR_WEIGHTS, "there = True", "there and back"),
+    "no wait for weights": Mutant(combine, WAIT_FOR_WEIGHTS, "there = True\n", "there and back"),
     "weights of the operation before": Mutant(
         combine, WAIT_FOR_WEIGHTS, WAIT_FOR_WEIGHTS.replace("epoch", "(epoch - 2)"), "there and back"
     ),

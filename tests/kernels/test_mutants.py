@@ -260,6 +260,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "direct": _repeated("direct"),
     "staged": _repeated("staged", length=1),
     "mixed": _repeated("mixed"),
+    "three ranks": _repeated("direct", num_ranks=3, length=1),
     "one way": _repeated("direct", routing="one_rank"),
     "mixed, one way": _repeated("mixed", routing="one_rank"),
     "dispatches": _repeated("staged", routing="sparse", stage_bytes=4096, combines=False, length=4),
@@ -298,8 +299,8 @@ WRITE_MESSAGE = """write_message(
             """
 SIGNAL_MESSAGE = "signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))"
 SIGNAL_LIST = "        tl.debug_barrier()\n        signal(word(base, PUBLISHED + rank * LINE), progress(epoch, 1))\n"
-WAIT_FOR_READERS = """if (staged == 0) & (tl.load(state + FAILED) == 0):
-        for reader"""
+WAIT_FOR_READERS = "if (staged == 0) & (tl.load(state + FAILED) == 0):"
+LISTEN = "alive = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R)"
 LAST_STAGER = "if is_last(state + STAGE_ARRIVED + this % 2, num_stagers):"
 LAST_READER = "if is_last(state + ROUND_ARRIVED + this % 2, num_readers):"
 LIST = """        sent = send_list(ids, member, send_head, num_tokens, reader, R, BLOCK)
@@ -312,7 +313,7 @@ HOST_DONE = "tl.debug_barrier()\n    tell_host(host + HOST_DONE, epoch)"
 MUTANTS = {
     # Waiting and signalling.
     "signal relaxed": Mutant(sync, 'xchg(flag, value, sem="release"', 'xchg(flag, value, sem="relaxed"', "staged"),
-    "wait relaxed": Mutant(sync, 'sem="acquire"', 'sem="relaxed"', "staged", 2),
+    "wait relaxed": Mutant(sync, 'sem="acquire"', 'sem="relaxed"', "staged", 4),
     "wait for any step": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "epoch << EPOCH_SHIFT", "staged"),
     "wait for any epoch": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "step", "direct"),
     "wait for just this step": Mutant(sync, "while (seen < value)", "while (seen != value)", "staged"),
@@ -324,17 +325,18 @@ MUTANTS = {
         SIGNAL_MESSAGE + "\n            " + WRITE_MESSAGE,
         "direct",
     ),
-    "nobody waits for messages": Mutant(sync, "progress(epoch, step), operation", "0, operation", "direct"),
+    "nobody waits for messages": Mutant(sync, "progress(epoch, step), rank", "0, rank", "direct"),
     "messages of the previous epoch": Mutant(
-        sync, "progress(epoch, step), operation", "progress(epoch - 1, step), operation", "direct"
+        sync, "progress(epoch, step), rank", "progress(epoch - 1, step), rank", "direct"
     ),
     "one message is not waited for": Mutant(
-        sync, "for source in range(R):\n        patience", "for source in range(R - 1):\n        patience", "direct"
+        sync, "in range(R):\n        if tl.atomic_add", "in range(R - 1):\n        if tl.atomic_add", "direct"
     ),
+    "whoever comes ends the wait": Mutant(sync, "missing = missing ^ (1 << peer)", "missing = zero()", "three ranks"),
     "list over an unread one": Mutant(notify, "progress(epoch - 1, ALL)", "0", "unread"),
     "list after its flag": Mutant(notify, LIST + SIGNAL_LIST, SIGNAL_LIST + LIST, "dispatches"),
     "no barrier after the list": Mutant(notify, SIGNAL_LIST, SIGNAL_LIST.partition("\n")[2], "direct"),
-    "nobody listens": Mutant(notify, "progress(epoch, 1), patience", "0, patience", "direct"),
+    "nobody listens": Mutant(notify, LISTEN, "alive = True", "direct"),
     "counts after their flag": Mutant(
         notify, "    if alive:\n        code", "    " + HOST_DONE + "\n    if alive:\n        code", "counted"
     ),

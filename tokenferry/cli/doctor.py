@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--delay", type=_seconds, default=50.0, help="with --live: its delay, in ms (default: %(default)s)"
     )
     parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="with --live: of the ranks (default: %(default)s)"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("doctor-out"), help="with --live: folder for the picture (%(default)s)"
     )
 
@@ -107,6 +110,9 @@ def _live(args: argparse.Namespace) -> int:
     if not -1 <= args.slow < args.ranks:
         print(f"error: --slow: got {args.slow}; allowed: a rank below {args.ranks}, or -1", file=sys.stderr)
         return 2
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: --device: got cuda; allowed: cpu, since there is no GPU", file=sys.stderr)
+        return 2
     picture = args.output / "waits.png"
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture without matplotlib: pip install 'tokenferry[cli]'", file=sys.stderr)
@@ -118,7 +124,7 @@ def _live(args: argparse.Namespace) -> int:
         )
         print(f"{args.ranks} ranks dispatch and combine; {delayed}", flush=True)
     try:
-        report = live(args.ranks, slow, args.delay, args.seconds, picture, is_quiet=args.json)
+        report = live(args.ranks, slow, args.delay, args.seconds, picture, device=args.device, is_quiet=args.json)
     except RankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -18,7 +18,14 @@ _TIMEOUT = 60.0
 
 
 def live(
-    num_ranks: int, slow: int | None, delay_ms: float, seconds: float, picture: Path | None, *, is_quiet: bool = False
+    num_ranks: int,
+    slow: int | None,
+    delay_ms: float,
+    seconds: float,
+    picture: Path | None,
+    *,
+    device: str = "cpu",
+    is_quiet: bool = False,
 ) -> WaitReport:
     """Let ranks dispatch and combine, and print a report about once a second.
 
@@ -28,13 +35,14 @@ def live(
         delay_ms: how late.
         seconds: how long.
         picture: PNG file for the whole time; None: no picture.
+        device: type of the device of the ranks, who share GPUs where they are more.
         is_quiet: print nothing.
 
     Returns:
         The report of the whole time.
     """
     with RankPool(num_ranks, num_threads=1) as pool:
-        reports: list[WaitReport] = pool.run(_work, slow, delay_ms / 1e3, seconds, picture, is_quiet)
+        reports: list[WaitReport] = pool.run(_work, slow, delay_ms / 1e3, seconds, picture, device, is_quiet)
     return reports[0]
 
 
@@ -45,17 +53,22 @@ def _work(
     delay: float,
     seconds: float,
     picture: Path | None,
+    device_type: str,
     is_quiet: bool,
 ) -> WaitReport:
+    device = torch.device(device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     made = torch.Generator().manual_seed(rank)
-    x = torch.randn((_TOKENS, _HIDDEN), generator=made).bfloat16()
+    x = torch.randn((_TOKENS, _HIDDEN), generator=made).bfloat16().to(device)
     experts = num_ranks * _EXPERTS
-    ids = torch.rand((_TOKENS, experts), generator=made).topk(_TOPK).indices
-    weights = torch.rand((_TOKENS, _TOPK), generator=made)
+    ids = torch.rand((_TOKENS, experts), generator=made).topk(_TOPK).indices.to(device)
+    weights = torch.rand((_TOKENS, _TOPK), generator=made).to(device)
     began = time.monotonic()
     next_report = began + min(1.0, seconds)
     calls = 0
-    with Buffer(dist.group.WORLD, timeout=_TIMEOUT, device="cpu") as buffer:
+    with Buffer(dist.group.WORLD, timeout=_TIMEOUT, device=device) as buffer:
         while True:
             if rank == slow:
                 time.sleep(delay)

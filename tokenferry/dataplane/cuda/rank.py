@@ -12,6 +12,7 @@ import torch
 from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.status import Status
+from tokenferry.dataplane.cuda.waits import DeviceWaits
 from tokenferry.errors import ArgumentError
 from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
@@ -43,6 +44,9 @@ class CudaRank:
         queue: of all launches.
         timeout: seconds that a kernel waits for a peer.
         most_programs: programs of a kernel that surely run at a time.
+
+    Attributes:
+        waits: what the kernels have waited.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class CudaRank:
             self._heap_table = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
             self._region_table = torch.zeros_like(regions.table, device=device, pin_memory=False)
             self._ready = torch.zeros_like(regions.ready, device=device, pin_memory=False)
+        self.waits = DeviceWaits(self._state, self.rank, self.num_ranks)
         self._copies: deque[tuple[torch.cuda.Event, int]] = deque()
         torch.cuda.synchronize(device)
         self._context = tuple(

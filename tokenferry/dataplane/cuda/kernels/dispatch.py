@@ -310,7 +310,11 @@ def agree(
                 heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, held, operation,
                 timeout, NUM_COLUMNS, R,
             )  # fmt: skip
-    going = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, R)
+    if CACHED:
+        counts = tl.program_id(0) == tl.num_programs(0) - 1  # not the one that publishes
+    else:
+        counts = False  # the kernel before this one has waited
+    going = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, counts, R)
     if going:
         if CACHED:
             if first_mismatch(heap, rank, signature, R) >= 0:

@@ -50,6 +50,8 @@ from tokenferry.dataplane.cuda.kernels.words import (
     SENT_TO,
     TIMED_OUT,
     VERDICTS,
+    WAIT_WORDS,
+    WAITS,
 )
 
 TOKEN_BITS = tl.constexpr(20)
@@ -138,29 +140,48 @@ def first_look(state, number, THREADS: tl.constexpr):
 
 
 @triton.jit
+def count_waits(state, operation, ranks, rank, nanoseconds, wait_stats, RB: tl.constexpr):
+    """Count waits that are over, for some ranks (a set of bits); nobody waits until that has arrived."""
+    r = tl.arange(0, RB)
+    on = ((ranks >> r) & 1) != 0
+    if wait_stats != 0:
+        stats = longs_at(wait_stats) + r
+        tl.store(stats, tl.load(stats, mask=on, other=0) + nanoseconds, mask=on)
+    on = on & (r != rank)
+    at = state + WAITS + operation * RANKS + r
+    many = tl.zeros([RB], tl.int64) + nanoseconds
+    tl.atomic_add(at, tl.full([RB], 1, tl.int64), mask=on, sem="relaxed", scope="gpu")
+    tl.atomic_add(at + WAIT_WORDS, many, mask=on, sem="relaxed", scope="gpu")
+    tl.atomic_max(at + 2 * WAIT_WORDS, many, mask=on, sem="relaxed", scope="gpu")
+
+
+@triton.jit
 def wait_ranks(
-    state, words, goals, on, rank, timeout, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
-    received=None, wait_stats=None,
+    state, words, goals, on, rank, timeout, operation, counts, R: tl.constexpr, RB: tl.constexpr,
+    THREADS: tl.constexpr, received=None, wait_stats=0,
 ):  # fmt: skip
     """Wait until the words of all ranks that are on have reached their goals, or the time is up; return the words.
 
     Receivers do not wait for those that are given up meanwhile, and longer while several are missing or were given
     up; for this rank's own word as long as it takes, since the waits of its senders end; for nobody once all is lost.
-    Senders tell where lies what this rank has ``received``: if that is too old for own credit, no wait helps. The
-    nanoseconds until each word has come are added to ``wait_stats``, if given.
+    Senders tell where lies what this rank has ``received``: if that is too old for own credit, no wait helps. A
+    program that ``counts`` adds how long each word was missing, from the moment when it found that some was, also to
+    ``wait_stats``, int64 [R], where that address is not 0.
     """
     r = tl.arange(0, RB)
-    if wait_stats is not None:
-        start = now()
-        waited = tl.zeros([RB], tl.int64)
     seen = poll(words, R, RB, THREADS)
     behind = on & (seen < goals)
-    missing = tl.max(behind.to(tl.int32))
-    own = tl.max((behind & (r == rank)).to(tl.int32))
+    missing = tl.reduce(tl.where(behind, 1 << r, 0), 0, either)
+    own = zero()
+    if received is None:
+        own = 1 << (rank + zero())
+    begun = zero().to(tl.int64)
+    if counts & (missing != 0):
+        begun = now()
     polls = zero()
     late = polls != 0
     deadline = zero().to(tl.int64)
-    while ((missing != 0) & (late == 0)) | (own != 0):
+    while ((missing != 0) & (late == 0)) | ((missing & own) != 0):
         polls += 1
         if polls % 64 == 0:
             time = clock(state)
@@ -172,18 +193,18 @@ def wait_ranks(
                 late = time >= deadline + tl.where(several, timeout * 7 // 2, 0)
                 if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") != 0:
                     late = polls != 0
-                    rank = -1
+                    own = zero()
             else:
                 late = (time >= deadline) | (tl.load(received) < tl.max(goals))
             polls = tl.where(polls == 1 << 20, 1 << 19, polls)
         seen = poll(words, R, RB, THREADS)
         behind = on & (seen < goals)
-        missing = tl.max(behind.to(tl.int32))
-        own = tl.max((behind & (r == rank)).to(tl.int32))
-        if wait_stats is not None:
-            waited = tl.where(behind, now() - start, waited)
-    if wait_stats is not None:
-        tl.store(wait_stats + r, tl.load(wait_stats + r, mask=r < R, other=0) + waited, mask=r < R)
+        still = tl.reduce(tl.where(behind, 1 << r, 0), 0, either)
+        if counts & (still != missing):
+            count_waits(state, operation, missing ^ still, rank, now() - begun, wait_stats, RB)
+        missing = still
+    if counts & (missing != 0):
+        count_waits(state, operation, missing, rank, now() - begun, wait_stats, RB)
     return seen
 
 
@@ -220,7 +241,7 @@ def unmasked(state, R: tl.constexpr, RB: tl.constexpr, SHRINK: tl.constexpr, THR
 
 @triton.jit
 def credit(
-    own, state, status, slot, epoch, operation, timeout,
+    own, state, status, slot, epoch, operation, timeout, counts,
     SHRINK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Wait until this rank may push into the slot of every rank; the ranks where it may, as a set of bits.
@@ -232,7 +253,8 @@ def credit(
     on = unmasked(state, R, RB, SHRINK, THREADS)
     received = state + RECEIVED + slot
     seen = wait_ranks(
-        state, words_of(own, PUSH_RELEASED, slot), goals, on, -1, timeout, R, RB, THREADS, received=received
+        state, words_of(own, PUSH_RELEASED, slot), goals, on, -1, timeout, operation, counts, R, RB, THREADS,
+        received=received,
     )  # fmt: skip
     missing = on & (seen < goals)
     on = on & (seen >= goals)
@@ -364,17 +386,12 @@ def arrivals(
     goals = tl.zeros([RB], tl.int64) + (epoch << TOKEN_BITS)
     on = r < R
     first = index == 0
-    if (index == 0) & (wait_stats != 0):
-        if SHRINK:
-            on = unmasked(state, R, RB, SHRINK, THREADS)
-        wait_ranks(
-            state, flags, goals, on, rank, timeout, R, RB, THREADS, wait_stats=longs_at(wait_stats)
-        )  # fmt: skip
-        timeout = timeout * 0
     if SHRINK:
         if index == 0:
             on = unmasked(state, R, RB, SHRINK, THREADS)
-            seen = wait_ranks(state, flags, goals, on, rank, timeout, R, RB, THREADS)
+            seen = wait_ranks(
+                state, flags, goals, on, rank, timeout, operation, True, R, RB, THREADS, wait_stats=wait_stats
+            )  # fmt: skip
             missing = on & (seen < goals)
             if tl.max(missing.to(tl.int32)) != 0:
                 if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") == 0:
@@ -390,7 +407,9 @@ def arrivals(
         there = (r < R) & (((verdict >> r) & 1) != 0)
         seen = tl.load(flags + r, mask=there, other=0)
     else:
-        seen = wait_ranks(state, flags, goals, on, rank, timeout, R, RB, THREADS)
+        seen = wait_ranks(
+            state, flags, goals, on, rank, timeout, operation, index == 0, R, RB, THREADS, wait_stats=wait_stats
+        )  # fmt: skip
         there = on & (seen >= goals)
         missing = on & (seen < goals)
         if tl.max(missing.to(tl.int32)) != 0:

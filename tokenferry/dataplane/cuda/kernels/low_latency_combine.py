@@ -37,7 +37,13 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     words_of,
 )
 from tokenferry.dataplane.cuda.kernels.sync import report, wait_at_least, zero
-from tokenferry.dataplane.cuda.kernels.words import BAD_EXPERT, MASKED, PUSH_EPOCH, PUSHED_WEIGHTS
+from tokenferry.dataplane.cuda.kernels.words import (
+    BAD_EXPERT,
+    FOR_WEIGHTS,
+    MASKED,
+    PUSH_EPOCH,
+    PUSHED_WEIGHTS,
+)
 
 SKIP = tl.constexpr(0x7FC5AFE0)
 """The bits of a NaN that stands for no weight."""
@@ -84,8 +90,8 @@ def check_ids(status, ids, num_tokens, operation, epoch, E: tl.constexpr, K: tl.
 @triton.jit
 def send_sum(
     heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, timeout, patience,
-    source, token, part, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr,
-    R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
+    source, token, part, COUNTS: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    L: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """A part of the sum of a token's rows on this rank, sent home; returns whether that failed."""
     r = tl.arange(0, RB)
@@ -103,13 +109,16 @@ def send_sum(
         rows = rows + (values,)  # type: ignore[assignment]
     if any_row != 0:
         # The rows are under way while the weights are waited for.
-        bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+        bits = credit(own, state, status, slot, epoch, operation, timeout, False, SHRINK, R, RB, THREADS)
         flag = words_of(own, PUSHED_WEIGHTS, slot) + source
         there = has(bits, source)
         if there:
             for_ever = zero().to(tl.int64) + (1 << 61)  # this rank's own come from sender 0, whose waits end
             patience = tl.where(source == rank, for_ever, patience * 9 // 4)
-            there = wait_at_least(state, flag, epoch << TOKEN_BITS, patience, state + MASKED + source)
+            there = wait_at_least(
+                state, flag, epoch << TOKEN_BITS, patience, operation, source, state + MASKED + source,
+                FOR_WEIGHTS if COUNTS else None,
+            )  # fmt: skip
             if not there:
                 if tl.atomic_add(state + MASKED + source, 0, sem="relaxed", scope="gpu") == 0:
                     seen = poll(words_of(own, PUSHED_WEIGHTS, slot), R, RB, THREADS)
@@ -146,7 +155,7 @@ def send_rows(
     h = part * WIDTH + tl.arange(0, WIDTH)
     place = (source * most + token).to(tl.int64)
     size = most.to(tl.int64) * (L * R)
-    bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+    bits = credit(own, state, status, slot, epoch, operation, timeout, False, SHRINK, R, RB, THREADS)
     if has(bits, source):
         home = tl.load(heap + source) + at + token.to(tl.int64) * (K * H * 2)
         home = tl.multiple_of(home.to(tl.pointer_type(tl.bfloat16)), 16)
@@ -162,15 +171,15 @@ def send_rows(
 def send(
     heap, own, state, status, ids, weights, x, table, num_tokens, most, rank, slot, epoch, signature, at, off_weights,
     operation, timeout, num_senders,
-    EXACT: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, L: tl.constexpr,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
-    DEPTH: tl.constexpr, THREADS: tl.constexpr,
+    COUNTS: tl.constexpr, EXACT: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+    RB: tl.constexpr, DEPTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """What a sender does."""
+    """What a sender does. It ``COUNTS`` its waits where no receiver runs beside it, who waits for the same ranks."""
     pid = tl.program_id(0)
     failed = zero()
     if pid == 0:
-        bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+        bits = credit(own, state, status, slot, epoch, operation, timeout, COUNTS, SHRINK, R, RB, THREADS)
         failed = lacks(bits, SHRINK, R)
         sign(heap, rank, slot, signature, bits, RB)
         if not EXACT:
@@ -195,7 +204,7 @@ def send(
             else:
                 failed = failed | send_sum(
                     heap, own, state, status, x, table, most, rank, slot, epoch, at, off_weights, operation, once,
-                    timeout, source, token, part, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
+                    timeout, source, token, part, COUNTS, SHRINK, H, K, L, WIDTH, R, RB, THREADS,
                 )  # fmt: skip
     if SHRINK:  # a rank whose tokens dispatch did not bring here, but which has been taken back since, gets no sums
         r = tl.arange(0, RB)
@@ -329,8 +338,8 @@ def combine(
             if tl.program_id(0) < num_senders:
                 send(
                     heap, own, state, status, ids, weights, x, src_info + most.to(tl.int64) * (L * R), num_tokens,
-                    most, rank, slot, epoch, signature, at, off_weights, operation, timeout, num_senders, EXACT,
-                    SHRINK, H, K, E, L, WIDTH, PARTS, BLOCK, R, RB, DEPTH, THREADS,
+                    most, rank, slot, epoch, signature, at, off_weights, operation, timeout, num_senders,
+                    not RECEIVES, EXACT, SHRINK, H, K, E, L, WIDTH, PARTS, BLOCK, R, RB, DEPTH, THREADS,
                 )  # fmt: skip
         if RECEIVES:
             if tl.program_id(0) >= num_senders:

@@ -142,7 +142,7 @@ def send_choices(
         position = positions_of(ids, token // each * each, token, e, E, K, KB, BLOCK)
     choice = (position.to(tl.int64) << 32) | (e % L)
     choice = tl.where((e >= 0) & (position < each), choice, -1)
-    bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+    bits = credit(own, state, status, slot, epoch, operation, timeout, False, SHRINK, R, RB, THREADS)
     place = (rank * most + token).to(tl.int64) * K
     for step in range(R):
         reader = (rank + step) % R
@@ -174,7 +174,7 @@ def send_part(
         c = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = (g < H // GROUP)[:, None] & (c >= 0)
         values = tl.load(x + row + c, mask=inside, other=0)
-    bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+    bits = credit(own, state, status, slot, epoch, operation, timeout, False, SHRINK, R, RB, THREADS)
     e = tl.where((e >= 0) & (e < E), e, -1).to(tl.int32)
     goes = tl.reduce(tl.where(e >= 0, 1 << (e // L), 0), 0, either)
     if FORMAT > 0:
@@ -284,16 +284,19 @@ def spread_part(
 def send(
     heap, own, state, status, ids, x, num_tokens, most, rank, slot, epoch, signature, at, off_scales, off_choices,
     off_counts, operation, timeout, num_senders,
-    FORMAT: tl.constexpr, HAS_FP8: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
-    K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
-    PARTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
-    DEPTH: tl.constexpr, THREADS: tl.constexpr,
+    COUNTS: tl.constexpr, FORMAT: tl.constexpr, HAS_FP8: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+    RB: tl.constexpr, DEPTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """What a sender does. The choices of a token are sent as a part of their own, behind those of its row."""
+    """What a sender does. The choices of a token are sent as a part of their own, behind those of its row.
+
+    It ``COUNTS`` its waits where no receiver runs beside it, who waits for the same ranks.
+    """
     pid = tl.program_id(0)
     failed = zero()
     if pid == 0:
-        bits = credit(own, state, status, slot, epoch, operation, timeout, SHRINK, R, RB, THREADS)
+        bits = credit(own, state, status, slot, epoch, operation, timeout, COUNTS, SHRINK, R, RB, THREADS)
         failed = lacks(bits, SHRINK, R)
         sign(heap, rank, slot, signature, bits, RB)
         count_choices(
@@ -429,8 +432,8 @@ def dispatch(
             if tl.program_id(0) < num_senders:
                 send(
                     heap, own, state, status, ids, x, num_tokens, most, rank, slot, epoch, signature, at, off_scales,
-                    off_choices, off_counts, operation, timeout, num_senders, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E,
-                    L, G, GROUPS, PARTS, BINS, BLOCK, R, RB, DEPTH, THREADS,
+                    off_choices, off_counts, operation, timeout, num_senders, not RECEIVES, FORMAT, HAS_FP8, SHRINK,
+                    H, S, K, KB, E, L, G, GROUPS, PARTS, BINS, BLOCK, R, RB, DEPTH, THREADS,
                 )  # fmt: skip
         if RECEIVES:
             if tl.program_id(0) >= num_senders:

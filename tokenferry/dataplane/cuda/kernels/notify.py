@@ -11,10 +11,9 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     must_stage,
     progress,
     report,
-    report_missing,
     signal,
     tell_host,
-    wait_at_least,
+    wait_all_published,
     wait_released,
     word,
     write_message,
@@ -159,14 +158,7 @@ def listen(
     HOST_WAITS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
     """Wait for the messages of all ranks, and tell the host what they amount to."""
-    own = tl.load(heap + rank)
-    alive = True
-    for source in range(R):
-        patience = tl.where(alive, timeout, 0)
-        there = wait_at_least(state, word(own, PUBLISHED + source * LINE), progress(epoch, 1), patience)
-        if not there:
-            report_missing(state, status, operation, epoch, source)
-        alive = alive & there
+    alive = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R)
     tl.store(host + HOST_CODE, TIMED_OUT)
     if alive:
         code = judge(heap, state, status, host, prefix, rank, epoch, operation, signature, R, RB)

@@ -121,7 +121,7 @@ def announce_part(
                 heap, state, ready, status, member, places, signature, num_tokens, list_capacity, rank,
                 (rank + pid) % R, epoch, operation, timeout, NUM_COLUMNS, R, BLOCK,
             )  # fmt: skip
-        elif wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, R):
+        elif wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R):
             code = compare(tl.load(heap + rank), status, signature, zero(), R)
             if code == 0:
                 write_places(heap, status, table, starts, first_tokens, num_rows, rank, operation, epoch, R)

@@ -22,6 +22,7 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     word,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
+    FOR_RELEASE,
     LINE,
     NUM_TOKENS,
     PUBLISHED,
@@ -77,8 +78,9 @@ def wait_for_half(
                 takes_part = takes_part & (this - 2 < rounds_of(tokens_of(heap, rank, reader), per_round))
             if takes_part:
                 there = wait_released(
-                    heap, state, status, rank, reader, progress(epoch, this - 1), operation, epoch, timeout
-                )
+                    heap, state, status, rank, reader, progress(epoch, this - 1), operation, epoch, timeout,
+                    KIND=FOR_RELEASE,
+                )  # fmt: skip
                 alive = alive & there
     return alive
 

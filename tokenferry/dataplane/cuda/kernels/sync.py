@@ -3,6 +3,9 @@ kernels and Gluon kernels call the same functions.
 
 Whoever signals first calls ``tl.debug_barrier()``: a release orders only what its own thread has seen, and the
 compiler puts no barrier before it. Every wait ends at a deadline of the device's clock, in nanoseconds.
+
+Waits are counted in the rank's own memory, by one program each: how long a rank was missing. Where the first look
+finds that all is there, no clock is read and nothing is written.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     ALL,
     ARRIVED,
     AT_EPOCH,
+    CLAIMED,
     CLOCK,
     CODE,
     COLUMNS,
@@ -22,6 +26,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     EPOCH_SHIFT,
     FAILED,
     FIRST_ROW,
+    FOR_ROWS,
     HAS_FAILED,
     LINE,
     MESSAGE_BYTES,
@@ -34,12 +39,15 @@ from tokenferry.dataplane.cuda.kernels.words import (
     PLACE_SHIFT,
     PROBLEM,
     PUBLISHED,
+    RANKS,
     REGIONS,
     RELEASED,
     ROW_COUNT,
     SIGNATURE,
     STAGED,
     TIMED_OUT,
+    WAIT_WORDS,
+    WAITS,
 )
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -89,13 +97,28 @@ def clock(state):
 
 
 @triton.jit
-def wait_at_least(state, flag, value, timeout, given_up=None):
+def count_wait(state, operation, peer, nanoseconds):
+    """Count a wait that is over, for one rank; nobody waits until that has arrived."""
+    at = state + WAITS + operation * RANKS + peer
+    tl.atomic_add(at, 1, sem="relaxed", scope="gpu")
+    tl.atomic_add(at + WAIT_WORDS, nanoseconds, sem="relaxed", scope="gpu")
+    tl.atomic_max(at + 2 * WAIT_WORDS, nanoseconds, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def wait_at_least(state, flag, value, timeout, operation, peer, given_up=None, KIND: tl.constexpr = None):
     """Wait until a progress word in own memory has reached ``value``; False if it did not in ``timeout`` ns.
 
     Nor if the word at ``given_up``, where there is one, is not 0: then who would write has been given up. The clock
-    is looked at every 64 polls, about as many microseconds, and runs from the first look on.
+    is looked at every 64 polls, about as many microseconds, and the time runs from the first look on. With a KIND of
+    word, the first of the programs that are through counts the wait.
     """
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    waited = seen < value
+    begun = zero().to(tl.int64)
+    if KIND is not None:
+        if waited:
+            begun = now()
     polls = zero()
     late = polls != 0
     deadline = zero().to(tl.int64)
@@ -109,7 +132,54 @@ def wait_at_least(state, flag, value, timeout, given_up=None):
             if given_up is not None:
                 late = late | (tl.atomic_add(given_up, 0, sem="relaxed", scope="gpu") != 0)
             polls = tl.where(polls == 1 << 20, 1 << 19, polls)
+    if KIND is not None:
+        if waited:
+            spent = now() - begun
+            claim = state + CLAIMED + KIND * RANKS + peer
+            if tl.atomic_max(claim, value, sem="relaxed", scope="gpu") < value:
+                count_wait(state, operation, peer, spent)
     return seen >= value
+
+
+@triton.jit
+def wait_all(state, status, flags, value, rank, operation, epoch, timeout, counts, R: tl.constexpr):
+    """Wait until the progress words of all ranks have reached ``value``; who does not come is reported.
+
+    The time to wait begins anew with every rank that comes. A program that ``counts`` adds how long each peer was
+    missing, from the moment when it found that some rank was: if several are at a time, that counts for each.
+    ``flags``: where the word of rank 0 lies in own memory; the others follow, a line each.
+    """
+    missing = zero()
+    for peer in range(R):
+        if tl.atomic_add(word(flags, peer * LINE), 0, sem="acquire", scope="sys") < value:
+            missing = missing | (1 << peer)
+    begun = zero().to(tl.int64)
+    if counts & (missing != 0):
+        begun = now()
+    polls = zero()
+    late = polls != 0
+    deadline = zero().to(tl.int64)
+    while (missing != 0) & (late == 0):
+        for peer in range(R):
+            if ((missing >> peer) & 1) != 0:
+                if tl.atomic_add(word(flags, peer * LINE), 0, sem="acquire", scope="sys") >= value:
+                    missing = missing ^ (1 << peer)
+                    polls = zero()
+                    if counts & (peer != rank):
+                        count_wait(state, operation, peer, now() - begun)
+        polls += 1
+        if polls % 64 == 0:
+            time = clock(state)
+            deadline = tl.where(polls == 64, time + timeout, deadline)
+            late = time >= deadline
+            polls = tl.where(polls == 1 << 20, 1 << 19, polls)
+    if missing != 0:
+        for peer in range(R):
+            if ((missing >> peer) & 1) != 0:
+                if counts & (peer != rank):
+                    count_wait(state, operation, peer, now() - begun)
+                report_missing(state, status, operation, epoch, peer)
+    return missing == 0
 
 
 @triton.jit
@@ -157,10 +227,17 @@ def report_missing(state, status, operation, epoch, missing):
 
 
 @triton.jit
-def wait_released(heap, state, status, rank, reader, value, operation, epoch, timeout):
-    """Wait until ``reader`` is as far as ``value`` with this rank's rows."""
+def wait_released(
+    heap, state, status, rank, reader, value, operation, epoch, timeout, KIND: tl.constexpr = None
+):  # fmt: skip
+    """Wait until ``reader`` is as far as ``value`` with this rank's rows.
+
+    Not counted before an operation: a reader that is still at the one before has not published this one either, and
+    that wait is counted.
+    """
     own = tl.load(heap + rank)
-    there = wait_at_least(state, word(own, RELEASED + reader * LINE), value, timeout)
+    flag = word(own, RELEASED + reader * LINE)
+    there = wait_at_least(state, flag, value, timeout, operation, reader, KIND=KIND)
     if not there:
         report_missing(state, status, operation, epoch, reader)
     return there
@@ -170,7 +247,8 @@ def wait_released(heap, state, status, rank, reader, value, operation, epoch, ti
 def wait_published(heap, state, status, rank, source, value, operation, epoch, timeout):
     """Wait until ``source`` is as far as ``value`` with its rows."""
     own = tl.load(heap + rank)
-    there = wait_at_least(state, word(own, PUBLISHED + source * LINE), value, timeout)
+    flag = word(own, PUBLISHED + source * LINE)
+    there = wait_at_least(state, flag, value, timeout, operation, source, KIND=FOR_ROWS)
     if not there:
         report_missing(state, status, operation, epoch, source)
     return there
@@ -252,14 +330,12 @@ def publish_all(
 
 
 @triton.jit
-def wait_all_published(heap, state, status, rank, epoch, step, operation, timeout, R: tl.constexpr):
-    """Wait for every source; every one that does not come is reported."""
-    alive = True
-    for source in range(R):
-        patience = tl.where(alive, timeout, 0)
-        there = wait_published(heap, state, status, rank, source, progress(epoch, step), operation, epoch, patience)
-        alive = alive & there
-    return alive
+def wait_all_published(heap, state, status, rank, epoch, step, operation, timeout, counts, R: tl.constexpr):
+    """Wait for every source; every one that does not come is reported. ``counts``: as in ``wait_all``."""
+    flags = tl.load(heap + rank) + PUBLISHED
+    return wait_all(
+        state, status, flags, progress(epoch, step), rank, operation, epoch, timeout, counts, R
+    )  # fmt: skip
 
 
 @triton.jit
@@ -296,8 +372,8 @@ def close_operation(heap, state, status, rank, epoch, staged, operation, timeout
     """The end of an operation, by its last program: release; wait for readers of direct rows; count."""
     release_all(heap, rank, epoch, ALL, R)
     if (staged == 0) & (tl.load(state + FAILED) == 0):
-        for reader in range(R):
-            wait_released(heap, state, status, rank, reader, progress(epoch, ALL), operation, epoch, timeout)
+        flags = tl.load(heap + rank) + RELEASED
+        wait_all(state, status, flags, progress(epoch, ALL), rank, operation, epoch, timeout, True, R)
     tl.store(state + EPOCH, epoch)
 
 

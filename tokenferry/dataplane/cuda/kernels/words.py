@@ -104,7 +104,20 @@ MASKED = tl.constexpr(32)
 """By rank: whether low-latency operations go on without it; what is under way does after a failure, too."""
 SENT_TO = tl.constexpr(32 + MAX_RANKS)
 """By slot and rank: the last epoch whose rows were pushed there."""
-STATE_WORDS = 32 + MAX_RANKS + MAX_SLOTS * MAX_RANKS
+CLAIMED = tl.constexpr(32 + MAX_RANKS + MAX_SLOTS * MAX_RANKS)
+"""By kind of word (below) and rank: the last value whose wait is counted."""
+_WAITS = 32 + MAX_RANKS + MAX_SLOTS * MAX_RANKS + 3 * MAX_RANKS
+MAX_KINDS = 16
+"""Kinds of operations that waits are counted of."""
+WAITS = tl.constexpr(_WAITS)
+"""By operation and rank: how often it was waited for; behind that, nanoseconds; behind that, the longest wait."""
+WAIT_WORDS = tl.constexpr(MAX_KINDS * MAX_RANKS)
+STATE_WORDS = _WAITS + 3 * MAX_KINDS * MAX_RANKS
+
+# Words that several programs wait for, of whom one counts the wait.
+FOR_ROWS = tl.constexpr(0)
+FOR_RELEASE = tl.constexpr(1)
+FOR_WEIGHTS = tl.constexpr(2)
 
 # Words of the status, in pinned host memory.
 CODE = tl.constexpr(0)
