@@ -12,6 +12,7 @@ import pickle
 import stat
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,7 +33,8 @@ from tests.internode_cases import NodeScenario, make_buffer
 from tokenferry import Buffer, HeapError, TokenferryError
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.shm import Segment
-from tokenferry.modes import intranode, low_latency, shares
+from tokenferry.modes import expert_major, intranode, low_latency, shares
+from tokenferry.modes.expert_major import Received
 from tokenferry.runtime import Runtime
 from tokenferry.topology import Topology
 
@@ -134,6 +136,31 @@ def combined(shape: str, rank: int, party: intranode.Party, before: Any) -> Any:
     return intranode.combine(party, before[rank].x, before[rank].handle, before[rank].topk_weights, None)
 
 
+def expanded(shape: str, rank: int, party: intranode.Party, *, host_waits: bool = True) -> expert_major.Received:
+    tokens, row_bytes = SHAPES[shape]
+    made = torch.Generator().manual_seed(rank)
+    ids = torch.rand(tokens, EXPERTS, generator=made).topk(TOPK).indices
+    x = torch.randn(tokens, row_bytes // 2, generator=made).bfloat16()
+    sizes = expert_major.Sizes(EXPERTS, tokens, 4, True, host_waits, True, 0)
+    return expert_major.dispatch(party, x, ids, torch.rand(tokens, TOPK, generator=made), sizes, copy_topk=True)
+
+
+def expanded_worst(shape: str, rank: int, party: intranode.Party) -> expert_major.Received:
+    return expanded(shape, rank, party, host_waits=False)
+
+
+def expanded_cached(shape: str, rank: int, party: intranode.Party, before: Any) -> Any:
+    tokens, row_bytes = SHAPES[shape]
+    x = torch.ones(tokens, row_bytes // 2).bfloat16()
+    return expert_major.cached_dispatch(party, x, before[rank].handle, None, zero_padding=True)
+
+
+def expanded_combined(shape: str, rank: int, party: intranode.Party, before: Any) -> Any:
+    received = before[rank]
+    weights = received.topk_weights
+    return expert_major.combine(party, received.x, received.handle, weights, None, one_rounding=False)
+
+
 def low_dispatched(shape: str, rank: int, party: intranode.Party) -> Any:
     tokens, row_bytes = SHAPES[shape]
     made = torch.Generator().manual_seed(rank)
@@ -152,11 +179,21 @@ def low_combined(shape: str, rank: int, party: intranode.Party, before: Any) -> 
     return low_latency.combine(party, x, ids, weights, received.handle, None, None, None, True)
 
 
-FIRST = {"cached": dispatched, "combine": dispatched, "low-latency combine": low_dispatched}
+FIRST = {
+    "cached": dispatched,
+    "combine": dispatched,
+    "cached expanded": expanded,
+    "combine of expanded": expanded,
+    "low-latency combine": low_dispatched,
+}
 OPERATIONS: dict[str, Any] = {
     "dispatch": dispatched,
     "cached": cached,
     "combine": combined,
+    "expanded": expanded,
+    "expanded, worst case": expanded_worst,
+    "cached expanded": expanded_cached,
+    "combine of expanded": expanded_combined,
     "low-latency dispatch": low_dispatched,
     "low-latency combine": low_combined,
 }
@@ -212,6 +249,34 @@ def test_garbage_is_refused(
         assert isinstance(outcome, TokenferryError), repr(outcome)
     if not header and not payload:
         assert not isinstance(outcome, BaseException) or "no sign of life" in str(outcome), repr(outcome)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("held", "put"), [(2, 0), (0, 2), (1, 0), (3, -1)])
+def test_choices_that_contradict_their_counts_are_refused(shape: str, held: int, put: int) -> None:
+    """Expanded rows go where the counts say: choices that came from elsewhere would be written over other rows."""
+    pair, changed = Pair(), []
+    heap = pair.runtimes[1]._heap
+    publish = heap.publish
+
+    def publishing(fields_of: Mapping[int, Sequence[int]]) -> None:
+        offset, nbytes, num_rows = fields_of[0][3:6]
+        column = 128 * -(-num_rows * 4 * TOPK // 128)  # the weights, which the ids are ahead of
+        ids_end = nbytes - column
+        ids_start = ids_end - 128 * -(-num_rows * 8 * TOPK // 128)
+        ids = heap.stage_view(1, offset + ids_start, num_rows * 8 * TOPK).view(torch.int64)
+        changed.extend((ids == held).nonzero().flatten().tolist())
+        ids[ids == held] = put
+        publish(fields_of)
+
+    with mock.patch.object(heap, "publish", publishing), warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch resizes outputs that are too small, and warns
+        outcome = pair.run(lambda rank, party: expanded(shape, rank, party))[0]
+    pair.close()
+    assert changed
+    of_another_rank = (held, put) == (3, -1)
+    assert isinstance(outcome, Received if of_another_rank else HeapError), outcome
+    assert of_another_rank or "rank 1 sent rows that contradict its counts" in str(outcome)
 
 
 def _spoiled_offers(rank: int, num_ranks: int, word: int, value: int) -> str:

@@ -27,7 +27,7 @@ from tokenferry import (
     PeerLostError,
     TokenferryError,
 )
-from tokenferry.construction import choose_paranoid
+from tokenferry.construction import choose_paranoid, note_what_is_not_proven
 from tokenferry.dataplane import Part
 from tokenferry.dataplane.cpu.combine import Combine, sum_rows
 from tokenferry.dataplane.cpu.dispatch import Dispatch
@@ -138,9 +138,13 @@ def _dispatch(buffer: Buffer, scenario: Scenario, handle: Any, worst: int) -> No
 
 
 def _told(buffer: Buffer, scenario: Scenario, call: Any) -> Any:
+    return told_of(call, lambda: scenario.check_dispatch(scenario.dispatch(buffer)))
+
+
+def told_of(call: Any, next_one: Any) -> Any:
     """What a call raises (a result that is not the oracle's: "wrong result"), and what the next one does."""
     told: list[Any] = []
-    for step in (call, lambda: scenario.check_dispatch(scenario.dispatch(buffer))):
+    for step in (call, next_one):
         started = time.monotonic()
         try:
             step()
@@ -153,7 +157,7 @@ def _told(buffer: Buffer, scenario: Scenario, call: Any) -> Any:
     return told
 
 
-def _check_found(told: list[Any], finder: int, operation: str, ranks: tuple[int, ...], token: int | None) -> str:
+def check_found(told: list[Any], finder: int, operation: str, ranks: tuple[int, ...], token: int | None) -> str:
     error = told[finder][0]
     assert isinstance(error, CorruptionError), told
     assert (error.operation, error.ranks, error.token) == (operation, ranks, token), error
@@ -173,7 +177,7 @@ HOWS = [pair for pair in HOWS if pair not in (("cached", "source index"), ("cach
 @pytest.mark.parametrize(("how", "column"), HOWS)
 def test_a_flipped_byte_of_a_dispatch_is_named(pool_of: PoolOf, how: str, column: str) -> None:
     told = pool_of(2).run(_flip_in_dispatch, column, True, how)
-    text = _check_found(told, 1, "dispatch", (0,), 5 if column == "source index" else 2)
+    text = check_found(told, 1, "dispatch", (0,), 5 if column == "source index" else 2)
     assert f"dispatch (epoch {3 if how == 'cached' else 1}): rank 0: row" in text
     assert ("source differ" in text) == (column == "source index")
 
@@ -193,7 +197,7 @@ def _flip_in_proof(rank: int, num_ranks: int) -> Any:
 
 
 def test_a_flipped_byte_of_a_checksum_is_found_like_one_of_a_row(pool_of: PoolOf) -> None:
-    _check_found(pool_of(2).run(_flip_in_proof), 1, "dispatch", (0,), 2)
+    check_found(pool_of(2).run(_flip_in_proof), 1, "dispatch", (0,), 2)
 
 
 def _flip_in_combine(rank: int, num_ranks: int, section: int, is_paranoid: bool) -> Any:
@@ -211,7 +215,7 @@ def _flip_in_combine(rank: int, num_ranks: int, section: int, is_paranoid: bool)
 @pytest.mark.parametrize("section", [0, 1])
 def test_a_flipped_byte_of_a_combine_is_named(pool_of: PoolOf, section: int, num_ranks: int) -> None:
     told = pool_of(num_ranks).run(_flip_in_combine, section, True)
-    text = _check_found(told, 0, "combine", (num_ranks - 1,), 2)
+    text = check_found(told, 0, "combine", (num_ranks - 1,), 2)
     assert "combine (epoch 3)" in text
     assert "the sum of token 2 is not that of its rows" in text
 
@@ -252,7 +256,7 @@ def test_a_flipped_byte_between_nodes(pool_of: PoolOf, operation: str, finder: i
     assert told[finder] == ["wrong result", "fine"]
     assert told[1 - finder] == ["fine", "fine"]
     told = pool_of(2).run(_flip_on_rail, operation, True)
-    _check_found(told, finder, operation, (1 - finder,), 2)
+    check_found(told, finder, operation, (1 - finder,), 2)
 
 
 # Poison, and agreement.
@@ -290,28 +294,13 @@ def test_ranks_that_differ_are_told(pool_of: PoolOf) -> None:
     assert pool_of(2).run(_differ_in_the_variable) == [wanted] * 2
 
 
-def _construct(rank: int, num_ranks: int, value: str) -> list[str]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("tokenferry")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with paranoid(value), Buffer(dist.group.WORLD, timeout=TIMEOUT) as buffer:
-            check_works(buffer)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    return [line for line in lines if "paranoid" in line]
-
-
-def test_a_line_says_what_is_not_covered(pool_of: PoolOf) -> None:
-    (lines,) = pool_of(1).run(_construct, "1")
-    assert len(lines) == 1
-    assert "low-latency operations" in lines[0]
-    assert pool_of(1).run(_construct, "0") == pool_of(1).run(_construct, "") == [[]]
+def test_a_line_says_what_is_not_covered(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tokenferry")
+    for is_paranoid, device, low_latency in ((False, "cuda:0", True), (True, "cpu", True), (True, "cuda:0", False)):
+        note_what_is_not_proven(is_paranoid, torch.device(device), low_latency)
+    assert not caplog.messages
+    note_what_is_not_proven(True, torch.device("cuda:0"), True)
+    assert caplog.messages == ["paranoid: low-latency operations on GPUs carry no checksums"]
 
 
 def test_another_value_is_refused() -> None:

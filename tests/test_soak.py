@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ from tests import oracle
 from tests.conftest import PoolOf
 from tokenferry import MismatchError
 from tokenferry.cli import soak as command
+from tokenferry.cli import soak_graphs, soak_ranks
 from tokenferry.cli.ranks import RankError
 from tokenferry.cli.soak_faults import DURING, expected
-from tokenferry.cli.soak_ranks import Report, Settings, layouts_of, soak
+from tokenferry.cli.soak_ranks import Look, Report, Settings, layouts_of, soak
 from tokenferry.cli.soak_world import FLOATS, World, random_shape, rows, same
 from tokenferry.dataplane.cpu import combine as cpu_combine
 from tokenferry.dataplane.cpu import dispatch as cpu_dispatch
 from tokenferry.dataplane.cpu import low_latency as cpu_low_latency
+from tokenferry.dataplane.cpu.expert_major import CopyMap
+
+MINUTE = 55.0
+"""Of a soak in CI, in seconds, beside shorter ones."""
 
 
 def test_short_soak_from_the_command_line(tmp_path: Path) -> None:
@@ -40,6 +46,7 @@ def test_short_soak_from_the_command_line(tmp_path: Path) -> None:
     assert "all results as plain PyTorch has them" in done.stdout
     assert "shared memory with a name         0" in done.stdout
     assert "LEAK" not in done.stdout
+    assert "killed          1 ranks in the end, one after the other; the others went on" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert str(picture) in done.stdout
 
@@ -51,6 +58,63 @@ def test_soak_in_this_process_group(pool_of: PoolOf, num_ranks: int) -> None:
     assert sum(reports[0].calls.values()) > 10
     assert all(report.segments == 0 for report in reports)
     assert all((report.bytes_moved > 0) == (num_ranks > 1) for report in reports)
+
+
+def _soak_with_played_graphs(rank: int, num_ranks: int, settings: Settings, spoil: bool) -> Report:
+    """A graph on CPU ranks: what it holds runs again."""
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            run()
+            if spoil and rank == 0:
+                replays.result[2][0][-1:].add_(1)
+
+        replays = run.__self__  # type: ignore[attr-defined]
+        run()
+        return replay
+
+    with (
+        mock.patch.object(soak_graphs, "fits", lambda bench: max(bench.layout) == 0),
+        mock.patch.object(soak_graphs, "capture", capture),
+        mock.patch.object(soak_ranks, "_PARANOID_SHARE", 0.0 if spoil else 0.3),
+        mock.patch.object(soak_ranks, "_ELASTIC_SHARE", 0.0 if spoil else 0.5),
+    ):
+        return soak(rank, num_ranks, settings)
+
+
+@pytest.mark.timeout(300)
+def test_everything_for_a_minute(pool_of: PoolOf) -> None:
+    reports: list[Report] = pool_of(3).run(_soak_with_played_graphs, Settings(MINUTE, 11, "cpu", 100), False)
+    report = reports[0]
+    assert len({str((of_rank.calls, of_rank.faults, of_rank.ways)) for of_rank in reports}) == 1
+    assert min(report.ways.values()) > 0, report.ways
+    assert len(report.ways) == 4, report.ways
+    assert {"elastic dispatch", "elastic combine", "elastic cached dispatch"} <= report.calls.keys()
+    assert not any(leak.is_leak for leak in command.find_leaks(reports, set(), 0))
+
+
+def test_a_wrong_replay_is_found(pool_of: PoolOf) -> None:
+    with pytest.raises(RankError, match="replay of a graph: AssertionError: combined_x"):
+        pool_of(2).run(_soak_with_played_graphs, Settings(30.0, 1, "cpu", 60), True)
+
+
+def _with_a_wrong_copy(rank: int, num_ranks: int) -> None:
+    finish = CopyMap.finish
+
+    def spoiling(self: Any) -> None:
+        finish(self)
+        self._outputs.rows[-1:, -1:] ^= 1
+
+    with (
+        mock.patch.object(soak_ranks, "_ELASTIC_SHARE", 1.0),
+        mock.patch.object(CopyMap, "finish", spoiling) if rank == 0 else nullcontext(),
+    ):
+        soak(rank, num_ranks, Settings(30.0, 5, "cpu", 60))
+
+
+def test_a_wrong_copy_is_found(pool_of: PoolOf) -> None:
+    with pytest.raises(RankError, match="ElasticBuffer: AssertionError: expanded rows"):
+        pool_of(2).run(_with_a_wrong_copy)
 
 
 @pytest.mark.slow
@@ -156,11 +220,31 @@ def test_leaks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(leak.is_leak for leak in command.find_leaks([clean, clean], set(), 0))
     leaky = Report(segments=2, files=(10, 30))
     leaks = command.find_leaks([clean, leaky], {"tokenferry-1"}, 1)
-    assert [leak.is_leak for leak in leaks] == [True, True, True, True, False]
-    page = command.summary(Settings(1.0, 2, "cpu", 3), [clean, leaky], leaks, 1.0)
+    assert [leak.is_leak for leak in leaks] == [True, True, True, True, False, False]
+    page = command.summary(Settings(1.0, 2, "cpu", 3), [clean, leaky], leaks, 1.0, 0)
     assert page.count("LEAK") == 4
     assert "dispatch                          3" in page
     assert "+20 in the rank with most" in page
+
+
+def _growing(seconds: float, mib_a_minute: float) -> Report:
+    chance = random.Random(1)
+    looks = [
+        Look(at, int((100 + 8 * chance.random() + mib_a_minute * at / 60) * 2**20), 10)
+        for at in range(0, int(seconds) + 1, 5)
+    ]
+    return Report(calls=Counter({"dispatch": 3}), looks=looks)
+
+
+def test_growth_of_memory_is_judged_in_long_runs() -> None:
+    for seconds, mib_a_minute, found in ((600.0, 0.0, False), (600.0, 10.0, True), (300.0, 20.0, True)):
+        leak = command.find_leaks([_growing(seconds, 0.0), _growing(seconds, mib_a_minute)], set(), 0)[-1]
+        assert (leak.what, leak.is_leak) == ("of that, in the last quarter", found), leak
+        assert "MiB in the rank with most" in leak.found
+    for short in (_growing(120.0, 50.0), Report()):
+        leak = command.find_leaks([short], set(), 0)[-1]
+        assert not leak.is_leak
+        assert "too short" in leak.found
 
 
 def test_named_segments_are_those_of_tokenferry(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tokenferry.construction import (
     choose_paranoid,
     construct_runtime,
     note_ignored,
+    note_what_is_not_proven,
     timeout_seconds,
 )
 from tokenferry.dataplane import OperationKind
@@ -151,7 +152,9 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             paranoid=choose_paranoid(),
         )
         self._node = node
+        self._proves_low_latency = self._wishes.paranoid and chosen.type == "cpu"
         self.runtime = construct_runtime(rendezvous, self._wishes, node)
+        note_what_is_not_proven(self._wishes.paranoid, chosen, low_latency_mode)
         logger.info(
             "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s, nodes %s, carrier between them: %s",
             self.rank,

@@ -12,7 +12,7 @@ from tokenferry.config import low_latency_size_hint
 from tokenferry.dataplane import OperationKind, Pending
 from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.events import EventOverlap
-from tokenferry.modes import low_latency
+from tokenferry.modes import low_latency, paranoid_low_latency
 from tokenferry.modes.intranode import Party
 from tokenferry.modes.low_latency import Dispatched, LowLatencyHandle
 from tokenferry.observing import observed
@@ -40,6 +40,7 @@ class LowLatencyMethods:
     enable_shrink: bool
     group_size: int
     rank: int
+    _proves_low_latency: bool
     _all_gather: Callable[[object], list[object]]
 
     def _live_runtime(self) -> Runtime | CudaRuntime:
@@ -105,6 +106,8 @@ class LowLatencyMethods:
             ArgumentError: an argument is not allowed; no peer was touched.
             NotImplementedError: ``use_nvfp4`` is True, or ``x_global_scale`` given; no peer was touched.
             MismatchError: ranks disagree on the operation or its shapes; the Buffer is unusable afterwards.
+            CorruptionError: what came is not what was sent, on CPU ranks in paranoid mode only; raised where the
+                operation is received.
             PeerTimeoutError, PeerLostError: ranks did not take part (with ``enable_shrink`` they are masked instead).
             BufferStateError: on GPUs, graph replays came round to an operation whose hook was not called; the Buffer
                 is unusable afterwards.
@@ -119,8 +122,10 @@ class LowLatencyMethods:
         runtime = self._live_runtime()
         party = self._low_latency_party()
 
+        mode_dispatch = paranoid_low_latency.dispatch if self._proves_low_latency else low_latency.dispatch
+
         def run() -> Dispatched:
-            return low_latency.dispatch(
+            return mode_dispatch(
                 party,
                 x,
                 topk_idx,
@@ -189,8 +194,10 @@ class LowLatencyMethods:
         party = self._low_latency_party()
         known = low_latency.check_handle(party, handle)
 
+        mode_combine = paranoid_low_latency.combine if self._proves_low_latency else low_latency.combine
+
         def run() -> tuple[torch.Tensor, Pending]:
-            return low_latency.combine(
+            return mode_combine(
                 party,
                 x,
                 topk_idx,

@@ -151,6 +151,12 @@ def choose_paranoid(_: None = None) -> bool:
     return given == "1"
 
 
+def note_what_is_not_proven(is_paranoid: bool, device: torch.device, low_latency_mode: bool) -> None:
+    """Say of a paranoid Buffer which of its operations are not proven."""
+    if is_paranoid and low_latency_mode and device.type != "cpu":
+        logger.info("paranoid: low-latency operations on GPUs carry no checksums")
+
+
 def timeout_seconds(timeout: float | None) -> float:
     """The deadline that the caller or the environment gives, in seconds."""
     name, given = "timeout", timeout if timeout is not None else os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
@@ -204,8 +210,6 @@ def construct_runtime(rendezvous: Rendezvous, wishes: Wishes, node: str | int | 
                 failure = str(error) or type(error).__name__
             _raise_any_failure(rendezvous.all_gather(failure))
         runtime.hide()
-        if wishes.paranoid:
-            logger.info("paranoid: low-latency operations and ElasticBuffer carry no checksums")
     except BaseException:
         if runtime is not None:
             runtime.destroy()

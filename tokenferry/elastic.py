@@ -15,6 +15,7 @@ from tokenferry.construction import (
     AnyRuntime,
     Wishes,
     choose_device,
+    choose_paranoid,
     construct_runtime,
     note_ignored,
     timeout_seconds,
@@ -22,7 +23,7 @@ from tokenferry.construction import (
 from tokenferry.errors import ArgumentError, BufferStateError, TokenferryError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import EPHandle
-from tokenferry.modes import expert_major
+from tokenferry.modes import expert_major, paranoid_elastic
 from tokenferry.modes.expert_major import Sizes
 from tokenferry.rendezvous import meet
 from tokenferry.streams import CommStream
@@ -137,7 +138,19 @@ class ElasticBuffer:
         self.prefer_overlap_with_compute = prefer_overlap_with_compute
         self.explicitly_destroy = explicitly_destroy
         chosen = choose_device(device)
-        wishes = Wishes(chosen, group, align_up(self.num_bytes), 0, 0, seconds, False, False, may_span_nodes=False)
+        self._is_paranoid = choose_paranoid()
+        wishes = Wishes(
+            chosen,
+            group,
+            align_up(self.num_bytes),
+            push_bytes=0,
+            heap_bytes=0,
+            timeout=seconds,
+            may_mask=False,
+            exact_combine=False,
+            may_span_nodes=False,
+            paranoid=self._is_paranoid,
+        )
         self.runtime = construct_runtime(rendezvous, wishes, node)
         if self.topology.num_nodes > 1:
             self.destroy()
@@ -363,6 +376,7 @@ class ElasticBuffer:
             ArgumentError: an argument is not allowed; no peer was touched.
             NotImplementedError: ``use_nvfp4`` is True.
             MismatchError: ranks called different operations or disagree on shapes; raised on every rank.
+            CorruptionError: what came is not what was sent; in paranoid mode only.
             CapacityError: without CPU sync, tokens choose an expert twice so often that a rank has no room for the
                 copies; raised on every rank.
             PeerTimeoutError, PeerLostError: ranks did not take part.
@@ -390,9 +404,11 @@ class ElasticBuffer:
             local = (num_experts if handle is None else handle.num_experts) or 0
             expert_major.check_stats(party, stats, local // self.group_size)
             if handle is None:
-                received = expert_major.dispatch(party, x, topk_idx, topk_weights, sizes, copy_topk=do_handle_copy)
+                dispatch = paranoid_elastic.dispatch if self._is_paranoid else expert_major.dispatch
+                received = dispatch(party, x, topk_idx, topk_weights, sizes, copy_topk=do_handle_copy)
             else:
-                received = expert_major.cached_dispatch(party, x, handle, topk_weights, zero_padding=do_zero_padding)
+                cached = paranoid_elastic.cached_dispatch if self._is_paranoid else expert_major.cached_dispatch
+                received = cached(party, x, handle, topk_weights, zero_padding=do_zero_padding)
             scales = received.scales
             if scales is not None and use_tma_aligned_col_major_sf:
                 scales = expert_major.column_major(scales)
@@ -441,6 +457,7 @@ class ElasticBuffer:
         Raises:
             ArgumentError: an argument is not allowed; no peer was touched.
             MismatchError: ranks called different operations or disagree on shapes; raised on every rank.
+            CorruptionError: a sum is not that of the rows that were sent; in paranoid mode only.
             PeerTimeoutError, PeerLostError: ranks did not take part.
         """
         check_int("num_qps", num_qps, minimum=0)
@@ -450,9 +467,8 @@ class ElasticBuffer:
         with runtime.comm.turn(_event("previous_event", previous_event), async_with_compute_stream, True) as turn:
             turn.wait(_event("previous_event_before_epilogue", previous_event_before_epilogue))
             one_rounding = not self.allow_multiple_reduction
-            combined = expert_major.combine(
-                runtime.party(sms), x, handle, topk_weights, bias, one_rounding=one_rounding
-            )
+            combine = paranoid_elastic.combine if self._is_paranoid else expert_major.combine
+            combined = combine(runtime.party(sms), x, handle, topk_weights, bias, one_rounding=one_rounding)
             biases = bias if isinstance(bias, tuple) else (bias,)
             done = turn.finish((x, topk_weights, *biases, *_tensors_of(handle)), combined)
         return *combined, done

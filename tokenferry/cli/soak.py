@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import statistics
 import sys
 import time
 from collections import Counter
@@ -17,12 +18,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenferry.cli import soak_shrink
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.cli.soak_ranks import Report, Settings, soak
 
 _INTERRUPTED = 130
 _MOST_NEW_FILES = 4
 """More open files than after the warm-up are a leak."""
+_LONG = 270.0
+"""Seconds from which on the growth of memory is judged."""
+_MOST_GROWTH = 16 << 20
+"""Bytes of memory that is not shared, from the third quarter of a long run to the last one, by their medians."""
+_FEWEST_LOOKS = 5
+"""In a quarter."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -62,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         with pool:
             reports: list[Report] = pool.run(soak, settings)
+            killed = soak_shrink.end(pool, settings) if args.device == "cpu" else 0
     except RankError as error:
         print(f"error: {error}", file=sys.stderr)
         print(f"again with: tokenferry soak --ranks {args.ranks} --seed {args.seed}", file=sys.stderr)
@@ -70,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
         print("interrupted: all ranks were stopped", file=sys.stderr)
         return _INTERRUPTED
     leaks = find_leaks(reports, named_segments() - before, sum(process.is_alive() for process in pool.processes))
-    print(summary(settings, reports, leaks, time.monotonic() - began))
+    print(summary(settings, reports, leaks, time.monotonic() - began, killed))
     if args.plot is not None:
         from tokenferry.cli.soak_plot import draw
 
@@ -85,7 +94,7 @@ def _headlines(settings: Settings, reports: Sequence[Report]) -> list[str]:
         f"{settings.seconds / 60:g} minutes, {len(reports)} ranks on {settings.device}, {os.cpu_count()} cores, "
         f"seed {settings.seed}",
         f"{calls} operations on each rank, all right; {reports[0].episodes} Buffers, {faults} faults",
-        find_leaks(reports, set(), 0)[-1].found + " since the warm-up",
+        find_leaks(reports, set(), 0)[-2].found + " since the warm-up",
     ]
 
 
@@ -123,16 +132,45 @@ def find_leaks(reports: Sequence[Report], named: set[str], alive: int) -> list[L
         f"{growth / 2**20:+.1f} MiB in the rank with most "
         f"({grown.resident[0] / 2**20:.0f} to {grown.resident[1] / 2**20:.0f}, peak of all {peak / 2**20:.0f})"
     )
+    late: int | None = None
+    for report in reports:
+        of_rank = late_growth(report)
+        late = of_rank if late is None or (of_rank is not None and of_rank > late) else late
+    late_text = (
+        "not judged: the run is too short" if late is None else f"{late / 2**20:+.1f} MiB in the rank with most"
+    )
     return [
         Leak("shared memory with a name", str(len(named)), bool(named)),
         Leak("shared memory still mapped", f"{mapped} segments", mapped > 0),
         Leak("open files since the warm-up", files_text, files > _MOST_NEW_FILES),
         Leak("processes", f"{alive} alive", alive > 0),
         Leak("resident memory since the warm-up", resident_text, False),
+        Leak("of that, in the last quarter", late_text, late is not None and late > _MOST_GROWTH),
     ]
 
 
-def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak], seconds: float) -> str:
+def late_growth(report: Report) -> int | None:
+    """Bytes by which the memory of a rank has grown late in a run: when everything there is has been used.
+
+    The median of the last quarter, less that of the third: single looks jump, as allocators keep what they have.
+
+    Args:
+        report: of the rank.
+
+    Returns:
+        None if the run was too short to say.
+    """
+    end = report.looks[-1].seconds if report.looks else 0.0
+    third, last = (
+        [look.resident for look in report.looks if low * end < look.seconds <= high * end]
+        for low, high in ((0.5, 0.75), (0.75, 1.0))
+    )
+    if end < _LONG or min(len(third), len(last)) < _FEWEST_LOOKS:
+        return None
+    return int(statistics.median(last) - statistics.median(third))
+
+
+def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak], seconds: float, killed: int) -> str:
     """The page at the end of a run in which all results were right."""
     first = reports[0]
     calls = sum(first.calls.values())
@@ -147,8 +185,11 @@ def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak]
         f"idle            {100 * waited / seconds:.0f} % of the time, on average, waiting for other ranks",
         f"Buffers         {first.episodes} built and destroyed; nodes x ranks:",
         *_table(first.layouts),
+        "among all that",
+        *_table(first.ways),
         f"faults          {sum(first.faults.values())} injected, all survived",
         *_table(first.faults),
+        f"killed          {killed} ranks in the end, one after the other; the others went on",
         "left over",
         *(f"  {leak.what:<34}{leak.found}{'   LEAK' if leak.is_leak else ''}" for leak in leaks),
     ]

@@ -51,13 +51,15 @@ class Flight:
         for one in self.world.inputs:
             _drop_crowds(one.ids, self.world.num_experts)
         self.most = max(MOST_TOKENS, *tokens)
+        mine, self.out = self.world.mine, torch.empty(0)
+        self.given = tuple(part.to(bench.device) for part in (mine.x, mine.ids, mine.weights))
 
     def dispatch(self, is_hooked: bool) -> Callable[[], None] | None:
         """Send; returns the hook."""
-        mine, device = self.world.mine, self.bench.device
+        x, ids, _ = self.given
         self.result: tuple[Any, ...] = self.bench.buffer.low_latency_dispatch(
-            mine.x.to(device),
-            mine.ids.to(device),
+            x,
+            ids,
             self.most,
             self.world.num_experts,
             None,
@@ -94,11 +96,15 @@ class Flight:
 
     def combine(self, is_hooked: bool) -> Callable[[], None] | None:
         """Send home; returns the hook."""
-        mine, device = self.world.mine, self.bench.device
+        _, ids, weights = self.given
         self.combined, _, hook = self.bench.buffer.low_latency_combine(
-            self.out, mine.ids.to(device), mine.weights.to(device), self.result[2], return_recv_hook=is_hooked
+            self.out, ids, weights, self.result[2], return_recv_hook=is_hooked
         )
         return hook
+
+    def has_rows(self) -> bool:
+        """Whether the experts' outputs are there."""
+        return self.out.dim() == 3
 
     def check_combine(self) -> None:
         """Compare the sums."""

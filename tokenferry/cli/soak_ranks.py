@@ -11,7 +11,9 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +21,13 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.buffer import Buffer
+from tokenferry.cli import soak_graphs
+from tokenferry.cli.soak_elastic import Elastic
 from tokenferry.cli.soak_faults import AFTERWARDS, DURING, Bench, expect
 from tokenferry.cli.soak_low_latency import MOST_EXPERTS, MOST_HIDDEN, MOST_TOKENS, burst
-from tokenferry.cli.soak_world import FLOATS, World, random_shape, rows, same, same_rows
+from tokenferry.cli.soak_world import FLOATS, World, factor_of, random_shape, rows, same, same_rows
+from tokenferry.modes.paranoid import PARANOID_VARIABLE
+from tokenferry.nn import functional
 
 TIMEOUT = 60.0
 """Seconds that a rank waits for another: on a loaded machine a rank may be late without being stuck."""
@@ -30,6 +36,10 @@ _MOST_ALIVE = 4
 _STAGES = (0, 0, 4096, 65536, 1 << 20)
 _MOST_DELAY = 0.005
 _FAULT_SHARE = 0.12
+_PARANOID_SHARE = 0.15
+"""Of Buffers."""
+_ELASTIC_SHARE = 0.3
+"""Of Buffers on one node, that have an ElasticBuffer beside them."""
 _LOOK_EVERY = 6
 """Operations between two looks at the clock, which all ranks take together."""
 
@@ -63,6 +73,8 @@ class Report:
     calls: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     layouts: Counter[str] = field(default_factory=Counter)
+    ways: Counter[str] = field(default_factory=Counter)
+    """What was special: Buffers and steps."""
     bytes_moved: int = 0
     """Read from other ranks' memory, and sent to other nodes."""
     waited_ns: int = 0
@@ -109,6 +121,7 @@ class _Soak:
         self.alive: list[tuple[tuple[int, ...], World, Any]] = []
         """Layout, world and handle of earlier dispatches."""
         self.report = Report()
+        self._replays: soak_graphs.Replays | None = None
         self.what = "the start"
 
     def run(self) -> Report:
@@ -160,26 +173,37 @@ class _Soak:
         common = self.common
         exact = common.random() < 0.3
         one_node = max(layout) == 0
+        is_paranoid, has_elastic = common.random() < _PARANOID_SHARE, one_node and common.random() < _ELASTIC_SHARE
         self.what = "construction"
         low_latency_bytes = Buffer.get_low_latency_rdma_size_hint(
             MOST_TOKENS, MOST_HIDDEN, self.num_ranks, MOST_EXPERTS * self.num_ranks
         )
-        buffer = Buffer(
-            dist.group.WORLD,
-            common.choice(_STAGES),
-            low_latency_bytes if self.device.type == "cuda" else 0,
-            low_latency_mode=True,
-            exact_combine=exact,
-            timeout=TIMEOUT,
-            device=self.device,
-            node=str(layout[self.rank]),
-        )
-        bench = Bench(buffer, self.rank, self.num_ranks, layout, exact, self.device, common, self.own)
-        try:
-            self._operate(bench)
-        except BaseException:
-            buffer.destroy()  # else the others would wait for this rank until the deadline
-            raise
+        elastic: Elastic | None = None
+        with _paranoid(is_paranoid):
+            buffer = Buffer(
+                dist.group.WORLD,
+                common.choice(_STAGES),
+                low_latency_bytes if self.device.type == "cuda" else 0,
+                low_latency_mode=True,
+                exact_combine=exact,
+                timeout=TIMEOUT,
+                device=self.device,
+                node=str(layout[self.rank]),
+            )
+            bench = Bench(buffer, self.rank, self.num_ranks, layout, exact, self.device, common, self.own)
+            try:
+                if has_elastic:
+                    elastic = Elastic(bench, TIMEOUT)
+                self._replays = None
+                self._operate(bench, elastic, is_paranoid)
+            except BaseException:
+                buffer.destroy()  # else the others would wait for this rank until the deadline
+                if elastic is not None:
+                    elastic.buffer.destroy()
+                raise
+        self.report.ways["Buffers in paranoid mode"] += is_paranoid
+        self.report.ways["ElasticBuffers beside them"] += has_elastic
+        self._replays = None
         counted = buffer.stats()
         for of in counted.operations:
             self.report.calls[of.kind] += of.count
@@ -195,14 +219,14 @@ class _Soak:
         if common.random() < 0.5:
             buffer.destroy()
 
-    def _operate(self, bench: Bench) -> None:
+    def _operate(self, bench: Bench, elastic: Elastic | None, is_paranoid: bool) -> None:
         for turn in range(self.common.randrange(6, 30)):
             if turn % _LOOK_EVERY == _LOOK_EVERY - 1 and not self._goes_on():
                 break
             self.late()
-            self._step(bench)
+            self._step(bench, elastic, is_paranoid)
 
-    def _step(self, bench: Bench) -> None:
+    def _step(self, bench: Bench, elastic: Elastic | None, is_paranoid: bool) -> None:
         common, buffer = self.common, bench.buffer
         faults = [name for name, fault in DURING.items() if fault.fits(bench)]
         if faults and common.random() < _FAULT_SHARE:
@@ -213,10 +237,22 @@ class _Soak:
             self.report.faults[name] += 1
             return
         here = [(world, handle) for layout, world, handle in self.alive if layout == bench.layout]
-        name = common.choice(["dispatch", "cached", "combine", "combine", "burst"])
+        names = ["dispatch", "cached", "combine", "combine", "burst", "operators"]
+        names += ["elastic"] * 3 if elastic is not None else []
+        names += ["graph"] if soak_graphs.fits(bench) and not is_paranoid else []
+        name = common.choice(names)
         if name == "burst":
             self.what = "low-latency burst"
             burst(bench, self.late)
+        elif name == "operators":
+            self._operators(bench)
+        elif name == "graph":
+            self.what = "replay of a graph"
+            self._replays = self._replays or soak_graphs.Replays(bench)
+            self.report.ways["replays of graphs"] += self._replays.step()
+        elif name == "elastic" and elastic is not None:
+            self.what = "ElasticBuffer"
+            self.report.calls[elastic.step()] += 1
         elif name == "dispatch" or not here:
             self._dispatch(bench)
         else:
@@ -253,6 +289,24 @@ class _Soak:
         got = bench.buffer.dispatch(values[self.rank].to(self.device), handle=handle)[0]
         same_rows(got[: world.num_received[self.rank]], (world.received(values), None))
 
+    def _operators(self, bench: Bench) -> None:
+        """There and back through operators, and backward, which is the same."""
+        shape = random_shape(self.common, self.num_ranks, self.settings.most_tokens)
+        world = World(replace(shape, dtype=self.common.choice(FLOATS), num_scales=0), self.rank)
+        self.what = f"operators on {world.shape}"
+        mine, nodes = world.mine, list(bench.layout)
+        x = mine.x.to(self.device).requires_grad_()
+        top = mine.ids.to(self.device), mine.weights.to(self.device)
+        got = functional.dispatch(bench.buffer, x, *top, world.num_experts)
+        same_rows(got.x.detach(), world.received_x())
+        y = functional.combine(bench.buffer, got.x * factor_of(self.rank), got.handle)
+        same("combined_x of operators", y.detach(), world.combined(mine.x, [], nodes, bench.exact))
+        made = torch.Generator().manual_seed(self.common.getrandbits(40) + self.rank)
+        gradient = rows(mine.x.dtype, len(mine.x), world.shape.row_bytes, made)
+        (found,) = torch.autograd.grad(y, x, gradient.to(self.device))
+        same("gradient of x", found, world.combined(gradient, [], nodes, bench.exact))
+        self.report.ways["steps through operators"] += 1
+
     def _combine(self, bench: Bench, world: World, handle: Any) -> None:
         common, mine = self.common, world.mine
         values = self._values(world, common.choice(FLOATS))
@@ -274,6 +328,20 @@ class _Soak:
         same("combined_x", combined, world.combined(values[self.rank], biases, list(bench.layout), bench.exact))
         if summed is not None:
             same("combined_topk_weights", summed, torch.where(mine.ids >= 0, mine.weights, 0.0))
+
+
+@contextmanager
+def _paranoid(is_wanted: bool) -> Iterator[None]:
+    """Let Buffers that are made in the block be paranoid, or not."""
+    before = os.environ.get(PARANOID_VARIABLE)
+    os.environ[PARANOID_VARIABLE] = str(int(is_wanted))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PARANOID_VARIABLE]
+        else:
+            os.environ[PARANOID_VARIABLE] = before
 
 
 def segments() -> list[str]:

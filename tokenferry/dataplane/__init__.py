@@ -294,7 +294,7 @@ class LowLatencyDispatchPlan(NamedTuple):
     recv_stats: torch.Tensor | None
     """int32 [L], added to."""
     wait_stats: torch.Tensor | None
-    """int64 [R], added to."""
+    """int64 [R], added to: nanoseconds; on CPU ranks at least 1 for each other rank that took part."""
     receives_now: bool
     """Whether ``finish`` is called at once."""
     relays: Relays | None = None
@@ -318,7 +318,7 @@ class LowLatencyCombinePlan(NamedTuple):
     out: torch.Tensor
     """bfloat16 [T, H], contiguous."""
     wait_stats: torch.Tensor | None
-    """int64 [R], added to."""
+    """int64 [R], added to: nanoseconds; on CPU ranks at least 1 for each other rank that took part."""
     receives_now: bool
     """As in :class:`LowLatencyDispatchPlan`."""
     relays: Relays | None = None

@@ -45,6 +45,12 @@ def checksums(rows: torch.Tensor, salt: int) -> torch.Tensor:
     return sums
 
 
+def sum_of_rows(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """int64 [n]: one checksum of each row and its scales."""
+    sums = checksums(x, 1)
+    return sums if scales is None else sums + checksums(scales, 2)
+
+
 @lru_cache(maxsize=64)
 def _keys(count: int, salt: int, device: torch.device) -> torch.Tensor:
     """int64 [count], equal on all ranks."""

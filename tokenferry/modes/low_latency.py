@@ -112,8 +112,8 @@ def dispatch(
         recv_src_info=src_info,
         layout_range=layout_range,
         recv_count=count,
-        recv_stats=_check_stats(party, "cumulative_local_expert_recv_stats", recv_stats, num_local, torch.int32),
-        wait_stats=_check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
+        recv_stats=check_stats(party, "cumulative_local_expert_recv_stats", recv_stats, num_local, torch.int32),
+        wait_stats=check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
         receives_now=receives_now,
     )
     signature = _signature(OperationKind.LOW_LATENCY_DISPATCH, scale_format, hidden, ids.size(1), num_experts, most)
@@ -165,7 +165,7 @@ def combine(
         topk_idx=ids,
         topk_weights=(weights.detach() if weights.requires_grad else weights).contiguous(),
         out=result.detach() if result.requires_grad else result,
-        wait_stats=_check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
+        wait_stats=check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
         receives_now=receives_now,
     )
     signature = _signature(
@@ -244,7 +244,8 @@ def combine_buffer_shape(party: Party, known: LowLatencyHandle) -> tuple[int, in
     return known.num_experts // party.num_ranks, party.num_ranks * known[2], known.hidden
 
 
-def _check_stats(party: Party, name: str, stats: object, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+def check_stats(party: Party, name: str, stats: object, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return statistics [length] that are added to, checked; None stays None."""
     if stats is None:
         return None
     checked = check_tensor(name, stats, shape=(length,), dtypes=(dtype,), device=party.device, contiguous=True)

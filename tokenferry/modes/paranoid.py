@@ -28,9 +28,9 @@ from tokenferry.dataplane import Part
 from tokenferry.errors import CorruptionError, StepBackError
 from tokenferry.handles import DispatchHandle, Handle, make_handle
 from tokenferry.modes import intranode
-from tokenferry.modes.checksums import added_up, checksums, differ
+from tokenferry.modes.checksums import added_up, checksums, differ, sum_of_rows
 from tokenferry.modes.high_throughput import HighThroughput
-from tokenferry.modes.intranode import Inputs, Received, Rows
+from tokenferry.modes.intranode import Inputs, Party, Received, Rows
 
 PARANOID_VARIABLE = "TOKENFERRY_PARANOID"
 _TOKEN_BITS = 32
@@ -46,9 +46,9 @@ class Paranoid(HighThroughput):
             CorruptionError: what came is not what was sent.
         """
         received = super().dispatch(given, num_tokens_per_rdma_rank)
-        with self._suspicion():
+        with suspicion(self.party):
             assert received.handle is not None
-            proof = _Proof(self, "dispatch", given, received, received.handle)
+            proof = Proof(self, "dispatch", given, received, received.handle)
             proof.check_routes()
             proof.check_rows()
         return received
@@ -56,10 +56,10 @@ class Paranoid(HighThroughput):
     def cached_dispatch(self, x: object, handle: tuple[torch.Tensor, ...]) -> Received:
         """See :meth:`HighThroughput.cached_dispatch` and :meth:`dispatch`."""
         received = super().cached_dispatch(x, handle)
-        with self._suspicion():
+        with suspicion(self.party):
             known = make_handle(handle)
             given = self.along(known.is_token_in_rank, intranode.check_rows(self.party, x))
-            _Proof(self, "dispatch", given, received, known).check_rows()
+            Proof(self, "dispatch", given, received, known).check_rows()
         return received
 
     def combine(
@@ -72,26 +72,47 @@ class Paranoid(HighThroughput):
         """
         combined = super().combine(x, handle, topk_weights, bias)
         epoch = self.epoch
-        with self._suspicion():
+        with suspicion(self.party):
             known = make_handle(handle)
-            member = known.is_token_in_rank
             columns = intranode.check_columns(self.party, x, topk_weights, known.num_rows)
-            shape = len(member), columns[0].size(1)
+            shape = len(known.is_token_in_rank), columns[0].size(1)
             biases = intranode.check_biases(self.party, bias, shape, columns[0].dtype)
-            sources = self.sources(known)
-            back = sources.unsqueeze(1) == torch.arange(self.party.num_ranks, device=self.party.device)
-            weights = columns[1][: len(back)] if len(columns) > 1 else None
-            given = self.along(back, Rows(columns[0][: len(back)], weights))
-            home = super().dispatch(given, self.tokens_per_node(back))
-            assert home.handle is not None
-            tokens = [column.nonzero().flatten() for column in member.unbind(1)]
-            self._check_counts(epoch, self.counts(home.handle), [len(of_rank) for of_rank in tokens])
-            proof = _Proof(self, "combine", given, home, home.handle, epoch, tokens)
-            proof.check_rows()
-            self._check_sum(epoch, combined[0], tokens, home.x, biases)
-            if combined[1] is not None and home.scales is not None:
-                self._check_sum(epoch, combined[1], tokens, home.scales, ())
+            self.prove_sums(epoch, combined, known, columns[0], columns[1] if len(columns) > 1 else None, biases)
         return combined
+
+    def prove_sums(
+        self,
+        epoch: int,
+        combined: tuple[torch.Tensor, torch.Tensor | None],
+        known: Handle,
+        rows: torch.Tensor,
+        weights: torch.Tensor | None,
+        biases: Sequence[torch.Tensor],
+    ) -> None:
+        """Send the rows of a combine home once more, and compare what it made of them with their sums.
+
+        Args:
+            epoch: of the combine.
+            combined: rows [T, H], and weights float32 [T, K] or None.
+            known: handle of the dispatch.
+            rows: [at least M, H], which are summed.
+            weights: float32 [at least M, K].
+            biases: [T, H].
+
+        Raises:
+            CorruptionError: they differ.
+        """
+        sources = self.sources(known)
+        back = sources.unsqueeze(1) == torch.arange(self.party.num_ranks, device=self.party.device)
+        given = self.along(back, Rows(rows[: len(back)], None if weights is None else weights[: len(back)]))
+        home = super().dispatch(given, self.tokens_per_node(back))
+        assert home.handle is not None
+        tokens = [column.nonzero().flatten() for column in known.is_token_in_rank.unbind(1)]
+        self._check_counts(epoch, self.counts(home.handle), [len(of_rank) for of_rank in tokens])
+        Proof(self, "combine", given, home, home.handle, epoch, tokens).check_rows()
+        self._check_sum(epoch, combined[0], tokens, home.x, biases)
+        if combined[1] is not None and home.scales is not None:
+            self._check_sum(epoch, combined[1], tokens, home.scales, ())
 
     @staticmethod
     def _check_counts(epoch: int, counts: list[int], wanted: list[int]) -> None:
@@ -121,7 +142,7 @@ class Paranoid(HighThroughput):
         if len(wrong):
             token = int(wrong[0])
             ranks = [rank for rank, of_rank in enumerate(tokens) if bool((of_rank == token).any())]
-            reason = f"the sum of token {token} is not that of its rows{_and_others(len(wrong) - 1, 'token')}"
+            reason = f"the sum of token {token} is not that of its rows{and_others(len(wrong) - 1, 'token')}"
             raise CorruptionError("combine", epoch, ranks or [self.party.rank], reason, token)
 
     # What proofs need.
@@ -154,22 +175,23 @@ class Paranoid(HighThroughput):
         counts = torch.tensor(self.counts(handle), device=self.party.device)
         return torch.arange(self.party.num_ranks, device=self.party.device).repeat_interleave(counts)
 
-    @contextmanager
-    def _suspicion(self) -> Iterator[None]:
-        """If a proof does not come to its end, no operation runs here any more, and the peers are told."""
-        try:
-            yield
-        except StepBackError:
-            raise
-        except BaseException as error:
-            self.party.plane.give_up(f"{type(error).__name__}: {error}")
-            if self.party.nodes is not None:
-                self.party.nodes.rail.close()
-            raise
+
+@contextmanager
+def suspicion(party: Party) -> Iterator[None]:
+    """If a proof does not come to its end, no operation runs here any more, and the peers are told."""
+    try:
+        yield
+    except StepBackError:
+        raise
+    except BaseException as error:
+        party.plane.give_up(f"{type(error).__name__}: {error}")
+        if party.nodes is not None:
+            party.nodes.rail.close()
+        raise
 
 
-class _Proof:
-    """The checksums of a dispatch, which have come; and what they say.
+class Proof:
+    """The checksums of a dispatch, which have come; and what they say. Choices may have no weights.
 
     Args:
         mode: of this rank.
@@ -210,18 +232,20 @@ class _Proof:
         ids, weights = given.topk_idx, given.topk_weights
         num_tokens = len(given.is_token_in_rank)
         token = torch.arange(num_tokens, device=self._mode.party.device)
-        of_rows = _sum_of_rows(*given.rows)
+        of_rows = sum_of_rows(*given.rows)
         sums = [of_rows]
-        if ids is not None and weights is not None:
+        if ids is not None:
             sums = [of_rows + _sum_of_choices(*self._seen_by(peer, ids, weights)) for peer in range(ranks)]
         columns = [token + (rank << _TOKEN_BITS), *sums]
         return torch.stack(columns + columns[:1] * (len(columns) % 2), 1)
 
-    def _seen_by(self, rank: int, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _seen_by(
+        self, rank: int, ids: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choices as a rank receives them."""
         local = ids - rank * self._num_local
         elsewhere = (local < 0) | (local >= self._num_local)
-        return local.masked_fill(elsewhere, -1), weights.masked_fill(elsewhere, 0)
+        return local.masked_fill(elsewhere, -1), None if weights is None else weights.masked_fill(elsewhere, 0)
 
     def check_routes(self) -> None:
         """Compare counts and handle with those of the second dispatch.
@@ -253,10 +277,11 @@ class _Proof:
         origin, count = self._proof.x[:, 0], len(self._proof.x)
         sums = self._proof.x[:, 1]
         recv = self._received
-        found = _sum_of_rows(recv.x[:count], None if recv.scales is None else recv.scales[:count])
-        if recv.topk_idx is not None and recv.topk_weights is not None:
+        found = sum_of_rows(recv.x[:count], None if recv.scales is None else recv.scales[:count])
+        if recv.topk_idx is not None:
             sums = self._proof.x[:, 1 + self._mode.party.rank]
-            found += _sum_of_choices(recv.topk_idx[:count], recv.topk_weights[:count])
+            weights = None if recv.topk_weights is None else recv.topk_weights[:count]
+            found += _sum_of_choices(recv.topk_idx[:count], weights)
         spoiled = found != sums
         source = self._mode.sources(self._proven)
         astray = origin >> _TOKEN_BITS != source
@@ -281,7 +306,7 @@ class _Proof:
         else:  # the checksums themselves went wrong
             token = int(_places(self._handle)[row, -1])
         what = "place or source differ from what was sent" if astray[row] else "bytes differ from what was sent"
-        others = _and_others(len(wrong) - 1, "row")
+        others = and_others(len(wrong) - 1, "row")
         ranks = sorted(set(source[wrong].tolist()))
         raise self._error(ranks, f"row {row}, token {token} of rank {rank}: {what}{others}", token)
 
@@ -289,7 +314,8 @@ class _Proof:
         return CorruptionError(self._name, self._epoch, ranks, reason, token)
 
 
-def _and_others(count: int, what: str) -> str:
+def and_others(count: int, what: str) -> str:
+    """The end of a sentence about the first thing that is wrong."""
     return f", and {count} more {what}s" if count else ""
 
 
@@ -300,10 +326,6 @@ def _places(handle: Handle) -> torch.Tensor:
     return handle.recv_src_meta.contiguous().view(torch.int32)
 
 
-def _sum_of_rows(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    sums = checksums(x, 1)
-    return sums if scales is None else sums + checksums(scales, 2)
-
-
-def _sum_of_choices(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return checksums(ids, 3) + checksums(weights, 4)
+def _sum_of_choices(ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    sums = checksums(ids, 3)
+    return sums if weights is None else sums + checksums(weights, 4)

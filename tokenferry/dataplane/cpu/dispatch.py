@@ -185,7 +185,7 @@ class Dispatch(Exchange):
         self._deliver(self.rank, self._columns, own, own)
         self.drive()
         if self._copies is not None:
-            self._copies.pad()
+            self._copies.finish()
         if part is not None:
             part.starts.copy_(torch.tensor(self._filled, device=_CPU))
         return True

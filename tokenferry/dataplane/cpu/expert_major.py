@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from tokenferry.dataplane import ExpertPlan, Outputs
+from tokenferry.errors import HeapError
 
 _CPU = torch.device("cpu")
 
@@ -59,6 +60,7 @@ class CopyMap:
         if num_pairs is not None:
             starts = expert_ends - num_pairs.sum(0)
             self._next = starts + num_pairs.cumsum(0) - num_pairs  # [R, L]: the row of the next pair
+            self._last = self._next + num_pairs
 
     def deliver(self, source: int, columns: Sequence[torch.Tensor], rows: torch.Tensor, start: int) -> None:
         """Write the copies of a source's next rows.
@@ -68,6 +70,9 @@ class CopyMap:
             columns: uint8, of the rows, the scales if there are any, the ids, the weights.
             rows: int [n], rows of the columns.
             start: what would be the row of the first of them, were they not expanded.
+
+        Raises:
+            HeapError: the source has announced fewer choices of an expert than came.
         """
         *moved, ids, weights = columns
         if self._plan.metadata is None:
@@ -102,12 +107,24 @@ class CopyMap:
         counts = torch.bincount(chosen, minlength=len(self._experts))
         firsts = self._next[source] - (counts.cumsum(0) - counts)
         self._next[source] += counts
+        if bool((self._next[source] > self._last[source]).any()):
+            raise self._contradiction(source)
         copies = torch.arange(len(pairs), device=_CPU) + firsts[chosen]
         slots[pairs // ids.size(1), pairs % ids.size(1)] = copies.to(torch.int32)
         return copies, pairs
 
-    def pad(self) -> None:
-        """Fill the rows between the experts with zeros, if so planned."""
+    def _contradiction(self, source: int) -> HeapError:
+        missing = (self._last - self._next)[source].tolist()
+        return HeapError(f"rank {source} sent rows that contradict its counts: {missing} choices of experts to come")
+
+    def finish(self) -> None:
+        """Fill the rows between the experts with zeros, if so planned, when all copies are there.
+
+        Raises:
+            HeapError: a source has announced more choices of an expert than came.
+        """
+        if self._plan.metadata is None and not torch.equal(self._next, self._last):
+            raise self._contradiction(int((self._next != self._last).any(1).nonzero()[0]))
         if self._plan.zero_padding:
             for end in self._ends.tolist():
                 start_of_next = num_expanded([end], self._plan.alignment)

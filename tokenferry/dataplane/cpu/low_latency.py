@@ -165,7 +165,7 @@ class Receive(ABC):
                     missing += [peer] if peer in self._sent_to else []
                 else:
                     heads[peer] = head
-                    waited[peer] = time.monotonic_ns() - started
+                    waited[peer] = max(1, time.monotonic_ns() - started)
                     arrived = True
             return arrived, missing
 
