@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from tokenferry.cli.bench_cuda_cases import (
     DEEPEP,
     DEEPEP_DTYPES,
     DEEPEP_RANKS,
+    STAGED,
     CudaCase,
     CudaRankResult,
     Effort,
@@ -50,6 +52,7 @@ from tokenferry.cli.bench_machine import (
     describe_machine,
     describe_versions,
 )
+from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_report import origin_of
 from tokenferry.cli.ranks import RankError, RankPool
 
@@ -57,6 +60,8 @@ MPS_CONTROL = "nvidia-cuda-mps-control"
 _PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 _LOGS = "CUDA_MPS_LOG_DIRECTORY"
 _OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+STAGED_NOTE = f"{STAGED}: peers cannot open such memory, so that all rows pass through the stage"
+OTHERS_NOTE = "tokens go to experts of other ranks only: every row crosses"
 _ALIKE = ("layout", "combine")
 """Modes in which fp8 is the same as bf16."""
 
@@ -86,10 +91,13 @@ def run(
     num_gpus, commit = torch.cuda.device_count(), describe_commit()
     try:
         with sharing(args.ranks > num_gpus), RankPool(args.ranks, num_threads=1) as pool:
-            devices = pool.run(take_device, args.nodes)
+            devices = pool.run(take_device, args.nodes, args.staged)
             machine = {**describe_machine("cuda"), **describe_gpus(devices, num_gpus)}
             earlier = earlier_of(machine)
             rivals, notes = choose_rivals({**machine, "nodes": args.nodes}, devices[0]["deep_ep"], args.baseline)
+            rivals += [OPERATORS] if "operators" in args.beside else []
+            notes += [STAGED_NOTE] if args.staged else []
+            notes += [OTHERS_NOTE] if args.routing == "others" else []
             _introduce(args, machine, notes, effort)
             reports = []
             for cases in groups_of(args, shapes):
@@ -125,7 +133,7 @@ def run(
 def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> list[list[CudaCase]]:
     """The cases in the order in which they run; those of a group need one Buffer and one workload."""
     groups = []
-    for dtype, tokens in shapes:
+    for (dtype, tokens), stage in itertools.product(shapes, args.num_nvl_bytes):
         known = _ALIKE if dtype == "fp8" and ("bf16", tokens) in shapes else ()
         modes = [mode for mode in args.modes if mode not in known]
         chosen = [(mode, sms) for mode in modes for sms in (args.sms if mode != "layout" else [0])]
@@ -139,10 +147,11 @@ def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> li
                 dtype=dtype,
                 topk=args.topk,
                 experts=args.experts,
-                num_nvl_bytes=args.num_nvl_bytes[0],
+                num_nvl_bytes=stage,
                 seed=args.seed,
                 sms=sms,
                 nodes=args.nodes,
+                routing=args.routing,
             )
             for mode, sms in chosen
         ]
@@ -209,6 +218,10 @@ def file_name(machine: Mapping[str, Any], reports: Sequence[CudaReport]) -> str:
         parts.append(f"{reports[0].case.nodes}nodes")
     if machine["ranks_share_gpus"]:
         parts.append("shared")
+    if machine.get("gpu_allocator") == STAGED:
+        parts.append("staged")
+    if reports[0].case.routing != "uniform":
+        parts.append(reports[0].case.routing)
     tokens = {report.case.tokens for report in reports}
     parts.append("tokens" if len(tokens) > 1 else f"{next(iter(tokens))}tokens")
     if len({report.case.sms for report in reports if report.case.sms}) > 1:
@@ -264,7 +277,7 @@ def _introduce(args: argparse.Namespace, machine: Mapping[str, Any], notes: Sequ
     print(f"{_boundary(effort)}\n")
     gpus = f"{machine['gpus']} x {machine['gpu']} ({machine['gpu_sms']} SMs)"
     print(f"{args.ranks} ranks on {gpus}, {machine['cpu']}, {machine['cores']} cores, {machine['system']}")
-    print(f"hidden {args.hidden}, top-{args.topk} of {args.experts} experts, uniform; times in microseconds")
+    print(f"hidden {args.hidden}, top-{args.topk} of {args.experts} experts, {args.routing}; times in microseconds")
     for note in notes:
         print(note)
     if machine["ranks_share_gpus"]:
