@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -202,21 +203,37 @@ def test_cuda_says_that_ranks_share_gpus(tmp_path: Path, mps: Path, capsys: pyte
 
 def test_mps_is_there_or_named(mps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(os.environ)
-    with bench_cuda.sharing(True):
+    with bench_cuda.sharing_gpus(True):
         assert os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] == "1"
         assert mps.read_text() == f"start {os.environ['CUDA_MPS_PIPE_DIRECTORY']}\n"
     assert dict(os.environ) == before
     mps.unlink()
-    with bench_cuda.sharing(False):
+    with bench_cuda.sharing_gpus(False):
         assert dict(os.environ) == before
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/of/the/user")
-    with bench_cuda.sharing(True):
+    with bench_cuda.sharing_gpus(True):
         assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/of/the/user"
     assert not mps.exists()
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY")
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(BenchError, match="MPS"), bench_cuda.sharing(True):
+    with pytest.raises(BenchError, match="MPS"), bench_cuda.sharing_gpus(True):
         pass
+
+
+def test_mps_that_waits_in_vain_is_ended(mps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def tell(control: str, command: str, seconds: float) -> str:
+        assert control == str(mps.with_name(bench_cuda.MPS_CONTROL))
+        told.append(command)
+        if told == ["quit"]:
+            raise subprocess.TimeoutExpired(control, seconds)
+        return "12\n345\n" if command == "get_server_list" else ""
+
+    monkeypatch.setattr(bench_cuda, "_tell_mps", tell)
+    with bench_cuda.sharing_gpus(True):
+        pass
+    assert told == ["quit", "get_server_list", "shutdown_server 12 -f", "shutdown_server 345 -f", "quit"]
 
 
 def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

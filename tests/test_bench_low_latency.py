@@ -186,7 +186,7 @@ def saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(bench_low_latency, "take_device", a_device)
     monkeypatch.setattr(bench_low_latency, "run_cases", run_on_cpu)
-    monkeypatch.setattr(bench_low_latency, "sharing", shared)
+    monkeypatch.setattr(bench_low_latency, "sharing_gpus", shared)
     monkeypatch.setattr(bench, "results_directory", lambda: tmp_path)
     return tmp_path
 

@@ -121,9 +121,9 @@ def check_disagreements(rank: int, num_ranks: int) -> None:
         raises_then_works(buffer, kind, match, bad_ids)
 
 
-def test_disagreeing_ranks_step_back_and_go_on(gpu_pool_of: GpuPoolOf) -> None:
-    gpu_pool_of(2).run(check_disagreements)
-    gpu_pool_of(4).run(check_disagreements)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_disagreeing_ranks_step_back_and_go_on(gpu_pool_of: GpuPoolOf, num_ranks: int) -> None:
+    gpu_pool_of(num_ranks).run(check_disagreements)
 
 
 def check_streams(rank: int, num_ranks: int) -> None:

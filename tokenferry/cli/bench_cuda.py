@@ -90,7 +90,7 @@ def run(
         effort = effort._replace(calls=args.iterations, stretches=min(effort.stretches, args.iterations))
     num_gpus, commit = torch.cuda.device_count(), describe_commit()
     try:
-        with sharing(args.ranks > num_gpus), RankPool(args.ranks, num_threads=1) as pool:
+        with sharing_gpus(args.ranks > num_gpus), RankPool(args.ranks, num_threads=1) as pool:
             devices = pool.run(take_device, args.nodes, args.staged)
             machine = {**describe_machine("cuda"), **describe_gpus(devices, num_gpus)}
             earlier = earlier_of(machine)
@@ -230,7 +230,7 @@ def file_name(machine: Mapping[str, Any], reports: Sequence[CudaReport]) -> str:
 
 
 @contextmanager
-def sharing(shared: bool) -> Iterator[None]:
+def sharing_gpus(shared: bool) -> Iterator[None]:
     """Where ranks share GPUs: MPS, which runs them side by side, and leave for symmetric memory of one GPU.
 
     Entered before any process of the run has started CUDA. An MPS that the environment names is used as it is.
@@ -259,13 +259,29 @@ def sharing(shared: bool) -> Iterator[None]:
             try:
                 yield
             finally:
-                with suppress(subprocess.SubprocessError):  # it waits for ranks that are still ending
-                    subprocess.run([control], input="quit\n", text=True, check=False, capture_output=True, timeout=30)
+                _end_mps(control)
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+
+
+def _end_mps(control: str) -> None:
+    """End MPS. It waits for its ranks; where one does not end, its servers are ended at once."""
+    with suppress(subprocess.TimeoutExpired):
+        _tell_mps(control, "quit", 30.0)
+        return
+    with suppress(subprocess.TimeoutExpired):
+        for server in _tell_mps(control, "get_server_list", 5.0).split():
+            _tell_mps(control, f"shutdown_server {server} -f", 5.0)
+        _tell_mps(control, "quit", 10.0)
+
+
+def _tell_mps(control: str, command: str, seconds: float) -> str:
+    return subprocess.run(
+        [control], input=f"{command}\n", text=True, check=False, capture_output=True, timeout=seconds
+    ).stdout
 
 
 def _reports(cases: Sequence[CudaCase], results: Sequence[Sequence[CudaRankResult]]) -> list[CudaReport]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tokenferry.cli.bench_cases import BASELINE, BenchError
-from tokenferry.cli.bench_cuda import sharing
+from tokenferry.cli.bench_cuda import sharing_gpus
 from tokenferry.cli.bench_cuda_cases import DEEPEP, take_device
 from tokenferry.cli.bench_cuda_report import shared_note
 from tokenferry.cli.bench_low_latency_cases import (
@@ -163,7 +163,7 @@ def run(
     versions = describe_versions()
     reports: list[LowLatencyReport] = []
     try:
-        with sharing(0 < num_gpus < args.ranks), RankPool(args.ranks, num_threads=threads) as pool:
+        with sharing_gpus(0 < num_gpus < args.ranks), RankPool(args.ranks, num_threads=threads) as pool:
             machine, deep_ep = describe_machine(args.device), ""
             if num_gpus:
                 devices = pool.run(take_device)
