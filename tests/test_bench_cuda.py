@@ -145,6 +145,39 @@ def test_cuda_beside_and_extra_modes(tmp_path: Path, capsys: pytest.CaptureFixtu
         main([*CUDA, "--beside", "wait-statistics"])
 
 
+def fail_late(rank: int, num_ranks: int, cases: list[CudaCase], *rest: Any) -> Any:
+    if cases[0].tokens > 8:
+        raise BenchError("made to fail")
+    return run_on_cpu(rank, num_ranks, cases, *rest)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_what_was_found_before_a_failure_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_cuda, "run_cases", fail_late)
+    arguments = [*CUDA, "--modes", "combine", "--dtype", "bf16", "--output", str(tmp_path)]
+    assert main([*arguments, "--tokens", "8", "16"]) == 1
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert [entry["case"]["tokens"] for entry in results["cases"]] == [8]
+    assert results["notes"][-1] == "ended early: tokenferry.cli.bench_cases.BenchError: made to fail"
+    assert "made to fail" in capsys.readouterr().err
+    assert not (tmp_path / "bench.png").exists()
+    (tmp_path / "bench.json").unlink()
+    assert main([*arguments, "--tokens", "16"]) == 1
+    assert not (tmp_path / "bench.json").exists()
+
+    class Interrupted(RankPool):
+        def run(self, function: Any, *args: Any) -> Any:
+            if function is fail_late and args[0][0].tokens > 8:
+                raise KeyboardInterrupt
+            return super().run(function, *args)
+
+    monkeypatch.setattr(bench_cuda, "RankPool", Interrupted)
+    assert main([*arguments, "--tokens", "8", "16"]) == 1
+    assert json.loads((tmp_path / "bench.json").read_text())["notes"][-1] == "ended early: interrupted"
+
+
 @pytest.mark.usefixtures("two_gpus")
 def test_cuda_staged_over_the_ceiling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [

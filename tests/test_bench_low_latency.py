@@ -413,6 +413,21 @@ def test_an_error_of_a_rank_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys
     assert "rank 1 failed" in capsys.readouterr().err
 
 
+def test_what_was_found_before_an_error_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_low_latency, "run_cases", raise_late)
+    assert main([*SMALL, "--tokens", "1", "200", "--dtype", "fp8", "--output", str(tmp_path)]) == 1
+    results = json.loads((tmp_path / "bench-low-latency.json").read_text())
+    assert [entry["case"]["tokens"] for entry in results["cases"]] == [1]
+    assert results["notes"][-1].startswith("ended early")
+    assert not (tmp_path / "bench-low-latency.png").exists()
+
+
+def raise_late(rank: int, num_ranks: int, cases: list[LowLatencyCase], *rest: Any) -> Any:
+    if cases[0].tokens > 1:
+        raise BenchError("late")
+    return run_cases(rank, num_ranks, cases, *rest)
+
+
 def raise_on_a_rank(rank: int, *_: object) -> list[Any]:
     if rank == 1:
         raise BenchError("wrong")

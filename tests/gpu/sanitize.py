@@ -149,7 +149,8 @@ def main() -> None:
     if together:
         with RankPool(2, 1) as pool:
             kernels |= set().union(*pool.run(run, together))
-    print(f"kernels: {' '.join(sorted(kernels & all_kernels()))}")
+    known = all_kernels()
+    print(f"kernels, of {len(known)}: {' '.join(sorted(kernels & known))}")
     print("done", flush=True)
 
 

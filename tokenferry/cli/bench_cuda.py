@@ -83,12 +83,14 @@ def run(
         plot: :mod:`tokenferry.cli.bench_cuda_plot`, or None.
 
     Returns:
-        0; 1 if a rank failed or the contenders disagree.
+        0; 1 if a rank failed, the contenders disagree, or after Ctrl-C: then what was found before is written.
     """
     effort = Effort(kernels=args.kernels)
     if args.iterations:
         effort = effort._replace(calls=args.iterations, stretches=min(effort.stretches, args.iterations))
     num_gpus, commit = torch.cuda.device_count(), describe_commit()
+    reports: list[CudaReport] = []
+    early = ""
     try:
         with sharing_gpus(args.ranks > num_gpus), RankPool(args.ranks, num_threads=1) as pool:
             devices = pool.run(take_device, args.nodes, args.staged)
@@ -99,7 +101,6 @@ def run(
             notes += [STAGED_NOTE] if args.staged else []
             notes += [OTHERS_NOTE] if args.routing == "others" else []
             _introduce(args, machine, notes, effort)
-            reports = []
             for cases in groups_of(args, shapes):
                 usable = [name for name in rivals if name != DEEPEP or cases[0].dtype in DEEPEP_DTYPES]
                 for report in _reports(cases, pool.run(run_cases, cases, effort, usable, None)):
@@ -108,9 +109,12 @@ def run(
                         print(kernel_line(report))
                     reports.append(report)
                 sys.stdout.flush()
-    except (BenchError, RankError) as error:
-        print(f"tokenferry bench: {error}", file=sys.stderr)
-        return 1
+    except (BenchError, RankError, KeyboardInterrupt) as error:
+        early = describe_end(error)
+        print(f"tokenferry bench: {early}", file=sys.stderr)
+        if not reports:
+            return 1
+        notes.append(f"ended early: {early.splitlines()[-1]}")
     if machine["ranks_share_gpus"]:
         print(f"\n{shared_note(machine)}")
     if earlier is not None:
@@ -123,11 +127,16 @@ def run(
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / f"{name or file_name(machine, reports)}.json"]
     written[0].write_text(json.dumps(results, indent=1) + "\n")
-    if plot is not None:
+    if plot is not None and not early:
         written.append(written[0].with_suffix(".png"))
         plot.draw(results, written[-1])
     print(f"\nwritten: {', '.join(str(path) for path in written)}")
-    return 0
+    return int(bool(early))
+
+
+def describe_end(error: BaseException) -> str:
+    """Why a run ended early."""
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
 
 
 def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> list[list[CudaCase]]:

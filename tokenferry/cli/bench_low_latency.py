@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tokenferry.cli.bench_cases import BASELINE, BenchError
-from tokenferry.cli.bench_cuda import sharing_gpus
+from tokenferry.cli.bench_cuda import describe_end, sharing_gpus
 from tokenferry.cli.bench_cuda_cases import DEEPEP, take_device
 from tokenferry.cli.bench_cuda_report import shared_note
 from tokenferry.cli.bench_low_latency_cases import (
@@ -153,7 +153,7 @@ def run(
         plot: :mod:`tokenferry.cli.bench_low_latency_plot`, or None.
 
     Returns:
-        0; 1 if a rank failed or a result is wrong.
+        0; 1 if a rank failed, a result is wrong, or after Ctrl-C: then what was found before is written.
     """
     effort, commit = (Effort() if args.device == "cuda" else CPU_EFFORT).limited(args.iterations), describe_commit()
     effort = effort._replace(host_profile=args.host_profile)
@@ -162,6 +162,7 @@ def run(
     threads = 1 if num_gpus else max(1, usable_cores() // args.ranks)
     versions = describe_versions()
     reports: list[LowLatencyReport] = []
+    early = ""
     try:
         with sharing_gpus(0 < num_gpus < args.ranks), RankPool(args.ranks, num_threads=threads) as pool:
             machine, deep_ep = describe_machine(args.device), ""
@@ -179,9 +180,12 @@ def run(
                 for case, *of_case in zip(cases, *found, strict=True):
                     reports.append(report_of(case, of_case))
                     print("\n".join(case_lines(reports[-1])), flush=True)
-    except (BenchError, RankError) as error:
-        print(f"tokenferry bench: {error}", file=sys.stderr)
-        return 1
+    except (BenchError, RankError, KeyboardInterrupt) as error:
+        early = describe_end(error)
+        print(f"tokenferry bench: {early}", file=sys.stderr)
+        if not reports:
+            return 1
+        notes.append(f"ended early: {early.splitlines()[-1]}")
     results = {
         **origin_of(machine, versions),
         "mode": LOW_LATENCY,
@@ -198,13 +202,13 @@ def run(
         "cases": [report.to_json() for report in reports],
         "fits": fits_json(reports),
     }
-    written = _write(results, file_of(target, args, machine), plot)
+    written = _write(results, file_of(target, args, machine), None if early else plot)
     print(f"\nwritten: {', '.join(str(path) for path in written)}")
     if earlier is not None:
         print(f"\nas fast as in {args.against.name} ({earlier.get('date')}), ratio of medians:")
         print("\n".join(comparison_lines(earlier, reports)))
     _conclude(reports, machine)
-    return 0
+    return int(bool(early))
 
 
 def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> list[list[LowLatencyCase]]:
