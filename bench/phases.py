@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from requirements import CHECKS, CPUS, GPUS, Scale
 
+STAGED = "expandable_segments:True"
 PHASES = ("tests", "high-throughput", "low-latency", "shared", "nodes", "sanitizer", "stress", "soak")
 SANITIZER = "compute-sanitizer"
 _SANITIZER_OF_CUDA = Path("/usr/local/cuda/bin") / SANITIZER
@@ -92,7 +93,7 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
     phase = "high-throughput"
     sms = ("--sms", 8, 12, scale.sms, 24, 64)
     modes = ("--modes", "layout", "dispatch", "cached", "combine", "pair", "cached-pair")
-    command = bench("ruler", "--tokens", scale.tokens, *sms, *modes, "--iterations", 15)
+    command = bench("ruler", "--tokens", scale.tokens, *sms, *modes)
     yield Step("ruler", phase, command, 120, True, shared)
     command = bench(
         "extras", "--tokens", scale.tokens, "--sms", scale.sms, 24, "--dtype", "bf16", "--beside", "operators",
@@ -109,7 +110,8 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
         "--sms", scale.sms, "--modes", "dispatch", "cached", "combine", "pair", "cached-pair", "--no-baseline",
         "--iterations", 10,
     )  # fmt: skip
-    yield Step("staged", phase, command, 60, True, shared)
+    allocator = dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), STAGED)  # from the start on, too
+    yield Step("staged", phase, command, 60, True, shared, allocator)
     command = bench(
         "tokens", "--tokens", *scale.sweep, "--sms", scale.sms, "--dtype", "bf16",
         "--modes", "dispatch", "cached", "combine", "pair", "--iterations", 8,
@@ -120,7 +122,7 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
     yield Step("low latency", "low-latency", command, 120, True, shared)
     command = bench(
         "nodes", "--nodes", 2, "--tokens", scale.tokens, "--sms", scale.sms, "--dtype", "bf16",
-        "--modes", "dispatch", "cached", "combine", "pair", "--iterations", 6,
+        "--modes", "dispatch", "cached", "combine", "pair", "--iterations", 4,
     )  # fmt: skip
     yield Step("nodes", "nodes", command, 120, True, shared)
     yield from _sanitized()

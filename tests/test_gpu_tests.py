@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -74,30 +75,17 @@ def test_nodes_have_one_gpu_each() -> None:
     assert [conftest._places(gpus, ("gpu_pool_of",)) for gpus in (1, 2, 4)] == [1, 2, 4]
 
 
-BODY = """
+TESTS = """
 import time
 import pytest
 from tests.gpu import conftest
-from tests.gpu.conftest import *
 
 conftest.MOST_SECONDS = 1
 conftest.session_pools = lambda begin: iter([lambda count: count])
 
-{body}
-"""
-
-
-HANGS = """
 def test_hangs():
     time.sleep(60)
 
-def test_two(gpu_pool_of):
-    assert gpu_pool_of(2) == 2
-
-def test_many(gpu_pool_of):
-    gpu_pool_of(4)
-"""
-FOUR = """
 def test_two(gpu_pool_of):
     assert gpu_pool_of(2) == 2
 
@@ -107,27 +95,29 @@ def test_four(gpu_pool_of):
 """
 
 
-def run_tests(folder: Path, body: str) -> str:
-    """What pytest says of tests below a folder gpu, on two GPUs without MPS."""
-    tests = folder / "gpu"
+def test_one_that_hangs_and_one_that_cannot_run_end_none_of_the_others(tmp_path: Path) -> None:
+    """On two GPUs, without MPS."""
+    tests = tmp_path / "gpu"
     tests.mkdir()
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow: s\n  ranks(most): r\n  shares_gpus: m\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow: s\n  ranks(most): r\n  shares_gpus: m\n")
     (tests / "conftest.py").write_text("from tests.gpu.conftest import *\n")
-    (tests / "test_some.py").write_text(BODY.format(body=body))
-    return played(2, "-rs", "gpu", path=folder, cwd=folder)
-
-
-def test_one_that_hangs_and_one_that_would_share_end_none_of_the_others(tmp_path: Path) -> None:
-    text = run_tests(tmp_path, HANGS)
+    (tests / "test_some.py").write_text(TESTS)
+    text = played(2, "-rs", "gpu", path=tmp_path, cwd=tmp_path)
     assert "TimeoutError: not done after 1 s" in text
-    assert "4 ranks where 2 have a GPU each: say so with pytest.mark.ranks" in text
-    assert "2 failed, 1 passed" in text
-
-
-def test_only_ranks_that_share_need_mps(tmp_path: Path) -> None:
-    text = run_tests(tmp_path, FOUR)
-    assert "1 passed, 1 skipped" in text
+    assert "1 failed, 1 passed, 1 skipped" in text
     assert "no MPS" in text
+
+
+def test_ranks_that_would_share_unsaid_fail() -> None:
+    for shared in (False, True):
+        pool_of = next(conftest._checked(iter([lambda count: count]), shared, 2))  # type: ignore[list-item, return-value]
+        assert pool_of(2) == 2
+        with (
+            pytest.raises(pytest.fail.Exception, match=r"4 ranks where 2 have a GPU each")
+            if not shared
+            else nullcontext()
+        ):
+            pool_of(4)
 
 
 def test_kernels_under_the_sanitizer_have_names() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from tests.cases import wait_for
 from tokenferry.cli import bench, soak
+from tokenferry.cli.bench_cuda_cases import STAGED
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -57,6 +58,9 @@ def test_every_command_parses(setting: Setting) -> None:
         else:
             assert words[2] in ("pytest", "tests.gpu.sanitize")
             assert all(Path(BENCH.parent / part).exists() for part in words if part.startswith("tests/"))
+    for step in known:
+        if "--staged" in step.command:
+            assert set(step.environment.values()) == {STAGED}
     shared = {step.name for step in known if step.shares_gpus}
     assert shared >= ({"shared tests", "shared stress"} if setting.device == "cuda" else set())
     assert ("ruler" in shared) == (setting.gpus == 1)
