@@ -1,178 +1,337 @@
-"""The figures of record of one machine, in one start: results against the oracle, then both modes beside NCCL.
+"""Everything that has to be shown on one machine: tests, figures beside NCCL, sanitizer, stress, soak; a table last.
 
-    python bench/record.py --output results            # all GPUs of this machine, one rank on each
-    python bench/record.py --ranks 8 --output results  # ranks share GPUs: what it does, no figures
-    python bench/record.py --device cpu --output out   # likewise, in a minute
+    python bench/record.py --output results                        # all GPUs of this machine, one rank on each
+    python bench/record.py --output out --device cpu --repeat 1    # a rehearsal on CPU ranks: no figures
 
 Every step is a process of its own with a share of the time; a step that fails or takes too long ends none of the
-others. A short table comes last. JSON files and plots are as ``python -m tokenferry bench`` writes them.
+others. Where ranks share GPUs, CUDA's MPS is started for the step and ended behind it. After every step all that is
+known is in record.json: with --resume, steps that ended well at this commit are not run again. JSON files and plots
+are as ``python -m tokenferry bench`` writes them; --table prints the table of record.json files, which count as
+further starts, and with --output writes the results in them out again, drawn.
+
+With two GPUs and calls of ten minutes:
+
+    python bench/record.py --output R --phase tests high-throughput low-latency
+    python bench/record.py --output R --resume --phase shared nodes sanitizer
+    python bench/record.py --output R --resume --phase stress soak high-throughput low-latency
+
+Each is given --minutes 9 in all. A first start of every step comes before a second one (--repeat), and leaves the
+steps behind it at least half of what they may take. The third call ends what the first had no time for. Plain
+record.json is enough to resume on another machine. With eight GPUs the first call is enough: its bars are others.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import phases
+import requirements
 import torch
+from phases import PHASES, Setting, Step
+from requirements import Start
 
 HERE = Path(__file__).resolve().parent.parent
-TARGETS = {
-    ("dispatch", 24): 850.0,
-    ("combine", 24): 900.0,
-    ("low-latency pair", 16): 35.0,
-    ("low-latency pair", 128): 80.0,
-}
-"""Microseconds on 8 x H100: operations of 4096 tokens by SMs, bf16; low-latency pairs by tokens, in a graph."""
+sys.path.insert(0, str(HERE))
 
+from tokenferry.cli.bench_cases import BenchError  # noqa: E402
+from tokenferry.cli.bench_cuda import sharing_gpus  # noqa: E402
+from tokenferry.cli.bench_machine import describe_commit  # noqa: E402
 
-class Step(NamedTuple):
-    name: str
-    command: list[str]
-    share: float
-    """Of the time."""
+FORMAT = 1
+KEPT = 200
+"""Lines of what a step printed that record.json keeps."""
+_SHOWN_OK, _SHOWN_BAD = 12, 40
+LEAST = 5.0
+"""Seconds under which no step is begun, unless it needs no more."""
 
 
 class Outcome(NamedTuple):
-    name: str
     status: str
+    """``ok``, or in a few words what went wrong."""
     seconds: float
-
-
-def steps(device: str, ranks: int, output: Path) -> Iterator[Step]:
-    """What is run, in order."""
-    bench = ["-m", "tokenferry", "bench", "--device", device, "--ranks", str(ranks), "--output"]
-    if device == "cpu":
-        tests = ["tests/test_dispatch_combine.py", "tests/test_low_latency.py", "-k", "duplicates"]
-        small = ["--hidden", "256", "--iterations", "3"]
-        yield Step("oracle", ["-m", "pytest", "-q", *tests], 0.4)
-        yield Step("high throughput", [*bench, str(output / "ht"), "--tokens", "64", *small], 0.3)
-        more = ["--mode", "low-latency", "--tokens", "1", "16"]
-        yield Step("low latency", [*bench, str(output / "ll"), *more, *small], 0.3)
-        return
-    tested = ranks if ranks in (2, 4, 8) else 2
-    high, low = (
-        "tests/gpu/test_dispatch_combine.py::test_every_call",
-        "tests/gpu/test_low_latency.py::test_small_rows",
-    )
-    tests = [*(f"{high}[{family}-{tested}]" for family in ("wide", "scaled")), f"{low}[{tested}]"]
-    yield Step("oracle", ["-m", "pytest", "-q", *tests], 0.25)
-    shape = ["--tokens", "4096", "--sms", "8", "16", "24", "32", "64", "--iterations", "12"]
-    yield Step("high throughput", [*bench, str(output / "ht"), *shape], 0.35)
-    shape = ["--tokens", "8192", "--sms", "24", "--iterations", "12"]
-    yield Step("8192 tokens", [*bench, str(output / "ht-8192"), *shape], 0.12)
-    shape = ["--mode", "low-latency", "--iterations", "12"]
-    yield Step("low latency", [*bench, str(output / "ll"), *shape], 0.28)
+    output: str
+    """The end of what the step printed."""
 
 
 def run(step: Step, seconds: float, log: Path) -> Outcome:
-    """Run a step; what it prints goes to the log, too."""
-    print(f"\n=== {step.name}: at most {seconds:.0f} s\n$ python {' '.join(step.command)}", flush=True)
+    """Run a step; what it prints goes to the log, too, beside the directory of its results."""
+    print(f"\n=== {step.name}: at most {seconds:.0f} s\n$ {' '.join(step.command)}", flush=True)
+    if log.with_suffix("").is_dir():
+        shutil.rmtree(log.with_suffix(""))  # what an earlier run has left
     started = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    try:
+        with sharing_gpus(step.shares_gpus):
+            status = _run(step, seconds, log)
+    except BenchError as error:
+        status = str(error)
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    print("\n".join(lines[-(_SHOWN_OK if status == "ok" else _SHOWN_BAD) :]), flush=True)
+    return Outcome(status, time.monotonic() - started, "\n".join(lines[-KEPT:]))
+
+
+def _run(step: Step, seconds: float, log: Path) -> str:
+    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **step.environment}
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *step.command],
-            cwd=HERE,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                phases.argv(step),
+                cwd=HERE,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return f"cannot be started: {error.strerror}"
         try:
             code = process.wait(seconds)
-            status = "ok" if code == 0 else f"exit code {code}"
+            return "ok" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
-            status = "too slow"
+            return "too slow"
+        finally:
             _end(process)
-    print("\n".join(log.read_text(errors="replace").splitlines()[-40:]), flush=True)
-    return Outcome(step.name, status, time.monotonic() - started)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a step with all its ranks: politely, then at once."""
-    for number, patience in ((signal.SIGINT, 10.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(patience)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """Stop a step with all its processes: politely, then at once."""
+    if process.poll() is None:
+        for number, patience in ((signal.SIGINT, 20.0), (signal.SIGTERM, 3.0)):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(patience)
+                break
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # ranks may outlive who started them
+    except ProcessLookupError:
+        return
+    process.wait()
 
 
-def figures(output: Path) -> Iterator[tuple[str, str, float, float | None]]:
-    """What was measured, what else is to be said of it, microseconds, and the target if there is one."""
-    for name in ("ht", "ht-8192"):
-        for entry in _cases(output / name):
-            case = entry["case"]
-            for contender, kinds in entry["contenders"].items():
-                sms = case.get("sms", 0)
-                is_ours = contender == "tokenferry" and case["tokens"] == 4096 and case["dtype"] == "bf16"
-                of_kind = {kind: kinds[kind] for kind in ("call", "chained") if kind in kinds} or {"": kinds}
-                for kind, found_so in of_kind.items():
-                    parts = [f"{case['tokens']} tokens", case["dtype"], f"{sms} SMs" if sms else "", kind, contender]
-                    target = TARGETS.get((case["mode"], sms)) if is_ours and kind == "call" else None
-                    yield case["mode"], ", ".join(filter(None, parts)), found_so["median_seconds"] * 1e6, target
-    for entry in _cases(output / "ll"):
-        case = entry["case"]
-        for contender, operations in entry["contenders"].items():
-            kind = "graph" if "graph" in operations["pair"] else "chained"
-            about = f"{case['tokens']} tokens, {case['dtype']}, {kind}, {contender}"
-            target = TARGETS.get(("low-latency pair", case["tokens"])) if contender == "tokenferry" else None
-            yield "low-latency pair", about, operations["pair"][kind]["median_seconds"] * 1e6, target
+class Record:
+    """What is known, in ``record.json`` of a directory.
+
+    Args:
+        output: the directory.
+        setting: of the run.
+        resume: keep what the file has.
+    """
+
+    def __init__(self, output: Path, setting: Setting, resume: bool) -> None:
+        self.output, self._setting, self._commit = output, setting, describe_commit()
+        self._path = output / "record.json"
+        self.steps: dict[str, dict[str, Any]] = {}
+        if resume and self._path.exists():
+            self.steps = load(self._path)["steps"]
+
+    def directory(self, name: str, start: int) -> Path:
+        """For the results of a step."""
+        return self.output / f"{name.replace(' ', '-')}-{start}"
+
+    def is_done(self, step: Step, start: int) -> bool:
+        """Whether an earlier run of the step ended well, in the same way and at the same commit."""
+        known = self.steps.get(key_of(step.name, start), {})
+        return (known.get("status"), known.get("git")) == ("ok", self._commit) and known.get("command") == _shown(
+            step
+        )
+
+    def add(self, step: Step, start: int, outcome: Outcome) -> None:
+        """Note how a step ended, with the results that it left."""
+        found = [json.loads(path.read_text()) for path in sorted(self.directory(step.name, start).glob("*.json"))]
+        self.steps[key_of(step.name, start)] = {
+            "name": step.name,
+            "phase": step.phase,
+            "start": start,
+            **outcome._asdict(),
+            "command": _shown(step),
+            "git": self._commit,
+            "results": found[0] if found else None,
+        }
+        self._write()
+
+    def _write(self) -> None:
+        starts = starts_of([self.steps], self._setting.scale)
+        record = {
+            "format": FORMAT,
+            "setting": self._setting._asdict(),
+            "steps": self.steps,
+            "table": [row._asdict() for row in rows(starts, self._setting)],
+        }
+        fresh = self._path.with_suffix(".new")
+        fresh.write_text(json.dumps(record, indent=1) + "\n")
+        fresh.replace(self._path)
 
 
-def _cases(folder: Path) -> list[dict[str, Any]]:
-    return [case for path in sorted(folder.glob("*.json")) for case in json.loads(path.read_text())["cases"]]
+def _shown(step: Step) -> list[str]:
+    """A command without directories, which differ from run to run."""
+    parts = list(step.command)
+    return [Path(part).name if Path(part).is_absolute() else part for part in parts]
 
 
-def summary(outcomes: Sequence[Outcome], output: Path, with_targets: bool) -> str:
-    """The table."""
-    lines = [f"{outcome.name:18} {outcome.status:14} {outcome.seconds:6.0f} s" for outcome in outcomes]
-    for name, about, microseconds, target in figures(output):
-        verdict = ""
-        if target is not None and with_targets:
-            verdict = f"   target {target:.0f}: {'reached' if microseconds <= target else 'MISSED'}"
-        lines.append(f"{name:18} {microseconds:10.1f} us   {about}{verdict}")
+def key_of(name: str, start: int) -> str:
+    return f"{name} #{start}"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a ``record.json``.
+
+    Raises:
+        ValueError: it is none of this format.
+    """
+    record = json.loads(path.read_text())
+    if not isinstance(record, dict) or record.get("format") != FORMAT or "steps" not in record:
+        raise ValueError(f"{path}: not a record of format {FORMAT}")
+    return record
+
+
+def starts_of(records: Sequence[Mapping[str, Mapping[str, Any]]], scale: requirements.Scale) -> list[Start]:
+    """The starts in the steps of some records, one after the other."""
+    by_start: dict[tuple[int, int], dict[str, Mapping[str, Any]]] = {}
+    for number, steps in enumerate(records):
+        for entry in steps.values():
+            by_start.setdefault((number, entry["start"]), {})[entry["name"]] = entry
+    return [Start(by_start[which], scale) for which in sorted(by_start)]
+
+
+class Line(NamedTuple):
+    """How a step ended."""
+
+    key: str
+    status: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.key:30} {self.status:16} {self.seconds:6.0f} s"
+
+
+def run_all(record: Record, setting: Setting, chosen: Sequence[str], repeat: int, seconds: float) -> list[Line]:
+    """Run the steps of some phases in the time there is: first all of them, then again those that repeat."""
+    deadline = time.monotonic() + seconds
+    lines = []
+    for start in range(1, repeat + 1):
+        known = phases.steps(setting, chosen, functools.partial(_directory, record, start))
+        todo = []
+        for step in known:
+            if record.is_done(step, start):
+                lines.append(Line(key_of(step.name, start), "ok, before", 0.0))
+            elif start == 1 or step.repeats:
+                todo.append(step)
+        for at, step in enumerate(todo):
+            left = deadline - time.monotonic()
+            allowed = share_of(step, todo[at + 1 :], left)
+            outcome = Outcome(phases.missing(step, setting) or "no time left", 0.0, "")
+            if outcome.status == "no time left" and allowed >= min(LEAST, step.seconds):
+                outcome = run(step, allowed, record.directory(step.name, start).with_suffix(".log"))
+            if outcome.status != "no time left":
+                record.add(step, start, outcome)
+            lines.append(Line(key_of(step.name, start), outcome.status, outcome.seconds))
+    return lines
+
+
+def _directory(record: Record, start: int, name: str) -> str:
+    return str(record.directory(name, start))
+
+
+def share_of(step: Step, later: Sequence[Step], left: float) -> float:
+    """Seconds for a step, if so many are left: half of its own, and more where the later ones keep their half."""
+    return min(step.seconds, left, max(step.seconds / 2, left - sum(other.seconds for other in later) / 2))
+
+
+def summary(records: Sequence[Mapping[str, Any]], setting: Setting) -> str:
+    """Machines, and the table."""
+    starts = starts_of([record["steps"] for record in records], setting.scale)
+    machines, commits = set(), set()
+    for start in starts:
+        for entry in start.steps.values():
+            commit = entry["git"]
+            if commit is not None:
+                commits.add(commit["commit"][:10] + (" and changes" if commit["dirty"] else ""))
+            if entry.get("results"):
+                machine = entry["results"]["machine"]
+                where = f"{machine['gpus']} x {machine['gpu']}" if "gpus" in machine else machine["cpu"]
+                machines.add(f"{setting.ranks} ranks on {where}")
+    lines = [*sorted(machines), f"at {' and '.join(sorted(commits)) or 'no commit'}"]
+    if setting.device != "cuda":
+        lines.append("REHEARSAL on CPU ranks: nothing is shown by it")
+    elif not setting.gpus_of_ranks:
+        lines.append("RANKS SHARE GPUS: these are no figures of speed")
+    elif any("H100" not in machine for machine in machines):
+        lines.append("the bars are those of H100s")
+    lines += [*requirements.host_lines(starts), "", requirements.table(rows(starts, setting))]
     return "\n".join(lines)
 
 
+def rows(starts: Sequence[Start], setting: Setting) -> list[requirements.Row]:
+    """The table, judged as far as the machine allows."""
+    return requirements.rows_of(starts, setting.gpus_of_ranks, judged=setting.device == "cuda")
+
+
+def unpack(records: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Write the results in records as files, and draw them."""
+    output.mkdir(parents=True, exist_ok=True)
+    for number, record in enumerate(records):
+        for key, entry in record["steps"].items():
+            if entry["results"] is None:
+                continue
+            path = output / f"{number + 1}-{key.replace(' #', '-').replace(' ', '-')}.json"
+            path.write_text(json.dumps(entry["results"], indent=1) + "\n")
+            command = [sys.executable, "-m", "tokenferry", "bench", "--draw", str(path)]
+            subprocess.run(command, cwd=HERE, check=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all steps; 1 if one of them failed."""
+    """Run what is asked for; 1 if a step failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phase", nargs="+", choices=[*PHASES, "all"], default=["all"], help="(default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ranks", type=int, help="default: one for each GPU; 2 with cpu")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
-    parser.add_argument("--output", type=Path, required=True, help="directory for logs, JSON files and plots")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default 9)")
+    parser.add_argument("--repeat", type=int, default=2, help="starts of every step with figures (default 2)")
+    parser.add_argument("--soak-minutes", type=float, default=5.0, help="(default 5)")
+    parser.add_argument("--resume", action="store_true", help="keep what record.json in --output has")
+    parser.add_argument("--output", type=Path, help="directory for record.json, logs, results and plots")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="RECORD.json", help="run nothing; print the table")
     args = parser.parse_args(arguments)
+    if args.table is not None:
+        try:
+            records = [load(path) for path in args.table]
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --table: {error}")
+        print(summary(records, Setting(**records[0]["setting"])))
+        if args.output is not None:
+            unpack(records, args.output.resolve())
+        return 0
+    if args.output is None:
+        parser.error("argument --output: is needed")
     num_gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     if args.device == "cuda" and num_gpus == 0:
         parser.error("torch finds no GPU; --device cpu shows what is run")
-    ranks = args.ranks or num_gpus or 2
+    setting = Setting(args.device, args.ranks or num_gpus or 2, num_gpus, args.soak_minutes)
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    deadline = time.monotonic() + args.minutes * 60
-    for step in steps(args.device, ranks, output):
-        left = deadline - time.monotonic()
-        seconds = min(max(step.share * args.minutes * 60, 1.0), left)
-        if seconds <= 0:
-            outcomes.append(Outcome(step.name, "no time left", 0.0))
-            continue
-        outcomes.append(run(step, seconds, output / f"{step.name.replace(' ', '-')}.log"))
-    text = summary(outcomes, output, with_targets=num_gpus == ranks == 8)
+    record = Record(output, setting, args.resume)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step that runs, too
+    chosen = PHASES if "all" in args.phase else args.phase
+    lines = run_all(record, setting, chosen, args.repeat, args.minutes * 60)
+    text = "\n".join([*map(str, lines), "", summary([{"steps": record.steps}], setting)])
     (output / "summary.txt").write_text(text + "\n")
-    print(f"\n{ranks} ranks on {num_gpus or 'no'} GPUs\n{text}")
-    return int(any(outcome.status != "ok" for outcome in outcomes))
+    print(f"\n{text}")
+    return int(any(not line.status.startswith("ok") for line in lines))
 
 
 if __name__ == "__main__":

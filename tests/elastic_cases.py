@@ -214,7 +214,7 @@ class Elastic:
 
 def elastic_buffer(group: Any, num_bytes: int = 0, **options: Any) -> ElasticBuffer:
     """A buffer with the deadline of tests."""
-    return ElasticBuffer(group, num_bytes, num_gpu_timeout_secs=TIMEOUT, **options)
+    return ElasticBuffer(group, num_bytes, **{"num_gpu_timeout_secs": TIMEOUT, **options})
 
 
 __all__ = ["Elastic", "Expected", "elastic_buffer"]

@@ -4,6 +4,7 @@ import importlib
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from tests.oracle import membership
 from tokenferry.cli import main
+from tokenferry.cli.bench_baseline import expert_major
 from tokenferry.cli.bench_cases import (
     BASELINE,
+    EXTRA_MODES,
     MODES,
     OURS,
     BenchError,
@@ -28,7 +31,7 @@ from tokenferry.cli.bench_cases import (
     run_case,
 )
 from tokenferry.cli.bench_machine import describe_command
-from tokenferry.cli.bench_report import fit_tokens, report_of, slowest_rank_statistics
+from tokenferry.cli.bench_report import case_key, fit_tokens, report_of, slowest_rank_statistics
 from tokenferry.cli.ranks import RankPool
 
 LOW_LATENCY = ["--mode", "low-latency"]
@@ -199,6 +202,14 @@ def test_against_refuses_other_files(content: str | None, tmp_path: Path) -> Non
         (["--save", "../name"], "--save"),
         (["--loud"], "--loud"),
         (["--nodes", "3"], "--nodes"),
+        (["--nodes", "2", "--modes", "expanded"], "--modes"),
+        (["--beside", "operators"], "--beside"),
+        (["--staged"], "--staged"),
+        (["--routing", "nowhere"], "--routing"),
+        (["--routing", "others", "--ranks", "2", "--experts", "8", "--topk", "5"], "--routing"),
+        (["--host-profile"], "--host-profile"),
+        ([*LOW_LATENCY, "--routing", "others"], "--routing"),
+        ([*LOW_LATENCY, "--staged"], "--staged"),
         ([*LOW_LATENCY, "--nodes", "2"], "--nodes"),
         (["--max-tokens", "8"], "--max-tokens"),
         (["--exact"], "--exact"),
@@ -270,6 +281,30 @@ def test_wire_bytes_match_a_count_by_hand(dtype: str) -> None:
             assert count_traffic(member, rank, case.row_bytes()) == (wire, logical)
 
 
+def test_every_row_of_the_routing_to_others_crosses() -> None:
+    case = a_case(routing="others")
+    for rank in range(case.ranks):
+        ids, _ = random_choices(case, rank)
+        assert all(len(set(row)) == case.topk and rank not in {expert // 4 for expert in row} for row in ids.tolist())
+        wire, logical = count_traffic(membership(ids, case.ranks, case.experts), rank, case.row_bytes())
+        assert wire == logical > 0
+
+
+def test_rows_by_expert_by_hand() -> None:
+    rows = torch.arange(6.0).view(3, 2)
+    ids = torch.tensor([[1, -1, 0], [-1, -1, 1], [0, 1, -1]])
+    weights = torch.arange(9.0).view(3, 3)
+    copies, of_copies = expert_major([rows, ids, weights])
+    assert torch.equal(copies, rows[[0, 2, 0, 1, 2]])
+    assert of_copies.tolist() == [2.0, 6.0, 0.0, 5.0, 7.0]
+
+
+def test_a_case_of_an_older_file_is_known() -> None:
+    case = asdict(a_case())
+    older = {name: value for name, value in case.items() if name not in ("nodes", "routing")}
+    assert case_key(case) == case_key(older) != case_key(asdict(a_case(routing="others")))
+
+
 def test_random_inputs_are_reproducible_and_differ_between_ranks() -> None:
     case = a_case(dtype="fp8")
     ids, weights = random_choices(case, 1)
@@ -329,7 +364,7 @@ def test_disagreement_is_an_error() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp16", "fp8"])
 def test_contenders_agree(dtype: str, pool_of: Callable[[int], RankPool]) -> None:
-    for mode in MODES:
+    for mode in (*MODES, *EXTRA_MODES):
         case = a_case(mode=mode, dtype=dtype, ranks=2)
         for result in pool_of(2).run(run_case, case, Budget(0.0, 1), True):
             assert all(len(times) == 1 for times in result.times.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from tokenferry.cli.bench_cuda_cases import BARE, DEEPEP, CudaCase, Effort, Stre
 from tokenferry.cli.bench_cuda_plot import draw
 from tokenferry.cli.bench_cuda_report import KINDS, CudaReport
 from tokenferry.cli.bench_machine import describe_gpus
+from tokenferry.cli.bench_operators import MODES as OPERATED
+from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.ranks import RankPool
 
 
@@ -45,9 +48,10 @@ def run_on_cpu(rank: int, num_ranks: int, cases: list[CudaCase], effort: Effort,
     return run_cases(rank, num_ranks, [replace(c, device="cpu") for c in cases], effort, rivals, FakeClock())
 
 
-def a_device(rank: int, num_ranks: int, num_nodes: int = 1) -> dict[str, Any]:
+def a_device(rank: int, num_ranks: int, num_nodes: int = 1, staged: bool = False) -> dict[str, Any]:
     versions = {"triton": "3", "cuda": "13.0", "driver": "580", "nccl": "2.28"}
-    shape = {"gpu_sms": 132, "gpu_memory_bytes": 1 << 36, "gpu_capability": "9.0"}
+    shape: dict[str, Any] = {"gpu_sms": 132, "gpu_memory_bytes": 1 << 36, "gpu_capability": "9.0"}
+    shape["gpu_allocator"] = bench_cuda_cases.STAGED if staged else ""
     return {"gpu": "NVIDIA H100 80GB HBM3", **shape, "versions": versions, "deep_ep": "is not there"}
 
 
@@ -123,6 +127,95 @@ def test_cuda_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_cuda_beside_and_extra_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modes = ["dispatch", *OPERATED, "expanded"]
+    arguments = ["--tokens", "8", "--sms", "8", "--modes", *modes, "--beside", "operators", "--routing", "others"]
+    assert main([*CUDA, *arguments, "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert "every row crosses" in results["notes"][-1]
+    for entry in results["cases"]:
+        assert entry["case"]["routing"] == "others"
+        assert entry["wire_bytes_per_rank"] == entry["logical_bytes_per_rank"] > 0
+        wanted = {OURS, BASELINE, *([OPERATORS] if entry["case"]["mode"] in OPERATED else [])}
+        assert entry["contenders"].keys() == wanted
+    assert {entry["case"]["mode"] for entry in results["cases"]} == set(modes)
+    assert "expanded dispatch" in capsys.readouterr().out
+    assert (tmp_path / "bench.png").exists()
+    with pytest.raises(SystemExit):
+        main([*CUDA, "--beside", "wait-statistics"])
+
+
+def fail_late(rank: int, num_ranks: int, cases: list[CudaCase], *rest: Any) -> Any:
+    if cases[0].tokens > 8:
+        raise BenchError("made to fail")
+    return run_on_cpu(rank, num_ranks, cases, *rest)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_what_was_found_before_a_failure_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_cuda, "run_cases", fail_late)
+    arguments = [*CUDA, "--modes", "combine", "--dtype", "bf16", "--output", str(tmp_path)]
+    assert main([*arguments, "--tokens", "8", "16"]) == 1
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert [entry["case"]["tokens"] for entry in results["cases"]] == [8]
+    assert results["notes"][-1] == "ended early: tokenferry.cli.bench_cases.BenchError: made to fail"
+    assert "made to fail" in capsys.readouterr().err
+    assert not (tmp_path / "bench.png").exists()
+    (tmp_path / "bench.json").unlink()
+    assert main([*arguments, "--tokens", "16"]) == 1
+    assert not (tmp_path / "bench.json").exists()
+
+    class Interrupted(RankPool):
+        def run(self, function: Any, *args: Any) -> Any:
+            if function is fail_late and args[0][0].tokens > 8:
+                raise KeyboardInterrupt
+            return super().run(function, *args)
+
+    monkeypatch.setattr(bench_cuda, "RankPool", Interrupted)
+    assert main([*arguments, "--tokens", "8", "16"]) == 1
+    assert json.loads((tmp_path / "bench.json").read_text())["notes"][-1] == "ended early: interrupted"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_cuda_staged_over_the_ceiling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--tokens",
+        "8",
+        "--modes",
+        "cached",
+        "--num-nvl-bytes",
+        "1M",
+        "2M",
+        "0",
+        "--staged",
+        "--no-baseline",
+    ]
+    assert main([*CUDA, *arguments, "--dtype", "bf16", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["machine"]["gpu_allocator"] == "expandable_segments:True"
+    assert "pass through the stage" in results["notes"][-1]
+    assert [entry["case"]["num_nvl_bytes"] for entry in results["cases"]] == [1 << 20, 2 << 20, 0]
+    shown = capsys.readouterr().out
+    assert "stage up to 2 MiB" in shown
+    assert (tmp_path / "bench.png").exists()
+    assert main([*CUDA, *arguments[:4], "--no-plot", "--against", str(tmp_path / "bench.json")]) == 0
+
+
+def test_a_staged_rank_tells_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(bench_cuda_cases, "describe_device", lambda index: {"index": index})
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    bench_cuda_cases.take_device(1, 2)
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == os.environ["PYTORCH_ALLOC_CONF"] == ""
+    assert bench_cuda_cases.take_device(1, 2, 1, True)["index"] == 1
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == os.environ["PYTORCH_ALLOC_CONF"] == bench_cuda_cases.STAGED
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_cuda_says_that_ranks_share_gpus(tmp_path: Path, mps: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*CUDA, "--ranks", "4", "--tokens", "8", "--modes", "combine", "--output", str(tmp_path)]
     assert main(arguments) == 0
@@ -143,21 +236,37 @@ def test_cuda_says_that_ranks_share_gpus(tmp_path: Path, mps: Path, capsys: pyte
 
 def test_mps_is_there_or_named(mps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(os.environ)
-    with bench_cuda.sharing(True):
+    with bench_cuda.sharing_gpus(True):
         assert os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] == "1"
         assert mps.read_text() == f"start {os.environ['CUDA_MPS_PIPE_DIRECTORY']}\n"
     assert dict(os.environ) == before
     mps.unlink()
-    with bench_cuda.sharing(False):
+    with bench_cuda.sharing_gpus(False):
         assert dict(os.environ) == before
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/of/the/user")
-    with bench_cuda.sharing(True):
+    with bench_cuda.sharing_gpus(True):
         assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/of/the/user"
     assert not mps.exists()
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY")
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(BenchError, match="MPS"), bench_cuda.sharing(True):
+    with pytest.raises(BenchError, match="MPS"), bench_cuda.sharing_gpus(True):
         pass
+
+
+def test_mps_that_waits_in_vain_is_ended(mps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def tell(control: str, command: str, seconds: float) -> str:
+        assert control == str(mps.with_name(bench_cuda.MPS_CONTROL))
+        told.append(command)
+        if told == ["quit"]:
+            raise subprocess.TimeoutExpired(control, seconds)
+        return "12\n345\n" if command == "get_server_list" else ""
+
+    monkeypatch.setattr(bench_cuda, "_tell_mps", tell)
+    with bench_cuda.sharing_gpus(True):
+        pass
+    assert told == ["quit", "get_server_list", "shutdown_server 12 -f", "shutdown_server 345 -f", "quit"]
 
 
 def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

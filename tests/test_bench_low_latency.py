@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,9 @@ from tokenferry import Buffer
 from tokenferry.cli import bench, bench_low_latency, bench_low_latency_clocks, main
 from tokenferry.cli.bench_cases import BASELINE, OURS, BenchError
 from tokenferry.cli.bench_cuda_cases import DEEPEP
+from tokenferry.cli.bench_host import host_line, host_parts
 from tokenferry.cli.bench_low_latency_cases import (
+    WAIT_STATISTICS,
     BufferContender,
     Effort,
     LowLatencyCase,
@@ -31,13 +34,13 @@ from tokenferry.cli.bench_low_latency_cases import (
     Workload,
     check,
     count_traffic,
-    expert_rows,
     prepare,
     run_cases,
 )
 from tokenferry.cli.bench_low_latency_clocks import GraphClock
 from tokenferry.cli.bench_low_latency_plot import draw
 from tokenferry.cli.bench_machine import describe_gpus
+from tokenferry.cli.bench_operators import OPERATORS, expert_rows
 from tokenferry.cli.ranks import RankPool
 
 SMALL = ["bench", *LOW_LATENCY, "--hidden", "128", "--experts", "8", "--topk", "3", "--iterations", "2"]
@@ -183,7 +186,7 @@ def saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(bench_low_latency, "take_device", a_device)
     monkeypatch.setattr(bench_low_latency, "run_cases", run_on_cpu)
-    monkeypatch.setattr(bench_low_latency, "sharing", shared)
+    monkeypatch.setattr(bench_low_latency, "sharing_gpus", shared)
     monkeypatch.setattr(bench, "results_directory", lambda: tmp_path)
     return tmp_path
 
@@ -251,6 +254,7 @@ def test_default_cases() -> None:
         "kernels": False,
         "nodes": 1,
     }
+    settled |= {"routing": "uniform", "staged": False, "host_profile": False}
     absent = ("modes", "mb", "sms", "seconds", "max_tokens", "tokens", "dtype", "ranks")
     parser = bench_low_latency.argparse.ArgumentParser()
     args = parser.parse_args([])
@@ -272,6 +276,55 @@ def test_rivals() -> None:
     assert bench_low_latency.choose_rivals(machine, "is not there", True)[0] == [BASELINE]
     shared = {"device": "cuda", **describe_gpus([a_device(0, 1)] * 4, 2)}
     assert bench_low_latency.choose_rivals(shared, "yes", True)[0] == []
+
+
+def test_operators_wait_statistics_and_a_profile_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beside = ["--beside", "operators", "wait-statistics", "--host-profile"]
+    assert main([*SMALL, "--tokens", "3", *beside, "--output", str(tmp_path)]) == 0
+    for entry in json.loads((tmp_path / "bench-low-latency.json").read_text())["cases"]:
+        assert entry["contenders"].keys() == {OURS, OPERATORS, WAIT_STATISTICS}
+        assert entry["contenders"][OPERATORS].keys() == {"dispatch", "combine", "pair"}
+        parts = {part["where"]: part for part in entry["host_parts"]}
+        assert parts["buffer_low_latency.py"]["calls"] >= 2
+        assert parts["buffer_low_latency.py"]["seconds"] > 0
+        assert any(where.startswith("torch") for where in parts)
+    assert "host under the profiler" in capsys.readouterr().out
+    assert (tmp_path / "bench-low-latency.png").exists()
+
+
+def count_waits(rank: int, num_ranks: int) -> int:
+    case = a_case()
+    work = prepare(case, rank)
+    waits = work.topk_idx.new_zeros(num_ranks)
+    with Buffer(dist.group.WORLD, num_rdma_bytes=case.size_hint(), low_latency_mode=True, device="cpu") as buffer:
+        contender = BufferContender(case, work, buffer, waits)
+        for _ in range(5):
+            dist.barrier()
+            time.sleep(0.01 * rank)
+            contender.pair()
+        dist.barrier()
+    return int(waits.sum())
+
+
+def test_wait_statistics_are_counted(pool_of: Callable[[int], RankPool]) -> None:
+    assert pool_of(2).run(count_waits)[0] > 5e6
+
+
+def spin() -> None:
+    sum(range(20000))
+
+
+def test_parts_of_the_host_add_up() -> None:
+    def call() -> None:
+        spin()
+        torch.zeros(1)
+
+    parts = {part.where: part for part in host_parts(call, 10)}
+    builtin = parts["builtins.sum"]
+    assert builtin.calls == 1
+    assert builtin.seconds > 0.5 * sum(part.seconds for part in parts.values())
+    assert parts["test_bench_low_latency.py:spin"].calls == 1
+    assert "builtins.sum" in host_line(list(parts.values())).partition(":")[2].partition(",")[0]
 
 
 class Standin(Buffer):
@@ -358,6 +411,21 @@ def test_an_error_of_a_rank_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(bench_low_latency, "run_cases", raise_on_a_rank)
     assert main([*SMALL, "--tokens", "1", "--no-plot"]) == 1
     assert "rank 1 failed" in capsys.readouterr().err
+
+
+def test_what_was_found_before_an_error_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_low_latency, "run_cases", raise_late)
+    assert main([*SMALL, "--tokens", "1", "200", "--dtype", "fp8", "--output", str(tmp_path)]) == 1
+    results = json.loads((tmp_path / "bench-low-latency.json").read_text())
+    assert [entry["case"]["tokens"] for entry in results["cases"]] == [1]
+    assert results["notes"][-1].startswith("ended early")
+    assert not (tmp_path / "bench-low-latency.png").exists()
+
+
+def raise_late(rank: int, num_ranks: int, cases: list[LowLatencyCase], *rest: Any) -> Any:
+    if cases[0].tokens > 1:
+        raise BenchError("late")
+    return run_cases(rank, num_ranks, cases, *rest)
 
 
 def raise_on_a_rank(rank: int, *_: object) -> list[Any]:

@@ -1,50 +1,112 @@
-"""Ranks on GPUs. Several share one where there are more ranks than GPUs: then CUDA's MPS runs them side by side."""
+"""Ranks on GPUs. Several share one where there are more ranks than GPUs: then CUDA's MPS runs them side by side.
+
+How many ranks a test has at a time says its parameter ``num_ranks`` or ``layout``, or ``@pytest.mark.ranks(most)``;
+without these it has two. Tests whose ranks share GPUs are marked for ``-m``, and without them there is no MPS:
+
+    python -m pytest tests/gpu -m "not slow and not shares_gpus"
+    python -m pytest tests/gpu -m "not slow and shares_gpus"
+
+Only torch, triton, numpy and pytest are needed.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 import shutil
-import subprocess
-import tempfile
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.conftest import PoolOf, session_pools
+from tokenferry.cli.bench_cuda import MPS_CONTROL, sharing_gpus
+from tokenferry.cli.ranks import RankPool
+
+MOST_SECONDS, MOST_SECONDS_SLOW = 240, 1800
+"""That a test may take: one that hangs fails, and the others go on."""
+_DEFAULT_RANKS = 2
+_BY_NODE = {"direct", "over_network"}
+"""Fixtures that put ranks on two nodes, each of which has one GPU."""
 
 
+def most_ranks(item: pytest.Item) -> int:
+    """The ranks that a test has at a time."""
+    marker = item.get_closest_marker("ranks")
+    if marker is not None:
+        return int(marker.args[0])
+    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if "layout" in given:
+        nodes, _, each = given["layout"].partition("x")
+        return int(nodes) * int(each)
+    return int(given.get("num_ranks", _DEFAULT_RANKS))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a GPU there is nothing to test here."""
-    if torch.cuda.device_count() == 0:
-        for item in items:
-            if "gpu" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason="no GPU"))
+    """Without a GPU there is nothing to test here; mark what needs MPS."""
+    num_gpus = torch.cuda.device_count()
+    for item in items:
+        if "gpu" not in item.path.parts:
+            continue
+        if num_gpus == 0:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+            continue
+        if most_ranks(item) > _places(num_gpus, getattr(item, "fixturenames", ())):
+            item.add_marker("shares_gpus")
+            if shutil.which(MPS_CONTROL) is None:
+                item.add_marker(pytest.mark.skip(reason="no MPS: several ranks cannot run at a time on one GPU"))
+
+
+def _places(num_gpus: int, fixtures: object) -> int:
+    """Ranks that have a GPU each."""
+    return min(num_gpus, 2) if _BY_NODE & set(fixtures) else num_gpus  # type: ignore[call-overload]
+
+
+@pytest.fixture(autouse=True)
+def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ends a test that hangs, where pytest-timeout is not there to do it; the next test gets new ranks."""
+    if request.config.pluginmanager.hasplugin("timeout"):
+        yield
+        return
+    seconds = MOST_SECONDS_SLOW if request.node.get_closest_marker("slow") else MOST_SECONDS
+
+    def expire(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture(scope="session")
-def sharing() -> Iterator[None]:
-    """MPS for the session, and the settings that let ranks of one GPU have symmetric memory."""
-    control = shutil.which("nvidia-cuda-mps-control")
-    if control is None:
-        pytest.skip("no MPS: several ranks cannot run at a time on one GPU")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["CUDA_MPS_PIPE_DIRECTORY"] = os.environ["CUDA_MPS_LOG_DIRECTORY"] = folder
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-        subprocess.run([control, "-d"], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run([control], input="quit\n", text=True, check=False, timeout=30)
-            for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
-                os.environ.pop(name, None)
+def sharing(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """MPS for the session if ranks of any test of it share GPUs, and leave for symmetric memory of one GPU."""
+    shared = any(item.get_closest_marker("shares_gpus") for item in request.session.items)
+    with sharing_gpus(shared and shutil.which(MPS_CONTROL) is not None):
+        yield shared
+
+
+def _checked(pools: Iterator[PoolOf], shared: bool, places: int) -> Iterator[PoolOf]:
+    for pool_of in pools:
+
+        def get(num_ranks: int, pool_of: PoolOf = pool_of) -> RankPool:
+            if num_ranks > places and not shared:
+                pytest.fail(f"{num_ranks} ranks where {places} have a GPU each: say so with pytest.mark.ranks")
+            return pool_of(num_ranks)
+
+        yield get
 
 
 @pytest.fixture(scope="session")
-def gpu_pool_of(sharing: None) -> Iterator[PoolOf]:
+def gpu_pool_of(sharing: bool) -> Iterator[PoolOf]:
     """``gpu_pool_of(n)``: n ranks, one GPU after the other."""
-    yield from session_pools(take_device)
+    yield from _checked(session_pools(take_device), sharing, torch.cuda.device_count())
 
 
 def take_device(rank: int, num_ranks: int) -> None:
@@ -62,14 +124,18 @@ def take_node(rank: int, num_ranks: int, over_network: bool) -> None:
 
 
 @pytest.fixture(scope="session")
-def direct(sharing: None) -> Iterator[PoolOf]:
+def direct(sharing: bool) -> Iterator[PoolOf]:
     """Rails by whatever NCCL finds between two GPUs, or by its network transport on one."""
-    yield from session_pools(functools.partial(take_node, over_network=torch.cuda.device_count() < 2))
+    num_gpus = torch.cuda.device_count()
+    pools = session_pools(functools.partial(take_node, over_network=num_gpus < 2))
+    yield from _checked(pools, sharing, _places(num_gpus, _BY_NODE))
 
 
 @pytest.fixture(scope="session")
-def over_network(sharing: None) -> Iterator[PoolOf]:
+def over_network(sharing: bool) -> Iterator[PoolOf]:
     """Rails by NCCL's network transport, as between hosts."""
-    if torch.cuda.device_count() < 2:
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < 2:
         pytest.skip("one GPU: this is how all other tests run")
-    yield from session_pools(functools.partial(take_node, over_network=True))
+    pools = session_pools(functools.partial(take_node, over_network=True))
+    yield from _checked(pools, sharing, _places(num_gpus, _BY_NODE))

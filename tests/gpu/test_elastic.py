@@ -30,9 +30,9 @@ FAMILIES = {
 }
 
 
-def check_cases(rank: int, num_ranks: int, cases: list[Case], bulk: bool, multiple: bool) -> None:
+def check_cases(rank: int, num_ranks: int, cases: list[Case], bulk: bool, multiple: bool, **options: Any) -> None:
     """Every call on each case, on one buffer."""
-    with elastic_buffer(dist.group.WORLD, device="cuda", allow_multiple_reduction=multiple) as buffer:
+    with elastic_buffer(dist.group.WORLD, device="cuda", allow_multiple_reduction=multiple, **options) as buffer:
         plane = buffer.runtime.party().plane
         plane._target = plane._target._replace(can_bulk=plane._target.can_bulk and bulk)
         for case in cases:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -81,8 +82,8 @@ def check_all_staged(rank: int, num_ranks: int) -> None:
         assert plane._place(scenario.given.x) == -1
 
 
-def test_memory_that_cannot_be_shared_is_staged_in_rounds(sharing: None) -> None:
-    for num_ranks in (2, 4):
-        with RankPool(num_ranks, 1) as pool:
-            pool.run(use_expandable_segments)
-            pool.run(check_all_staged)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_memory_that_cannot_be_shared_is_staged_in_rounds(sharing: bool, num_ranks: int) -> None:
+    with RankPool(num_ranks, 1) as pool:
+        pool.run(use_expandable_segments)
+        pool.run(check_all_staged)

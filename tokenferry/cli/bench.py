@@ -21,12 +21,15 @@ import torch
 
 from tokenferry.cli import bench_cuda, bench_low_latency
 from tokenferry.cli.bench_cases import (
+    ALL_MODES,
     BASELINE,
     CHAINED_PAIRS,
     CLOCKS,
     CUDA_MODES,
     DTYPES,
+    EXTRA_MODES,
     MODES,
+    ROUTINGS,
     SCALE_BLOCK,
     BenchError,
     Budget,
@@ -62,6 +65,7 @@ _DEFAULT_TOKENS = 4096
 _DEFAULT_RANKS = 4
 _DEFAULT_SMS = 16
 _DEFAULT_SECONDS = 2
+BESIDE = ("operators", "wait-statistics")
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -96,10 +100,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of dispatched rows (default bf16, with cuda bf16 fp8); "
         f"fp8 has a float32 scale for {SCALE_BLOCK} elements and combines in bf16",
     )
+    shape.add_argument(
+        "--routing", choices=ROUTINGS, default=ROUTINGS[0], help="others: only to experts of other ranks"
+    )
     shape.add_argument("--seed", type=int, default=0, help="of rows and routing (default 0)")
     run = parser.add_argument_group("what to run")
     bench_low_latency.add_arguments(run, _positive)
-    run.add_argument("--modes", choices=list(CUDA_MODES), nargs="+", help="(default: all; cached-pair: cuda only)")
+    run.add_argument(
+        "--modes",
+        choices=list(ALL_MODES),
+        nargs="+",
+        help=f"(default: all but {', '.join(EXTRA_MODES)}; cached-pair: cuda only)",
+    )
+    run.add_argument(
+        "--beside",
+        choices=BESIDE,
+        nargs="+",
+        default=[],
+        help="further contenders. operators: the same through tokenferry.ops (cuda, or low-latency); "
+        "wait-statistics: low-latency: the same with statistics of the waits for each rank",
+    )
+    run.add_argument("--staged", action="store_true", help="cuda: rows in memory that peers cannot open")
     run.add_argument("--sms", type=_sms, nargs="+", help=f"cuda: SMs of an operation (default {_DEFAULT_SMS})")
     run.add_argument(
         "--kernels", action="store_true", help="cuda: ask torch.profiler for the time of each kernel too"
@@ -198,7 +219,7 @@ def _run(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], p
     system = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
     where = f" on {args.nodes} nodes, joined by TCP" if args.nodes > 1 else ""
     print(f"{args.ranks} ranks{where} ({_threads(args)} threads each) on {system}, {machine['system']}")
-    print(f"top-{args.topk} of {args.experts} experts, uniform\n")
+    print(f"top-{args.topk} of {args.experts} experts, {args.routing}\n")
     print(HEADER)
     reports = []
     budget = Budget(args.seconds or _DEFAULT_SECONDS, args.iterations)
@@ -207,7 +228,7 @@ def _run(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], p
         progress(cases, desc="bench", unit="case", file=sys.stderr, leave=False) as bar,
     ):
         for case in bar:
-            bar.set_postfix_str(f"{MODES[case.mode]}, {case.tokens} tokens")
+            bar.set_postfix_str(f"{ALL_MODES[case.mode]}, {case.tokens} tokens")
             reports.append(report_of(case, pool.run(run_case, case, budget, args.baseline)))
             bar.write(case_line(reports[-1]), file=sys.stdout)
             sys.stdout.flush()
@@ -248,8 +269,8 @@ def _settle(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         if args.seconds is not None:
             args.fail("argument --seconds: with --device cuda; allowed: --iterations")
-        if len(args.num_nvl_bytes) > 1:
-            args.fail("argument --num-nvl-bytes: with --device cuda; allowed: one ceiling")
+        if "wait-statistics" in args.beside:
+            args.fail("argument --beside: wait-statistics; allowed: with --mode low-latency")
         num_gpus = torch.cuda.device_count()
         if num_gpus == 0:
             args.fail("argument --device: cuda, but torch finds no GPU")
@@ -269,7 +290,9 @@ def _settle(args: argparse.Namespace) -> None:
         ("--sms", args.sms is not None),
         ("--kernels", args.kernels),
         ("--save", args.save == ""),
-        ("--modes", not MODES.keys() >= set(args.modes)),
+        ("--modes", not {*MODES, *EXTRA_MODES} >= set(args.modes)),
+        ("--beside", bool(args.beside)),
+        ("--staged", args.staged),
     ):
         if given:
             args.fail(f"argument {name}: needs {'a NAME' if name == '--save' else '--device cuda'}")
@@ -278,6 +301,9 @@ def _settle(args: argparse.Namespace) -> None:
 def _check_nodes(args: argparse.Namespace) -> None:
     if args.ranks % args.nodes:
         args.fail(f"argument --nodes: {args.nodes}; allowed: a divisor of the {args.ranks} ranks")
+    extra = sorted(EXTRA_MODES.keys() & set(args.modes or ()))
+    if args.nodes > 1 and extra:
+        args.fail(f"argument --modes: {', '.join(extra)}; allowed: on one node")
 
 
 def _shapes(args: argparse.Namespace) -> list[tuple[str, int]]:
@@ -299,6 +325,11 @@ def _shapes(args: argparse.Namespace) -> list[tuple[str, int]]:
         args.fail(f"argument --experts: {args.experts}; allowed: a multiple of the {args.ranks} ranks")
     if args.topk > min(args.experts, MAX_TOPK):
         args.fail(f"argument --topk: {args.topk}; allowed: at most {min(args.experts, MAX_TOPK)}")
+    elsewhere = args.experts - args.experts // args.ranks
+    if args.routing == "others" and args.topk > elsewhere:
+        args.fail(
+            f"argument --routing: others, of whom there are {elsewhere}; allowed: at least the {args.topk} of --topk"
+        )
     return shapes
 
 
@@ -317,6 +348,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             num_nvl_bytes=stage,
             seed=args.seed,
             nodes=args.nodes,
+            routing=args.routing,
         )
         for (dtype, count), stage, mode in itertools.product(_shapes(args), args.num_nvl_bytes, args.modes)
     ]

@@ -118,5 +118,22 @@ class TorchDistributed:
         return outputs
 
 
+def expert_major(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A copy of each received row for each of its local experts, expert by expert.
+
+    Args:
+        tensors: columns [M, width], local expert ids [M, K] and weights [M, K], as a dispatch returns them.
+
+    Returns:
+        The columns [X, width] and weights [X]: X pairs of a row and an expert here, ordered by (expert, row).
+    """
+    *columns, ids, weights = tensors
+    chosen = (ids.flatten() >= 0).nonzero().flatten()
+    chosen = chosen[ids.flatten()[chosen].argsort(stable=True)]
+    rows = chosen // ids.size(1)
+    copies = [column.view(torch.uint8).index_select(0, rows).view(column.dtype) for column in columns]
+    return [*copies, weights.flatten()[chosen]]
+
+
 def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
     return part.float() if total is None else total.add_(part)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -16,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.buffer import Buffer
-from tokenferry.cli.bench_baseline import Routes, TorchDistributed
+from tokenferry.cli.bench_baseline import Routes, TorchDistributed, expert_major
+from tokenferry.elastic import ElasticBuffer
 from tokenferry.handles import Handle
 
 DTYPES = {
@@ -36,6 +38,11 @@ MODES = {
 }
 CUDA_MODES = {**MODES, "cached-pair": "cached pair"}
 """Modes on GPUs."""
+EXTRA_MODES = {"expanded": "expanded dispatch"}
+"""Modes of any device that run only when they are asked for: those of an ElasticBuffer."""
+ALL_MODES = {**CUDA_MODES, **EXTRA_MODES}
+ROUTINGS = ("uniform", "others")
+"""Where tokens go: to any experts, or only to those of other ranks, so that every row crosses."""
 CHAINED_PAIRS = 4
 """Pairs of dispatch and combine that follow each other without a barrier in one timed stretch."""
 
@@ -107,6 +114,8 @@ class Case:
     seed: int
     nodes: int = dataclasses.field(default=1, kw_only=True)
     """Groups of neighbouring ranks that count as nodes: tokenferry goes between them over TCP."""
+    routing: str = dataclasses.field(default=ROUTINGS[0], kw_only=True)
+    """One of :data:`ROUTINGS`."""
 
     @property
     def calls_per_iteration(self) -> int:
@@ -127,6 +136,7 @@ class Case:
         return {
             "layout": 0,
             "dispatch": row + scales + choices,
+            "expanded": row + scales + choices,
             "cached": row + scales,
             "combine": returned,
             "pair": row + scales + choices + returned,
@@ -169,9 +179,12 @@ class RankResult(NamedTuple):
 
 
 def random_choices(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uniform routing: int64 [T, K] distinct experts and float32 [T, K] weights that sum to 1."""
+    """Random routing: int64 [T, K] distinct experts, all alike likely, and float32 [T, K] weights that sum to 1."""
     generator = torch.Generator(case.device).manual_seed(case.seed + rank)
     scores = torch.rand(case.tokens, case.experts, generator=generator, device=case.device)
+    if case.routing == "others":
+        local = case.experts // case.ranks
+        scores[:, rank * local : (rank + 1) * local] = -1.0
     best = scores.topk(case.topk, dim=1)
     return best.indices, best.values.softmax(dim=1)
 
@@ -264,6 +277,41 @@ def tokenferry_calls(case: Case, work: Workload, buffer: Buffer) -> dict[str, Ca
     }
 
 
+def expanded_calls(case: Case, work: Workload, stack: ExitStack, timeout: float | None = None) -> dict[str, Call]:
+    """The modes of :data:`EXTRA_MODES`, on an ElasticBuffer that ends with the stack.
+
+    It uses as many SMs as :meth:`Buffer.set_num_sms` was told last.
+    """
+    x = work.columns[0] if len(work.columns) == 1 else (work.columns[0], work.columns[1])
+    group = dist.group.WORLD
+    assert group is not None
+    buffer = stack.enter_context(
+        ElasticBuffer(
+            group,
+            num_max_tokens_per_rank=case.tokens,
+            hidden=case.hidden,
+            num_topk=case.topk,
+            use_fp8_dispatch=case.dtype == "fp8",
+            num_gpu_timeout_secs=timeout,
+            device=case.device,
+        )
+    )
+
+    def expanded() -> Result:
+        rows, _, weights, handle, _ = buffer.dispatch(
+            x,
+            topk_idx=work.topk_idx,
+            topk_weights=work.topk_weights,
+            num_experts=case.experts,
+            num_sms=Buffer.num_sms,
+            do_expand=True,
+        )
+        assert weights is not None
+        return Result([*_columns(rows), weights], handle.num_recv_tokens_per_expert_list)
+
+    return {"expanded": expanded}
+
+
 def baseline_calls(case: Case, work: Workload, group: dist.ProcessGroup | None = None) -> dict[str, Call]:
     """The modes by ``torch.distributed`` over a group, by default the default one; it has none for the layout."""
     plain = TorchDistributed(group, case.ranks // case.nodes)
@@ -298,8 +346,13 @@ def baseline_calls(case: Case, work: Workload, group: dist.ProcessGroup | None =
         back = returned if case.dtype == "fp8" else there.tensors[0]
         return Result([plain.combine(back, routes, case.tokens)], [])
 
+    def expanded() -> Result:
+        there = fresh()[0]
+        return Result(expert_major(there.tensors), there.counts)
+
     return {
         "dispatch": lambda: fresh()[0],
+        "expanded": expanded,
         "cached": cached,
         "combine": combine,
         "pair": pair,
@@ -322,9 +375,13 @@ def run_case(rank: int, num_ranks: int, case: Case, budget: Budget, with_baselin
     """
     clock = CLOCKS[case.device]()
     node = rank * case.nodes // case.ranks if case.nodes > 1 else None
-    with Buffer(dist.group.WORLD, case.num_nvl_bytes, device=case.device, node=node) as buffer:
+    with ExitStack() as stack:
+        buffer = stack.enter_context(Buffer(dist.group.WORLD, case.num_nvl_bytes, device=case.device, node=node))
         work = prepare(case, rank, buffer)
-        calls = {OURS: tokenferry_calls(case, work, buffer)[case.mode]}
+        known = tokenferry_calls(case, work, buffer)
+        if case.mode in EXTRA_MODES:
+            known |= expanded_calls(case, work, stack)
+        calls = {OURS: known[case.mode]}
         if with_baseline and case.mode != "layout":
             calls[BASELINE] = baseline_calls(case, work)[case.mode]
             check_agreement(case, rank, calls[OURS](), calls[BASELINE]())
@@ -345,7 +402,7 @@ def check_agreement(case: Case, rank: int, ours: Result, theirs: Result) -> None
         same_kind = mine.dtype == other.dtype and mine.shape == other.shape
         equal &= same_kind and torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
     if not equal:
-        raise BenchError(f"{CUDA_MODES[case.mode]}: rank {rank} got other results from {OURS} than from {BASELINE}")
+        raise BenchError(f"{ALL_MODES[case.mode]}: rank {rank} got other results from {OURS} than from {BASELINE}")
 
 
 def _time(clock: Clock, calls: dict[str, Call], repeats: int, budget: Budget) -> dict[str, list[float]]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from tokenferry.cli.bench_cuda_cases import (
     DEEPEP,
     DEEPEP_DTYPES,
     DEEPEP_RANKS,
+    STAGED,
     CudaCase,
     CudaRankResult,
     Effort,
@@ -50,6 +52,7 @@ from tokenferry.cli.bench_machine import (
     describe_machine,
     describe_versions,
 )
+from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_report import origin_of
 from tokenferry.cli.ranks import RankError, RankPool
 
@@ -57,6 +60,8 @@ MPS_CONTROL = "nvidia-cuda-mps-control"
 _PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 _LOGS = "CUDA_MPS_LOG_DIRECTORY"
 _OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+STAGED_NOTE = f"{STAGED}: peers cannot open such memory, so that all rows pass through the stage"
+OTHERS_NOTE = "tokens go to experts of other ranks only: every row crosses"
 _ALIKE = ("layout", "combine")
 """Modes in which fp8 is the same as bf16."""
 
@@ -78,20 +83,24 @@ def run(
         plot: :mod:`tokenferry.cli.bench_cuda_plot`, or None.
 
     Returns:
-        0; 1 if a rank failed or the contenders disagree.
+        0; 1 if a rank failed, the contenders disagree, or after Ctrl-C: then what was found before is written.
     """
     effort = Effort(kernels=args.kernels)
     if args.iterations:
         effort = effort._replace(calls=args.iterations, stretches=min(effort.stretches, args.iterations))
     num_gpus, commit = torch.cuda.device_count(), describe_commit()
+    reports: list[CudaReport] = []
+    early = ""
     try:
-        with sharing(args.ranks > num_gpus), RankPool(args.ranks, num_threads=1) as pool:
-            devices = pool.run(take_device, args.nodes)
+        with sharing_gpus(args.ranks > num_gpus), RankPool(args.ranks, num_threads=1) as pool:
+            devices = pool.run(take_device, args.nodes, args.staged)
             machine = {**describe_machine("cuda"), **describe_gpus(devices, num_gpus)}
             earlier = earlier_of(machine)
             rivals, notes = choose_rivals({**machine, "nodes": args.nodes}, devices[0]["deep_ep"], args.baseline)
+            rivals += [OPERATORS] if "operators" in args.beside else []
+            notes += [STAGED_NOTE] if args.staged else []
+            notes += [OTHERS_NOTE] if args.routing == "others" else []
             _introduce(args, machine, notes, effort)
-            reports = []
             for cases in groups_of(args, shapes):
                 usable = [name for name in rivals if name != DEEPEP or cases[0].dtype in DEEPEP_DTYPES]
                 for report in _reports(cases, pool.run(run_cases, cases, effort, usable, None)):
@@ -100,9 +109,12 @@ def run(
                         print(kernel_line(report))
                     reports.append(report)
                 sys.stdout.flush()
-    except (BenchError, RankError) as error:
-        print(f"tokenferry bench: {error}", file=sys.stderr)
-        return 1
+    except (BenchError, RankError, KeyboardInterrupt) as error:
+        early = describe_end(error)
+        print(f"tokenferry bench: {early}", file=sys.stderr)
+        if not reports:
+            return 1
+        notes.append(f"ended early: {early.splitlines()[-1]}")
     if machine["ranks_share_gpus"]:
         print(f"\n{shared_note(machine)}")
     if earlier is not None:
@@ -115,17 +127,22 @@ def run(
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / f"{name or file_name(machine, reports)}.json"]
     written[0].write_text(json.dumps(results, indent=1) + "\n")
-    if plot is not None:
+    if plot is not None and not early:
         written.append(written[0].with_suffix(".png"))
         plot.draw(results, written[-1])
     print(f"\nwritten: {', '.join(str(path) for path in written)}")
-    return 0
+    return int(bool(early))
+
+
+def describe_end(error: BaseException) -> str:
+    """Why a run ended early."""
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
 
 
 def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> list[list[CudaCase]]:
     """The cases in the order in which they run; those of a group need one Buffer and one workload."""
     groups = []
-    for dtype, tokens in shapes:
+    for (dtype, tokens), stage in itertools.product(shapes, args.num_nvl_bytes):
         known = _ALIKE if dtype == "fp8" and ("bf16", tokens) in shapes else ()
         modes = [mode for mode in args.modes if mode not in known]
         chosen = [(mode, sms) for mode in modes for sms in (args.sms if mode != "layout" else [0])]
@@ -139,10 +156,11 @@ def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> li
                 dtype=dtype,
                 topk=args.topk,
                 experts=args.experts,
-                num_nvl_bytes=args.num_nvl_bytes[0],
+                num_nvl_bytes=stage,
                 seed=args.seed,
                 sms=sms,
                 nodes=args.nodes,
+                routing=args.routing,
             )
             for mode, sms in chosen
         ]
@@ -209,6 +227,10 @@ def file_name(machine: Mapping[str, Any], reports: Sequence[CudaReport]) -> str:
         parts.append(f"{reports[0].case.nodes}nodes")
     if machine["ranks_share_gpus"]:
         parts.append("shared")
+    if machine.get("gpu_allocator") == STAGED:
+        parts.append("staged")
+    if reports[0].case.routing != "uniform":
+        parts.append(reports[0].case.routing)
     tokens = {report.case.tokens for report in reports}
     parts.append("tokens" if len(tokens) > 1 else f"{next(iter(tokens))}tokens")
     if len({report.case.sms for report in reports if report.case.sms}) > 1:
@@ -217,7 +239,7 @@ def file_name(machine: Mapping[str, Any], reports: Sequence[CudaReport]) -> str:
 
 
 @contextmanager
-def sharing(shared: bool) -> Iterator[None]:
+def sharing_gpus(shared: bool) -> Iterator[None]:
     """Where ranks share GPUs: MPS, which runs them side by side, and leave for symmetric memory of one GPU.
 
     Entered before any process of the run has started CUDA. An MPS that the environment names is used as it is.
@@ -246,13 +268,29 @@ def sharing(shared: bool) -> Iterator[None]:
             try:
                 yield
             finally:
-                with suppress(subprocess.SubprocessError):  # it waits for ranks that are still ending
-                    subprocess.run([control], input="quit\n", text=True, check=False, capture_output=True, timeout=30)
+                _end_mps(control)
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+
+
+def _end_mps(control: str) -> None:
+    """End MPS. It waits for its ranks; where one does not end, its servers are ended at once."""
+    with suppress(subprocess.TimeoutExpired):
+        _tell_mps(control, "quit", 30.0)
+        return
+    with suppress(subprocess.TimeoutExpired):
+        for server in _tell_mps(control, "get_server_list", 5.0).split():
+            _tell_mps(control, f"shutdown_server {server} -f", 5.0)
+        _tell_mps(control, "quit", 10.0)
+
+
+def _tell_mps(control: str, command: str, seconds: float) -> str:
+    return subprocess.run(
+        [control], input=f"{command}\n", text=True, check=False, capture_output=True, timeout=seconds
+    ).stdout
 
 
 def _reports(cases: Sequence[CudaCase], results: Sequence[Sequence[CudaRankResult]]) -> list[CudaReport]:
@@ -264,7 +302,7 @@ def _introduce(args: argparse.Namespace, machine: Mapping[str, Any], notes: Sequ
     print(f"{_boundary(effort)}\n")
     gpus = f"{machine['gpus']} x {machine['gpu']} ({machine['gpu_sms']} SMs)"
     print(f"{args.ranks} ranks on {gpus}, {machine['cpu']}, {machine['cores']} cores, {machine['system']}")
-    print(f"hidden {args.hidden}, top-{args.topk} of {args.experts} experts, uniform; times in microseconds")
+    print(f"hidden {args.hidden}, top-{args.topk} of {args.experts} experts, {args.routing}; times in microseconds")
     for note in notes:
         print(note)
     if machine["ranks_share_gpus"]:

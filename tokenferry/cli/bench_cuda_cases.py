@@ -24,6 +24,7 @@ from tokenferry.buffer import Buffer
 from tokenferry.cli.bench_cases import (
     BASELINE,
     CUDA_MODES,
+    EXTRA_MODES,
     OURS,
     Call,
     Case,
@@ -32,10 +33,12 @@ from tokenferry.cli.bench_cases import (
     baseline_calls,
     check_agreement,
     count_traffic,
+    expanded_calls,
     prepare,
     tokenferry_calls,
 )
 from tokenferry.cli.bench_machine import describe_device
+from tokenferry.cli.bench_operators import OPERATORS, operator_calls
 
 BARE = "all_to_all_single"
 """The bytes alone, between nodes of one rank: one exchange of all that goes to other ranks, back again for a pair."""
@@ -44,6 +47,8 @@ DEEPEP_RANKS = (2, 4, 8)
 """Numbers of ranks that DeepEP V1 can run inside a node."""
 DEEPEP_DTYPES = ("bf16", "fp8")
 
+STAGED = "expandable_segments:True"
+"""The setting of torch's allocator with which all rows pass through the stage."""
 _DEEPEP_BYTES = 2_000_000_000
 """What DeepEP's own test of this mode gives its buffer."""
 _TIMEOUT = 60.0
@@ -163,12 +168,16 @@ class Rival(NamedTuple):
     """If not, one measurement is good for all numbers of SMs."""
 
 
-def take_device(rank: int, num_ranks: int, num_nodes: int = 1) -> dict[str, Any]:
+def take_device(rank: int, num_ranks: int, num_nodes: int = 1, staged: bool = False) -> dict[str, Any]:
     """Give this rank its GPU, and describe it.
+
+    If ``staged``, torch's allocator takes memory from the driver in a way in which peers cannot open it.
 
     The GPUs go to the nodes in equal shares, one after the other where there are too few, then to the ranks of a node
     likewise. NCCL takes nodes for hosts, so that it goes between them through its network transport.
     """
+    if staged:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"] = STAGED
     num_gpus, per_node = torch.cuda.device_count(), num_ranks // num_nodes
     node, local = divmod(rank, per_node)
     share = max(num_gpus // num_nodes, 1)
@@ -190,7 +199,8 @@ def run_cases(
         num_ranks: ranks of the group, those of the cases.
         cases: what to run, on one Buffer and one workload.
         effort: how much.
-        rivals: contenders to run beside tokenferry: :data:`BASELINE`, :data:`DEEPEP`.
+        rivals: contenders to run beside tokenferry: :data:`BASELINE`, :data:`DEEPEP`, :data:`BARE`,
+            :data:`OPERATORS`.
         clock: by default a :class:`CudaClock`.
 
     Returns:
@@ -216,7 +226,9 @@ def _run_cases(
         stack.callback(Buffer.set_num_sms, Buffer.num_sms)
         work = prepare(shape, rank, buffer)
         ours = tokenferry_calls(shape, work, buffer)
-        others = [_rival(name, shape, work) for name in rivals]
+        if any(case.mode in EXTRA_MODES for case in cases):
+            ours |= expanded_calls(shape, work, stack, _TIMEOUT)
+        others = [_rival(name, shape, work, buffer) for name in rivals]
         known: dict[tuple[str, str], Samples] = {}
         for case in cases:
             if case.sms:
@@ -226,7 +238,7 @@ def _run_cases(
                 call = rival.calls_at(case.sms).get(case.mode)
                 if call is None:
                     continue
-                if rival.name == BASELINE:
+                if rival.name in (BASELINE, OPERATORS):
                     check_agreement(case, rank, ours[case.mode](), call())
                 key = (rival.name, case.mode)
                 if rival.knows_sms or key not in known:
@@ -288,7 +300,10 @@ def nccl_group() -> dist.ProcessGroup:
     return group
 
 
-def _rival(name: str, case: CudaCase, work: Workload) -> Rival:
+def _rival(name: str, case: CudaCase, work: Workload, buffer: Buffer) -> Rival:
+    if name == OPERATORS:
+        operators = operator_calls(case, work, buffer)
+        return Rival(name, lambda _: operators, knows_sms=True)
     group = nccl_group() if case.device == "cuda" else None
     if name == BASELINE:
         calls = baseline_calls(case, work, group)

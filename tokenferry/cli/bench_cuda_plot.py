@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from tokenferry.cli.bench_cases import BASELINE, CUDA_MODES, OURS
-from tokenferry.cli.bench_cuda_cases import DEEPEP
+from tokenferry.cli.bench_cases import ALL_MODES, BASELINE, OURS
+from tokenferry.cli.bench_cuda_cases import BARE, DEEPEP
+from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_plot import COLORS, HEAD_INCHES, STYLE, empty_figure, show_count, write_head
 
 _COLORS = {
@@ -22,9 +23,11 @@ _COLORS = {
     (BASELINE, "fp8"): "#efbf8a",
     (DEEPEP, "bf16"): "#7a5195",
     (DEEPEP, "fp8"): "#b79ac8",
+    (OPERATORS, "bf16"): "#3f9c7a",
+    (OPERATORS, "fp8"): "#8fc7b2",
 }
 _OTHER = "#666666"
-_MARKERS = {OURS: "o", BASELINE: "s", DEEPEP: "^"}
+_MARKERS = {OURS: "o", BASELINE: "s", DEEPEP: "^", OPERATORS: "D", BARE: "v"}
 _COLUMNS = 3
 _LINES = "Solid: chained calls, with the fastest and slowest sample; dotted: one call from an aligned start."
 _BARS = "Filled: chained calls, with the fastest and slowest sample; dotted: one call from an aligned start."
@@ -38,6 +41,8 @@ class _Point(NamedTuple):
     mode: str
     tokens: int
     sms: int
+    stage: int
+    """Ceiling of it, in MiB; 0: the library's own."""
     name: str
     dtype: str
     kinds: Mapping[str, Mapping[str, float]]
@@ -54,7 +59,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         path: of the PNG file.
     """
     points = [
-        _Point(case["mode"], case["tokens"], case["sms"], name, case["dtype"], kinds)
+        _Point(case["mode"], case["tokens"], case["sms"], case["num_nvl_bytes"] >> 20, name, case["dtype"], kinds)
         for entry in results["cases"]
         for case in (entry["case"],)
         for name, kinds in entry["contenders"].items()
@@ -63,16 +68,22 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     sms = sorted({point.sms for point in points if point.sms})
     one_sms = _RULER_SMS if _RULER_SMS in sms else sms[-1] if sms else 0
     one_tokens = _RULER_TOKENS if _RULER_TOKENS in tokens else tokens[-1]
+    stages = sorted({point.stage for point in points})
+    of_stage = [p for p in points if p.stage == stages[-1]]
     sweeps = []
     if len(tokens) > 1:
         at = f" ({one_sms} SMs)" if len(sms) > 1 else ""
-        sweeps.append(("tokens", f"tokens of each rank{at}", [p for p in points if p.sms in (0, one_sms)]))
+        sweeps.append(("tokens", f"tokens of each rank{at}", [p for p in of_stage if p.sms in (0, one_sms)]))
     if len(sms) > 1:
         at = f" ({one_tokens:,} tokens)" if len(tokens) > 1 else ""
-        sweeps.append(("sms", f"SMs{at}", [p for p in points if p.sms and p.tokens == one_tokens]))
+        sweeps.append(("sms", f"SMs{at}", [p for p in of_stage if p.sms and p.tokens == one_tokens]))
+    if len(stages) > 1:
+        at = f" ({one_tokens:,} tokens, {one_sms} SMs)"
+        of_both = [p for p in points if p.sms == one_sms and p.tokens == one_tokens]
+        sweeps.append(("stage", f"ceiling of the stage, MiB{at}", of_both))
     with mpl.rc_context(STYLE):
         figure = _sweeps(sweeps) if sweeps else _bars(points)
-        varied = " and ".join({"tokens": "tokens", "sms": "SMs"}[sweep[0]] for sweep in sweeps)
+        varied = " and ".join({"tokens": "tokens", "sms": "SMs", "stage": "the stage"}[sweep[0]] for sweep in sweeps)
         title, marks = (f"Time of a call over {varied}", _LINES) if sweeps else ("Time of a call", _BARS)
         write_head(figure, title, _lines(results, marks))
         figure.savefig(path, dpi=150)
@@ -97,7 +108,7 @@ def _lines(results: Mapping[str, Any], marks: str) -> list[str]:
 
 def _sweeps(sweeps: Sequence[tuple[str, str, list[_Point]]]) -> Figure:
     """A block of panels for each sweep, a panel for each operation, a line for each contender and dtype."""
-    modes = [[mode for mode in CUDA_MODES if any(p.mode == mode for p in points)] for _, _, points in sweeps]
+    modes = [[mode for mode in ALL_MODES if any(p.mode == mode for p in points)] for _, _, points in sweeps]
     columns = min(_COLUMNS, max(map(len, modes)))
     rows = [-(-len(of_sweep) // columns) for of_sweep in modes]
     figure = empty_figure(max(4.2 * columns, 6.4), 2.9 * sum(rows) + HEAD_INCHES)
@@ -107,7 +118,7 @@ def _sweeps(sweeps: Sequence[tuple[str, str, list[_Point]]]) -> Figure:
         panels = grid[sum(rows[:number]) : sum(rows[: number + 1])].flatten()
         for axes, mode in zip(panels, modes[number], strict=False):
             _panel(axes, [p for p in points if p.mode == mode], field)
-            axes.set(title=CUDA_MODES[mode], xlabel=label, ylabel="µs")
+            axes.set(title=ALL_MODES[mode], xlabel=label, ylabel="µs")
             legend.update((text, handle) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True))
         for axes in panels[len(modes[number]) :]:
             axes.set_axis_off()
@@ -140,7 +151,7 @@ def _panel(axes: Axes, points: Sequence[_Point], field: str) -> None:
 
 def _bars(points: Sequence[_Point]) -> Figure:
     """For each operation two bars a contender and dtype: chained, and behind it a call from an aligned start."""
-    modes = [mode for mode in CUDA_MODES if any(p.mode == mode for p in points)]
+    modes = [mode for mode in ALL_MODES if any(p.mode == mode for p in points)]
     lines = list(dict.fromkeys((p.name, p.dtype) for p in points))
     figure = empty_figure(max(1.9 * len(modes) + 1.5, 9.0), 3.8 + HEAD_INCHES)
     axes = figure.subplots()
@@ -159,7 +170,7 @@ def _bars(points: Sequence[_Point]) -> Figure:
                 f"{chained:.0f}", (x, max(chained, call)), xytext=(0, 3), textcoords="offset points", ha="center"
             )
         axes.bar(0, 0, color=_COLORS.get((name, dtype), _OTHER), label=f"{name}, {dtype}")
-    axes.set_xticks(range(len(modes)), [CUDA_MODES[mode] for mode in modes])
+    axes.set_xticks(range(len(modes)), [ALL_MODES[mode] for mode in modes])
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel("µs")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from tokenferry.cli.bench_cases import BASELINE, CUDA_MODES, OURS
+from tokenferry.cli.bench_cases import ALL_MODES, BASELINE, OURS
 from tokenferry.cli.bench_cuda_cases import CudaCase, CudaRankResult, Samples
-from tokenferry.cli.bench_report import Statistics, slowest_rank_statistics
+from tokenferry.cli.bench_report import (
+    Statistics,
+    case_key,
+    contenders_by_case,
+    show_stage,
+    slowest_rank_statistics,
+)
 
 KINDS = Samples._fields
 """The ways of timing."""
@@ -148,6 +153,8 @@ def case_line(report: CudaReport) -> str:
         f"{_shape(report.case)}   {_us(call.median):>8}  {spread:>20}  {_us(chained.median):>8}  "
         f"{_us(ours['host'].statistics.median):>8}  {rates[0]:>6} {rates[1]:>7}"
     )
+    if report.case.num_nvl_bytes:
+        line += f"   stage up to {show_stage(report.case.num_nvl_bytes)}"
     for name in report.figures:
         if name != OURS:
             both = " / ".join(_us(report.median(name, kind)) for kind in ("call", "chained"))
@@ -164,10 +171,10 @@ def kernel_line(report: CudaReport) -> str:
 
 def comparison_lines(earlier: Mapping[str, Any], reports: Sequence[CudaReport]) -> list[str]:
     """One line a case: how many times as fast as in the earlier file, by way of timing."""
-    before = {json.dumps(entry["case"], sort_keys=True): entry["contenders"] for entry in earlier["cases"]}
+    before = contenders_by_case(earlier)
     lines = []
     for report in reports:
-        contenders = before.get(json.dumps(dataclasses.asdict(report.case), sort_keys=True))
+        contenders = before.get(case_key(dataclasses.asdict(report.case)))
         if contenders is None:
             lines.append(f"{_shape(report.case)}   not in the earlier file")
             continue
@@ -190,4 +197,4 @@ def _us(seconds: float) -> str:
 
 
 def _shape(case: CudaCase) -> str:
-    return f"{CUDA_MODES[case.mode]:20} {case.tokens:6} {case.dtype:5} {case.sms or '':>3}"
+    return f"{ALL_MODES[case.mode]:20} {case.tokens:6} {case.dtype:5} {case.sms or '':>3}"

@@ -19,10 +19,17 @@ from typing import Any
 import torch
 
 from tokenferry.cli.bench_cases import BASELINE, BenchError
-from tokenferry.cli.bench_cuda import sharing
+from tokenferry.cli.bench_cuda import describe_end, sharing_gpus
 from tokenferry.cli.bench_cuda_cases import DEEPEP, take_device
 from tokenferry.cli.bench_cuda_report import shared_note
-from tokenferry.cli.bench_low_latency_cases import CPU_EFFORT, DTYPES, Effort, LowLatencyCase, run_cases
+from tokenferry.cli.bench_low_latency_cases import (
+    CPU_EFFORT,
+    DTYPES,
+    WAIT_STATISTICS,
+    Effort,
+    LowLatencyCase,
+    run_cases,
+)
 from tokenferry.cli.bench_low_latency_report import (
     HEADER,
     LowLatencyReport,
@@ -43,6 +50,7 @@ from tokenferry.cli.bench_machine import (
     describe_versions,
     usable_cores,
 )
+from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_report import origin_of
 from tokenferry.cli.ranks import RankError, RankPool
 
@@ -51,6 +59,8 @@ LOW_LATENCY = "low-latency"
 TOKENS = tuple(1 << power for power in range(10))
 """Of a rank, where no others are asked for: 1, 2, 4 to 512."""
 FEWEST_MAX_TOKENS = 128
+CONTENDERS = {"operators": OPERATORS, "wait-statistics": WAIT_STATISTICS}
+"""By their names in ``--beside``."""
 _FEWEST_RANKS = 2
 
 
@@ -74,6 +84,11 @@ def add_arguments(group: Any, positive: Callable[[str], int]) -> None:
         help=f"{LOW_LATENCY}: num_max_dispatch_tokens_per_rank (default: the tokens, at least {FEWEST_MAX_TOKENS})",
     )
     group.add_argument("--exact", action="store_true", help=f"{LOW_LATENCY}: combine sends every row (exact_combine)")
+    group.add_argument(
+        "--host-profile",
+        action="store_true",
+        help=f"{LOW_LATENCY}: where the host's time in a pair goes, by cProfile",
+    )
 
 
 def settle(args: argparse.Namespace) -> bool:
@@ -83,7 +98,11 @@ def settle(args: argparse.Namespace) -> bool:
         Whether this mode is chosen.
     """
     chosen = bool(args.mode == LOW_LATENCY)
-    with_it = (("--max-tokens", args.max_tokens is not None), ("--exact", args.exact))
+    with_it = (
+        ("--max-tokens", args.max_tokens is not None),
+        ("--exact", args.exact),
+        ("--host-profile", args.host_profile),
+    )
     without_it = (
         ("--modes", args.modes is not None),
         ("--mb", args.mb is not None),
@@ -92,6 +111,8 @@ def settle(args: argparse.Namespace) -> bool:
         ("--nodes", args.nodes > 1),
         ("--num-nvl-bytes", args.num_nvl_bytes != [0]),
         ("--seconds", args.seconds is not None),
+        ("--routing", args.routing != "uniform"),
+        ("--staged", args.staged),
     )
     for name, given in without_it if chosen else with_it:
         if given:
@@ -132,16 +153,18 @@ def run(
         plot: :mod:`tokenferry.cli.bench_low_latency_plot`, or None.
 
     Returns:
-        0; 1 if a rank failed or a result is wrong.
+        0; 1 if a rank failed, a result is wrong, or after Ctrl-C: then what was found before is written.
     """
     effort, commit = (Effort() if args.device == "cuda" else CPU_EFFORT).limited(args.iterations), describe_commit()
+    effort = effort._replace(host_profile=args.host_profile)
     groups = groups_of(args, shapes)
     num_gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     threads = 1 if num_gpus else max(1, usable_cores() // args.ranks)
     versions = describe_versions()
     reports: list[LowLatencyReport] = []
+    early = ""
     try:
-        with sharing(0 < num_gpus < args.ranks), RankPool(args.ranks, num_threads=threads) as pool:
+        with sharing_gpus(0 < num_gpus < args.ranks), RankPool(args.ranks, num_threads=threads) as pool:
             machine, deep_ep = describe_machine(args.device), ""
             if num_gpus:
                 devices = pool.run(take_device)
@@ -150,15 +173,19 @@ def run(
                 deep_ep = devices[0]["deep_ep"]
             earlier = earlier_of(machine)
             rivals, notes = choose_rivals(machine, deep_ep, args.baseline)
+            rivals += [CONTENDERS[name] for name in args.beside]
             _introduce(args, machine, notes, effort)
             for cases in groups:
                 found = pool.run(run_cases, cases, groups[-1][-1], effort, rivals, None)
                 for case, *of_case in zip(cases, *found, strict=True):
                     reports.append(report_of(case, of_case))
                     print("\n".join(case_lines(reports[-1])), flush=True)
-    except (BenchError, RankError) as error:
-        print(f"tokenferry bench: {error}", file=sys.stderr)
-        return 1
+    except (BenchError, RankError, KeyboardInterrupt) as error:
+        early = describe_end(error)
+        print(f"tokenferry bench: {early}", file=sys.stderr)
+        if not reports:
+            return 1
+        notes.append(f"ended early: {early.splitlines()[-1]}")
     results = {
         **origin_of(machine, versions),
         "mode": LOW_LATENCY,
@@ -175,13 +202,13 @@ def run(
         "cases": [report.to_json() for report in reports],
         "fits": fits_json(reports),
     }
-    written = _write(results, file_of(target, args, machine), plot)
+    written = _write(results, file_of(target, args, machine), None if early else plot)
     print(f"\nwritten: {', '.join(str(path) for path in written)}")
     if earlier is not None:
         print(f"\nas fast as in {args.against.name} ({earlier.get('date')}), ratio of medians:")
         print("\n".join(comparison_lines(earlier, reports)))
     _conclude(reports, machine)
-    return 0
+    return int(bool(early))
 
 
 def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> list[list[LowLatencyCase]]:

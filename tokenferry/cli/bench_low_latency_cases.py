@@ -23,14 +23,18 @@ import torch.distributed as dist
 from tokenferry.buffer import Buffer
 from tokenferry.cli.bench_cases import BASELINE, OURS, SCALE_BLOCK, BenchError
 from tokenferry.cli.bench_cuda_cases import DEEPEP, nccl_group
+from tokenferry.cli.bench_host import HostPart, host_parts
 from tokenferry.cli.bench_low_latency_baseline import FixedCollectives
 from tokenferry.cli.bench_low_latency_clocks import Clock, GraphClock, HostClock
+from tokenferry.cli.bench_operators import OPERATORS, OperatorContender, expert_rows
 
 OPERATIONS = ("dispatch", "combine", "pair")
 KINDS = ("call", "chained", "host", "graph")
 """The ways of timing; CPU ranks have no graphs."""
 PHASES = ("send", "receive")
 """The launches of a dispatch or a combine with a hook."""
+WAIT_STATISTICS = "with wait statistics"
+"""tokenferry, given tensors to count the waits for each rank in."""
 DTYPES = ("fp8", "bf16")
 """What dispatch sends; combine sends bfloat16."""
 
@@ -93,6 +97,8 @@ class Effort(NamedTuple):
     """Samples of *send* and *receive*."""
     warm_ups: int = 3
     """Calls that are not timed: the first ones compile and allocate."""
+    host_profile: bool = False
+    """Profile the host in a stretch of pairs too."""
 
     def limited(self, iterations: int | None) -> Effort:
         """With so many samples of a call, and no more of anything else."""
@@ -128,6 +134,8 @@ class RankResult(NamedTuple):
     traffic: Traffic
     heap_bytes: int
     """Memory that the library has taken."""
+    host_parts: list[HostPart]
+    """The host in a pair of tokenferry; empty if not asked for."""
 
 
 class Workload(NamedTuple):
@@ -194,11 +202,14 @@ class BufferContender:
         case: what to run.
         work: of this rank.
         buffer: of tokenferry, or another one with its low-latency methods.
+        waits: int64 [R]: what is waited for each rank is added to it.
     """
 
     has_hooks = True
 
-    def __init__(self, case: LowLatencyCase, work: Workload, buffer: Any) -> None:
+    def __init__(self, case: LowLatencyCase, work: Workload, buffer: Any, waits: torch.Tensor | None = None) -> None:
+        names = ("dispatch_wait_recv_cost_stats", "combine_wait_recv_cost_stats")
+        self._dispatch_stats, self._combine_stats = ({} if waits is None else {name: waits} for name in names)
         self._case = case
         self._work = work
         self._buffer = buffer
@@ -216,6 +227,7 @@ class BufferContender:
             case.experts,
             use_fp8=case.dtype == "fp8",
             return_recv_hook=return_recv_hook,
+            **self._dispatch_stats,
         )
         return result
 
@@ -231,7 +243,12 @@ class BufferContender:
     def _combine(self, rows: torch.Tensor, handle: Any, return_recv_hook: bool = False) -> tuple[Any, ...]:
         work = self._work
         result: tuple[Any, ...] = self._buffer.low_latency_combine(
-            rows, work.topk_idx, work.topk_weights, handle, return_recv_hook=return_recv_hook
+            rows,
+            work.topk_idx,
+            work.topk_weights,
+            handle,
+            return_recv_hook=return_recv_hook,
+            **self._combine_stats,
         )
         return result
 
@@ -259,19 +276,6 @@ def prepare(case: LowLatencyCase, rank: int) -> Workload:
     weights = torch.rand(case.tokens, case.topk, generator=generator, device=case.device)
     rows = torch.randn(case.tokens, case.hidden, generator=generator, device=case.device)
     return Workload(rows.to(torch.bfloat16), scores.topk(case.topk, dim=1).indices, weights)
-
-
-def expert_rows(received: torch.Tensor | tuple[torch.Tensor, torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
-    """bfloat16 [L, R * N, H]: received rows as the experts take them, unset past the last of each expert."""
-    if isinstance(received, torch.Tensor):
-        return received
-    data, scales = received
-    groups = data.size(2) // SCALE_BLOCK
-    rows = torch.empty(data.shape, dtype=torch.bfloat16, device=data.device)
-    for expert, count in enumerate(counts.tolist()):
-        blocks = data[expert, :count].float().view(count, groups, SCALE_BLOCK)
-        rows[expert, :count] = (blocks * scales[expert, :count].unsqueeze(2)).flatten(1).to(torch.bfloat16)
-    return rows
 
 
 def count_traffic(topk_idx: torch.Tensor, rank: int, ranks: int, experts: int) -> Traffic:
@@ -336,7 +340,8 @@ def run_cases(
         cases: what to run, on one Buffer.
         largest: the case of the whole run that needs most memory.
         effort: how much.
-        rivals: contenders to run beside tokenferry: :data:`BASELINE`, :data:`DEEPEP`.
+        rivals: contenders to run beside tokenferry: :data:`BASELINE`, :data:`DEEPEP`, :data:`OPERATORS`,
+            :data:`WAIT_STATISTICS`.
         clock: by default one that suits the device.
 
     Returns:
@@ -359,16 +364,19 @@ def run_cases(
             work = prepare(case, rank)
             most, fp8 = case.max_tokens, case.dtype == "fp8"
             buffer.low_latency_warmup(most, case.hidden, case.topk, case.experts, use_fp8=fp8)
-            samples = {}
+            samples, parts = {}, []
             for name in (OURS, *rivals):
                 contender = _contender(name, case, largest, work, buffer)
                 check(name, contender, case, work, rank)
                 samples[name] = measure(clock, contender, effort)
+                if name == OURS and effort.host_profile:
+                    clock.drain()
+                    parts = host_parts(contender.pair, effort.chain)
                 clock.drain()
                 check(name, contender, case, work, rank)  # raises what the last kernels may have reported, too
             assert buffer.runtime is not None
             traffic = count_traffic(work.topk_idx, rank, case.ranks, case.experts)
-            results.append(RankResult(samples, traffic, buffer.runtime.allocated_bytes()))
+            results.append(RankResult(samples, traffic, buffer.runtime.allocated_bytes(), parts))
         clock.drain()
         dist.barrier()
     torch.cuda.empty_cache()  # the next token count needs blocks of other sizes
@@ -378,7 +386,10 @@ def run_cases(
 def _contender(name: str, case: LowLatencyCase, largest: LowLatencyCase, work: Workload, buffer: Buffer) -> Contender:
     if name == BASELINE:
         return CollectivesContender(work, case, _collectives_group(case.device))
-    return BufferContender(case, work, _deepep(case, largest) if name == DEEPEP else buffer)
+    if name == OPERATORS:
+        return OperatorContender(*work, case.max_tokens, case.experts, case.dtype == "fp8", buffer)
+    waits = work.topk_idx.new_zeros(case.ranks) if name == WAIT_STATISTICS else None
+    return BufferContender(case, work, _deepep(case, largest) if name == DEEPEP else buffer, waits)
 
 
 @functools.cache

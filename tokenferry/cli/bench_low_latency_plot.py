@@ -12,12 +12,28 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from tokenferry.cli.bench_cases import BASELINE, OURS
 from tokenferry.cli.bench_cuda_cases import DEEPEP
+from tokenferry.cli.bench_low_latency_cases import WAIT_STATISTICS
 from tokenferry.cli.bench_low_latency_report import kind_of
+from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_plot import COLORS, HEAD_INCHES, STYLE, empty_figure, show_count, write_head
 
-_PAIR = {OURS: COLORS[OURS], BASELINE: COLORS[BASELINE], DEEPEP: "#7a5195"}
+_PAIR = {
+    OURS: COLORS[OURS],
+    BASELINE: COLORS[BASELINE],
+    DEEPEP: "#7a5195",
+    OPERATORS: "#5cb3cc",
+    WAIT_STATISTICS: "#666666",
+}
 _ALONE = {"dispatch": "#3f9c7a", "combine": "#d9822b"}
-_MARKERS = {OURS: "o", BASELINE: "v", DEEPEP: "^", "dispatch": "s", "combine": "D"}
+_MARKERS = {
+    OURS: "o",
+    BASELINE: "v",
+    DEEPEP: "^",
+    OPERATORS: "x",
+    WAIT_STATISTICS: "+",
+    "dispatch": "s",
+    "combine": "D",
+}
 _FIT = "#222222"
 _HEADROOM = 1.7
 """Above the highest time, for the text about the fit."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenferry.cli.bench_cases import OURS
 from tokenferry.cli.bench_cuda_report import Figure, figure_of
+from tokenferry.cli.bench_host import HostPart, host_line
 from tokenferry.cli.bench_low_latency_cases import OPERATIONS, PHASES, Effort, LowLatencyCase, RankResult
 from tokenferry.cli.bench_report import Fit, fit_tokens
 
@@ -43,6 +44,8 @@ class LowLatencyReport:
     """Experts of a token on ranks other than its own: the mean over all tokens."""
     heap_bytes: int
     """Memory of one rank's Buffer: the most of all ranks."""
+    host_parts: list[HostPart]
+    """The host of rank 0 in a pair, if asked for."""
 
     @property
     def kind(self) -> str:
@@ -73,6 +76,7 @@ class LowLatencyReport:
         return {
             "case": dataclasses.asdict(self.case),
             "heap_bytes_per_rank": self.heap_bytes,
+            "host_parts": [part._asdict() for part in self.host_parts],
             "wire": {operation: self.wire_json(operation) for operation in ("dispatch", "combine")},
             "contenders": {
                 name: {
@@ -106,6 +110,7 @@ def report_of(case: LowLatencyCase, results: Sequence[RankResult]) -> LowLatency
         sum(result.traffic.rows for result in results) / tokens,
         sum(result.traffic.choices for result in results) / tokens,
         max(result.heap_bytes for result in results),
+        results[0].host_parts,
     )
 
 
@@ -165,7 +170,8 @@ HEADER = (
 
 def case_lines(report: LowLatencyReport) -> list[str]:
     """A line for each operation of a case, in the columns of :data:`HEADER`."""
-    return [_operation_line(report, operation) for operation in OPERATIONS]
+    lines = [_operation_line(report, operation) for operation in OPERATIONS]
+    return [*lines, *([f"    {host_line(report.host_parts)}"] if report.host_parts else [])]
 
 
 def _operation_line(report: LowLatencyReport, operation: str) -> str:

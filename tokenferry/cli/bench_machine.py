@@ -55,6 +55,7 @@ def describe_device(index: int) -> dict[str, Any]:
         "gpu_sms": properties.multi_processor_count,
         "gpu_memory_bytes": properties.total_memory,
         "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "",
         "versions": versions,
     }
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import NullLocator
 
-from tokenferry.cli.bench_cases import BASELINE, MODES, OURS
+from tokenferry.cli.bench_cases import ALL_MODES, BASELINE, OURS
 from tokenferry.cli.bench_report import CaseReport, show_stage, show_time
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
 
@@ -121,7 +121,7 @@ def _panels(
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [show(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(title=MODES[mode], xlabel=label, ylabel="µs per token")
+        axes.set(title=ALL_MODES[mode], xlabel=label, ylabel="µs per token")
         highest = max(found.median * 1e6 / r.case.tokens for r in of_mode for found in r.statistics.values())
         axes.set_ylim(0, _MOST_SPREAD * highest)
     for axes in grid[len(modes) :]:
@@ -198,7 +198,7 @@ def _bars(reports: Sequence[CaseReport]) -> Figure:
             fontweight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
-    axes.set_xticks(range(len(reports)), [MODES[report.case.mode] for report in reports])
+    axes.set_xticks(range(len(reports)), [ALL_MODES[report.case.mode] for report in reports])
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(f"time of a call, {unit}")

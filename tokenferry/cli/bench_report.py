@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenferry.cli.bench_cases import BASELINE, MODES, OURS, Case, RankResult
+from tokenferry.cli.bench_cases import ALL_MODES, BASELINE, OURS, ROUTINGS, Case, RankResult
 from tokenferry.cli.bench_machine import GPU_IDENTITY, IDENTITY
 
 FORMAT = 1
@@ -149,7 +149,7 @@ def show_time(seconds: float) -> str:
 
 def _shape(case: Case) -> str:
     stage = show_stage(case.num_nvl_bytes)
-    return f"{MODES[case.mode]:20} {case.tokens:6} {case.hidden:6} {case.dtype:5} {stage:>8}"
+    return f"{ALL_MODES[case.mode]:20} {case.tokens:6} {case.hidden:6} {case.dtype:5} {stage:>8}"
 
 
 HEADER = (
@@ -177,7 +177,7 @@ def fit_line(key: tuple[str, int, str], fit: Fit) -> str:
     """One line about a fit."""
     mode, stage, name = key
     formula = f"{fit.constant * 1e3:8.3f} ms + {fit.per_token * 1e6:6.3f} us a token"
-    return f"{MODES[mode]:20} {name:18} {show_stage(stage):>8}   {formula}"
+    return f"{ALL_MODES[mode]:20} {name:18} {show_stage(stage):>8}   {formula}"
 
 
 # Files.
@@ -241,13 +241,23 @@ def machine_differences(earlier: Mapping[str, Any], machine: Mapping[str, Any]) 
     return [f"{key}: {then.get(key)} then, {machine[key]} now" for key in keys if then.get(key) != machine[key]]
 
 
+def case_key(case: Mapping[str, Any]) -> str:
+    """Equal for the same case in files of any age: fields that a file does not have were at their default."""
+    return json.dumps({"nodes": 1, "routing": ROUTINGS[0], **case}, sort_keys=True)
+
+
+def contenders_by_case(earlier: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an earlier file says of the contenders, by :func:`case_key`."""
+    return {case_key(entry["case"]): entry["contenders"] for entry in earlier["cases"]}
+
+
 def comparison_lines(earlier: Mapping[str, Any], reports: Sequence[CaseReport]) -> list[str]:
     """One line a case: how many times as fast as in the earlier file."""
-    before = {json.dumps(entry["case"], sort_keys=True): entry["contenders"] for entry in earlier["cases"]}
+    before = contenders_by_case(earlier)
     lines = []
     for report in reports:
         what = _shape(report.case)
-        contenders = before.get(json.dumps(dataclasses.asdict(report.case), sort_keys=True))
+        contenders = before.get(case_key(dataclasses.asdict(report.case)))
         if contenders is None:
             lines.append(f"{what}   not in the earlier file")
             continue

@@ -165,6 +165,8 @@ def rows_of_file(path: Path) -> list[CheckRow]:
 
 def _case(entry: Mapping[str, Any], alone: bool) -> Iterator[CheckRow]:
     case = entry["case"]
+    if case.get("routing", "uniform") != "uniform":
+        return  # the model is of uniform routing
     machine, shape = _parts(case)
     routing = route(machine, shape)
     pair = high_throughput(machine, shape, routing)

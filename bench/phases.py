@@ -1,0 +1,212 @@
+"""The steps of each phase: what is run to show what :mod:`requirements` asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from requirements import CHECKS, CPUS, GPUS, Scale
+
+STAGED = "expandable_segments:True"
+PHASES = ("tests", "high-throughput", "low-latency", "shared", "nodes", "sanitizer", "stress", "soak")
+SANITIZER = "compute-sanitizer"
+_SANITIZER_OF_CUDA = Path("/usr/local/cuda/bin") / SANITIZER
+
+
+class Step(NamedTuple):
+    """A process of its own."""
+
+    name: str
+    phase: str
+    command: tuple[str, ...]
+    """What it begins with is ``python`` for the interpreter of this process."""
+    seconds: float
+    """That it may take at most."""
+    repeats: bool = False
+    """Whether it is run once for each start: its figures are to be compared."""
+    shares_gpus: bool = False
+    """Whether ranks share GPUs: then MPS runs beside it."""
+    environment: Mapping[str, str] = {}
+    gpus: int = 0
+    """That it needs, with one rank on each."""
+
+
+class Setting(NamedTuple):
+    """Of a run."""
+
+    device: str
+    ranks: int
+    gpus: int
+    soak_minutes: float = 5.0
+
+    @property
+    def scale(self) -> Scale:
+        return GPUS if self.device == "cuda" else CPUS
+
+    @property
+    def shares_gpus(self) -> bool:
+        return 0 < self.gpus < self.ranks
+
+    @property
+    def gpus_of_ranks(self) -> int:
+        """The GPUs, if every rank has one of its own; else 0."""
+        return self.gpus if self.gpus == self.ranks else 0
+
+
+def steps(setting: Setting, phases: Sequence[str], output: Callable[[str], str]) -> list[Step]:
+    """The steps of some phases, in order.
+
+    Args:
+        setting: of the run.
+        phases: some of :data:`PHASES`.
+        output: from the name of a step to the directory for its results.
+    """
+    of_device = _on_gpus if setting.device == "cuda" else _on_cpus
+    known = list(of_device(setting, output))
+    return [step for phase in PHASES if phase in phases for step in known if step.phase == phase]
+
+
+def _bench(setting: Setting, target: str, *arguments: object) -> tuple[str, ...]:
+    plot = [] if importlib.util.find_spec("matplotlib") else ["--no-plot"]
+    start = ["python", "-m", "tokenferry", "bench", "--device", setting.device, "--output", target, *plot]
+    return (*start, *("--ranks", str(setting.ranks)), *map(str, arguments))
+
+
+def _pytest(*arguments: str) -> tuple[str, ...]:
+    return ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", "--maxfail=20", *arguments)
+
+
+def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
+    scale, shared = setting.scale, setting.shares_gpus
+
+    def bench(name: str, *arguments: object) -> tuple[str, ...]:
+        return _bench(setting, output(name), *arguments)
+
+    apart, sharing = "not slow and not shares_gpus", "not slow and shares_gpus"
+    yield Step("tests", "tests", _pytest("tests/gpu", "-m", apart), 200)
+    yield Step("shared tests", "shared", _pytest("tests/gpu", "-m", sharing), 330, shares_gpus=True)
+    phase = "high-throughput"
+    sms = ("--sms", 8, 12, scale.sms, 24, 64)
+    modes = ("--modes", "layout", "dispatch", "cached", "combine", "pair", "cached-pair")
+    command = bench("ruler", "--tokens", scale.tokens, *sms, *modes)
+    yield Step("ruler", phase, command, 120, True, shared)
+    command = bench(
+        "extras", "--tokens", scale.tokens, "--sms", scale.sms, 24, "--dtype", "bf16", "--beside", "operators",
+        "--modes", "cached", "combine", "expanded", "--iterations", 15,
+    )  # fmt: skip
+    yield Step("extras", phase, command, 45, True, shared)
+    command = bench(
+        "wire", "--tokens", scale.tokens, "--routing", "others", "--modes", "cached", "--dtype", "bf16",
+        "--sms", 8, 10, 12, scale.sms, "--kernels", "--no-baseline", "--iterations", 10,
+    )  # fmt: skip
+    yield Step("wire", phase, command, 40, True, shared)
+    command = bench(
+        "staged", "--tokens", scale.tokens, "--staged", "--num-nvl-bytes", *scale.stages, "--dtype", "bf16",
+        "--sms", scale.sms, "--modes", "dispatch", "cached", "combine", "pair", "cached-pair", "--no-baseline",
+        "--iterations", 10,
+    )  # fmt: skip
+    allocator = dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), STAGED)  # from the start on, too
+    yield Step("staged", phase, command, 60, True, shared, allocator)
+    command = bench(
+        "tokens", "--tokens", *scale.sweep, "--sms", scale.sms, "--dtype", "bf16",
+        "--modes", "dispatch", "cached", "combine", "pair", "--iterations", 8,
+    )  # fmt: skip
+    yield Step("tokens", phase, command, 90, True, shared)
+    beside = ("--beside", "operators", "wait-statistics", "--host-profile")
+    command = bench("low latency", "--mode", "low-latency", *beside, "--iterations", 12)
+    yield Step("low latency", "low-latency", command, 120, True, shared)
+    command = bench(
+        "nodes", "--nodes", 2, "--tokens", scale.tokens, "--sms", scale.sms, "--dtype", "bf16",
+        "--modes", "dispatch", "cached", "combine", "pair", "--iterations", 4,
+    )  # fmt: skip
+    yield Step("nodes", "nodes", command, 120, True, shared)
+    yield from _sanitized()
+    yield Step("stress", "stress", _pytest("tests/gpu", "-m", "slow and not shares_gpus"), 270)
+    yield Step("shared stress", "stress", _pytest("tests/gpu", "-m", "slow and shares_gpus"), 330, shares_gpus=True)
+    soak = ("python", "-m", "tokenferry", "soak", "--device", "cuda", "--ranks", str(setting.ranks))
+    minutes = setting.soak_minutes
+    yield Step("soak", "soak", (*soak, "--minutes", f"{minutes:g}"), 60 * minutes + 60, shares_gpus=shared)
+
+
+def _sanitized() -> Iterator[Step]:
+    program = sanitizer()
+    for tool in ("memcheck", "racecheck"):
+        for check in CHECKS:
+            together = check in ("stage", "nodes")
+            yield Step(
+                f"{tool} {check}",
+                "sanitizer",
+                (
+                    program or SANITIZER, "--target-processes", "all", "--tool", tool, "--error-exitcode", "1",
+                    *(_without_nccl(program) if program else ()), "python", "-m", "tests.gpu.sanitize", check,
+                ),
+                90 if together else 70,
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                gpus=2 if together else 1,
+            )  # fmt: skip
+
+
+def sanitizer() -> str | None:
+    """The program, on the path or where CUDA puts it."""
+    return shutil.which(SANITIZER) or (str(_SANITIZER_OF_CUDA) if _SANITIZER_OF_CUDA.exists() else None)
+
+
+def _without_nccl(program: str) -> tuple[str, ...]:
+    """Leave the kernels of NCCL alone, if the program can: they are not ours, and slow to look at."""
+    try:
+        told = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return ("--kernel-name-exclude", "kernel_substring=nccl") if "--kernel-name-exclude" in told else ()
+
+
+def missing(step: Step, setting: Setting) -> str | None:
+    """What a step needs and is not there."""
+    if setting.gpus < step.gpus:
+        return f"needs {step.gpus} GPUs"
+    if setting.gpus and step.phase == "sanitizer" and sanitizer() is None:
+        return f"no {SANITIZER}"
+    return None
+
+
+def _on_cpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
+    """The same steps as far as they go on CPU ranks, small: a rehearsal, no figures."""
+    scale = setting.scale
+    small = ("--hidden", scale.hidden, "--experts", 16, "--topk", 4, "--iterations", 1)
+
+    def bench(name: str, *arguments: object) -> tuple[str, ...]:
+        return _bench(setting, output(name), *arguments, *small)
+
+    modes = ("dispatch", "cached", "combine", "pair")
+    yield Step("tests", "tests", _pytest("tests/test_dispatch_combine.py", "-k", "duplicates"), 60)
+    yield Step("shared tests", "shared", _pytest("tests/test_layout.py"), 60)
+    phase = "high-throughput"
+    yield Step("ruler", phase, bench("ruler", "--tokens", scale.tokens, "--modes", *modes), 60, True)
+    yield Step("extras", phase, bench("extras", "--tokens", scale.tokens, "--modes", "expanded"), 60, True)
+    routing = ("--routing", "others", "--modes", "cached", "--no-baseline")
+    yield Step("wire", phase, bench("wire", "--tokens", scale.tokens, *routing), 60, True)
+    stages = ("--num-nvl-bytes", *scale.stages, "--modes", "pair", "cached", "--no-baseline")
+    yield Step("staged", phase, bench("staged", "--tokens", scale.tokens, *stages), 60, True)
+    sweep = ("--modes", "dispatch", "combine", "pair")
+    yield Step("tokens", phase, bench("tokens", "--tokens", *scale.sweep, *sweep), 60, True)
+    beside = ("--beside", "operators", "wait-statistics", "--host-profile")
+    tokens = ("--tokens", scale.few, 4, scale.many)
+    yield Step(
+        "low latency", "low-latency", bench("low latency", "--mode", "low-latency", *tokens, *beside), 60, True
+    )
+    nodes = ("--nodes", setting.ranks, "--tokens", scale.tokens, "--modes", "dispatch", "cached", "combine")
+    yield Step("nodes", "nodes", bench("nodes", *nodes), 60, True)
+    yield Step("memcheck high-throughput", "sanitizer", ("python", "-m", "tests.gpu.sanitize", "--help"), 60)
+    yield Step("stress", "stress", _pytest("tests/test_stress.py", "-m", "not slow", "-k", "random", "-x"), 120)
+    soak = ("python", "-m", "tokenferry", "soak", "--ranks", str(setting.ranks), "--minutes", "0.05")
+    yield Step("soak", "soak", soak, 60)
+
+
+def argv(step: Step) -> list[str]:
+    """The command to start."""
+    return [sys.executable if part == "python" else part for part in step.command]
