@@ -388,13 +388,13 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             mode = self._mode(runtime, config)
             if handle is not None:
                 received = mode.cached_dispatch(x, handle)
-                read = (*_as_tuple(x), *handle)
+                read = (*(x if isinstance(x, tuple) else (x,)), *handle)
             else:
                 counts = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
                 top = (topk_idx, topk_weights)
                 given = intranode.check_inputs(mode.party, x, *counts, *top, expert_alignment, num_worst_tokens)
                 received = mode.dispatch(given, num_tokens_per_rdma_rank)
-                read = (*_as_tuple(x), *counts, *top)
+                read = (*(x if isinstance(x, tuple) else (x,)), *counts, *top)
             written = (
                 received.x,
                 received.scales,
@@ -446,7 +446,8 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
             combined, weights = self._mode(runtime, config).combine(x, handle, topk_weights, bias)
-            done = turn.finish((x, *handle, topk_weights, *_as_tuple(bias)), (combined, weights))
+            added = bias if isinstance(bias, tuple) else (bias,)
+            done = turn.finish((x, *handle, topk_weights, *added), (combined, weights))
         return combined, weights, done
 
     def warmup(
@@ -485,7 +486,3 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
     @staticmethod
     def _unpack_bias(bias: object) -> tuple[object, object]:
         return intranode.unpack_bias(bias)
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)

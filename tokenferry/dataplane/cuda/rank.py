@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -17,6 +15,7 @@ from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
 
 _NANOSECONDS = 1_000_000_000
+_PLACE_SHIFT = int(words.PLACE_SHIFT.value)
 
 
 class Queue(Protocol):
@@ -77,18 +76,16 @@ class CudaRank:
 
     def check(self) -> None:
         """Raise what was reported since the last check."""
-        with self._forgiving():
-            self.status.check()
-
-    @contextmanager
-    def _forgiving(self) -> Iterator[None]:
-        """Forget bad input once it has been reported."""
         try:
-            yield
+            self.status.check()
         except ArgumentError:
-            with torch.cuda.stream(self._queue.stream):
-                self._state[words.BAD_INPUT.value].zero_()
+            self._forgive()
             raise
+
+    def _forgive(self) -> None:
+        """Forget bad input, which has been reported."""
+        with torch.cuda.stream(self._queue.stream):
+            self._state[words.BAD_INPUT.value].zero_()
 
     def _follow_regions(self) -> None:
         """Learn what memory peers exposed, and tell them what the device here knows by now.
@@ -109,14 +106,17 @@ class CudaRank:
         while self._copies and self._copies[0][0].query():  # type: ignore[no-untyped-call]
             self._regions.acknowledge(self._copies.popleft()[1])
 
-    def _place(self, tensor: torch.Tensor | None) -> int:
-        """Where peers find a tensor, in one word."""
-        if tensor is None or tensor.numel() == 0:
-            return 0
+    def _places(self, *columns: torch.Tensor | None) -> list[int]:
+        """Where peers find the tensors of an operation, each in one word; 0 where there is nothing to find."""
+        there = [tensor for tensor in columns if tensor is not None and tensor.nbytes]
         if self.num_ranks == 1:
-            return -1
-        region, offset = self._regions.expose(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-        return region << words.PLACE_SHIFT.value | offset if region >= 0 else -1
+            places = [-1] * len(there)
+        else:
+            found = self._regions.expose_all([(tensor.data_ptr(), tensor.nbytes) for tensor in there])
+            places = [region << _PLACE_SHIFT | offset if region >= 0 else -1 for region, offset in found]
+        if len(there) == len(columns):
+            return places
+        return [0 if tensor is None or not tensor.nbytes else places.pop(0) for tensor in columns]
 
     def _aligned(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, copied if it does not begin on 16 bytes or is not packed."""
@@ -142,3 +142,7 @@ class CudaRank:
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """See :meth:`tokenferry.dataplane.DataPlane.empty_rows`."""
         return torch.empty((num_rows, width), dtype=dtype, device=self._device)
+
+    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`tokenferry.dataplane.DataPlane.empty_slabs`."""
+        return torch.empty((num_slabs, num_rows, width), dtype=dtype, device=self._device)
