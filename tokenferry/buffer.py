@@ -29,7 +29,7 @@ from tokenferry.construction import (
     timeout_seconds,
 )
 from tokenferry.dataplane import OperationKind
-from tokenferry.errors import BufferStateError
+from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import Handle
 from tokenferry.modes import intranode
@@ -380,9 +380,11 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         config = None if config is None else check_config(config)
         event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         if handle is not None:
-            for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
-                require(value is None, name, "a tensor beside handle", "None: the handle has the routes already")
-            require(num_worst_tokens == 0, "num_worst_tokens", num_worst_tokens, "0 beside handle")
+            if topk_idx is not None or topk_weights is not None:
+                name = "topk_weights" if topk_idx is None else "topk_idx"
+                raise ArgumentError(name, "a tensor beside handle", "None: the handle has the routes already")
+            if num_worst_tokens != 0:
+                raise ArgumentError("num_worst_tokens", num_worst_tokens, "0 beside handle")
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
             mode = self._mode(runtime, config)

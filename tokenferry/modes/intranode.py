@@ -177,13 +177,17 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
     if not isinstance(handle, (tuple, list)) or len(handle) != len(_HANDLE_NAMES):
         given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
         raise ArgumentError("handle", given, f"the {len(_HANDLE_NAMES)} tensors that dispatch returned")
-    ranks = party.num_ranks
+    ranks, device = party.num_ranks, party.device
     shapes = ((ranks, ranks), (ranks, None), (ranks, None), (None,), (None, ranks), (None, ranks))
+    elements = []
     for name, value, shape, dtypes in zip(_HANDLE_NAMES, handle, shapes, _HANDLE_DTYPES, strict=True):
-        check_tensor(name, value, shape=shape, dtypes=dtypes, device=party.device)
-    checked = DispatchHandle._make(element.contiguous() for element in handle)
-    num_tokens, num_heads = checked.is_token_in_rank.size(0), checked.send_head.size(0)
-    require(num_heads == num_tokens, "handle.send_head", f"{num_heads} rows", f"{num_tokens}, as in is_token_in_rank")
+        element = check_tensor(name, value, shape=shape, dtypes=dtypes, device=device)
+        elements.append(element if element.is_contiguous() else element.contiguous())
+    checked = DispatchHandle(*elements)
+    num_tokens, num_heads = checked.is_token_in_rank.shape[0], checked.send_head.shape[0]
+    if num_heads != num_tokens:
+        allowed = f"{num_tokens}, as in is_token_in_rank"
+        raise ArgumentError("handle.send_head", f"{num_heads} rows", allowed)
     return checked
 
 
@@ -253,13 +257,10 @@ def check_inputs(
         require(given == sent, "num_tokens_per_rank", given, f"{sent}, as in is_token_in_rank")
     expert_alignment = check_int("expert_alignment", expert_alignment, minimum=1)
     num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
-    require(num_worst_tokens < 1 << 31, "num_worst_tokens", num_worst_tokens, "less than 2^31")
-    require(
-        (topk_idx is None) == (topk_weights is None),
-        "topk_weights",
-        "only one of topk_idx and topk_weights",
-        "both or none",
-    )
+    if num_worst_tokens >= 1 << 31:
+        raise ArgumentError("num_worst_tokens", num_worst_tokens, "less than 2^31")
+    if (topk_idx is None) != (topk_weights is None):
+        raise ArgumentError("topk_weights", "only one of topk_idx and topk_weights", "both or none")
     if num_worst_tokens and topk_idx is None:
         allowed = "0, or top-k tensors with it (they mark the unused rows)"
         raise ArgumentError("num_worst_tokens", f"{num_worst_tokens} without topk_idx", allowed)

@@ -25,6 +25,7 @@ from tokenferry.topology import Topology
 
 _Tensors = Sequence[torch.Tensor]
 
+_LENGTHS = tuple(len(kind._fields) for kind in (DispatchHandle, InternodeHandle))
 _FLOATS_OF_ROW = ROW_ALIGNMENT // 4
 
 
@@ -97,9 +98,8 @@ def _combine(
 
 
 def _known(handle: _Tensors) -> Handle:
-    lengths = [len(kind._fields) for kind in (DispatchHandle, InternodeHandle)]
-    if len(handle) not in lengths:
-        allowed = f"the {lengths[0]} tensors (between nodes {lengths[1]}) that dispatch returned"
+    if len(handle) not in _LENGTHS:
+        allowed = f"the {_LENGTHS[0]} tensors (between nodes {_LENGTHS[1]}) that dispatch returned"
         raise ArgumentError("handle", f"{len(handle)} tensors", allowed)
     return make_handle(handle)
 

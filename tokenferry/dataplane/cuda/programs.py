@@ -113,7 +113,7 @@ def _width(tensor: torch.Tensor | None) -> int:
 
 def dispatch_record(plan: SendPlan) -> int:
     """Bytes of a token in the stage."""
-    record = _aligned(row_bytes(plan.rows))
+    record = -(-plan.rows.shape[1] * plan.rows.itemsize // 16) * 16
     if plan.scales is not None:
         record += _aligned(row_bytes(plan.scales))
     if plan.topk_idx is not None:
@@ -238,9 +238,9 @@ def dispatch(
             most, num_expanded = plan.experts.num_max_tokens, outputs.rows.shape[0]
     variant = _dispatch(
         plan.handle is not None,
-        row_bytes(plan.rows),
-        row_bytes(plan.scales),
-        _width(plan.topk_idx),
+        plan.rows.shape[1] * plan.rows.itemsize,
+        0 if plan.scales is None else row_bytes(plan.scales),
+        0 if plan.topk_idx is None else plan.topk_idx.shape[1],
         target,
         metadata is not None,
         plan.part is not None,
@@ -334,7 +334,8 @@ def combine(
     rows = columns[0]
     weights = columns[1] if len(columns) > 1 else None
     dtypes = rows.dtype, outs[0].dtype
-    variant = _combine(dtypes, rows.shape[1], _width(weights), len(biases), target, held is not None)
+    num_topk = 0 if weights is None else weights.shape[1]
+    variant = _combine(dtypes, rows.shape[1], num_topk, len(biases), target, held is not None)
     routes = (handle.rank_prefix_matrix, handle.recv_src_idx, handle.send_head) if held is None else held
     tensors = (
         rows,

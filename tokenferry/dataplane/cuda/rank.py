@@ -108,15 +108,22 @@ class CudaRank:
 
     def _places(self, *columns: torch.Tensor | None) -> list[int]:
         """Where peers find the tensors of an operation, each in one word; 0 where there is nothing to find."""
-        there = [tensor for tensor in columns if tensor is not None and tensor.nbytes]
-        if self.num_ranks == 1:
-            places = [-1] * len(there)
-        else:
-            found = self._regions.expose_all([(tensor.data_ptr(), tensor.nbytes) for tensor in there])
-            places = [region << _PLACE_SHIFT | offset if region >= 0 else -1 for region, offset in found]
-        if len(there) == len(columns):
-            return places
-        return [0 if tensor is None or not tensor.nbytes else places.pop(0) for tensor in columns]
+        places = [0] * len(columns)
+        there = []
+        for index, tensor in enumerate(columns):
+            if tensor is not None:
+                nbytes = tensor.nbytes
+                if nbytes:
+                    places[index] = -1
+                    there.append((tensor.data_ptr(), nbytes))
+        if self.num_ranks > 1:
+            found = iter(self._regions.expose_all(there))
+            for index, place in enumerate(places):
+                if place:
+                    region, offset = next(found)
+                    if region >= 0:
+                        places[index] = region << _PLACE_SHIFT | offset
+        return places
 
     def _aligned(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, copied if it does not begin on 16 bytes or is not packed."""
