@@ -239,6 +239,35 @@ def test_known_memory_costs_one_identity() -> None:
         assert driver_of(owner).calls == {"identity": 100}
 
 
+def test_tensors_of_one_operation_cost_an_identity_for_each_allocation() -> None:
+    with regions_of(2) as (owner, _):
+        driver = driver_of(owner)
+        first, second = driver.alloc(), driver.alloc()
+        ranges = [(first, 16), (second, 16), (first + 512, 16), (second + 64, 16), (first + 2 * MiB - 8, 9)]
+        wanted = [owner.expose(address, nbytes) for address, nbytes in ranges]
+        assert wanted[-1] == (NO_REGION, 0)
+        for _ in range(3):
+            driver.calls.clear()
+            assert owner.expose_all(ranges) == wanted
+            assert driver.calls == {"identity": 2}
+
+
+def test_what_one_operation_knows_does_not_hold_for_the_next() -> None:
+    with regions_of(2) as (owner, _):
+        driver = driver_of(owner)
+        base = driver.alloc()
+        (before,) = owner.expose_all([(base, 16)])
+        driver.free(base)
+        driver.alloc(base=base)
+        ((after, _),) = owner.expose_all([(base, 16)])
+        assert after not in (before[0], NO_REGION)
+        driver.free(base)
+        driver.alloc(1 * MiB, base=base)
+        driver.alloc(1 * MiB, base=base + 1 * MiB)
+        found = owner.expose_all([(base, 16), (base + 1 * MiB, 16), (base + 1 * MiB - 8, 16)])
+        assert len({after, *(region for region, _ in found)}) == 4
+
+
 def test_range_that_leaves_its_allocation_has_no_region() -> None:
     with regions_of(2) as (owner, _):
         base = driver_of(owner).alloc()

@@ -124,15 +124,13 @@ class World:
         return intranode.combine(self.party, self.y, self.handle, weights, bias)
 
 
-VIEW = "aten.view.dtype"
-
 CALLS: dict[str, tuple[Callable[[World], Any], list[str], int]] = {
-    "layout": (World.layout, [], 12),
-    "dispatch": (World.dispatch, [VIEW, "aten.empty.memory_format", VIEW], 70),
-    "cached_dispatch": (World.cached_dispatch, [VIEW, VIEW], 26),
-    "combine": (World.combine, [], 22),
-    "combine_weights": (lambda w: w.combine(w.recv_weights), [], 35),
-    "combine_biases": (lambda w: w.combine(None, (w.x, w.x)), [], 40),
+    "layout": (World.layout, [], 8),
+    "dispatch": (World.dispatch, ["aten.empty.memory_format"], 62),
+    "cached_dispatch": (World.cached_dispatch, [], 20),
+    "combine": (World.combine, [], 20),
+    "combine_weights": (lambda w: w.combine(w.recv_weights), [], 31),
+    "combine_biases": (lambda w: w.combine(None, (w.x, w.x)), [], 36),
 }
 """Calls, the operators that they run, and how often they may look at a tensor: about 0.1 us each."""
 
@@ -143,9 +141,7 @@ def test_operators(name: str) -> None:
     world = World()
     with Operators() as operators:
         call(world)
-    detached = "aten.detach.default"  # torch runs one in a view of another dtype
-    assert [name for name in operators.names if name != detached] == wanted
-    assert operators.names.count(detached) <= wanted.count(VIEW)
+    assert operators.names == wanted
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -196,9 +192,10 @@ def test_other_tensors_are_packed(kind: str, width: int) -> None:
     world.x = odd(bias)[kind]
     world.cached_dispatch()
     _, plan, outputs = world.plane.given
-    assert torch.equal(plan.rows, bias.view(torch.uint8))
+    assert torch.equal(plan.rows, bias)
+    assert not plan.rows.requires_grad
     assert isinstance(outputs, Outputs)
-    assert outputs.rows.shape == (RECEIVED, 16)
+    assert outputs.rows.shape == (RECEIVED, 4)
 
 
 COPIES: dict[str, Callable[[DispatchHandle], Any]] = {

@@ -30,7 +30,7 @@ from tokenferry.construction import (
     timeout_seconds,
 )
 from tokenferry.dataplane import OperationKind
-from tokenferry.errors import BufferStateError
+from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import Handle
 from tokenferry.modes import intranode
@@ -383,21 +383,23 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         config = None if config is None else check_config(config)
         event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         if handle is not None:
-            for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
-                require(value is None, name, "a tensor beside handle", "None: the handle has the routes already")
-            require(num_worst_tokens == 0, "num_worst_tokens", num_worst_tokens, "0 beside handle")
+            if topk_idx is not None or topk_weights is not None:
+                name = "topk_weights" if topk_idx is None else "topk_idx"
+                raise ArgumentError(name, "a tensor beside handle", "None: the handle has the routes already")
+            if num_worst_tokens != 0:
+                raise ArgumentError("num_worst_tokens", num_worst_tokens, "0 beside handle")
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
             mode = self._mode(runtime, config)
             if handle is not None:
                 received = mode.cached_dispatch(x, handle)
-                read = (*_as_tuple(x), *handle)
+                read = (*(x if isinstance(x, tuple) else (x,)), *handle)
             else:
                 counts = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
                 top = (topk_idx, topk_weights)
                 given = intranode.check_inputs(mode.party, x, *counts, *top, expert_alignment, num_worst_tokens)
                 received = mode.dispatch(given, num_tokens_per_rdma_rank)
-                read = (*_as_tuple(x), *counts, *top)
+                read = (*(x if isinstance(x, tuple) else (x,)), *counts, *top)
             written = (
                 received.x,
                 received.scales,
@@ -449,7 +451,8 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
             combined, weights = self._mode(runtime, config).combine(x, handle, topk_weights, bias)
-            done = turn.finish((x, *handle, topk_weights, *_as_tuple(bias)), (combined, weights))
+            added = bias if isinstance(bias, tuple) else (bias,)
+            done = turn.finish((x, *handle, topk_weights, *added), (combined, weights))
         return combined, weights, done
 
     def warmup(
@@ -488,7 +491,3 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
     @staticmethod
     def _unpack_bias(bias: object) -> tuple[object, object]:
         return intranode.unpack_bias(bias)
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)

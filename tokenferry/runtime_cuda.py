@@ -79,6 +79,7 @@ class CudaRuntime:
         self._options = may_mask, exact_combine
         self._make_rail = make_rail
         self._nodes: Nodes | None = None
+        self._parties: dict[int, Party] = {}
         self._combine_rows: dict[tuple[int, ...], torch.Tensor] = {}
         self._destroyed = False
         self.recorder = Recorder()
@@ -135,6 +136,7 @@ class CudaRuntime:
         assert self._make_rail is not None
         with torch.cuda.device(self.device), torch.cuda.stream(self.comm.stream):
             self._nodes = Nodes(self.topology, self._make_rail(), self._options[1], self.recorder)
+        self._parties.clear()
 
     def hide(self) -> None:
         """Take the name of the mailbox away, once every rank has synced."""
@@ -150,10 +152,14 @@ class CudaRuntime:
         Raises:
             BufferStateError: not synced.
         """
-        if self._plane is None:
-            raise BufferStateError("the Buffer is not synced")
-        topology = self.topology
-        return Party(self._plane, topology.rank, topology.num_ranks, self.device, num_sms, nodes=self._nodes)
+        party = self._parties.get(num_sms)
+        if party is None:
+            if self._plane is None:
+                raise BufferStateError("the Buffer is not synced")
+            topology = self.topology
+            party = Party(self._plane, topology.rank, topology.num_ranks, self.device, num_sms, nodes=self._nodes)
+            self._parties[num_sms] = party
+        return party
 
     def local_stage(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes]: the head of this rank's stage.
@@ -222,6 +228,7 @@ class CudaRuntime:
             if self._plane is not None:
                 self._plane.close()
             self._plane = None
+            self._parties.clear()
             self._regions.close()
             self._heap.close()
             self._combine_rows.clear()

@@ -147,7 +147,7 @@ class Recorder:
     def called(self, kind: int, nanoseconds: int) -> None:
         """Count a call that returned after so long."""
         with self._lock:
-            counts = self._of(kind)
+            counts = self._kinds.get(kind) or self._of(kind)
             counts.count += 1
             counts.call_ns += nanoseconds
 

@@ -6,9 +6,10 @@ Legend: ``cur``, the stream that is current when an operation is called; ``comm`
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -39,29 +40,38 @@ class CommStream:
     Args:
         device: the GPU.
         takes_all: why operations are put on ``comm`` as a whole, if they are: not only what the data plane launches.
+
+    Attributes:
+        device: as given.
+        index: of the GPU.
+        stream: ``comm``.
+        handle: its address for the driver.
+        lock: held by whoever has a turn.
     """
 
     def __init__(self, device: torch.device, takes_all: str = "") -> None:
         self.device = device
-        self._takes_all = takes_all
-        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._handle = int(self._stream.cuda_stream)
+        self.index = device.index
+        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.handle = int(self.stream.cuda_stream)
         self.lock = threading.RLock()
-        self._entry = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._exit = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._takes_all = takes_all
+        self._key = (self.stream.stream_id, self.stream.device_index, self.stream.device_type)
+        self._record_entry, self._wait_for_entry = _new_event()
+        self._record_exit, self._wait_for_exit = _new_event()
         self._waiting_for: torch.cuda.Stream | None = None
+        self._current = self.stream
+        self._current_key = self._key
         self._last: torch.cuda.Stream | None = None
         self._last_handle = -1
 
-    @property
-    def stream(self) -> torch.cuda.Stream:
-        """The stream."""
-        return self._stream
-
-    @property
-    def handle(self) -> int:
-        """Its address for the driver."""
-        return self._handle
+    def current(self) -> torch.cuda.Stream:
+        """The current stream of the device, one object for as long as it stays the same. Under the lock."""
+        key = torch._C._cuda_getCurrentStream(self.index)
+        if key != self._current_key:
+            self._current = torch.cuda.current_stream(self.index)
+            self._current_key = key
+        return self._current
 
     def synchronize(self) -> None:
         """Wait for all that is queued on the device."""
@@ -73,8 +83,8 @@ class CommStream:
         Before every one, since memory that was allocated in between may have been used, or filled, on ``cur``.
         """
         if self._waiting_for is not None:
-            self._entry.record(self._waiting_for)
-            self._stream.wait_event(self._entry)
+            self._record_entry(self._waiting_for)
+            self._wait_for_entry(self.stream)
 
     def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> Turn:
         """One operation's turn on the stream, a context manager."""
@@ -88,6 +98,8 @@ class CommStream:
 class InOrder:
     """See :meth:`CommStream.in_order`."""
 
+    __slots__ = ("_comm", "_device")
+
     def __init__(self, comm: CommStream) -> None:
         self._comm = comm
         self._device = -1
@@ -95,14 +107,14 @@ class InOrder:
     def __enter__(self) -> None:
         comm = self._comm
         comm.lock.acquire()
-        index = comm.device.index
+        index = comm.index
         self._device = torch._C._cuda_getDevice()
         try:
             if self._device != index:
                 torch.cuda.set_device(index)
             handle = torch._C._cuda_getCurrentRawStream(index)
             if handle != comm._last_handle:
-                self._follow(torch.cuda.current_stream(index), handle)
+                self._follow(comm.current(), handle)
         except BaseException:
             self.__exit__()
             raise
@@ -114,9 +126,10 @@ class InOrder:
         comm._last, comm._last_handle = current, handle
 
     def __exit__(self, *_: object) -> None:
-        if self._device != self._comm.device.index:
+        comm = self._comm
+        if self._device != comm.index:
             torch.cuda.set_device(self._device)
-        self._comm.lock.release()
+        comm.lock.release()
 
 
 def _is_capturing(stream: torch.cuda.Stream) -> bool:
@@ -124,8 +137,22 @@ def _is_capturing(stream: torch.cuda.Stream) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+_StreamCall = Callable[[torch.cuda.Stream], None]
+
+
+def _new_event() -> tuple[_StreamCall, _StreamCall]:
+    """What records a new event on a stream, and what makes a stream wait for it.
+
+    These are the methods below torch's Python wrappers, which cost the host more than the calls themselves.
+    """
+    event: Any = super(torch.cuda.Event, torch.cuda.Event())  # type: ignore[no-untyped-call]
+    return event.record, event.wait
+
+
 class Turn:
     """See :meth:`CommStream.turn`."""
+
+    __slots__ = ("_async", "_comm", "_cur", "_device", "_event", "_is_own", "_on_comm")
 
     def __init__(
         self, comm: CommStream, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool
@@ -136,31 +163,30 @@ class Turn:
         self._on_comm = allocate_on_comm_stream or event is not None or async_finish or bool(comm._takes_all)
         self._device = -1
         self._cur: torch.cuda.Stream | None = None
+        self._is_own = False
 
     def __enter__(self) -> Turn:
-        self._comm.lock.acquire()
-        self._device = torch.cuda.current_device()
+        comm = self._comm
+        comm.lock.acquire()
+        self._device = torch._C._cuda_getDevice()
         try:
-            self._enter()
+            if self._device != comm.index:
+                torch.cuda.set_device(comm.index)
+            self._cur = cur = comm.current()
+            self._is_own = comm._current_key == comm._key
+            if comm._takes_all and torch.cuda.is_current_stream_capturing():
+                raise TokenferryError(f"{comm._takes_all}: no CUDA graph can hold an operation")
+            if self._event is not None:
+                self._event.stream_wait(comm.stream)
+            elif not self._is_own:
+                comm._waiting_for = cur
+            if self._on_comm:
+                comm.start()
+                torch.cuda.set_stream(comm.stream)
         except BaseException:
             self._leave()
             raise
         return self
-
-    def _enter(self) -> None:
-        comm = self._comm
-        if self._device != comm.device.index:
-            torch.cuda.set_device(comm.device)
-        self._cur = torch.cuda.current_stream(comm.device)
-        if comm._takes_all and torch.cuda.is_current_stream_capturing():
-            raise TokenferryError(f"{comm._takes_all}: no CUDA graph can hold an operation")
-        if self._event is not None:
-            self._event.stream_wait(comm.stream)
-        elif self._cur != comm.stream:
-            comm._waiting_for = self._cur
-        if self._on_comm:
-            comm.start()
-            torch.cuda.set_stream(comm.stream)
 
     def wait(self, event: EventHandle | None) -> None:
         """Let the operation begin after one more event."""
@@ -172,7 +198,7 @@ class Turn:
         comm._waiting_for = None
         if self._on_comm and self._cur is not None:
             torch.cuda.set_stream(self._cur)
-        if self._device != comm.device.index:
+        if self._device != comm.index:
             torch.cuda.set_device(self._device)
         comm.lock.release()
 
@@ -185,7 +211,7 @@ class Turn:
         """
         comm, cur = self._comm, self._cur
         assert cur is not None
-        if self._on_comm and cur != comm.stream:
+        if self._on_comm and not self._is_own:
             for output in outputs:
                 if output is not None:
                     output.record_stream(cur)
@@ -194,9 +220,9 @@ class Turn:
                 if tensor is not None:
                     tensor.record_stream(comm.stream)
             return EventOverlap(EventHandle(comm.stream))
-        if cur != comm.stream:
-            comm._exit.record(comm.stream)
-            cur.wait_event(comm._exit)
+        if not self._is_own:
+            comm._record_exit(comm.stream)
+            comm._wait_for_exit(cur)
         return EventOverlap()
 
     def __exit__(
@@ -204,9 +230,9 @@ class Turn:
     ) -> None:
         comm, cur = self._comm, self._cur
         try:
-            if kind is not None and cur is not None and cur != comm.stream:
-                comm._exit.record(comm.stream)  # what the operation has queued may still use memory that goes now
-                cur.wait_event(comm._exit)
+            if kind is not None and cur is not None and not self._is_own:
+                comm._record_exit(comm.stream)  # what the operation has queued may still use memory that goes now
+                comm._wait_for_exit(cur)
         finally:
             self._leave()
 

@@ -97,18 +97,19 @@ class _Plane:
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         return poisoned(torch.empty(num_rows, width, dtype=dtype))
 
+    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.empty_rows(num_slabs * num_rows, width, dtype).view(num_slabs, num_rows, width)
+
     def low_latency_tables(self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int) -> Any:
         tables = self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, CPU)
         tables[0].untyped_storage().fill_(0x5A)
         return tables
 
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
-        number = hash(tuple(signature)) + self.signature
-        return self._low_latency.dispatch(self._rank, number, signature.operation, plan)
+        return self._low_latency.dispatch(self._rank, signature._replace(handle=self.signature), plan)
 
     def low_latency_combine(self, signature: Signature, plan: LowLatencyCombinePlan) -> Pending:
-        number = hash(tuple(signature)) + self.signature
-        return self._low_latency.combine(self._rank, number, signature.operation, plan)
+        return self._low_latency.combine(self._rank, signature._replace(handle=self.signature), plan)
 
 
 class SimulatedBuffer:

@@ -73,6 +73,9 @@ class Plane(CudaDataPlane):
         assert counts[words.HOST_CODE.value] == 0
         return int(counts[words.HOST_ROWS.value]), counts[first : first + num_local].tolist()
 
+    def _places(self, *columns: torch.Tensor | None) -> list[int]:
+        return [self._place(column) for column in columns]
+
     def _place(self, tensor: torch.Tensor | None) -> int:
         self._world.kept.append(tensor)
         if tensor is not None and not 0 <= tensor.data_ptr() - self._world.base < 1 << words.PLACE_SHIFT.value:

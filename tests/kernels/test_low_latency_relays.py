@@ -14,12 +14,16 @@ from tests.kernels.mutants import mutated_module
 from tests.kernels.test_low_latency import disturb
 from tests.low_latency_cases import FORMATS, Case, Scenario
 from tokenferry.config import align_up
-from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, OperationKind, Relays
+from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, OperationKind, Relays, Signature
 from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import low_latency_dispatch, words
 from tokenferry.modes.low_latency import LowLatencyHandle, scale_format_of
 
 CASE = Case(tokens=(3, 0, 5, 1), spare=1, hidden=8, num_topk=3, seed=4)
+
+
+def signature(operation: OperationKind) -> Signature:
+    return Signature(operation, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Node:
@@ -101,7 +105,7 @@ class Node:
                 receives_now=True,
                 relays=self.relays,
             )
-            plane._low_latency.dispatch(index, 7, OperationKind.LOW_LATENCY_DISPATCH, plan)
+            plane._low_latency.dispatch(index, signature(OperationKind.LOW_LATENCY_DISPATCH), plan)
             handle = LowLatencyHandle(tables[0], tables[1], self.most, case.hidden, experts)
             self.results.append(((plan.recv_x, scales) if fp8 else plan.recv_x, tables[2], handle, None, None))
             self.kept.append(plan)
@@ -125,7 +129,7 @@ class Node:
                 relays=self.relays,
             )
             plane = self.world.buffers[index].plane
-            plane._low_latency.combine(index, 8, OperationKind.LOW_LATENCY_COMBINE, plan)
+            plane._low_latency.combine(index, signature(OperationKind.LOW_LATENCY_COMBINE), plan)
             self.sums.append(sums)
             self.kept.append(plan)
 

@@ -165,7 +165,12 @@ def test_room_in_the_stage(monkeypatch: Any) -> None:
     for scales, choices in ((0, 0), (4, 0), (12, 1), (20, 3)):
         rows = fitting[-1] - 16 * -(-(scales + 12 * choices) // 16)
         plan = SendPlan(
-            *(torch.empty(0, n) for n in (rows, scales, choices, choices)), torch.empty(0, 2), None, None, 0, None
+            *(torch.empty(0, n, dtype=torch.uint8) for n in (rows, scales, choices, choices)),
+            torch.empty(0, 2),
+            None,
+            None,
+            0,
+            None,
         )
         columns = [torch.empty(0, rows // 4), torch.empty(0, choices)]
         plane._check_stage(programs.dispatch_record(plan))

@@ -116,9 +116,9 @@ class SendPlan(NamedTuple):
     """What a rank brings to a dispatch."""
 
     rows: torch.Tensor
-    """uint8 [T, W], contiguous."""
+    """[T, H] of any dtype, contiguous: W bytes each, which nobody looks into."""
     scales: torch.Tensor | None
-    """uint8 [T, W_s], contiguous."""
+    """[T, S], likewise."""
     topk_idx: torch.Tensor | None
     """int64 [T, K], contiguous: global expert ids or -1. None: no choices travel."""
     topk_weights: torch.Tensor | None
@@ -152,9 +152,9 @@ class Outputs(NamedTuple):
     """
 
     rows: torch.Tensor
-    """uint8 [M', W]; not set past the last received row."""
+    """[M', H] of any dtype, W bytes each; not set past the last received row."""
     scales: torch.Tensor | None
-    """uint8 [M', W_s]; not set past the last received row."""
+    """[M', S], likewise; not set past the last received row."""
     topk_idx: torch.Tensor | None
     """int64 [M', K]: local ids or -1; -1 in rows past the last received."""
     topk_weights: torch.Tensor | None
@@ -424,3 +424,6 @@ class DataPlane(Protocol):
 
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised output tensor [num_rows, width]."""
+
+    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised output tensor [num_slabs, num_rows, width]."""

@@ -36,7 +36,7 @@ import weakref
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ class Regions:
 
     Every operation calls, in this order: :meth:`poll`; if that returned True, it has ``table`` and ``ready``
     copied to the device, on the stream of the operations; :meth:`acknowledge` for copies that are finished;
-    :meth:`expose`. The tables may change while a copy of them runs: to the kernels before the next copy, any mix
+    :meth:`expose_all`. The tables may change while a copy of them runs: to the kernels before the next copy, any mix
     of old and new words means the same.
 
     Attributes:
@@ -152,12 +152,15 @@ class Regions:
         self._answered = [0] * num_ranks
         self._may_settle = False
         self._may_sweep = True
+        self._verified: set[int] = set()
         # As a reader.
         self._posted = [0] * num_ranks
         self._followed = [[0] * NUM_REGIONS for _ in range(num_ranks)]
         self._answers: deque[_Answer] = deque()
         self._mappings: dict[tuple[int, int], int] = {}
         self._warned = False
+        self._mail: list[tuple[int, memoryview[int]]] = []
+        self._is_closed = False
 
         self._segments: list[Segment | None] = [None] * num_ranks
         self._segments[rank] = own
@@ -196,6 +199,7 @@ class Regions:
             found = list(segment.words[:_HEADER_WORDS])
             if found != [_MAGIC, _VERSION, peer, self.num_ranks]:
                 raise HeapError(f"the mailbox of rank {peer} starts with {found}: not one of this group")
+            self._mail.append((peer, segment.words))
 
     def unlink(self) -> None:
         """Take the own mailbox's name away, once every rank has it open."""
@@ -209,6 +213,8 @@ class Regions:
         self._heap_size = 0
         self._bases.clear()
         self._known.clear()
+        self._mail.clear()
+        self._is_closed = True
         self._finalizer()
 
     def set_heap(self, addresses: Sequence[int], size: int) -> None:
@@ -226,6 +232,14 @@ class Regions:
 
     # The owner's side.
 
+    def expose_all(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """:meth:`expose` for the tensors of one operation.
+
+        They keep their allocations: so the driver, which takes a microsecond, is asked once for each of these.
+        """
+        self._verified.clear()
+        return [self._expose(address, nbytes) for address, nbytes in ranges]
+
     def expose(self, address: int, nbytes: int) -> tuple[int, int]:
         """Find the region of own memory, and make one of it if it has none. Never waits.
 
@@ -240,6 +254,10 @@ class Regions:
         Raises:
             HeapError: the driver cannot answer.
         """
+        self._verified.clear()
+        return self._expose(address, nbytes)
+
+    def _expose(self, address: int, nbytes: int) -> tuple[int, int]:
         offset = address - self._heap_base
         if 0 <= offset < self._heap_size:
             return (HEAP_REGION, offset) if offset + nbytes <= self._heap_size else (NO_REGION, 0)
@@ -247,7 +265,8 @@ class Regions:
         if index >= 0:
             base, end, identity, region = self._known[index]
             if address < end:
-                if self._driver.identity(address) == identity:
+                if base in self._verified or self._driver.identity(address) == identity:
+                    self._verified.add(base)
                     return (region, address - base) if address + nbytes <= end else (NO_REGION, 0)
                 self._retire(self._known[index])
         known = self._register(address)
@@ -291,6 +310,7 @@ class Regions:
         index = bisect_right(self._bases, known.base)
         self._bases.insert(index, known.base)
         self._known.insert(index, known)
+        self._verified.add(known.base)
         self._post(known, handle)
         return known
 
@@ -306,6 +326,7 @@ class Regions:
     def _retire(self, known: _Known) -> None:
         index = bisect_right(self._bases, known.base) - 1
         del self._bases[index], self._known[index]
+        self._verified.discard(known.base)
         self._table[self.rank, known.region] = 0
         self._ready[known.region] = 0
         self._set_state(known.region, self._state[known.region] + 1)
@@ -356,13 +377,13 @@ class Regions:
         Raises:
             HeapError: the mailbox of a peer has words that no rank of this group writes, or the driver cannot answer.
         """
-        self._check_usable()
+        if self._is_closed:
+            raise BufferStateError("the regions are closed")
         self._may_sweep = True
         self._polls += 1
         if self._polls % _SWEEP_EVERY == 0:
             self.sweep()
-        for peer in self._peers:
-            words = self._words(peer)
+        for peer, words in self._mail:
             posted = words[_POSTED]
             if posted != self._posted[peer]:
                 self._follow(peer, words, posted)
@@ -461,7 +482,7 @@ class Regions:
                 logger.debug("rank %d cannot close memory of rank %d: %s", self.rank, peer, error)
 
     def _check_usable(self) -> None:
-        if not self._finalizer.alive:
+        if self._is_closed:
             raise BufferStateError("the regions are closed")
 
 

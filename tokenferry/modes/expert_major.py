@@ -28,7 +28,6 @@ from tokenferry.modes.intranode import (
     Party,
     Rows,
     _checksum,
-    as_bytes,
     check_biases,
     check_handle,
     check_num_experts,
@@ -113,7 +112,7 @@ def dispatch(
     counts = party.plane.layout(ids, num_experts, party.num_ranks)
     worst, worst_expanded = (0, 0) if sizes.host_waits else worst_rows(party.num_ranks, num_topk, sizes)
     plan = SendPlan(
-        *as_bytes(*rows),
+        *rows,
         topk_idx=packed(ids),
         topk_weights=weights,
         is_token_in_rank=counts.is_token_in_rank,
@@ -191,7 +190,7 @@ def cached_dispatch(
         name = "handle.psum_num_recv_tokens_per_expert"
         ends = check_tensor(name, ends, shape=(num_local,), dtypes=_INT32, device=device).contiguous()
     plan = SendPlan(
-        *as_bytes(*rows),
+        *rows,
         topk_idx=packed(ids),
         topk_weights=weights,
         is_token_in_rank=routes.is_token_in_rank,
@@ -243,10 +242,10 @@ def _outputs(
     x, scales = empty_rows_like(party, rows, num_expanded_rows if expand else num_rows)
     if expand:
         flat = torch.empty(num_expanded_rows, dtype=torch.float32, device=party.device)
-        return Outputs(*as_bytes(x, scales), None, flat.view(-1, 1), None), _Outputs(x, scales, None, flat)
+        return Outputs(x, scales, None, flat.view(-1, 1), None), _Outputs(x, scales, None, flat)
     ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
     weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
-    return Outputs(*as_bytes(x, scales), ids, weights, None), _Outputs(x, scales, ids, weights)
+    return Outputs(x, scales, ids, weights, None), _Outputs(x, scales, ids, weights)
 
 
 def _received(outputs: _Outputs, has_weights: bool, handle: EPHandle) -> Received:

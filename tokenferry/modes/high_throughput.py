@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from tokenferry.config import Config, combine_preset, dispatch_preset
@@ -13,17 +11,19 @@ from tokenferry.modes.chunks import Chunking, chunking_of
 from tokenferry.modes.intranode import Inputs, Party, Received
 
 
-@dataclass(frozen=True)
 class HighThroughput:
     """The operations of one rank.
 
-    Attributes:
+    Args:
         party: who takes part.
         config: of the caller; None: the preset of dispatch.
     """
 
-    party: Party
-    config: Config | None
+    __slots__ = ("config", "party")
+
+    def __init__(self, party: Party, config: Config | None) -> None:
+        self.party = party
+        self.config = config
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> tuple[Layout, torch.Tensor | None]:
         """Counts and membership, and tokens for each node, int32 [G]: None inside a node."""

@@ -97,8 +97,8 @@ def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_e
         device=party.device,
         contiguous=True,
     )
-    if ids.size(1) > MAX_TOPK:
-        raise ArgumentError("topk_idx", f"{ids.size(1)} choices a token", f"at most {MAX_TOPK}")
+    if ids.shape[1] > MAX_TOPK:
+        raise ArgumentError("topk_idx", f"{ids.shape[1]} choices a token", f"at most {MAX_TOPK}")
     if party.plane.values_at_hand and ids.numel():
         low, high = (int(bound) for bound in ids.aminmax())
         allowed = f"expert ids from 0 to {num_experts - 1}, or -1 for no choice"
@@ -130,10 +130,10 @@ def check_rows(party: Party, x: object) -> Rows:
             raise ArgumentError("x", f"a tuple of {len(x)}", "a tensor, or a tuple (data, scales)")
         x, given_scales = x
         data = check_tensor("x[0]", x, shape=(None, None), device=party.device)
-        if data.element_size() != 1:
+        if data.itemsize != 1:
             raise ArgumentError("x[0]", describe(data), "one-byte elements beside scales")
         scales = check_tensor(
-            "x[1]", given_scales, shape=(data.size(0), None), dtypes=_SCALE_DTYPES, device=party.device
+            "x[1]", given_scales, shape=(data.shape[0], None), dtypes=_SCALE_DTYPES, device=party.device
         )
     else:
         data = check_tensor("x", x, shape=(None, None), device=party.device)
@@ -145,7 +145,7 @@ def check_rows(party: Party, x: object) -> Rows:
 
 def check_row_bytes(rows: torch.Tensor) -> None:
     """Raise unless rows are a positive multiple of 16 bytes."""
-    row_bytes = rows.size(1) * rows.element_size()
+    row_bytes = rows.shape[1] * rows.itemsize
     if row_bytes == 0 or row_bytes % ROW_ALIGNMENT != 0:
         allowed = f"rows of a positive multiple of {ROW_ALIGNMENT} bytes"
         raise ArgumentError("x", f"rows of {row_bytes} bytes", allowed)
@@ -177,13 +177,17 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
     if not isinstance(handle, (tuple, list)) or len(handle) != len(_HANDLE_NAMES):
         given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
         raise ArgumentError("handle", given, f"the {len(_HANDLE_NAMES)} tensors that dispatch returned")
-    ranks = party.num_ranks
+    ranks, device = party.num_ranks, party.device
     shapes = ((ranks, ranks), (ranks, None), (ranks, None), (None,), (None, ranks), (None, ranks))
+    elements = []
     for name, value, shape, dtypes in zip(_HANDLE_NAMES, handle, shapes, _HANDLE_DTYPES, strict=True):
-        check_tensor(name, value, shape=shape, dtypes=dtypes, device=party.device)
-    checked = DispatchHandle._make(element.contiguous() for element in handle)
-    num_tokens, num_heads = checked.is_token_in_rank.size(0), checked.send_head.size(0)
-    require(num_heads == num_tokens, "handle.send_head", f"{num_heads} rows", f"{num_tokens}, as in is_token_in_rank")
+        element = check_tensor(name, value, shape=shape, dtypes=dtypes, device=device)
+        elements.append(element if element.is_contiguous() else element.contiguous())
+    checked = DispatchHandle(*elements)
+    num_tokens, num_heads = checked.is_token_in_rank.shape[0], checked.send_head.shape[0]
+    if num_heads != num_tokens:
+        allowed = f"{num_tokens}, as in is_token_in_rank"
+        raise ArgumentError("handle.send_head", f"{num_heads} rows", allowed)
     return checked
 
 
@@ -231,7 +235,7 @@ def check_inputs(
 ) -> Inputs:
     """Check what a dispatch with fresh counts is given."""
     rows = check_rows(party, x)
-    num_tokens, ranks, device = rows.x.size(0), party.num_ranks, party.device
+    num_tokens, ranks, device = rows.x.shape[0], party.num_ranks, party.device
     int32 = (torch.int32,)
     per_rank = check_tensor(
         "num_tokens_per_rank", num_tokens_per_rank, shape=(ranks,), dtypes=int32, device=device, contiguous=True
@@ -247,19 +251,16 @@ def check_inputs(
     per_expert = check_tensor(
         "num_tokens_per_expert", num_tokens_per_expert, shape=(None,), dtypes=int32, device=device, contiguous=True
     )
-    num_experts = check_num_experts(party, "num_tokens_per_expert", per_expert.numel())
+    num_experts = check_num_experts(party, "num_tokens_per_expert", per_expert.shape[0])
     if party.plane.values_at_hand:
         given, sent = per_rank.tolist(), member.sum(0).tolist()
         require(given == sent, "num_tokens_per_rank", given, f"{sent}, as in is_token_in_rank")
     expert_alignment = check_int("expert_alignment", expert_alignment, minimum=1)
     num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
-    require(num_worst_tokens < 1 << 31, "num_worst_tokens", num_worst_tokens, "less than 2^31")
-    require(
-        (topk_idx is None) == (topk_weights is None),
-        "topk_weights",
-        "only one of topk_idx and topk_weights",
-        "both or none",
-    )
+    if num_worst_tokens >= 1 << 31:
+        raise ArgumentError("num_worst_tokens", num_worst_tokens, "less than 2^31")
+    if (topk_idx is None) != (topk_weights is None):
+        raise ArgumentError("topk_weights", "only one of topk_idx and topk_weights", "both or none")
     if num_worst_tokens and topk_idx is None:
         allowed = "0, or top-k tensors with it (they mark the unused rows)"
         raise ArgumentError("num_worst_tokens", f"{num_worst_tokens} without topk_idx", allowed)
@@ -275,9 +276,9 @@ def dispatch(party: Party, given: Inputs) -> Received:
     """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`."""
     rows, ids, weights, member = given.rows, given.topk_idx, given.topk_weights, given.is_token_in_rank
     ranks, device = party.num_ranks, party.device
-    num_topk = 0 if ids is None else ids.size(1)
+    num_topk = 0 if ids is None else ids.shape[1]
     plan = SendPlan(
-        *as_bytes(*rows),
+        *rows,
         topk_idx=ids,
         topk_weights=weights,
         is_token_in_rank=member,
@@ -298,7 +299,7 @@ def dispatch(party: Party, given: Inputs) -> Received:
                 recv_ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
                 recv_weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
             recv_src_idx = torch.empty(num_rows, dtype=torch.int32, device=device)
-            if exchange.pull(Outputs(*as_bytes(recv_x, recv_scales), recv_ids, recv_weights, recv_src_idx)):
+            if exchange.pull(Outputs(recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx)):
                 break
         if exchange.num_rows != num_rows:
             for output in (recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx):
@@ -321,24 +322,14 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
     rows = check_rows(party, x)
     known = check_handle(party, handle)
-    num_tokens = known.is_token_in_rank.size(0)
-    if rows.x.size(0) != num_tokens:
-        raise ArgumentError("x", f"{rows.x.size(0)} rows", f"the {num_tokens} rows of the handle")
-    plan = SendPlan(
-        *as_bytes(*rows),
-        topk_idx=None,
-        topk_weights=None,
-        is_token_in_rank=known.is_token_in_rank,
-        num_tokens_per_rank=None,
-        num_tokens_per_expert=None,
-        num_worst_tokens=0,
-        handle=known,
-        num_sms=party.num_sms,
-    )
+    num_tokens = known.is_token_in_rank.shape[0]
+    if rows.x.shape[0] != num_tokens:
+        raise ArgumentError("x", f"{rows.x.shape[0]} rows", f"the {num_tokens} rows of the handle")
+    plan = SendPlan(*rows, None, None, known.is_token_in_rank, None, None, 0, known, party.num_sms)
     signature = signature_of(OperationKind.CACHED_DISPATCH, rows, handle=_checksum(party, known))
     with party.plane.dispatch(signature, plan) as exchange:
         recv_x, recv_scales = empty_rows_like(party, rows, exchange.num_rows)
-        exchange.pull(Outputs(*as_bytes(recv_x, recv_scales), None, None, None))
+        exchange.pull(Outputs(recv_x, recv_scales, None, None, None))
     return Received(recv_x, recv_scales, None, None, None, None)
 
 
@@ -347,13 +338,17 @@ def combine(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum the rows of every token over the ranks that had it; see :meth:`tokenferry.Buffer.combine`."""
     known = check_handle(party, handle)
-    num_rows, num_tokens = known.recv_src_idx.numel(), known.is_token_in_rank.size(0)
+    num_rows, num_tokens = known.recv_src_idx.shape[0], known.is_token_in_rank.shape[0]
     columns = check_columns(party, x, topk_weights, num_rows)
-    biases = check_biases(party, bias, (num_tokens, columns[0].size(1)), columns[0].dtype)
-    num_topk = columns[1].size(1) if len(columns) > 1 else 0
+    rows = columns[0]
+    biases = check_biases(party, bias, (num_tokens, rows.shape[1]), rows.dtype) if bias is not None else []
     plan = ReducePlan(columns, biases, known, party.num_sms)
-    outs = [party.plane.empty_rows(num_tokens, column.size(1), column.dtype) for column in columns]
-    signature = signature_of(OperationKind.COMBINE, Rows(columns[0], None), num_topk, handle=_checksum(party, known))
+    outs = [party.plane.empty_rows(num_tokens, rows.shape[1], rows.dtype)]
+    num_topk = 0
+    if len(columns) > 1:
+        num_topk = columns[1].shape[1]
+        outs.append(party.plane.empty_rows(num_tokens, num_topk, torch.float32))
+    signature = signature_of(OperationKind.COMBINE, Rows(rows, None), num_topk, handle=_checksum(party, known))
     party.plane.pull_reduce(signature, plan, outs)
     return outs[0], outs[1] if topk_weights is not None else None
 
@@ -367,7 +362,7 @@ def check_columns(party: Party, x: object, topk_weights: object, num_rows: int) 
         weights = check_tensor(
             "topk_weights", topk_weights, shape=(num_rows, None), dtypes=(torch.float32,), device=party.device
         )
-        if not 0 < weights.size(1) <= MAX_TOPK:
+        if not 0 < weights.shape[1] <= MAX_TOPK:
             raise ArgumentError("topk_weights", describe(weights), f"1 to {MAX_TOPK} columns")
         columns.append(packed(weights))
     return columns
@@ -406,10 +401,10 @@ def signature_of(
     return Signature(
         operation,
         dtype_code(x.dtype),
-        x.size(1) * x.element_size(),
+        x.shape[1] * x.itemsize,
         num_topk,
         num_experts,
-        0 if scales is None else scales.size(1) * scales.element_size(),
+        0 if scales is None else scales.shape[1] * scales.itemsize,
         0 if scales is None else dtype_code(scales.dtype),
         handle,
     )
@@ -418,8 +413,8 @@ def signature_of(
 def empty_rows_like(party: Party, rows: Rows, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Unset outputs of ``num_rows`` rows for such rows."""
     x, scales = rows
-    recv_x = party.plane.empty_rows(num_rows, x.size(1), x.dtype)
-    return recv_x, None if scales is None else party.plane.empty_rows(num_rows, scales.size(1), scales.dtype)
+    recv_x = party.plane.empty_rows(num_rows, x.shape[1], x.dtype)
+    return recv_x, None if scales is None else party.plane.empty_rows(num_rows, scales.shape[1], scales.dtype)
 
 
 def _resolved(tensor: torch.Tensor) -> torch.Tensor:
@@ -429,8 +424,9 @@ def _resolved(tensor: torch.Tensor) -> torch.Tensor:
 
 def packed(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor [n, width], resolved, with strides (width, 1) also where it has one column or no rows."""
-    tensor = _resolved(tensor)
-    if tensor.stride() == (tensor.size(1), 1):
+    if tensor.requires_grad or tensor.is_neg():
+        tensor = _resolved(tensor)
+    if tensor.stride() == (tensor.shape[1], 1):
         return tensor
     packed = tensor.contiguous()
     return packed.as_strided(packed.shape, (packed.size(1), 1))

@@ -95,10 +95,12 @@ def dispatch(
     if use_fp8:
         groups = hidden // GROUP
         columns, dtype = (-(-groups // 4), torch.int32) if use_ue8m0 else (groups, torch.float32)
-        recv_scales = torch.empty((num_local, columns, slab), dtype=dtype, device=device).transpose(1, 2)
+        strides = (columns * slab, 1, slab)
+        recv_scales = torch.empty_strided((num_local, slab, columns), strides, dtype=dtype, device=device)
     recv_dtype = torch.float8_e4m3fn if use_fp8 else torch.bfloat16
-    recv_x = plane.empty_rows(num_local * slab, hidden, recv_dtype).view(num_local, slab, hidden)
-    src_info, layout_range, count = plane.low_latency_tables(ranks, num_local, most, ids.size(1))
+    recv_x = plane.empty_slabs(num_local, slab, hidden, recv_dtype)
+    num_topk = ids.shape[1]
+    src_info, layout_range, count = plane.low_latency_tables(ranks, num_local, most, num_topk)
     handle = _OwnHandle(src_info, layout_range, most, hidden, num_experts)
     plan = LowLatencyDispatchPlan(
         topk_idx=ids,
@@ -116,7 +118,7 @@ def dispatch(
         wait_stats=check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
         receives_now=receives_now,
     )
-    signature = _signature(OperationKind.LOW_LATENCY_DISPATCH, scale_format, hidden, ids.size(1), num_experts, most)
+    signature = _signature(OperationKind.LOW_LATENCY_DISPATCH, scale_format, hidden, num_topk, num_experts, most)
     if party.nodes is None:
         pending = plane.low_latency_dispatch(signature, plan)
     else:
@@ -146,7 +148,7 @@ def combine(
     if zero_copy_buffer is not None:
         rows = zero_copy_buffer
     ids = check_topk_idx(party, topk_idx, None, num_experts)
-    num_tokens = ids.size(0)
+    num_tokens, num_topk = ids.shape
     if num_tokens > most:
         raise ArgumentError("topk_idx", f"{num_tokens} rows", f"at most num_max_dispatch_tokens_per_rank = {most}")
     weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
@@ -168,9 +170,7 @@ def combine(
         wait_stats=check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
         receives_now=receives_now,
     )
-    signature = _signature(
-        OperationKind.LOW_LATENCY_COMBINE, ScaleFormat.NONE, hidden, ids.size(1), num_experts, most
-    )
+    signature = _signature(OperationKind.LOW_LATENCY_COMBINE, ScaleFormat.NONE, hidden, num_topk, num_experts, most)
     if party.nodes is None:
         pending = party.plane.low_latency_combine(signature, plan)
     else:
@@ -201,7 +201,8 @@ def scale_format_of(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> ScaleF
     Raises:
         ArgumentError: ``use_ue8m0`` without ``round_scale``.
     """
-    require(round_scale or not use_ue8m0, "use_ue8m0", "True without round_scale", "round_scale=True with it")
+    if use_ue8m0 and not round_scale:
+        raise ArgumentError("use_ue8m0", "True without round_scale", "round_scale=True with it")
     if not use_fp8:
         return ScaleFormat.NONE
     return ScaleFormat.UE8M0 if use_ue8m0 else ScaleFormat.ROUNDED if round_scale else ScaleFormat.PLAIN
@@ -209,7 +210,7 @@ def scale_format_of(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> ScaleF
 
 def check_handle(party: Party, handle: object) -> LowLatencyHandle:
     """Return the handle as a :class:`LowLatencyHandle` if it fits this group."""
-    if isinstance(handle, _OwnHandle) and handle.src_info.size(1) == party.num_ranks * handle[2]:
+    if isinstance(handle, _OwnHandle) and handle.src_info.shape[1] == party.num_ranks * handle[2]:
         return handle
     names = LowLatencyHandle._fields
     if not isinstance(handle, (tuple, list)) or len(handle) != len(names):

@@ -25,6 +25,7 @@ from tokenferry.topology import Topology
 
 _Tensors = Sequence[torch.Tensor]
 
+_LENGTHS = tuple(len(kind._fields) for kind in (DispatchHandle, InternodeHandle))
 _FLOATS_OF_ROW = ROW_ALIGNMENT // 4
 
 
@@ -97,9 +98,8 @@ def _combine(
 
 
 def _known(handle: _Tensors) -> Handle:
-    lengths = [len(kind._fields) for kind in (DispatchHandle, InternodeHandle)]
-    if len(handle) not in lengths:
-        allowed = f"the {lengths[0]} tensors (between nodes {lengths[1]}) that dispatch returned"
+    if len(handle) not in _LENGTHS:
+        allowed = f"the {_LENGTHS[0]} tensors (between nodes {_LENGTHS[1]}) that dispatch returned"
         raise ArgumentError("handle", f"{len(handle)} tensors", allowed)
     return make_handle(handle)
 
@@ -337,7 +337,7 @@ def _dispatch_differentiable(
     rest = (buffer, num_experts, num_worst_tokens, expert_alignment, x_scales, num_sms)
     _check_differentiable(x)
     if not is_differentiated(x, topk_weights):
-        return run(keys, dispatch, x, topk_idx, topk_weights, *rest)
+        return run(keys, dispatch, _dispatch, x, topk_idx, topk_weights, *rest)
     rows, weights, (ids, *others) = apply(_Dispatch, x, topk_weights, topk_idx, rest)
     return [rows, ids, weights, *others]
 
@@ -352,7 +352,7 @@ def _cached_dispatch_differentiable(
 ) -> Any:
     _check_differentiable(x)
     if x_scales is not None or not is_differentiated(x):
-        return run(keys, cached_dispatch, x, handle, buffer, x_scales, num_sms)
+        return run(keys, cached_dispatch, _cached_dispatch, x, handle, buffer, x_scales, num_sms)
     return [apply(_CachedDispatch, x, handle, buffer, num_sms)]
 
 
@@ -367,7 +367,7 @@ def _combine_differentiable(
     num_sms: int = 0,
 ) -> Any:
     if not is_differentiated(x, topk_weights, bias_0, bias_1):
-        return run(keys, combine, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms)
+        return run(keys, combine, _combine, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms)
     return list(apply(_Combine, x, topk_weights, bias_0, bias_1, handle, buffer, num_sms))
 
 

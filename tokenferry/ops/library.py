@@ -82,8 +82,25 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
-def run(keys: torch.DispatchKeySet, operator: torch._ops.OpOverload, *args: Any) -> Any:
-    """Run an operator that is not differentiated, for its autograd kernel, which got ``keys``."""
+_BELOW = torch._C._after_ADInplaceOrView_keyset
+_PLAIN = tuple(
+    torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+)
+"""What keys are below autograd where the kernel is all that is left to do: nothing traces or transforms the call."""
+
+
+def run(keys: torch.DispatchKeySet, operator: torch._ops.OpOverload, kernel: Callable[..., Any], *args: Any) -> Any:
+    """Run an operator that is not differentiated, for its autograd kernel, which got ``keys``.
+
+    Args:
+        keys: of the call.
+        operator: the operator.
+        kernel: of it; called right away where the dispatcher would come to nothing else, which costs it some
+            microseconds.
+        args: of the operator, all of them.
+    """
+    if (keys & _BELOW).raw_repr() in _PLAIN:
+        return kernel(*args)
     if not torch.compiler.is_compiling():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
     with _kept():

@@ -111,7 +111,7 @@ class _NoGradient(torch.autograd.Function):
 
 def _dispatch_differentiable(keys: torch.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
     if not is_differentiated(x):
-        return run(keys, low_latency_dispatch, x, *rest)
+        return run(keys, low_latency_dispatch, _dispatch, x, *rest)
     return list(apply(_NoGradient, low_latency_dispatch, x, *rest))
 
 
@@ -119,7 +119,7 @@ def _combine_differentiable(
     keys: torch.DispatchKeySet, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *rest: Any
 ) -> Any:
     if not is_differentiated(x, topk_weights):
-        return run(keys, low_latency_combine, x, topk_idx, topk_weights, *rest)
+        return run(keys, low_latency_combine, _combine, x, topk_idx, topk_weights, *rest)
     return apply(_NoGradient, low_latency_combine, x, topk_idx, topk_weights, *rest)
 
 

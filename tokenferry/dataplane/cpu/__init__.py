@@ -161,6 +161,10 @@ class CpuDataPlane:
         advise_huge_pages(rows)
         return rows
 
+    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`tokenferry.dataplane.DataPlane.empty_slabs`."""
+        return self.empty_rows(num_slabs * num_rows, width, dtype).view(num_slabs, num_rows, width)
+
 
 class _Finish(NamedTuple):
     """A sent operation; see :class:`tokenferry.dataplane.Pending`."""

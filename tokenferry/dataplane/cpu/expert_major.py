@@ -90,7 +90,7 @@ class CopyMap:
         outputs = (self._outputs.rows, self._outputs.scales)
         for column, output in zip(moved, outputs, strict=False):
             assert output is not None
-            _copy_runs(column, sources, copies, output)
+            _copy_runs(column, sources, copies, output.view(torch.uint8))
         assert self._outputs.topk_weights is not None
         self._outputs.topk_weights[copies, 0] = weights.view(torch.float32)[sources, pairs % num_topk]
 
@@ -130,7 +130,7 @@ class CopyMap:
                 start_of_next = num_expanded([end], self._plan.alignment)
                 for output in (self._outputs.rows, self._outputs.scales, self._outputs.topk_weights):
                     if output is not None:
-                        output[end:start_of_next].zero_()
+                        output[end:start_of_next].view(torch.uint8).zero_()
 
 
 def write_sources(

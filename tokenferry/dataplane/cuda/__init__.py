@@ -9,13 +9,11 @@ reported errors whenever it is here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
 from tokenferry.dataplane import (
-    DispatchExchange,
     ExpertPlan,
     HeldRows,
     Layout,
@@ -116,8 +114,7 @@ class CudaDataPlane(CudaRank):
         )
         return Layout(counts[:ranks], counts[ranks:], member)
 
-    @contextmanager
-    def dispatch(self, signature: Signature, plan: SendPlan) -> Iterator[DispatchExchange]:
+    def dispatch(self, signature: Signature, plan: SendPlan) -> CudaDispatch:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
         self.check()
         waits = plan.handle is None and plan.num_worst_tokens == 0 and plan.part is None
@@ -126,18 +123,17 @@ class CudaDataPlane(CudaRank):
             if plan.experts is not None:
                 raise ArgumentError("do_cpu_sync", f"True {given}", "False, or a cached dispatch (handle=...)")
             raise ArgumentError("num_worst_tokens", f"0 {given}", "> 0, or a cached dispatch (handle=...)")
-        plan = plan._replace(rows=self._aligned(plan.rows))
+        rows = self._aligned(plan.rows)
+        if rows is not plan.rows:
+            plan = plan._replace(rows=rows)
         if plan.experts is not None:
             plan = self._with_experts(plan, plan.experts)
         self._check_stage(programs.dispatch_record(plan))
         self._follow_regions()
         exchange = CudaDispatch(self, signature, plan)
-        exchange.notify()
-        try:
-            yield exchange
-        except BaseException:
-            exchange.abandon()
-            raise
+        if plan.handle is None:
+            exchange.notify()
+        return exchange
 
     def notify(
         self,
@@ -171,7 +167,7 @@ class CudaDataPlane(CudaRank):
             plan,
             (send_head, prefix, channels),
             self._send_places(plan),
-            _number(signature),
+            programs.number_of(signature),
             num_local,
             limit,
             self.rank,
@@ -192,7 +188,7 @@ class CudaDataPlane(CudaRank):
             part,
             table,
             self._send_places(plan),
-            _number(signature),
+            programs.number_of(signature),
             limit,
             self.rank,
             signature.operation,
@@ -202,20 +198,23 @@ class CudaDataPlane(CudaRank):
 
     def _check_list(self, plan: SendPlan) -> int:
         """The most tokens that lists of tokens have room for; raise if this rank has more."""
-        num_tokens, limit = plan.rows.size(0), self.heap.list_capacity
+        num_tokens, limit = plan.rows.shape[0], self.heap.list_capacity
         if num_tokens > limit:
             raise ArgumentError("x", f"{num_tokens} tokens", f"at most {limit} on a GPU with {self.num_ranks} ranks")
         return limit
 
-    def _send_places(self, plan: SendPlan) -> tuple[int, ...]:
-        return tuple(self._place(column) for column in (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights))
+    def _send_places(self, plan: SendPlan) -> list[int]:
+        return self._places(plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
 
     def wait_for_counts(self, plan: SendPlan) -> tuple[int, list[int]]:
         """Wait for the counts of a dispatch: rows that come, pairs of every local expert."""
         assert plan.num_tokens_per_expert is not None
         num_local = plan.num_tokens_per_expert.numel() // self.num_ranks
-        with self._forgiving():
+        try:
             return self.status.wait_for_counts(num_local, torch.cuda.current_stream(self._device).query)
+        except ArgumentError:
+            self._forgive()
+            raise
 
     def _with_experts(self, plan: SendPlan, experts: ExpertPlan) -> SendPlan:
         """The plan as its kernels want it: ids packed where they say which rows copies are."""
@@ -285,7 +284,7 @@ class CudaDataPlane(CudaRank):
             src_idx,
             prefix,
             self._send_places(plan) if cached else (0, 0, 0, 0),
-            _number(signature),
+            programs.number_of(signature),
             num_rows,
             self.heap.list_capacity,
             (self.heap.stage, self._half),
@@ -308,7 +307,7 @@ class CudaDataPlane(CudaRank):
         held = None if plan.held is None else self._held_tables(plan.handle, plan.held)
         self._check_stage(programs.combine_record(columns) * self.num_ranks)
         self._follow_regions()
-        places = [self._place(column) for column in columns]
+        places = self._places(*columns)
         self._queue.start()
         programs.combine(
             self._queue.handle,
@@ -317,8 +316,8 @@ class CudaDataPlane(CudaRank):
             outs,
             biases,
             plan.handle,
-            (places[0], places[1] if len(places) > 1 else 0),
-            _number(signature),
+            places if len(places) > 1 else (places[0], 0),
+            programs.number_of(signature),
             (self.heap.stage, self._half),
             self.rank,
             signature.operation,
@@ -426,7 +425,7 @@ class CudaDataPlane(CudaRank):
         if plan.topk_idx.data_ptr() % 16 or plan.x.data_ptr() % 16:
             plan = plan._replace(topk_idx=self._aligned(plan.topk_idx), x=self._aligned(plan.x))
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-        return self._low_latency.dispatch(stream, _number(signature), signature.operation, plan)
+        return self._low_latency.dispatch(stream, signature, plan)
 
     def low_latency_combine(self, signature: Signature, plan: LowLatencyCombinePlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_combine`."""
@@ -440,7 +439,7 @@ class CudaDataPlane(CudaRank):
                 x=self._aligned(plan.x),
             )
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-        return self._low_latency.combine(stream, _number(signature), signature.operation, plan)
+        return self._low_latency.combine(stream, signature, plan)
 
     def close(self) -> None:
         """Refuse hooks that were not called."""
@@ -455,9 +454,3 @@ class CudaDataPlane(CudaRank):
         """See :meth:`tokenferry.dataplane.DataPlane.write_mask`."""
         first = words.MASKED.value
         status.copy_(self._state[first : first + self.num_ranks])
-
-
-@functools.lru_cache(maxsize=1024)
-def _number(signature: Signature) -> int:
-    """A signature in one word, the same in every process: integers hash alike everywhere."""
-    return hash(tuple(int(value) for value in signature))

@@ -53,7 +53,7 @@ class CudaDispatch:
         self.num_expanded_rows = 0
         self._guesses = False
         self._bases: torch.Tensor | None = None
-        self.num_pairs = self.expert_ends = plan.is_token_in_rank[:0]
+        self.num_pairs = self.expert_ends = plan.is_token_in_rank  # of no use before there are experts
         handle = plan.handle
         if plan.part is not None:
             self.num_rows = plan.part.num_rows
@@ -61,34 +61,45 @@ class CudaDispatch:
             self.send_head = self.channel_prefix_matrix = self.recv_channel_prefix_matrix = plane.empty(0)
             return
         if handle is not None:
-            self.num_rows = handle.recv_src_idx.numel()
+            self.num_rows = handle.recv_src_idx.shape[0]
             self.num_expanded_rows = 0 if plan.experts is None else plan.experts.num_worst_rows
-            self.rank_prefix_matrix = handle.rank_prefix_matrix
-            self.channel_prefix_matrix = handle.channel_prefix_matrix
-            self.recv_channel_prefix_matrix = handle.recv_channel_prefix_matrix
-            self.send_head = handle.send_head
+            (
+                self.rank_prefix_matrix, self.channel_prefix_matrix, self.recv_channel_prefix_matrix, _, _,
+                self.send_head,
+            ) = handle  # fmt: skip
             return
         num_tokens, ranks = plan.is_token_in_rank.shape
         small = plane.empty(ranks * ranks + 2 * ranks + num_tokens * ranks)
-        matrix, head = ranks * ranks, ranks * ranks + 2 * ranks
-        self.rank_prefix_matrix = small[:matrix].view(ranks, ranks)
-        self._channels = small[matrix:head].view(2, ranks, 1)
-        self.channel_prefix_matrix, self.recv_channel_prefix_matrix = self._channels.unbind()
-        self.send_head = small[head:].view(num_tokens, ranks)
+        of_ranks, first = (ranks, 1), ranks * ranks
+        self.rank_prefix_matrix = small.as_strided((ranks, ranks), (ranks, 1))
+        self.channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), first)
+        self.recv_channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), first + ranks)
+        self.send_head = small.as_strided((num_tokens, ranks), (ranks, 1), first + 2 * ranks)
+
+    def __enter__(self) -> CudaDispatch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.abandon()
 
     def notify(self) -> None:
         """Tell the ranks what comes and learn the counts, from the host's side if outputs depend on them."""
         plan = self._plan
-        if plan.handle is not None:
-            return
         if plan.part is not None:
             self._plane.announce_part(self._signature, plan, plan.part, self.rank_prefix_matrix)
             self._is_open = True
             return
-        room = self._plane.rooms.guess(self._signature, plan.rows.size(0)) if plan.may_guess else 0
+        room = self._plane.rooms.guess(self._signature, plan.rows.shape[0]) if plan.may_guess else 0
         self._guesses = room > 0
+        # The two channel matrices lie one behind the other.
         self._plane.notify(
-            self._signature, plan, self.rank_prefix_matrix, self._channels, self.send_head, self._guesses
+            self._signature,
+            plan,
+            self.rank_prefix_matrix,
+            self.channel_prefix_matrix,
+            self.send_head,
+            self._guesses,
         )
         self._is_open = True
         if plan.num_worst_tokens or self._guesses:
@@ -109,7 +120,7 @@ class CudaDispatch:
         plan = self._plan
         self.num_rows, self.num_received_per_expert = self._plane.wait_for_counts(plan)
         if plan.may_guess:
-            self._plane.rooms.note(self._signature, plan.rows.size(0), self.num_rows)
+            self._plane.rooms.note(self._signature, plan.rows.shape[0], self.num_rows)
 
     def _lay_out_experts(self, plan: ExpertPlan | None) -> None:
         """Where the rows of the experts begin and end."""
@@ -129,7 +140,7 @@ class CudaDispatch:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
         self._is_open = False
         self._plane.pull(self._signature, self._plan, self.rank_prefix_matrix, outputs, self.num_rows, self._bases)
-        if outputs.rows.size(0) or outputs.metadata is not None:
+        if self._plan.experts is not None and (outputs.rows.shape[0] or outputs.metadata is not None):
             self._plane.after_pull(self._plan, self.rank_prefix_matrix, outputs, self.expert_ends)
         if self._guesses:  # while the rows travel
             self._guesses = False

@@ -11,7 +11,7 @@ import triton.language as tl
 from tokenferry.dataplane import Outputs
 from tokenferry.dataplane.cuda.kernels import expert_major as kernels
 from tokenferry.dataplane.cuda.launch import Kernel, Variant
-from tokenferry.dataplane.cuda.programs import Target
+from tokenferry.dataplane.cuda.programs import Target, row_bytes
 
 _I8, _I32, _I64, _F32 = torch.uint8, torch.int32, torch.int64, torch.float32
 
@@ -104,7 +104,7 @@ def pad(stream: int, outputs: Outputs, ends: torch.Tensor, alignment: int, targe
     """Launch ``pad``."""
     assert outputs.topk_weights is not None
     scales = outputs.scales
-    variant = _pad(outputs.rows.size(1), 0 if scales is None else scales.size(1), target)
+    variant = _pad(row_bytes(outputs.rows), row_bytes(scales), target)
     addresses = (
         outputs.rows.data_ptr(),
         0 if scales is None else scales.data_ptr(),

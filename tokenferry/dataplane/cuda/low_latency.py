@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from tokenferry.config import ALIGNMENT, align_up
-from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, Relays, ScaleFormat
+from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, Relays, ScaleFormat, Signature
 from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import words
-from tokenferry.dataplane.cuda.programs import Target
+from tokenferry.dataplane.cuda.programs import Target, number_of
 from tokenferry.errors import ArgumentError, BufferStateError
 
 MOST_TOKENS = 1 << 20
@@ -80,6 +80,8 @@ class LowLatency:
         self._num_sent = 0
         self._pending: deque[Receive] = deque()
         self._prepared: dict[tuple[int | None, ...], _Prepared] = {}
+        self._received = Receive(self, 0)
+        self._sizes: dict[tuple[int, int, int, int], tuple[int, int]] = {}
         self._relay_tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def num_slots(self, layouts: Sequence[tuple[int, ...]]) -> int:
@@ -110,16 +112,26 @@ class LowLatency:
         The ranges, int64 [L, R], follow ``src_info`` and the table behind it, then the counts. ``num_sources``: R;
         ``num_max_tokens``: of one of them.
         """
-        ranks, slab, each = num_sources, num_sources * num_max_tokens, num_sources // self._place.num_ranks
-        first = self._ranges_at(num_local_experts, each * num_max_tokens, num_topk)
-        size = self._storage_size(num_local_experts, each * num_max_tokens, num_topk, each)
-        longs = torch.empty(size // 8, dtype=torch.int64, device=device)
+        ranks, local, slab = num_sources, num_local_experts, num_sources * num_max_tokens
+        size, first = self._table_sizes(num_sources, num_local_experts, num_max_tokens, num_topk)
+        longs = torch.empty(size, dtype=torch.int64, device=device)
         ints = longs.view(torch.int32)
         return (
-            ints.as_strided((num_local_experts, slab), (slab, 1)),
-            longs.as_strided((num_local_experts, ranks), (ranks, 1), first // 8),
-            ints.as_strided((num_local_experts,), (1,), first // 4 + 2 * num_local_experts * ranks),
+            ints.as_strided((local, slab), (slab, 1)),
+            longs.as_strided((local, ranks), (ranks, 1), first),
+            ints.as_strided((local,), (1,), 2 * (first + local * ranks)),
         )
+
+    def _table_sizes(self, num_sources: int, num_local: int, num_max_tokens: int, num_topk: int) -> tuple[int, int]:
+        """Words of 8 bytes of all tables, and in front of the ranges."""
+        key = num_sources, num_local, num_max_tokens, num_topk
+        sizes = self._sizes.get(key)
+        if sizes is None:
+            each = num_sources // self._place.num_ranks
+            first = self._ranges_at(num_local, each * num_max_tokens, num_topk)
+            size = self._storage_size(num_local, each * num_max_tokens, num_topk, each)
+            sizes = self._sizes[key] = size // 8, first // 8
+        return sizes
 
     def _ranges_at(self, num_local: int, most: int, num_topk: int) -> int:
         """Bytes of the source tokens, the table and the tokens of each source."""
@@ -131,7 +143,7 @@ class LowLatency:
         ranges = 8 * num_local * self._place.num_ranks * each
         return align_up(self._ranges_at(num_local, most, num_topk) + ranges + 4 * num_local, 16)
 
-    def dispatch(self, stream: int, signature: int, operation: int, plan: LowLatencyDispatchPlan) -> Receive:
+    def dispatch(self, stream: int, signature: Signature, plan: LowLatencyDispatchPlan) -> Receive:
         """Send, and receive if that is to be done at once."""
         num_rows, hidden = plan.x.shape
         order = None
@@ -142,12 +154,12 @@ class LowLatency:
             plan.scale_format,
             num_rows,
             hidden,
-            plan.topk_idx.size(1),
+            plan.topk_idx.shape[1],
             plan.num_local_experts,
-            self._each(plan.relays),
+            1 if plan.relays is None else self._each(plan.relays),
             plan.num_max_tokens,
         )
-        prepared = self._prepared.get(key) or self._prepare_dispatch(key, signature, operation)
+        prepared = self._prepared.get(key) or self._prepare_dispatch(key, signature)
         tensors = (
             plan.topk_idx, plan.x, plan.recv_x, plan.recv_scales, plan.recv_src_info, plan.layout_range,
             plan.recv_count, plan.recv_stats, plan.wait_stats, order,
@@ -155,7 +167,7 @@ class LowLatency:
         return self._run(stream, prepared, tensors, plan.receives_now)
 
     def _prepare_dispatch(
-        self, key: tuple[ScaleFormat, int, int, int, int, int, int], signature: int, operation: int
+        self, key: tuple[ScaleFormat, int, int, int, int, int, int], signature: Signature
     ) -> _Prepared:
         place = self._place
         scale_format, num_rows, hidden, num_topk, num_local, each, most = key
@@ -167,32 +179,32 @@ class LowLatency:
         parts = -(-hidden // part)
         prepared = self._prepared[key] = _Prepared(
             programs.dispatch(shape, place.target),
-            (*self._numbers(num_rows, most, signature, layout), *layout[:3], operation, place.timeout),
+            (*self._numbers(num_rows, most, signature, layout), *layout[:3], signature.operation, place.timeout),
             2 + self._at_most(num_rows * (parts + 1)),
             1 + self._at_most(max(num_rows, 1) * place.num_ranks * parts),
         )
         return prepared
 
-    def combine(self, stream: int, signature: int, operation: int, plan: LowLatencyCombinePlan) -> Receive:
+    def combine(self, stream: int, signature: Signature, plan: LowLatencyCombinePlan) -> Receive:
         """Send, and receive if that is to be done at once."""
         num_local, slab, hidden = plan.x.shape
         num_rows, num_topk = plan.topk_idx.shape
         if plan.relays is not None:
             _, ids = self._relayed(plan.relays, num_local, plan.topk_idx)
             plan = plan._replace(topk_idx=ids)
-        most, each, info = slab // self._place.num_ranks, self._each(plan.relays), plan.src_info
-        size = self._storage_size(num_local, most, num_topk, each)
-        if info.storage_offset() != 0 or info.untyped_storage().nbytes() != size:
+        each = 1 if plan.relays is None else self._each(plan.relays)
+        ranks, info = self._place.num_ranks, plan.src_info
+        most = slab // ranks
+        size, _ = self._table_sizes(each * ranks, num_local, most // each, num_topk)
+        if info.storage_offset() != 0 or info.untyped_storage().nbytes() != 8 * size:
             allowed = f"the tensor that the dispatch of {num_topk} choices a token returned, not a copy of it"
             raise ArgumentError("handle.src_info", "a tensor of another origin", allowed)
         key = (None, num_rows, hidden, num_topk, num_local, each, most)
-        prepared = self._prepared.get(key) or self._prepare_combine(key, signature, operation)
+        prepared = self._prepared.get(key) or self._prepare_combine(key, signature)
         tensors = (plan.topk_idx, plan.topk_weights, plan.x, info, plan.out, plan.wait_stats)
         return self._run(stream, prepared, tensors, plan.receives_now)
 
-    def _prepare_combine(
-        self, key: tuple[None, int, int, int, int, int, int], signature: int, operation: int
-    ) -> _Prepared:
+    def _prepare_combine(self, key: tuple[None, int, int, int, int, int, int], signature: Signature) -> _Prepared:
         place = self._place
         _, num_rows, hidden, num_topk, num_local, each, most = key
         layouts = self._layouts(most, hidden, num_topk, num_local, each)
@@ -202,7 +214,7 @@ class LowLatency:
         parts = -(-hidden // part)
         prepared = self._prepared[key] = _Prepared(
             programs.combine(shape, place.target),
-            (*self._numbers(num_rows, most, signature, layout), layout[0], operation, place.timeout),
+            (*self._numbers(num_rows, most, signature, layout), layout[0], signature.operation, place.timeout),
             2 + self._at_most(max(num_rows, 1) * place.num_ranks * parts),
             self._at_most(max(num_rows, 1) * parts),
         )
@@ -226,10 +238,10 @@ class LowLatency:
             combines = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
             programs.combine(combines, place.target).warm()
 
-    def _numbers(self, num_rows: int, most: int, signature: int, layout: tuple[int, ...]) -> tuple[int, ...]:
+    def _numbers(self, num_rows: int, most: int, signature: Signature, layout: tuple[int, ...]) -> tuple[int, ...]:
         place, nbytes = self._place, self._slot_bytes(layout)
-        signature = hash((signature, self._depth, nbytes))  # ranks whose slots lie elsewhere disagree
-        return place.address, num_rows, most, place.rank, signature, place.offset, nbytes
+        number = hash((number_of(signature), self._depth, nbytes))  # ranks whose slots lie elsewhere disagree
+        return place.address, num_rows, most, place.rank, number, place.offset, nbytes
 
     def _at_most(self, num_items: int) -> int:
         return max(min(num_items, self._place.most_programs), 1)
@@ -286,7 +298,7 @@ class LowLatency:
         if receives_now:
             arguments = (*self._context, 0, *addresses, *numbers, senders)
             variants.both.launch(senders + receivers, stream, arguments)
-            return Receive(self, self._num_sent)
+            return self._received
         device = next(tensor.device for tensor in tensors if tensor is not None)
         ticket = torch.empty(1, dtype=torch.int64, device=device)
         common = (*self._context, ticket.data_ptr(), *addresses, *numbers)

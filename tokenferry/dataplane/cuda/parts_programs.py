@@ -41,7 +41,7 @@ def announce_part(
     plan: SendPlan,
     part: PartPlan,
     table: torch.Tensor,
-    places: tuple[int, ...],
+    places: Sequence[int],
     signature: int,
     list_capacity: int,
     rank: int,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane import Outputs, SendPlan
+from tokenferry.dataplane import Outputs, SendPlan, Signature
 from tokenferry.dataplane.cuda.kernels import bulk_combine as bulk_combine_kernels
 from tokenferry.dataplane.cuda.kernels import bulk_dispatch as bulk_dispatch_kernels
 from tokenferry.dataplane.cuda.kernels import combine as combine_kernels
@@ -88,25 +88,46 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // 16) * 16
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+@functools.lru_cache(maxsize=1024)
+def number_of(signature: Signature) -> int:
+    """A signature in one word, the same in every process: integers hash alike everywhere."""
+    return hash(tuple(int(value) for value in signature))
+
+
+# Between a call and its launches every function and every look at a tensor is paid for by the host: so the shapes are
+# read by index, which costs a third of ``size``, and nothing is called in passing.
+
+
+def row_bytes(tensor: torch.Tensor | None) -> int:
+    """Bytes of a row of a tensor [n, width]; 0 if there is none."""
+    return 0 if tensor is None else tensor.shape[1] * tensor.itemsize
+
+
+def _addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _width(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.size(1)
+    return 0 if tensor is None else tensor.shape[1]
 
 
 def dispatch_record(plan: SendPlan) -> int:
     """Bytes of a token in the stage."""
-    num_topk = _width(plan.topk_idx)
-    return (
-        _aligned(plan.rows.size(1)) + _aligned(_width(plan.scales)) + _aligned(8 * num_topk) + _aligned(4 * num_topk)
-    )
+    record = -(-plan.rows.shape[1] * plan.rows.itemsize // 16) * 16
+    if plan.scales is not None:
+        record += _aligned(row_bytes(plan.scales))
+    if plan.topk_idx is not None:
+        num_topk = plan.topk_idx.shape[1]
+        record += _aligned(8 * num_topk) + _aligned(4 * num_topk)
+    return record
 
 
 def combine_record(columns: Sequence[torch.Tensor]) -> int:
     """Bytes of a row in the stage."""
-    return sum(_aligned(column.size(1) * column.element_size()) for column in columns)
+    record = 0
+    for column in columns:
+        record += -(-column.shape[1] * column.itemsize // 16) * 16
+    return record
 
 
 def most_record(row_bytes: int) -> int:
@@ -153,7 +174,7 @@ def notify(
     host: int,
     plan: SendPlan,
     results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    places: tuple[int, ...],
+    places: Sequence[int],
     signature: int,
     num_local: int,
     list_capacity: int,
@@ -166,19 +187,10 @@ def notify(
     """Launch ``notify``."""
     heap, state, ready, _, status = context
     send_head, prefix, channels = results
-    num_tokens = plan.rows.size(0)
+    num_tokens = plan.rows.shape[0]
     variant = _notify(host_waits, target)
-    addresses = [
-        _address(tensor)
-        for tensor in (
-            plan.is_token_in_rank,
-            plan.num_tokens_per_rank,
-            plan.num_tokens_per_expert,
-            send_head,
-            prefix,
-            channels,
-        )
-    ]
+    given = (plan.is_token_in_rank, plan.num_tokens_per_rank, plan.num_tokens_per_expert)
+    addresses = _addresses((*given, send_head, prefix, channels))
     numbers = (signature, num_tokens, plan.num_worst_tokens, num_local, list_capacity, rank, operation, timeout)
     variant.launch(target.num_ranks + 1, stream, (heap, state, ready, status, host, *addresses, *places, *numbers))
 
@@ -197,7 +209,7 @@ def dispatch(
     outputs: Outputs,
     src_idx: torch.Tensor | None,
     prefix: torch.Tensor,
-    places: tuple[int, ...],
+    places: Sequence[int],
     signature: int,
     num_rows: int,
     list_capacity: int,
@@ -214,8 +226,7 @@ def dispatch(
     Expanded, the plan's ids are packed, and ``bases`` are what ``starts`` wrote. Of a part, ``prefix`` is what
     ``announce_part`` wrote.
     """
-    num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.numel() // target.num_ranks
-    widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
+    num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.shape[0] // target.num_ranks
     first_expert, metadata, most, num_expanded = rank * num_local, None, 0, 0
     if plan.part is not None and plan.part.expert_ids is not None:
         first_expert, num_local = plan.part.expert_ids.start, len(plan.part.expert_ids)
@@ -224,13 +235,21 @@ def dispatch(
         first_expert = rank * num_local
         if plan.experts.expand:
             metadata = outputs.metadata if plan.experts.metadata is None else plan.experts.metadata
-            most, num_expanded = plan.experts.num_max_tokens, outputs.rows.size(0)
-    variant = _dispatch(plan.handle is not None, *widths, target, metadata is not None, plan.part is not None)
+            most, num_expanded = plan.experts.num_max_tokens, outputs.rows.shape[0]
+    variant = _dispatch(
+        plan.handle is not None,
+        plan.rows.shape[1] * plan.rows.itemsize,
+        0 if plan.scales is None else row_bytes(plan.scales),
+        0 if plan.topk_idx is None else plan.topk_idx.shape[1],
+        target,
+        metadata is not None,
+        plan.part is not None,
+    )
     own = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
     out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights, src_idx, prefix, metadata, bases)
     numbers = (
         signature,
-        plan.rows.size(0),
+        plan.rows.shape[0],
         num_rows,
         first_expert,
         num_local,
@@ -243,8 +262,7 @@ def dispatch(
         operation,
         timeout,
     )
-    addresses = [_address(tensor) for tensor in (*own, *out)]
-    variant.launch(max(num_sms, 2), stream, (*context, *addresses, *places, *numbers))
+    variant.launch(max(num_sms, 2), stream, (*context, *_addresses((*own, *out)), *places, *numbers))
 
 
 @functools.cache
@@ -302,7 +320,7 @@ def combine(
     outs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     handle: DispatchHandle,
-    places: tuple[int, int],
+    places: Sequence[int],
     signature: int,
     stage: tuple[int, int],
     rank: int,
@@ -316,7 +334,8 @@ def combine(
     rows = columns[0]
     weights = columns[1] if len(columns) > 1 else None
     dtypes = rows.dtype, outs[0].dtype
-    variant = _combine(dtypes, rows.size(1), _width(weights), len(biases), target, held is not None)
+    num_topk = 0 if weights is None else weights.shape[1]
+    variant = _combine(dtypes, rows.shape[1], num_topk, len(biases), target, held is not None)
     routes = (handle.rank_prefix_matrix, handle.recv_src_idx, handle.send_head) if held is None else held
     tensors = (
         rows,
@@ -327,8 +346,8 @@ def combine(
         biases[1] if len(biases) > 1 else None,
         *routes,
     )
-    numbers = (signature, outs[0].size(0), rows.size(0), *stage, max(num_sms // 2, 1), rank, operation, timeout)
-    variant.launch(max(num_sms, 2), stream, (*context, *(_address(tensor) for tensor in tensors), *places, *numbers))
+    numbers = (signature, outs[0].shape[0], rows.shape[0], *stage, max(num_sms // 2, 1), rank, operation, timeout)
+    variant.launch(max(num_sms, 2), stream, (*context, *_addresses(tensors), *places, *numbers))
 
 
 @functools.cache
@@ -394,7 +413,7 @@ def warm(
     for plan in plans:
         if plan.topk_idx is not None:
             _layout(plan.topk_idx.size(1), num_experts, target._replace(num_ranks=plan.is_token_in_rank.size(1)))
-        widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
+        widths = row_bytes(plan.rows), row_bytes(plan.scales), _width(plan.topk_idx)
         _dispatch(plan.handle is not None, *widths, target, placed=plan.part is not None)
     for columns in reduces:
         dtype, num_topk = columns[0].dtype, columns[1].size(1) if len(columns) > 1 else 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -18,6 +16,7 @@ from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
 
 _NANOSECONDS = 1_000_000_000
+_PLACE_SHIFT = int(words.PLACE_SHIFT.value)
 
 
 class Queue(Protocol):
@@ -82,18 +81,16 @@ class CudaRank:
 
     def check(self) -> None:
         """Raise what was reported since the last check."""
-        with self._forgiving():
-            self.status.check()
-
-    @contextmanager
-    def _forgiving(self) -> Iterator[None]:
-        """Forget bad input once it has been reported."""
         try:
-            yield
+            self.status.check()
         except ArgumentError:
-            with torch.cuda.stream(self._queue.stream):
-                self._state[words.BAD_INPUT.value].zero_()
+            self._forgive()
             raise
+
+    def _forgive(self) -> None:
+        """Forget bad input, which has been reported."""
+        with torch.cuda.stream(self._queue.stream):
+            self._state[words.BAD_INPUT.value].zero_()
 
     def _follow_regions(self) -> None:
         """Learn what memory peers exposed, and tell them what the device here knows by now.
@@ -114,14 +111,24 @@ class CudaRank:
         while self._copies and self._copies[0][0].query():  # type: ignore[no-untyped-call]
             self._regions.acknowledge(self._copies.popleft()[1])
 
-    def _place(self, tensor: torch.Tensor | None) -> int:
-        """Where peers find a tensor, in one word."""
-        if tensor is None or tensor.numel() == 0:
-            return 0
-        if self.num_ranks == 1:
-            return -1
-        region, offset = self._regions.expose(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-        return region << words.PLACE_SHIFT.value | offset if region >= 0 else -1
+    def _places(self, *columns: torch.Tensor | None) -> list[int]:
+        """Where peers find the tensors of an operation, each in one word; 0 where there is nothing to find."""
+        places = [0] * len(columns)
+        there = []
+        for index, tensor in enumerate(columns):
+            if tensor is not None:
+                nbytes = tensor.nbytes
+                if nbytes:
+                    places[index] = -1
+                    there.append((tensor.data_ptr(), nbytes))
+        if self.num_ranks > 1:
+            found = iter(self._regions.expose_all(there))
+            for index, place in enumerate(places):
+                if place:
+                    region, offset = next(found)
+                    if region >= 0:
+                        places[index] = region << _PLACE_SHIFT | offset
+        return places
 
     def _aligned(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, copied if it does not begin on 16 bytes or is not packed."""
@@ -147,3 +154,7 @@ class CudaRank:
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """See :meth:`tokenferry.dataplane.DataPlane.empty_rows`."""
         return torch.empty((num_rows, width), dtype=dtype, device=self._device)
+
+    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`tokenferry.dataplane.DataPlane.empty_slabs`."""
+        return torch.empty((num_slabs, num_rows, width), dtype=dtype, device=self._device)

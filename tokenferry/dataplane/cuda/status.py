@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -60,6 +61,11 @@ class Status:
         self._left: list[torch.Tensor] = []
         self._words = self.words.numpy()
         self._counts = self.counts.numpy()
+        # What every call looks at, without numpy: a tenth of its time.
+        view: Any = memoryview(self._words.data)
+        self._code = view[words.CODE.value :][:1]
+        self._news = view[words.NEWLY_MASKED.value :][:num_ranks]
+        self._no_news = memoryview(bytes(self._news.nbytes)).cast(self._news.format)
 
     def check(self) -> None:
         """Raise what an earlier operation reported, once, and tell what ranks it has masked.
@@ -70,12 +76,12 @@ class Status:
         """
         if self.failed:
             raise BufferStateError(f"{self._reason}: destroy it and build a new one")
-        news = self._words[words.NEWLY_MASKED.value :][: self._num_ranks]
-        if news.any():
-            masked = [int(rank) for rank in news.nonzero()[0]]
-            news[masked] = 0
+        if self._news != self._no_news:
+            masked = [rank for rank, is_new in enumerate(self._news) if is_new]
+            for rank in masked:
+                self._news[rank] = 0
             logger.warning("low latency: no sign of life from ranks %s for %.1f s: masked", masked, self._timeout)
-        if self._words[words.CODE.value]:
+        if self._code[0]:
             raise self._take()
 
     def give_up(self, reason: str) -> None:

@@ -1,0 +1,236 @@
+"""What a call on a GPU rank costs its host, without a GPU: ``python -m tests.host_path``.
+
+The real code runs from the method to the launch, over a GPU that is played (:mod:`tests.played_gpu`), as rank
+0 of eight. Counts are exact. Times are those of the Python code on this machine: launches, events, allocations of
+device memory and the calls of the driver cost next to nothing here. ``python -m tests.host_path NAME`` lists the
+Python functions that run in one of the calls.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import played_gpu
+from tokenferry import Buffer, ops
+from tokenferry.buffer import Handle
+
+RANKS, EXPERTS, TOKENS, TOPK, HIDDEN, MOST, ROWS = 8, 64, 16, 8, 512, 16, 96
+
+
+class Cost(NamedTuple):
+    """What one call costs."""
+
+    microseconds: float
+    python: int
+    """Calls of Python functions, in whatever module."""
+    c: int
+    """Calls of functions and methods that are written in C."""
+    operators: int
+    """Operators of torch, allocations among them."""
+    allocations: int
+    events: int
+    """Recorded or waited for."""
+    identities: int
+    """Questions to the driver which allocation an address lies in."""
+    captures: int
+    """Looks whether a graph is captured."""
+    launches: int
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[str(func).removeprefix("aten.")] += 1
+        return func(*args, **kwargs or {})
+
+
+class Rank:
+    """Rank 0, with everything that good calls need."""
+
+    def __init__(self, buffer: Buffer, gpu: played_gpu.Gpu, large: torch.Tensor, small: torch.Tensor) -> None:
+        self.buffer, self.gpu = buffer, gpu
+        rows = large.view(torch.bfloat16)
+        self.x = rows[: TOKENS * HIDDEN].view(TOKENS, HIDDEN)
+        self.y = rows[1 << 16 :][: ROWS * HIDDEN].view(ROWS, HIDDEN)
+        self.slabs = rows[1 << 20 :][: EXPERTS // RANKS * RANKS * MOST * HIDDEN].view(EXPERTS // RANKS, -1, HIDDEN)
+        self.ids = small[: 8 * TOKENS * TOPK].view(torch.int64).view(TOKENS, TOPK)
+        self.weights = small[1 << 16 :][: 4 * TOKENS * TOPK].view(torch.float32).view(TOKENS, TOPK)
+        self.recv_weights = small[1 << 17 :][: 4 * ROWS * TOPK].view(torch.float32).view(ROWS, TOPK)
+        self.layout = buffer.get_dispatch_layout(self.ids, EXPERTS)
+        self.handle = self.dispatch()[4]
+        assert self.handle is not None
+        self.low_latency_handle = self.low_latency_dispatch()[2]
+        self.name = ops.register(buffer)
+        self.tensors = list(self.handle)
+        for call in CALLS.values():  # memory that is new becomes known to all
+            for _ in range(3):
+                call(self)
+                buffer.follow()  # type: ignore[attr-defined]
+
+    def get_dispatch_layout(self) -> Any:
+        return self.buffer.get_dispatch_layout(self.ids, EXPERTS)
+
+    def dispatch(self) -> tuple[Any, Any, Any, Any, Handle | None, Any]:
+        per_rank, _, per_expert, member, _ = self.layout
+        return self.buffer.dispatch(
+            self.x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=member,
+            num_tokens_per_expert=per_expert,
+            topk_idx=self.ids,
+            topk_weights=self.weights,
+            num_worst_tokens=ROWS,
+        )
+
+    def cached_dispatch(self) -> Any:
+        return self.buffer.dispatch(self.x, self.handle)
+
+    def combine(self, weights: torch.Tensor | None = None, **events: Any) -> Any:
+        return self.buffer.combine(self.y, self.handle, weights, **events)
+
+    def low_latency_dispatch(self, **how: Any) -> Any:
+        return self.buffer.low_latency_dispatch(self.x, self.ids, MOST, EXPERTS, **how)
+
+    def low_latency_combine(self, **how: Any) -> Any:
+        return self.buffer.low_latency_combine(self.slabs, self.ids, self.weights, self.low_latency_handle, **how)
+
+    def low_latency_dispatch_with_hook(self) -> None:
+        self.low_latency_dispatch(return_recv_hook=True)[-1]()
+
+    def low_latency_combine_with_hook(self) -> None:
+        self.low_latency_combine(return_recv_hook=True)[-1]()
+
+    def ops_dispatch(self) -> Any:
+        return ops.dispatch(self.x, self.ids, self.weights, self.name, EXPERTS, ROWS)
+
+    def ops_cached_dispatch(self) -> Any:
+        return ops.cached_dispatch(self.x, self.tensors, self.name)
+
+    def ops_combine(self) -> Any:
+        return ops.combine(self.y, self.tensors, self.name)
+
+    def ops_low_latency_dispatch(self) -> Any:
+        return ops.low_latency_dispatch(self.x, self.ids, self.name, MOST, EXPERTS)
+
+    def ops_low_latency_combine(self) -> Any:
+        handle = list(self.low_latency_handle[:2])
+        return ops.low_latency_combine(self.slabs, self.ids, self.weights, handle, self.name, MOST, EXPERTS)
+
+
+CALLS: dict[str, Callable[[Rank], object]] = {
+    "get_dispatch_layout": Rank.get_dispatch_layout,
+    "dispatch, num_worst_tokens": Rank.dispatch,
+    "cached dispatch": Rank.cached_dispatch,
+    "combine": Rank.combine,
+    "combine, weights": lambda rank: rank.combine(rank.recv_weights),
+    "combine, async_finish": lambda rank: rank.combine(async_finish=True),
+    "low_latency_dispatch": Rank.low_latency_dispatch,
+    "low_latency_combine": Rank.low_latency_combine,
+    "low_latency_dispatch, hook": Rank.low_latency_dispatch_with_hook,
+    "low_latency_combine, hook": Rank.low_latency_combine_with_hook,
+    "ops.dispatch": Rank.ops_dispatch,
+    "ops.cached_dispatch": Rank.ops_cached_dispatch,
+    "ops.combine": Rank.ops_combine,
+    "ops.low_latency_dispatch": Rank.ops_low_latency_dispatch,
+    "ops.low_latency_combine": Rank.ops_low_latency_combine,
+}
+
+
+@contextmanager
+def rank_on_a_gpu() -> Iterator[Rank]:
+    """Rank 0 of eight on a played GPU."""
+    large, small = torch.zeros(1 << 24, dtype=torch.uint8), torch.zeros(1 << 21, dtype=torch.uint8)
+    with (
+        played_gpu.played([large, small]) as gpu,
+        played_gpu.buffer_of_rank_0(gpu, RANKS, 1 << 22) as buffer,
+    ):
+        yield Rank(buffer, gpu, large, small)
+
+
+def _microseconds(call: Callable[[Rank], object], rank: Rank, rounds: int) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(10):
+            call(rank)
+        best = min(best, time.perf_counter() - began)
+    return best / 10 * 1e6
+
+
+def python_calls(call: Callable[[Rank], object], rank: Rank) -> tuple[Counter[str], int]:
+    """The Python functions that a call runs, by file and name, and the number of C functions."""
+    names: Counter[str] = Counter()
+    played = {__file__, played_gpu.__file__}
+    num_c = 0
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        nonlocal num_c
+        if frame.f_code.co_filename in played:
+            return
+        if event == "call":
+            names[f"{frame.f_code.co_filename}:{frame.f_code.co_qualname}"] += 1
+        elif event == "c_call":
+            num_c += 1
+
+    sys.setprofile(note)
+    try:
+        call(rank)
+    finally:
+        sys.setprofile(None)
+    return names, num_c
+
+
+def cost(rank: Rank, name: str, rounds: int = 0) -> Cost:
+    """What the call of that name costs; no time is taken with 0 ``rounds``."""
+    call = CALLS[name]
+    microseconds = _microseconds(call, rank, rounds) if rounds else 0.0
+    names, num_c = python_calls(call, rank)
+    counts = rank.gpu.counts
+    counts.clear()
+    with _Operators() as operators:
+        call(rank)
+    aten = {kind: number for kind, number in operators.names.items() if not kind.startswith("tokenferry")}
+    return Cost(
+        microseconds,
+        names.total(),
+        num_c,
+        sum(aten.values()),
+        sum(number for kind, number in aten.items() if "empty" in kind),
+        counts["record event"] + counts["wait for event"],
+        counts["identity"],
+        counts["look at the capture"],
+        counts["launch"],
+    )
+
+
+def table(rounds: int = 300) -> str:
+    """The costs of all calls."""
+    lines = [f"{'':28}" + "".join(f"{field:>13}" for field in Cost._fields)]
+    with rank_on_a_gpu() as rank:
+        for name in CALLS:
+            found = cost(rank, name, rounds)
+            lines.append(f"{name:28}{found.microseconds:13.1f}" + "".join(f"{number:13}" for number in found[1:]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:  # the Python functions of one call
+        with rank_on_a_gpu() as one:
+            for called, number in python_calls(CALLS[sys.argv[1]], one)[0].most_common():
+                print(f"{number:4} {called}")
+    else:
+        print(f"Python {platform.python_version()}, torch {torch.__version__}, rank 0 of {RANKS}, no GPU")
+        print(table())

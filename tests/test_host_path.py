@@ -1,0 +1,225 @@
+"""What calls on a GPU rank ask of its host, counted, and the streams and events that they use: nothing is timed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.host_path import CALLS, Cost, Rank, cost, rank_on_a_gpu
+from tests.played_gpu import raw
+from tokenferry import ArgumentError, EventHandle, EventOverlap
+from tokenferry.streams import CommStream
+
+MOST = {
+    #                              Python   C  operators  allocations  events  identities  captures  launches
+    "get_dispatch_layout":            (38, 27,         4,           2,      4,          0,        0,        1),
+    "dispatch, num_worst_tokens":     (99, 98,         9,           5,      6,          2,        1,        2),
+    "cached dispatch":                (63, 42,         1,           1,      4,          1,        1,        1),
+    "combine":                        (56, 45,         1,           1,      4,          1,        1,        1),
+    "combine, weights":               (62, 62,         2,           2,      4,          2,        1,        1),
+    "combine, async_finish":          (69, 45,         1,           1,      5,          1,        1,        1),
+    "low_latency_dispatch":           (45, 40,         8,           3,      0,          0,        0,        1),
+    "low_latency_combine":            (39, 40,         1,           1,      0,          0,        0,        1),
+    "low_latency_dispatch, hook":     (64, 50,         9,           4,      0,          0,        2,        2),
+    "low_latency_combine, hook":      (57, 50,         2,           2,      0,          0,        2,        2),
+}  # fmt: skip
+"""Two Python functions and four of C more than with torch 2.13, whose wrappers are among them."""
+
+
+@pytest.fixture(scope="module")
+def rank() -> Iterator[Rank]:
+    with rank_on_a_gpu() as one:
+        yield one
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_costs(rank: Rank, name: str) -> None:
+    found, most = cost(rank, name)[1:], MOST[name]
+    fields = Cost._fields[1:]
+    assert all(count <= limit for count, limit in zip(found, most, strict=True)), dict(
+        zip(fields, found, strict=True)
+    )
+    assert found[fields.index("launches")] == most[-1]  # the call went all the way
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("ops.")])
+def test_operators_add_little(rank: Rank, name: str) -> None:
+    plain = {"ops.dispatch": "dispatch, num_worst_tokens", "ops.cached_dispatch": "cached dispatch"}
+    below = [plain.get(name, name.removeprefix("ops."))] + ["get_dispatch_layout"] * (name == "ops.dispatch")
+    added = cost(rank, name).python - sum(cost(rank, call).python for call in below)
+    assert added <= ADDED[name]
+
+
+ADDED = {
+    "ops.dispatch": 14,
+    "ops.cached_dispatch": 24,
+    "ops.combine": 21,
+    "ops.low_latency_dispatch": 10,
+    "ops.low_latency_combine": 17,
+}
+"""Python functions beside those of the Buffer's methods; handles are checked, as all that are only tensors."""
+
+
+# Streams and events, with every call of the driver in order.
+
+
+class Log:
+    """What a block asks the GPU for; streams and events by name."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._gpu = rank.gpu
+        self.comm = rank.buffer.get_comm_stream().stream_id
+        self.names: dict[object, str] = {self.comm: "comm", 0: "default"}
+
+    def __enter__(self) -> list[tuple[object, ...]]:
+        self._gpu.log = self.lines = []
+        return self.lines
+
+    def __exit__(self, *_: object) -> None:
+        raws = {raw(stream): name for stream, name in self.names.items() if isinstance(stream, int)}
+        events: dict[object, str] = {}
+        found: list[tuple[object, ...]] = []
+        for kind, *what in self.lines:
+            if kind == "launch":
+                found.append((kind, what[0], raws[what[4]]))
+            elif kind in ("record event", "wait for event"):
+                event = self.names.get(what[1]) or events.setdefault(what[1], f"event {len(events)}")
+                found.append((kind, self.names[what[0]], event))
+            elif kind in ("record stream", "set stream"):
+                found.append((kind, self.names[what[0]]))
+            elif kind == "set device":
+                found.append((kind, what[0]))
+        self.lines[:] = found
+        self._gpu.log = None
+
+
+ENTRY = [("record event", "default", "event 0"), ("wait for event", "comm", "event 0")]
+COMBINE = [("launch", "combine", "comm")]
+
+
+def leaving(event: str) -> list[tuple[str, ...]]:
+    return [("record event", "comm", event), ("wait for event", "default", event)]
+
+
+def renamed(lines: list[Any], **names: str) -> list[Any]:
+    return [tuple(names.get(word, word) if isinstance(word, str) else word for word in line) for line in lines]
+
+
+def test_comm_waits_for_the_current_stream_which_waits_for_it(rank: Rank) -> None:
+    with Log(rank) as log:
+        assert rank.combine()[2].event is None
+    assert log == [*ENTRY, *COMBINE, *leaving("event 1")]
+
+
+def test_the_stream_that_is_current_now_is_meant(rank: Rank) -> None:
+    usual = [*ENTRY, *COMBINE, *leaving("event 1")]
+    other = torch.cuda.Stream()
+    for _ in range(2):
+        log = Log(rank)
+        log.names[other.stream_id] = "other"
+        with torch.cuda.stream(other), log as lines:
+            rank.combine()
+        assert lines == renamed(usual, default="other")
+        with Log(rank) as lines:
+            rank.combine()
+        assert lines == usual
+
+
+def test_an_operation_on_comm_itself_waits_for_nothing(rank: Rank) -> None:
+    with torch.cuda.stream(rank.buffer.get_comm_stream()), Log(rank) as log:
+        rank.combine()
+    assert log == COMBINE
+
+
+def test_async_finish_returns_the_event_and_keeps_the_tensors(rank: Rank) -> None:
+    with Log(rank) as log:
+        event = rank.combine(async_finish=True)[2].event
+    assert isinstance(event, EventHandle)
+    assert log == [
+        *ENTRY,
+        ("set stream", "comm"),
+        *ENTRY,  # what was allocated in between may have been used there
+        *COMBINE,
+        *[("record stream", "default")],  # the output
+        *[("record stream", "comm")] * 7,  # the rows and the handle
+        ("record event", "comm", "event 1"),
+        ("set stream", "default"),
+    ]
+
+
+def test_a_previous_event_is_all_that_is_waited_for(rank: Rank) -> None:
+    event = EventOverlap(EventHandle())
+    log = Log(rank)
+    log.names[id(event.event._event)] = "given"  # type: ignore[union-attr]
+    with log as lines:
+        rank.combine(previous_event=event)
+    assert lines == [
+        ("wait for event", "comm", "given"),
+        ("set stream", "comm"),
+        *COMBINE,
+        ("record stream", "default"),
+        *leaving("event 0"),
+        ("set stream", "default"),
+    ]
+
+
+def test_another_current_device_is_put_back(rank: Rank) -> None:
+    rank.gpu.device = 3
+    try:
+        with Log(rank) as log:
+            rank.combine()
+            rank.low_latency_combine()
+        devices = [line for line in log if line[0] == "set device"]
+        assert devices == [("set device", 0), ("set device", 3)] * 2
+        assert rank.gpu.device == 3
+    finally:
+        rank.gpu.device = 0
+
+
+def test_a_failed_operation_leaves_the_streams_in_order(rank: Rank) -> None:
+    comm = rank.buffer.runtime.comm  # type: ignore[union-attr]
+    assert isinstance(comm, CommStream)
+    with Log(rank) as log, pytest.raises(ArgumentError, match="bias"):
+        rank.buffer.combine(rank.y, rank.handle, None, 3, async_finish=True)  # type: ignore[arg-type]
+    assert log == [*ENTRY, ("set stream", "comm"), *leaving("event 1"), ("set stream", "default")]
+    taken: list[bool] = []
+
+    def take() -> None:
+        taken.append(comm.lock.acquire(timeout=10))
+        comm.lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    assert taken == [True]
+
+
+def test_low_latency_runs_on_the_current_stream(rank: Rank) -> None:
+    first, other = torch.cuda.Stream(), torch.cuda.Stream()
+    log = Log(rank)
+    log.names |= {first.stream_id: "first", other.stream_id: "other"}
+    with torch.cuda.stream(first):
+        rank.low_latency_dispatch()
+        with log as lines:
+            rank.low_latency_dispatch()
+            rank.low_latency_combine()
+    assert lines == [("launch", "dispatch", "first"), ("launch", "combine", "first")]
+    with torch.cuda.stream(other), log as lines:
+        rank.low_latency_dispatch()
+    launch = ("launch", "dispatch", "other")
+    behind = [("record event", "first", "event 0"), ("wait for event", "other", "event 0")]
+    assert [line for line in lines if line[0] != "set stream"] == [*behind, launch]
+
+
+def test_places_of_tensors(rank: Rank) -> None:
+    plane: Any = rank.buffer.runtime.party().plane  # type: ignore[union-attr]
+    nothing = rank.x[:0]
+    assert plane._places(None, nothing) == [0, 0]
+    first, second, missing = plane._places(rank.x, rank.x[1], torch.empty(3))
+    assert second - first == rank.x[0].nbytes
+    assert plane._places(nothing, rank.x, None, rank.x[1]) == [0, first, 0, second]
+    assert missing == -1
