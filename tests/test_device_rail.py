@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -259,3 +260,44 @@ def test_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, before: 
     with _errors_left_to_us():
         assert os.environ[name] == "0"
     assert os.environ.get(name) == before
+
+
+class Later(Passed):
+    """A marker that the stream passes after so many looks."""
+
+    looks = 400
+
+    def query(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def _slept(rank: int, num_ranks: int, key: str) -> tuple[list[float], int, float]:
+    """How long a host sleeps between its looks, how often it asks the backend meanwhile, and seconds in all."""
+    rail, _ = rail_of(rank, num_ranks, key, True, timeout=30.0)
+    rail._marker = Later
+    other, asked, sleeps, sleep = 1 - rank, [0], [], time.sleep
+
+    def is_completed(self: AllOf) -> bool:
+        asked[0] += 1
+        return False
+
+    def sleeping(seconds: float) -> None:
+        sleeps.append(seconds)
+        sleep(seconds)
+
+    transfer = rail.post({other: [torch.zeros(4)]}, {other: [torch.zeros(4)]})
+    started = time.monotonic()
+    with mock.patch.object(AllOf, "is_completed", is_completed), mock.patch.object(time, "sleep", sleeping):
+        transfer.finish()
+    seconds = time.monotonic() - started
+    rail.close()
+    return sleeps, asked[0], seconds
+
+
+def test_host_leaves_the_cores_to_the_backend(pool_of: PoolOf) -> None:
+    for sleeps, asked, seconds in pool_of(2).run(_slept, "device/slept"):
+        assert len(sleeps) == 400
+        assert sleeps == sorted(sleeps)
+        assert 20e-6 <= sleeps[0] < sleeps[-1] == 200e-6
+        assert 1 <= asked <= 1 + seconds / 0.01

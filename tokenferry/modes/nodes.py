@@ -1,4 +1,4 @@
-"""How the ranks of several nodes agree on an operation before a row moves.
+"""How the ranks of several nodes agree on an operation before a row is handed out.
 
 A rank talks to the ranks of its node through the data plane, and to one rank of every other node through its rail:
 the one with its own local index. What every rank must know goes in three steps::

@@ -1,4 +1,4 @@
-"""What ranks of several nodes say to each other before a row moves, in words.
+"""What ranks of several nodes say to each other to agree on an operation, in words.
 
 Legend: G nodes of L ranks.
 """
