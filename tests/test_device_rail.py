@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from typing import Any
 from unittest import mock
@@ -16,6 +18,7 @@ from tokenferry.errors import TokenferryError
 from tokenferry.rail import RailError
 from tokenferry.rail.device_group import DeviceRail, _errors_left_to_us, nccl_rail
 from tokenferry.rail.process_group import ProcessGroupRail
+from tokenferry.rail.watch import Watch, Watched
 from tokenferry.topology import Topology
 
 CPU = torch.device("cpu")
@@ -176,7 +179,7 @@ def _settled(rank: int, num_ranks: int, key: str) -> None:
     transfer.settle()
     transfer.finish()
     deadline = time.monotonic() + 10
-    while rail.watch._is_running:
+    while rail.watch._thread is not None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert not rail.watch._watched
@@ -222,6 +225,21 @@ def test_deadline_that_no_host_waits_for(pool_of: PoolOf, has_setting: bool) -> 
         assert timed_out
         assert nodes == tuple(node for node in range(3) if node != rank)
         assert "0.5 s" in text
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError])
+def test_deadlines_are_kept_after_a_thread_that_did_not_start(raised: type[BaseException]) -> None:
+    missed: list[tuple[Any, str]] = []
+    watch = Watch(0.05, lambda nodes, reason: missed.append((nodes, reason)), contextlib.nullcontext)
+    with mock.patch.object(threading.Thread, "start", side_effect=raised), pytest.raises(raised):
+        watch.add(Watched(Never(), [1], [], time.monotonic()))
+    assert watch._thread is None
+    watch.add(Watched(Never(), [2], [], time.monotonic()))
+    deadline = time.monotonic() + 10
+    while not missed or watch._thread is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [nodes for nodes, _ in missed] == [[1]], "the first one that is late ends the rail"
 
 
 def _failed(rank: int, num_ranks: int, key: str) -> tuple[bool, str]:

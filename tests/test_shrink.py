@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tests.cases import Case, Scenario, named_segments, segments, wait_for
 from tests.conftest import PoolOf
@@ -26,8 +28,11 @@ from tokenferry import (
     PeerTimeoutError,
     Survivors,
     TokenferryError,
+    runtime_cuda,
 )
 from tokenferry.cli.ranks import RankError, RankPool
+from tokenferry.runtime import Runtime
+from tokenferry.topology import Topology
 
 CASE = Case(tokens=(7, 3, 9), num_topk=3)
 
@@ -66,6 +71,57 @@ def test_survivors_go_on(num_ranks: int, victims: list[int]) -> None:
     results = [result for result in caught.value.results if result is not None]
     assert [new for new, _ in results] == list(range(num_ranks - len(victims)))
     assert max(took for _, took in results) < 5.0
+
+
+class PlayedRuntime(Runtime):
+    """As on GPUs, where the heaps are mapped through a process group, but on the CPU."""
+
+    groups: ClassVar[list[dist.ProcessGroup]] = []
+
+    def __init__(self, topology: Topology, *, group: dist.ProcessGroup, device: torch.device, **given: Any) -> None:
+        assert device.type == "cuda"
+        wanted = ("stage_limit", "timeout", "may_mask", "make_rail", "exact_combine", "paranoid")
+        super().__init__(topology, *(given[name] for name in wanted))
+        self.groups.append(group)
+
+    def sync(self, ipc_handles: Any) -> None:
+        """Collective, as symmetric memory is: the ranks of the group exchange something, in its order and by name."""
+        group = _resolve_process_group(self.groups[-1].group_name)
+        said = [torch.zeros(1, dtype=torch.int64) for _ in range(self.topology.num_ranks)]
+        dist.all_gather(said, torch.tensor([self.topology.rank]), group=group)
+        assert [int(word) for word in said] == list(range(self.topology.num_ranks))
+        super().sync(ipc_handles)
+
+
+def _as_on_gpus(rank: int, num_ranks: int, victims: list[int]) -> list[int]:
+    """Ranks are killed one after the other; the group, which has them still, is of no use for collectives."""
+    with (
+        mock.patch.object(runtime_cuda, "CudaRuntime", PlayedRuntime),
+        Buffer(dist.group.WORLD, timeout=10.0) as buffer,
+    ):
+        buffer._wishes = buffer._wishes._replace(device=torch.device("cuda", 0))
+        left = list(range(num_ranks))
+        for victim in victims:
+            Scenario(CASE, buffer.rank, len(left)).check_all(buffer)
+            if rank == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with pytest.raises(PeerError):
+                Scenario(CASE, buffer.rank, len(left)).dispatch(buffer)
+            assert buffer.shrink([left.index(victim)]) == Survivors(
+                tuple(place for place, old in enumerate(left) if old != victim), len(left)
+            )
+            left.remove(victim)
+            assert dist.get_process_group_ranks(PlayedRuntime.groups[-1]) == left
+        Scenario(CASE, buffer.rank, len(left)).check_all(buffer)
+        return left
+
+
+def test_survivors_meet_in_a_process_group_of_their_own_on_gpus() -> None:
+    victims = [1, 3]
+    with RankPool(4, 1) as pool, pytest.raises(RankError) as caught:
+        pool.run(_as_on_gpus, victims)
+    assert sorted(caught.value.failures) == victims, caught.value
+    assert [result for result in caught.value.results if result] == [[0, 2]] * 2
 
 
 def _one_after_the_other(rank: int, num_ranks: int) -> None:

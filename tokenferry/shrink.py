@@ -12,11 +12,12 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from tokenferry.construction import AnyRuntime, Wishes, construct_runtime
 from tokenferry.errors import ArgumentError, BufferStateError, MismatchError, PeerTimeoutError, TokenferryError
-from tokenferry.rendezvous import Rendezvous
+from tokenferry.rendezvous import Rendezvous, node_group
 from tokenferry.validation import check_int, require
 
 
@@ -75,8 +76,9 @@ class ShrinkMethods:
 
         Collective among the others, who must name the same ranks. ``rank`` and ``group_size`` change; handles,
         hooks and tensors of the Buffer's memory from before are of no use any more. Experts of the dead ranks are
-        lost: :class:`Survivors` renumbers choices. CPU ranks only; needs the default process group's store, which
-        ends with the process that hosts it (with ``tcp://`` and torchrun that of rank 0, or of the agent).
+        lost: :class:`Survivors` renumbers choices. Needs the default process group's store, which ends with the
+        process that hosts it (with ``tcp://`` and torchrun that of rank 0, or of the agent); on GPUs also Gloo, as
+        the survivors' heaps are mapped through a process group of their own.
 
         Args:
             dead_ranks: ranks, by their present numbers.
@@ -91,8 +93,8 @@ class ShrinkMethods:
         runtime = self.runtime
         if runtime is None:
             raise BufferStateError("the Buffer was destroyed")
-        if self._wishes.device.type != "cpu" or self._wishes.group is None:
-            raise NotImplementedError("shrink() on GPUs, or with an mpi4py communicator")
+        if self._wishes.group is None:
+            raise NotImplementedError("shrink() with an mpi4py communicator")
         dead = sorted({check_int("dead_ranks", rank, minimum=0) for rank in dead_ranks})
         require(all(rank < self.group_size for rank in dead), "dead_ranks", dead, f"ranks below {self.group_size}")
         if self.rank in dead:
@@ -106,10 +108,20 @@ class ShrinkMethods:
         named = rendezvous.all_gather(dead)
         if any(other != dead for other in named):
             raise MismatchError("shrink", 1, ranks, f"ranks disagree on dead_ranks: {named}")
+        if self._wishes.device.type != "cpu":
+            self._wishes = self._wishes._replace(group=_group_of(self._wishes.group, ranks, seconds))
         self.runtime = construct_runtime(rendezvous, self._wishes, self._node)
         self.rank, self.group_size = rendezvous.rank, rendezvous.num_ranks
         self._all_gather = rendezvous.all_gather
         return survivors
+
+
+def _group_of(group: dist.ProcessGroup, ranks: Sequence[int], timeout: float) -> dist.ProcessGroup:
+    """A process group of the survivors: made without a word to the others, whom the group has still."""
+    try:
+        return node_group(group, ranks, timeout)
+    except RuntimeError as error:
+        raise TokenferryError(f"no process group of ranks {list(ranks)}: {error}") from error
 
 
 def meet_in_store(store: Store, key: str, ranks: Sequence[int], rank: int, timeout: float) -> Rendezvous:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import low_latency_cases
 from tests.cases import Case, Scenario, check_works
-from tokenferry import ArgumentError, Buffer, BufferStateError, CapacityError, MismatchError, PeerTimeoutError
-from tokenferry.cli.ranks import RankPool
+from tests.gpu.conftest import take_device
+from tokenferry import (
+    ArgumentError,
+    Buffer,
+    BufferStateError,
+    CapacityError,
+    MismatchError,
+    PeerError,
+    PeerTimeoutError,
+)
+from tokenferry.cli.ranks import RankError, RankPool
 
 GpuPoolOf = Callable[[int], RankPool]
 CASE = Case(tokens=(20, 33), row_bytes=512, num_topk=4, local_experts=4, combine_bytes=512)
@@ -157,3 +169,41 @@ def check_streams(rank: int, num_ranks: int) -> None:
 
 def test_streams_and_events(gpu_pool_of: GpuPoolOf) -> None:
     gpu_pool_of(2).run(check_streams)
+
+
+def check_shrink(rank: int, num_ranks: int, victim: int, is_killed: bool) -> tuple[int, int] | None:
+    """One rank stays away, or is killed; the others go on, in both modes."""
+    push = Buffer.get_low_latency_rdma_size_hint(16, 512, num_ranks, 4 * num_ranks)
+    options = {"timeout": 5.0, "device": "cuda", "low_latency_mode": True, "num_rdma_bytes": push}
+    with Buffer(dist.group.WORLD, **options) as buffer:
+        check_works(buffer, CASE, "cuda")
+        dist.barrier()
+        if rank == victim:
+            if is_killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return None
+        with pytest.raises(PeerError):
+            Scenario(CASE, rank, num_ranks, "cuda").dispatch(buffer)
+        assert victim not in buffer.shrink([victim]).ranks
+        Scenario(CASE, buffer.rank, buffer.group_size, "cuda").check_all(buffer)
+        quick = low_latency_cases.Scenario(
+            low_latency_cases.Case(hidden=512), buffer.rank, buffer.group_size, device="cuda"
+        )
+        low_latency_cases.check_case(buffer, quick, by_rank=True)
+        return buffer.rank, buffer.group_size
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_survivors_go_on(gpu_pool_of: GpuPoolOf, victim: int) -> None:
+    results = gpu_pool_of(3).run(check_shrink, victim, False)
+    assert [result for result in results if result] == [(0, 2), (1, 2)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="under MPS, ranks of one GPU do not outlive a killed one")
+def test_survivors_of_a_killed_rank_go_on() -> None:
+    with RankPool(3, 1) as pool:
+        pool.run(take_device)
+        with pytest.raises(RankError) as caught:
+            pool.run(check_shrink, 1, True)
+    assert sorted(caught.value.failures) == [1], caught.value
+    assert [result for result in caught.value.results if result] == [(0, 2), (1, 2)]

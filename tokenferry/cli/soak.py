@@ -27,7 +27,7 @@ _MOST_NEW_FILES = 4
 """More open files than after the warm-up are a leak."""
 _LONG = 270.0
 """Seconds from which on the growth of memory is judged."""
-_MOST_GROWTH = 16 << 20
+_MOST_GROWTH = 8 << 20
 """Bytes of memory that is not shared, from the third quarter of a long run to the last one, by their medians."""
 _FEWEST_LOOKS = 5
 """In a quarter."""

@@ -6,6 +6,7 @@ itself (delays, the order of its hooks) from another.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -158,6 +159,7 @@ class _Soak:
 
     def _look(self, warmed: bool) -> None:
         gc.collect()
+        _trim()
         report, files, resident = self.report, len(os.listdir("/proc/self/fd")), resident_bytes()
         report.files = (report.files[0] if warmed else files, files)
         report.resident = (report.resident[0] if warmed else resident, resident)
@@ -342,6 +344,13 @@ def _paranoid(is_wanted: bool) -> Iterator[None]:
             del os.environ[PARANOID_VARIABLE]
         else:
             os.environ[PARANOID_VARIABLE] = before
+
+
+def _trim() -> None:
+    """Let the allocator give back what it keeps, where it can: what is left is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def segments() -> list[str]:

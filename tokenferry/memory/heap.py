@@ -129,7 +129,7 @@ class Heap:
         own = Segment.create(self._stage + max(self.stage_limit, _SMALLEST_RESERVE))
         try:
             own.commit(self._stage + self.stage_bytes)
-        except HeapError:
+        except BaseException:
             own.retire()
             own.close()
             raise
@@ -395,11 +395,12 @@ class Heap:
 
     def fail(self, reason: str) -> None:
         """Tell everyone that an operation failed here, and why: no rank waits for this one any more."""
-        if self._finalizer.alive and self._own.words[_STATE_WORD] == State.OPEN:
+        own = self._segments[self.rank]  # None: closed, perhaps just now and by another thread
+        if own is not None and own.words[_STATE_WORD] == State.OPEN:
             text = reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES, b"\0")
-            self._own.words[_LINE_WORDS : _LINE_WORDS + _REASON_BYTES // 8] = array("q", text)
+            own.words[_LINE_WORDS : _LINE_WORDS + _REASON_BYTES // 8] = array("q", text)
             fence()  # whoever sees this sees the reason, and all that was published before
-            self._own.words[_STATE_WORD] = State.FAILED
+            own.words[_STATE_WORD] = State.FAILED
 
     def _reason_of(self, rank: int) -> str:
         words = self._segment(rank).words[_LINE_WORDS : _LINE_WORDS + _REASON_BYTES // 8]

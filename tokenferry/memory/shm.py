@@ -62,6 +62,9 @@ class Segment:
         self.size = size
         self.committed = 0
         self._lock_fd = -1
+        self._fd = -1
+        self._fd_in_use = threading.RLock()
+        self._creator = os.getpid() if create else 0
         self._linked = create
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
@@ -77,15 +80,19 @@ class Segment:
                 raise HeapError(f"shared memory {name} has {os.fstat(self._fd).st_size} bytes, not {size}")
             self.map = mmap.mmap(self._fd, size)
         except (OSError, OverflowError) as error:
-            os.close(self._fd)
+            self.close()
             self.retire()
             raise HeapError(f"cannot map {size} bytes of shared memory {name}: {error}") from error
-        except HeapError:
-            os.close(self._fd)
-            raise
         with torch.inference_mode(False):  # else no later operation outside of inference mode could write to it
             self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
         self.words = memoryview(self.map).cast("q")
+
+    def __del__(self) -> None:
+        """What an exception in the middle of making it has left: a Ctrl-C for example."""
+        if "_linked" in vars(self):  # the last attribute that close and retire need
+            self.close()
+            if self._creator == os.getpid():
+                self.retire()
 
     @staticmethod
     def create(size: int) -> Segment:
@@ -107,18 +114,21 @@ class Segment:
 
     def close_lock(self) -> None:
         """Close this process's hold on the lock; it is dropped when no process has one."""
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def creator_is_gone(self) -> bool:
-        """Whether the process that created this segment, and locked it, has ended."""
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        return True
+        """Whether the process that created this segment, and locked it, has ended. False once this is closed."""
+        with self._fd_in_use:  # closed meanwhile by another thread, the descriptor might be that of another file
+            if self._fd < 0:
+                return False
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            return True
 
     def commit(self, size: int) -> None:
         """Make the first ``size`` bytes real.
@@ -152,9 +162,10 @@ class Segment:
 
         Leaves name and lock alone: a forked child closes its copy without ending the segment of its parent.
         """
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._fd_in_use:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 _lock_holders: weakref.WeakSet[Segment] = weakref.WeakSet()

@@ -111,8 +111,8 @@ class DeviceRail:
         if given is None or given.device != self._device:
             return self._words.post(sends, receives)
         is_captured = _is_capturing(self._device)
-        while len(self._unfinished) >= MOST_UNFINISHED and not is_captured:
-            self._unfinished[0].finish()
+        while not is_captured and len(unfinished := list(self._unfinished)) >= MOST_UNFINISHED:
+            unfinished[0].finish()
         coming = [(node, part) for node, parts in receives.items() for part in bytes_of(parts)]
         going = [(node, part) for node, parts in sends.items() for part in bytes_of(parts)]
         nodes = sorted({node for node, _ in (*coming, *going)})
@@ -158,8 +158,8 @@ class DeviceRail:
         return self._group
 
     def is_done_with(self, transfer: DeviceTransfer) -> None:
-        """Forget a transfer."""
-        if transfer in self._unfinished:
+        """Forget a transfer. Another thread may have forgotten all."""
+        with contextlib.suppress(ValueError):
             self._unfinished.remove(transfer)
 
     def _miss(self, nodes: Sequence[int], reason: str) -> None:

@@ -61,15 +61,20 @@ class Watch:
         self._in_thread = in_thread
         self._lock = threading.Lock()
         self._watched: deque[Watched] = deque()
-        self._is_running = False
+        self._thread: threading.Thread | None = None
+        """The one that looks; None: it has ended, or sees next that there is nothing to do."""
 
     def add(self, exchange: Watched) -> None:
         """Look after an exchange; they end in the order in which they are added."""
         with self._lock:
             self._watched.append(exchange)
-            if not self._is_running:
-                self._is_running = True
-                threading.Thread(target=self._run, name="tokenferry rail", daemon=True).start()
+            if self._thread is None:
+                thread = self._thread = threading.Thread(target=self._run, name="tokenferry rail", daemon=True)
+                try:
+                    thread.start()
+                except BaseException:  # no more threads, or a Ctrl-C: the next exchange must find one
+                    self._thread = thread if thread.is_alive() else None
+                    raise
 
     def clear(self) -> None:
         """Look after none any more."""
@@ -94,8 +99,9 @@ class Watch:
             if self._watched and time.monotonic() - self._watched[0].since > self._seconds:
                 late = self._watched.popleft()
                 self._watched.clear()
-            self._is_running = bool(self._watched)
-            goes_on = self._is_running
+            goes_on = bool(self._watched)
+            if not goes_on:
+                self._thread = None
         if late is not None:
             self._give_up(late.nodes, f"no sign of life for {self._seconds:.1f} s")
         return goes_on
