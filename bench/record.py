@@ -52,8 +52,8 @@ FORMAT = 1
 KEPT = 200
 """Lines of what a step printed that record.json keeps."""
 _SHOWN_OK, _SHOWN_BAD = 12, 40
-LEAST = 5.0
-"""Seconds under which no step is begun, unless it needs no more."""
+LEAST = 1 / 3
+"""Of what a step may take: with less it is not begun."""
 
 
 class Outcome(NamedTuple):
@@ -130,6 +130,9 @@ class Record:
         output: the directory.
         setting: of the run.
         resume: keep what the file has.
+
+    Raises:
+        ValueError: what there is to keep is of another device, or other ranks or GPUs.
     """
 
     def __init__(self, output: Path, setting: Setting, resume: bool) -> None:
@@ -137,7 +140,10 @@ class Record:
         self._path = output / "record.json"
         self.steps: dict[str, dict[str, Any]] = {}
         if resume and self._path.exists():
-            self.steps = load(self._path)["steps"]
+            known = load(self._path)
+            if known["setting"] != {**setting._asdict(), "soak_minutes": known["setting"]["soak_minutes"]}:
+                raise ValueError(f"record.json is of another run: {known['setting']}, not {setting._asdict()}")
+            self.steps = known["steps"]
 
     def directory(self, name: str, start: int) -> Path:
         """For the results of a step."""
@@ -225,6 +231,8 @@ def run_all(record: Record, setting: Setting, chosen: Sequence[str], repeat: int
     lines = []
     for start in range(1, repeat + 1):
         known = phases.steps(setting, chosen, functools.partial(_directory, record, start))
+        if start > 1:
+            known.sort(key=lambda step: step.name not in requirements.TWICE)  # there may be time for a few only
         todo = []
         for step in known:
             if record.is_done(step, start):
@@ -235,7 +243,7 @@ def run_all(record: Record, setting: Setting, chosen: Sequence[str], repeat: int
             left = deadline - time.monotonic()
             allowed = share_of(step, todo[at + 1 :], left)
             outcome = Outcome(phases.missing(step, setting) or "no time left", 0.0, "")
-            if outcome.status == "no time left" and allowed >= min(LEAST, step.seconds):
+            if outcome.status == "no time left" and allowed >= step.seconds * LEAST:
                 outcome = run(step, allowed, record.directory(step.name, start).with_suffix(".log"))
             if outcome.status != "no time left":
                 record.add(step, start, outcome)
@@ -290,8 +298,12 @@ def unpack(records: Sequence[Mapping[str, Any]], output: Path) -> None:
                 continue
             path = output / f"{number + 1}-{key.replace(' #', '-').replace(' ', '-')}.json"
             path.write_text(json.dumps(entry["results"], indent=1) + "\n")
+            if entry["results"]["machine"].get("device") == "cpu" and entry["name"] != "low latency":
+                continue  # bench draws these from what it has measured only
             command = [sys.executable, "-m", "tokenferry", "bench", "--draw", str(path)]
-            subprocess.run(command, cwd=HERE, check=False)
+            done = subprocess.run(command, cwd=HERE, check=False, capture_output=True, text=True)
+            if done.returncode:
+                print(f"not drawn: {path}: {done.stderr.splitlines()[-1:]}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -324,7 +336,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = Setting(args.device, args.ranks or num_gpus or 2, num_gpus, args.soak_minutes)
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    record = Record(output, setting, args.resume)
+    try:
+        record = Record(output, setting, args.resume)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --resume: {error}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step that runs, too
     chosen = PHASES if "all" in args.phase else args.phase
     lines = run_all(record, setting, chosen, args.repeat, args.minutes * 60)

@@ -394,7 +394,7 @@ BARS: tuple[Bar, ...] = (
 """Everything that has to be shown."""
 
 
-_TWICE = ("ruler", "low latency")
+TWICE = ("ruler", "low latency")
 """Steps whose figures need two starts to be believed."""
 
 
@@ -419,9 +419,9 @@ def rows_of(starts: Sequence[Start], gpus: int, judged: bool = True) -> list[Row
         judged: whether anything is; not on CPU ranks.
     """
     rows = [_row(bar, starts, gpus, judged) for bar in BARS if bar.gpus != 8 or gpus == 8]
-    count = min(sum(bool(start.steps.get(step, {}).get("results")) for start in starts) for step in _TWICE)
+    count = min(sum(bool(start.steps.get(step, {}).get("results")) for start in starts) for step in TWICE)
     verdict = "" if not judged else "met" if count > 1 else "MISSED" if count else "not run"
-    return [*rows, Row("starts", f"of {' and '.join(_TWICE)}", ">= 2" if judged else "", str(count), "", verdict)]
+    return [*rows, Row("starts", f"of {' and '.join(TWICE)}", ">= 2" if judged else "", str(count), "", verdict)]
 
 
 def _row(bar: Bar, starts: Sequence[Start], gpus: int, judged: bool) -> Row:

@@ -21,10 +21,11 @@ import torch.distributed as dist
 from tests.test_bench import LOW_LATENCY
 from tests.test_bench_cuda import FakeClock, a_device
 from tokenferry import Buffer
-from tokenferry.cli import bench, bench_low_latency, bench_low_latency_clocks, main
+from tokenferry.cli import bench, bench_low_latency, bench_low_latency_cases, bench_low_latency_clocks, main
 from tokenferry.cli.bench_cases import BASELINE, OURS, BenchError
 from tokenferry.cli.bench_cuda_cases import DEEPEP
 from tokenferry.cli.bench_host import host_line, host_parts
+from tokenferry.cli.bench_low_latency_baseline import FixedCollectives
 from tokenferry.cli.bench_low_latency_cases import (
     WAIT_STATISTICS,
     BufferContender,
@@ -353,6 +354,30 @@ def test_rivals_run_beside(pool_of: Callable[[int], RankPool]) -> None:
             assert result.samples[OURS].keys() == result.samples[BASELINE].keys()
             phases = {"send", "receive"}
             assert result.samples[OURS]["combine"].keys() - result.samples[BASELINE]["combine"].keys() == phases
+
+
+class BrokenOnOne(FixedCollectives):
+    def combine(self, rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor]:
+        (sums,) = super().combine(rows, weights)
+        return (sums * 2 if dist.get_rank() == 1 else sums,)
+
+
+def run_broken(*args: Any) -> Any:
+    with mock.patch.object(bench_low_latency_cases, "FixedCollectives", BrokenOnOne):
+        return run_on_cpu(*args)
+
+
+def test_a_rival_that_fails_is_left_out_and_named(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_low_latency, "run_cases", run_broken)
+    assert main([*SMALL, "--device", "cuda", "--tokens", "1", "200", "--save"]) == 0
+    results = json.loads((saved / "h100-2ranks-low-latency.json").read_text())
+    assert all(entry["contenders"].keys() == {OURS} for entry in results["cases"])
+    assert len(results["cases"]) == 4
+    (note,) = [note for note in results["notes"] if "left out: it failed" in note]
+    assert note.startswith(f"{BASELINE} left out: it failed on rank 1: BenchError: {BASELINE}, 1 tokens")
+    assert note in capsys.readouterr().out
 
 
 # The parts.

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,6 +231,21 @@ def test_no_time_left_is_told_and_run_by_a_later_call(play: Any) -> None:
     assert lines == [("one #1", "no time left"), ("two #1", "no time left")]
     assert found == {}
     assert play(steps, resume=True)[0] == [("one #1", "ok"), ("two #1", "ok")]
+
+
+def test_a_second_start_begins_with_what_needs_one(play: Any) -> None:
+    def steps(output: Callable[[str], str]) -> list[Step]:
+        return [writing(output(name))._replace(name=name) for name in ("wire", "low latency", "ruler")]
+
+    assert [key for key, _ in play(steps)[0]][3:] == ["low latency #2", "ruler #2", "wire #2"]
+
+
+def test_resume_refuses_other_ranks(tmp_path: Path) -> None:
+    made = record.Record(tmp_path, TWO, False)
+    made.add(python("pass"), 1, record.Outcome("ok", 1.0, ""))
+    assert set(record.Record(tmp_path, TWO._replace(soak_minutes=1.0), True).steps) == {"one #1"}
+    with pytest.raises(ValueError, match="of another run"):
+        record.Record(tmp_path, TWO._replace(ranks=4), True)
 
 
 def test_main_needs_a_gpu_or_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -457,11 +473,18 @@ def test_table_of_two_records(
     assert starts[-4:] == [">=", "2", "2", "met"]
     assert lines[-1].endswith("not run")
     drawn: list[str] = []
-    monkeypatch.setattr(record.subprocess, "run", lambda command, **_: drawn.append(command[-1]))
+
+    def draw(command: list[str], **_: Any) -> SimpleNamespace:
+        drawn.append(command[-1])
+        return SimpleNamespace(returncode=len(drawn) % 2, stderr="first\nwhy\n")
+
+    monkeypatch.setattr(record.subprocess, "run", draw)
+    capsys.readouterr()
     assert record.main(["--table", *map(str, paths), "--output", str(tmp_path / "again")]) == 0
     assert drawn == [
         str(tmp_path / "again" / f"{n}-{name}-1.json") for n in (1, 2) for name in ("ruler", "low-latency")
     ]
+    assert capsys.readouterr().err.count("['why']") == 2
     assert json.loads(Path(drawn[0]).read_text()) == ruler(396.0)["results"]
     paths[0].write_text("{}")
     with pytest.raises(SystemExit):

@@ -177,6 +177,10 @@ def run(
             _introduce(args, machine, notes, effort)
             for cases in groups:
                 found = pool.run(run_cases, cases, groups[-1][-1], effort, rivals, None)
+                for name, why in found[0][-1].left_out.items():
+                    rivals.remove(name)
+                    notes.append(f"{name} left out: it failed on {why}")
+                    print(notes[-1])
                 for case, *of_case in zip(cases, *found, strict=True):
                     reports.append(report_of(case, of_case))
                     print("\n".join(case_lines(reports[-1])), flush=True)

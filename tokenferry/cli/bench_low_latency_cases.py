@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,8 @@ PHASES = ("send", "receive")
 """The launches of a dispatch or a combine with a hook."""
 WAIT_STATISTICS = "with wait statistics"
 """tokenferry, given tensors to count the waits for each rank in."""
+FOREIGN = (BASELINE, DEEPEP)
+"""Contenders whose failure ends nothing but their part."""
 DTYPES = ("fp8", "bf16")
 """What dispatch sends; combine sends bfloat16."""
 
@@ -44,6 +46,8 @@ _TOLERANCES = {"bf16": 2**-6, "fp8": 2**-4 + 2**-6}
 """Relative errors that roundings explain: bfloat16 once or twice, after three bits behind the point with fp8."""
 _SMALLEST = 1e-3
 """Absolute errors that small elements of a block of fp8 may have."""
+
+_T = TypeVar("_T")
 
 Samples = dict[str, dict[str, list[float]]]
 """Seconds of one call in every repetition, by operation and by way of timing."""
@@ -136,6 +140,8 @@ class RankResult(NamedTuple):
     """Memory that the library has taken."""
     host_parts: list[HostPart]
     """The host in a pair of tokenferry; empty if not asked for."""
+    left_out: dict[str, str]
+    """Contenders of :data:`FOREIGN` that failed in this case or before it, and how."""
 
 
 class Workload(NamedTuple):
@@ -348,9 +354,11 @@ def run_cases(
         A result for each case.
 
     Raises:
-        BenchError: a contender does not return what was sent, times the weights.
+        BenchError: what was sent, times the weights, does not come back. One of :data:`FOREIGN` that fails is left
+            out instead.
     """
     shape, results = cases[0], []
+    left_out: dict[str, str] = {}
     clock = clock or (GraphClock() if shape.device == "cuda" else HostClock())
     with Buffer(
         dist.group.WORLD,
@@ -366,21 +374,60 @@ def run_cases(
             buffer.low_latency_warmup(most, case.hidden, case.topk, case.experts, use_fp8=fp8)
             samples, parts = {}, []
             for name in (OURS, *rivals):
-                contender = _contender(name, case, largest, work, buffer)
-                check(name, contender, case, work, rank)
-                samples[name] = measure(clock, contender, effort)
-                if name == OURS and effort.host_profile:
+                if name in left_out:
+                    continue
+                attempt = _together if name in FOREIGN else _alone
+                try:
+                    contender = attempt(functools.partial(_ready, name, case, largest, work, buffer, rank))
+                    samples[name] = attempt(functools.partial(measure, clock, contender, effort))
+                    if name == OURS and effort.host_profile:
+                        clock.drain()
+                        parts = host_parts(contender.pair, effort.chain)
                     clock.drain()
-                    parts = host_parts(contender.pair, effort.chain)
-                clock.drain()
-                check(name, contender, case, work, rank)  # raises what the last kernels may have reported, too
+                    # Raises what the last kernels may have reported, too.
+                    attempt(functools.partial(check, name, contender, case, work, rank))
+                except _LeftOutError as error:
+                    left_out[name] = str(error)
+                    samples.pop(name, None)
             assert buffer.runtime is not None
             traffic = count_traffic(work.topk_idx, rank, case.ranks, case.experts)
-            results.append(RankResult(samples, traffic, buffer.runtime.allocated_bytes(), parts))
+            taken = buffer.runtime.allocated_bytes()
+            results.append(RankResult(samples, traffic, taken, parts, dict(left_out)))
         clock.drain()
         dist.barrier()
     torch.cuda.empty_cache()  # the next token count needs blocks of other sizes
     return results
+
+
+class _LeftOutError(Exception):
+    """A contender of others failed on some rank; raised on all of them."""
+
+
+def _alone(attempt: Callable[[], _T]) -> _T:
+    return attempt()
+
+
+def _together(attempt: Callable[[], _T]) -> _T:
+    """Raise on all ranks if it raises on any."""
+    why = ""
+    try:
+        result = attempt()
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    reasons: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(reasons, why)
+    for rank, reason in enumerate(reasons):
+        if reason:
+            raise _LeftOutError(f"rank {rank}: {reason}")
+    return result
+
+
+def _ready(
+    name: str, case: LowLatencyCase, largest: LowLatencyCase, work: Workload, buffer: Buffer, rank: int
+) -> Contender:
+    contender = _contender(name, case, largest, work, buffer)
+    check(name, contender, case, work, rank)
+    return contender
 
 
 def _contender(name: str, case: LowLatencyCase, largest: LowLatencyCase, work: Workload, buffer: Buffer) -> Contender:
