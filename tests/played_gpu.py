@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -44,7 +44,7 @@ class Gpu:
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: defaultdict[str, int] = defaultdict(int)
         self.log: list[tuple[object, ...]] | None = None
         self.device = 0
         self.current = (0, 0, CUDA)
