@@ -108,8 +108,10 @@ def _clear_unused(outputs: tuple[torch.Tensor, ...], handle: Handle) -> None:
     """Zero the rows of worst-case outputs that no token arrived in; on a GPU without a look at their number."""
     unused = handle.unused
     if outputs[0].is_cuda or bool(unused.any()):
+        mask = unused.unsqueeze(1)
         for rows in outputs:
-            rows.view(torch.int32).masked_fill_(unused.unsqueeze(1), 0)  # not every dtype can be filled
+            can_be_filled = rows.dtype in COMBINE_DTYPES
+            (rows if can_be_filled else rows.view(torch.int32)).masked_fill_(mask, 0)
 
 
 # Shapes.
