@@ -206,14 +206,16 @@ def _launcher(gpu: Gpu, name: str) -> Any:
     """Triton's own launcher around a launch that is played."""
     from triton.backends.nvidia.driver import CudaLauncher
 
-    def launch(*arguments: Any) -> None:
-        gpu.note("launch", name, *arguments)
+    class Launcher(CudaLauncher):
+        """Whatever it looks at besides, such as sizes of scratch memory, is nothing."""
 
-    launcher = object.__new__(CudaLauncher)
-    sizes = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align")
-    launcher.__dict__.update(dict.fromkeys(sizes, 0), launch=launch, num_ctas=1)
-    launcher.launch_cooperative_grid = launcher.launch_pdl = False
-    return launcher
+        def __init__(self) -> None:
+            self.launch = lambda *arguments: gpu.note("launch", name, *arguments)
+
+        def __getattr__(self, _: str) -> int:
+            return 0
+
+    return Launcher()
 
 
 @contextmanager
