@@ -22,8 +22,8 @@ MOST = {
     "combine":                        (56, 45,         1,           1,      4,          1,        1,        1),
     "combine, weights":               (62, 62,         2,           2,      4,          2,        1,        1),
     "combine, async_finish":          (66, 45,         1,           1,      5,          1,        1,        1),
-    "low_latency_dispatch":           (45, 40,         8,           3,      0,          0,        0,        1),
-    "low_latency_combine":            (39, 40,         1,           1,      0,          0,        0,        1),
+    "low_latency_dispatch":           (44, 40,         8,           3,      0,          0,        0,        1),
+    "low_latency_combine":            (38, 40,         1,           1,      0,          0,        0,        1),
     "low_latency_dispatch, hook":     (63, 50,         9,           4,      0,          0,        2,        2),
     "low_latency_combine, hook":      (57, 50,         2,           2,      0,          0,        2,        2),
 }  # fmt: skip
