@@ -4,6 +4,9 @@ The real code runs from the method to the launch, over a GPU that is played (:mo
 0 of eight. Counts are exact. Times are those of the Python code on this machine: launches, events, allocations of
 device memory and the calls of the driver cost next to nothing here. ``python -m tests.host_path NAME`` lists the
 Python functions that run in one of the calls.
+
+``python -m tests.host_path --gpu`` times the same calls on a real GPU, on which this process is the only rank: host
+time of a call, and how much of it the launches, the allocations, the events and the driver take.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import played_gpu
 from tokenferry import Buffer, ops
 from tokenferry.buffer import Handle
+from tokenferry.dataplane.cuda.launch import Variant
+from tokenferry.memory.driver import Driver
 
 RANKS, EXPERTS, TOKENS, TOPK, HIDDEN, MOST, ROWS = 8, 64, 16, 8, 512, 16, 96
 
@@ -60,12 +67,13 @@ class _Operators(TorchDispatchMode):
 class Rank:
     """Rank 0, with everything that good calls need."""
 
-    def __init__(self, buffer: Buffer, gpu: played_gpu.Gpu, large: torch.Tensor, small: torch.Tensor) -> None:
-        self.buffer, self.gpu = buffer, gpu
+    def __init__(self, buffer: Buffer, gpu: played_gpu.Gpu | None, large: torch.Tensor, small: torch.Tensor) -> None:
+        self.buffer, self._gpu = buffer, gpu
+        local, slab = EXPERTS // buffer.group_size, buffer.group_size * MOST
         rows = large.view(torch.bfloat16)
         self.x = rows[: TOKENS * HIDDEN].view(TOKENS, HIDDEN)
         self.y = rows[1 << 16 :][: ROWS * HIDDEN].view(ROWS, HIDDEN)
-        self.slabs = rows[1 << 20 :][: EXPERTS // RANKS * RANKS * MOST * HIDDEN].view(EXPERTS // RANKS, -1, HIDDEN)
+        self.slabs = rows[1 << 20 :][: local * slab * HIDDEN].view(local, slab, HIDDEN)
         self.ids = small[: 8 * TOKENS * TOPK].view(torch.int64).view(TOKENS, TOPK)
         self.weights = small[1 << 16 :][: 4 * TOKENS * TOPK].view(torch.float32).view(TOKENS, TOPK)
         self.recv_weights = small[1 << 17 :][: 4 * ROWS * TOPK].view(torch.float32).view(ROWS, TOPK)
@@ -78,7 +86,19 @@ class Rank:
         for call in CALLS.values():  # memory that is new becomes known to all
             for _ in range(3):
                 call(self)
-                buffer.follow()  # type: ignore[attr-defined]
+                if gpu is not None:
+                    buffer.follow()  # type: ignore[attr-defined]
+
+    @property
+    def gpu(self) -> played_gpu.Gpu:
+        """The GPU that is played."""
+        assert self._gpu is not None
+        return self._gpu
+
+    def drain(self) -> None:
+        """Wait for a real GPU: a full queue would hold the host up."""
+        if self._gpu is None:
+            torch.cuda.synchronize()
 
     def get_dispatch_layout(self) -> Any:
         return self.buffer.get_dispatch_layout(self.ids, EXPERTS)
@@ -163,11 +183,62 @@ def rank_on_a_gpu() -> Iterator[Rank]:
 def _microseconds(call: Callable[[Rank], object], rank: Rank, rounds: int) -> float:
     best = float("inf")
     for _ in range(rounds):
+        rank.drain()
         began = time.perf_counter()
         for _ in range(10):
             call(rank)
         best = min(best, time.perf_counter() - began)
     return best / 10 * 1e6
+
+
+@contextmanager
+def rank_on_this_gpu() -> Iterator[Rank]:
+    """The only rank, on a real GPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with Buffer(dist.group.WORLD, 0, 1 << 26, low_latency_mode=True, device="cuda") as buffer:
+            large, small = (torch.zeros(size, dtype=torch.uint8, device="cuda") for size in (1 << 24, 1 << 21))
+            yield Rank(buffer, None, large, small)
+    finally:
+        dist.destroy_process_group()
+
+
+def breakdown(rank: Rank, name: str, rounds: int) -> dict[str, float]:
+    """Microseconds of host time in a call, and of these: the parts below Python. With what it costs to time them."""
+    comm: Any = rank.buffer.runtime.comm  # type: ignore[union-attr]
+    parts: dict[str, list[tuple[Any, str]]] = {
+        "launches": [(Variant, "launch")],
+        "allocations": [(torch, "empty"), (torch, "empty_strided")],
+        "events": [(comm, f"_{verb}_{place}") for verb in ("record", "wait_for") for place in ("entry", "exit")],
+        "driver": [(Driver, "identity")],
+    }
+    spent: Counter[str] = Counter()
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter_ns()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] += time.perf_counter_ns() - began
+
+        return call
+
+    best = {"whole": float("inf")}
+    with pytest.MonkeyPatch.context() as patch:
+        for part, places in parts.items():
+            for owner, attribute in places:
+                patch.setattr(owner, attribute, timed(part, getattr(owner, attribute)))
+        for _ in range(rounds):
+            rank.drain()
+            spent.clear()
+            began = time.perf_counter_ns()
+            CALLS[name](rank)
+            whole = time.perf_counter_ns() - began
+            if whole < best["whole"] * 1e3:
+                best = {"whole": whole / 1e3, **{part: spent[part] / 1e3 for part in parts}}
+    best["rest"] = 2 * best["whole"] - sum(best.values())
+    return best
 
 
 def python_calls(call: Callable[[Rank], object], rank: Rank) -> tuple[Counter[str], int]:
@@ -197,6 +268,7 @@ def cost(rank: Rank, name: str, rounds: int = 0) -> Cost:
     """What the call of that name costs; no time is taken with 0 ``rounds``."""
     call = CALLS[name]
     microseconds = _microseconds(call, rank, rounds) if rounds else 0.0
+    rank.buffer.runtime._regions._polls = 0  # type: ignore[union-attr]  # every 64th call looks for freed memory
     names, num_c = python_calls(call, rank)
     counts = rank.gpu.counts
     counts.clear()
@@ -227,10 +299,17 @@ def table(rounds: int = 300) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:  # the Python functions of one call
+    if len(sys.argv) > 1 and sys.argv[1] in CALLS:  # the Python functions of one call
         with rank_on_a_gpu() as one:
             for called, number in python_calls(CALLS[sys.argv[1]], one)[0].most_common():
                 print(f"{number:4} {called}")
+    elif sys.argv[1:] == ["--gpu"]:
+        with rank_on_this_gpu() as one:
+            print(f"Python {platform.python_version()}, torch {torch.__version__}, {torch.cuda.get_device_name()}")
+            for called, run in CALLS.items():
+                found = breakdown(one, called, 500)
+                spelled = ", ".join(f"{part} {microseconds:.1f}" for part, microseconds in found.items())
+                print(f"{called:28} {_microseconds(run, one, 100):6.1f} us; timed inside: {spelled}")
     else:
         print(f"Python {platform.python_version()}, torch {torch.__version__}, rank 0 of {RANKS}, no GPU")
         print(table())

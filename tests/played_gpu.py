@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -44,7 +44,7 @@ class Gpu:
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: defaultdict[str, int] = defaultdict(int)
         self.log: list[tuple[object, ...]] | None = None
         self.device = 0
         self.current = (0, 0, CUDA)
@@ -206,14 +206,16 @@ def _launcher(gpu: Gpu, name: str) -> Any:
     """Triton's own launcher around a launch that is played."""
     from triton.backends.nvidia.driver import CudaLauncher
 
-    def launch(*arguments: Any) -> None:
-        gpu.note("launch", name, *arguments)
+    class Launcher(CudaLauncher):
+        """Whatever it looks at besides, such as sizes of scratch memory, is nothing."""
 
-    launcher = object.__new__(CudaLauncher)
-    sizes = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align")
-    launcher.__dict__.update(dict.fromkeys(sizes, 0), launch=launch, num_ctas=1)
-    launcher.launch_cooperative_grid = launcher.launch_pdl = False
-    return launcher
+        def __init__(self) -> None:
+            self.launch = lambda *arguments: gpu.note("launch", name, *arguments)
+
+        def __getattr__(self, _: str) -> int:
+            return 0
+
+    return Launcher()
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def flipped(
 
     def publish(self: Any, offset: int, nbytes: int, **fields: Any) -> None:
         plan = self._plan
-        rows = plan.rows if kind is Dispatch else plan.columns[0].view(torch.uint8)
+        rows = (plan.rows if kind is Dispatch else plan.columns[0]).view(torch.uint8)
         if not done and rows.size(1) == width:
             done.append(True)
             if kind is Dispatch:

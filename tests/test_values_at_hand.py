@@ -82,6 +82,9 @@ class MetaPlane:
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty((num_rows, width), dtype=dtype, device=META)
 
+    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((num_slabs, num_rows, width), dtype=dtype, device=META)
+
 
 def party() -> tuple[Party, list[Any]]:
     plane = MetaPlane()
@@ -112,7 +115,7 @@ def test_dispatch(num_worst_tokens: int) -> None:
     assert received.handle is not None
     assert received.handle.recv_src_idx.shape == (num_rows,)
     assert isinstance(outputs, Outputs)
-    assert outputs.rows.shape == (num_rows, 2 * HIDDEN)
+    assert outputs.rows is received.x
     assert outputs.topk_idx is received.topk_idx
     assert outputs.topk_weights is received.topk_weights
     assert plan.num_worst_tokens == num_worst_tokens

@@ -28,8 +28,12 @@ def _width(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.size(1)
 
 
+def _bytes(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.size(1) * tensor.element_size()
+
+
 def _of_dispatch(plan: Any) -> tuple[Any, ...]:
-    widths = plan.rows.size(1), _width(plan.scales), _width(plan.topk_idx)
+    widths = _bytes(plan.rows), _bytes(plan.scales), _width(plan.topk_idx)
     return plan.handle is not None, plan.part is not None, *widths
 
 

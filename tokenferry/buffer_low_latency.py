@@ -149,7 +149,8 @@ class LowLatencyMethods:
             with runtime.comm.in_order():
                 sent, event = run(), EventOverlap()
         rows = sent.x if sent.scales is None else (sent.x, sent.scales)
-        return rows, sent.num_received, sent.handle, event, _hook(runtime, sent.pending, return_recv_hook)
+        hook = _hook(runtime, sent.pending) if return_recv_hook else None
+        return rows, sent.num_received, sent.handle, event, hook
 
     @observed(OperationKind.LOW_LATENCY_COMBINE)
     def low_latency_combine(
@@ -217,7 +218,7 @@ class LowLatencyMethods:
         else:
             with runtime.comm.in_order():
                 (combined, pending), event = run(), EventOverlap()
-        return combined, event, _hook(runtime, pending, return_recv_hook)
+        return combined, event, _hook(runtime, pending) if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[object, ...]) -> torch.Tensor:
         """bfloat16 [L, R * N, H] for the experts' outputs, to be combined with ``zero_copy=True`` next."""
@@ -322,10 +323,8 @@ def _check_finish(async_finish: bool, return_recv_hook: bool) -> None:
         raise ArgumentError("async_finish", "True with return_recv_hook", "one of the two")
 
 
-def _hook(runtime: Runtime | CudaRuntime, pending: Pending, is_wanted: bool) -> Hook | None:
+def _hook(runtime: Runtime | CudaRuntime, pending: Pending) -> Hook:
     """What receives, on the stream that is current then, when it is called first."""
-    if not is_wanted:
-        return None
     comm, waiting, lock = runtime.comm, [pending], threading.Lock()
 
     def hook() -> None:

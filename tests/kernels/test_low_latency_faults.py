@@ -331,7 +331,7 @@ def test_hook_that_raised_can_be_called_again(monkeypatch: Any) -> None:
     buffer, scenario, low_latency = one_rank(monkeypatch)
     scenario.dispatch(buffer, return_recv_hook=True)
     (pending,) = low_latency._pending
-    hook = _hook(SimpleNamespace(comm=NoStream()), pending, True)
+    hook = _hook(SimpleNamespace(comm=NoStream()), pending)
     assert hook is not None
     low_latency.is_capturing = lambda: True
     with pytest.raises(BufferStateError, match="outside of a CUDA graph"):
@@ -351,7 +351,7 @@ def test_threads_may_share_a_hook() -> None:
             self.count += 1
 
     slow = Slow()
-    hook = _hook(SimpleNamespace(comm=NoStream()), slow, True)
+    hook = _hook(SimpleNamespace(comm=NoStream()), slow)
     threads = [threading.Thread(target=hook) for _ in range(4)]
     for thread in threads:
         thread.start()

@@ -9,7 +9,7 @@ experts, R ranks, M received rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tokenferry.config import Config
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, Handle, InternodeHandle, make_handle
 from tokenferry.modes.intranode import COMBINE_DTYPES, ROW_ALIGNMENT
-from tokenferry.ops.library import apply, define, is_differentiated, is_forward_mode, opaque, run, run_below
+from tokenferry.ops.library import apply, define, is_differentiated, is_forward_mode, is_plain, opaque, run, run_below
 from tokenferry.ops.registry import buffer_of
 from tokenferry.topology import Topology
 
@@ -108,8 +108,10 @@ def _clear_unused(outputs: tuple[torch.Tensor, ...], handle: Handle) -> None:
     """Zero the rows of worst-case outputs that no token arrived in; on a GPU without a look at their number."""
     unused = handle.unused
     if outputs[0].is_cuda or bool(unused.any()):
+        mask = unused.unsqueeze(1)
         for rows in outputs:
-            rows.view(torch.int32).masked_fill_(unused.unsqueeze(1), 0)  # not every dtype can be filled
+            can_be_filled = rows.dtype in COMBINE_DTYPES
+            (rows if can_be_filled else rows.view(torch.int32)).masked_fill_(mask, 0)
 
 
 # Shapes.
@@ -196,8 +198,14 @@ def _combine_shapes(
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(x: torch.Tensor, topk_weights: torch.Tensor, topk_idx: torch.Tensor, rest: tuple[Any, ...]) -> Any:
-        rows, ids, weights, counts, *others = run_below(dispatch, x, topk_idx, topk_weights, *rest)
+    def forward(
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_idx: torch.Tensor,
+        rest: tuple[Any, ...],
+        kernel: Callable[..., Any] | None,
+    ) -> Any:
+        rows, ids, weights, counts, *others = run_below(dispatch, kernel, x, topk_idx, topk_weights, *rest)
         return rows, weights, (ids, counts, *others)
 
     @staticmethod
@@ -219,13 +227,13 @@ class _Dispatch(torch.autograd.Function):
         needs_x, needs_weights, *_ = ctx.needs_input_grad
         if not needs_weights:
             (home,) = combine(grad_x, handle, ctx.buffer, None, None, None, ctx.num_sms)
-            return home, None, None, None
+            return home, None, None, None, None
         # Forward wrote a constant 0 where a choice is another rank's, so nothing flows back from there.
         weights = grad_weights.masked_fill(ids < 0, 0.0)
         if needs_x:
-            return *combine(grad_x, handle, ctx.buffer, weights, None, None, ctx.num_sms), None, None
+            return *combine(grad_x, handle, ctx.buffer, weights, None, None, ctx.num_sms), None, None, None
         (rows,) = combine(_as_rows(weights), handle, ctx.buffer, None, None, None, ctx.num_sms)
-        return None, rows[:, : weights.size(1)], None, None
+        return None, rows[:, : weights.size(1)], None, None, None
 
     @staticmethod
     @opaque
@@ -237,13 +245,15 @@ class _Dispatch(torch.autograd.Function):
 
 class _CachedDispatch(torch.autograd.Function):
     @staticmethod
-    def forward(x: torch.Tensor, handle: _Tensors, buffer: str, num_sms: int) -> Any:
-        (rows,) = run_below(cached_dispatch, x, handle, buffer, None, num_sms)
+    def forward(
+        x: torch.Tensor, handle: _Tensors, buffer: str, num_sms: int, kernel: Callable[..., Any] | None
+    ) -> Any:
+        (rows,) = run_below(cached_dispatch, kernel, x, handle, buffer, None, num_sms)
         return rows
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, handle, ctx.buffer, ctx.num_sms = inputs
+        _, handle, ctx.buffer, ctx.num_sms, _ = inputs
         ctx.save_for_backward(*handle)
         ctx.save_for_forward(*handle)
 
@@ -251,7 +261,7 @@ class _CachedDispatch(torch.autograd.Function):
     @opaque
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (home,) = combine(grad, list(ctx.saved_tensors), ctx.buffer, None, None, None, ctx.num_sms)
-        return home, None, None, None
+        return home, None, None, None, None
 
     @staticmethod
     @opaque
@@ -269,12 +279,13 @@ class _Combine(torch.autograd.Function):
         handle: _Tensors,
         buffer: str,
         num_sms: int,
+        kernel: Callable[..., Any] | None,
     ) -> tuple[torch.Tensor, ...]:
-        return tuple(run_below(combine, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms))
+        return tuple(run_below(combine, kernel, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        *_, handle, ctx.buffer, ctx.num_sms = inputs
+        *_, handle, ctx.buffer, ctx.num_sms, _ = inputs
         ctx.save_for_backward(*handle)
         ctx.save_for_forward(*handle)
 
@@ -289,7 +300,7 @@ class _Combine(torch.autograd.Function):
         if needs_weights:
             assert grad_weights is not None
             out_weights = _dispatch_weights(ctx, grad_weights, handle)
-        return out, out_weights, *(grad if needed else None for needed in needs_bias), None, None, None
+        return out, out_weights, *(grad if needed else None for needed in needs_bias), None, None, None, None
 
     @staticmethod
     @opaque
@@ -338,7 +349,8 @@ def _dispatch_differentiable(
     _check_differentiable(x)
     if not is_differentiated(x, topk_weights):
         return run(keys, dispatch, _dispatch, x, topk_idx, topk_weights, *rest)
-    rows, weights, (ids, *others) = apply(_Dispatch, x, topk_weights, topk_idx, rest)
+    kernel = _dispatch if is_plain(keys) else None
+    rows, weights, (ids, *others) = apply(_Dispatch, x, topk_weights, topk_idx, rest, kernel)
     return [rows, ids, weights, *others]
 
 
@@ -353,7 +365,7 @@ def _cached_dispatch_differentiable(
     _check_differentiable(x)
     if x_scales is not None or not is_differentiated(x):
         return run(keys, cached_dispatch, _cached_dispatch, x, handle, buffer, x_scales, num_sms)
-    return [apply(_CachedDispatch, x, handle, buffer, num_sms)]
+    return [apply(_CachedDispatch, x, handle, buffer, num_sms, _cached_dispatch if is_plain(keys) else None)]
 
 
 def _combine_differentiable(
@@ -368,7 +380,8 @@ def _combine_differentiable(
 ) -> Any:
     if not is_differentiated(x, topk_weights, bias_0, bias_1):
         return run(keys, combine, _combine, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms)
-    return list(apply(_Combine, x, topk_weights, bias_0, bias_1, handle, buffer, num_sms))
+    kernel = _combine if is_plain(keys) else None
+    return list(apply(_Combine, x, topk_weights, bias_0, bias_1, handle, buffer, num_sms, kernel))
 
 
 dispatch = define(

@@ -89,6 +89,11 @@ _PLAIN = tuple(
 """What keys are below autograd where the kernel is all that is left to do: nothing traces or transforms the call."""
 
 
+def is_plain(keys: torch.DispatchKeySet) -> bool:
+    """Whether the kernel is all that is left to do below autograd."""
+    return (keys & _BELOW).raw_repr() in _PLAIN
+
+
 def run(keys: torch.DispatchKeySet, operator: torch._ops.OpOverload, kernel: Callable[..., Any], *args: Any) -> Any:
     """Run an operator that is not differentiated, for its autograd kernel, which got ``keys``.
 
@@ -99,7 +104,7 @@ def run(keys: torch.DispatchKeySet, operator: torch._ops.OpOverload, kernel: Cal
             microseconds.
         args: of the operator, all of them.
     """
-    if (keys & _BELOW).raw_repr() in _PLAIN:
+    if is_plain(keys):
         return kernel(*args)
     if not torch.compiler.is_compiling():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
@@ -107,8 +112,11 @@ def run(keys: torch.DispatchKeySet, operator: torch._ops.OpOverload, kernel: Cal
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-def run_below(operator: torch._ops.OpOverload, *args: Any) -> Any:
-    """Run an operator in the forward of its autograd function."""
+def run_below(operator: torch._ops.OpOverload, kernel: Callable[..., Any] | None, *args: Any) -> Any:
+    """Run an operator in the forward of its autograd function: its kernel right away, if that is given."""
+    if kernel is not None:
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*args)
     if torch.compiler.is_compiling():
         with torch._C._AutoDispatchBelowAutograd(), _kept():
             return operator(*args)

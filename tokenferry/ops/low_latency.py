@@ -95,7 +95,7 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: torch._ops.OpOverload, *args: Any) -> Any:
-        result = run_below(operator, *args)
+        result = run_below(operator, None, *args)
         return tuple(result) if isinstance(result, list) else result
 
     @staticmethod
