@@ -34,6 +34,13 @@ class Step(NamedTuple):
     environment: Mapping[str, str] = {}
     gpus: int = 0
     """That it needs, with one rank on each."""
+    least: float = 0.0
+    """Seconds without which it is not begun; by default a third of the most."""
+
+    @property
+    def share(self) -> float:
+        """Seconds that the steps before it leave for it."""
+        return self.least or self.seconds / 2
 
 
 class Setting(NamedTuple):
@@ -129,8 +136,9 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
     yield Step("stress", "stress", _pytest("tests/gpu", "-m", "slow and not shares_gpus"), 270)
     yield Step("shared stress", "stress", _pytest("tests/gpu", "-m", "slow and shares_gpus"), 330, shares_gpus=True)
     soak = ("python", "-m", "tokenferry", "soak", "--device", "cuda", "--ranks", str(setting.ranks))
-    minutes = setting.soak_minutes
-    yield Step("soak", "soak", (*soak, "--minutes", f"{minutes:g}"), 60 * minutes + 60, shares_gpus=shared)
+    seconds = 60 * setting.soak_minutes
+    command = (*soak, "--minutes", f"{setting.soak_minutes:g}")
+    yield Step("soak", "soak", command, seconds + 90, shares_gpus=shared, least=seconds + 45)
 
 
 def _sanitized() -> Iterator[Step]:
@@ -176,35 +184,35 @@ def missing(step: Step, setting: Setting) -> str | None:
 
 def _on_cpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
     """The same steps as far as they go on CPU ranks, small: a rehearsal, no figures."""
-    scale = setting.scale
+    scale, most = setting.scale, 240
     small = ("--hidden", scale.hidden, "--experts", 16, "--topk", 4, "--iterations", 1)
 
     def bench(name: str, *arguments: object) -> tuple[str, ...]:
         return _bench(setting, output(name), *arguments, *small)
 
     modes = ("dispatch", "cached", "combine", "pair")
-    yield Step("tests", "tests", _pytest("tests/test_dispatch_combine.py", "-k", "duplicates"), 60)
-    yield Step("shared tests", "shared", _pytest("tests/test_layout.py"), 60)
+    yield Step("tests", "tests", _pytest("tests/test_dispatch_combine.py", "-k", "duplicates"), most)
+    yield Step("shared tests", "shared", _pytest("tests/test_layout.py"), most)
     phase = "high-throughput"
-    yield Step("ruler", phase, bench("ruler", "--tokens", scale.tokens, "--modes", *modes), 60, True)
-    yield Step("extras", phase, bench("extras", "--tokens", scale.tokens, "--modes", "expanded"), 60, True)
+    yield Step("ruler", phase, bench("ruler", "--tokens", scale.tokens, "--modes", *modes), most, True)
+    yield Step("extras", phase, bench("extras", "--tokens", scale.tokens, "--modes", "expanded"), most, True)
     routing = ("--routing", "others", "--modes", "cached", "--no-baseline")
-    yield Step("wire", phase, bench("wire", "--tokens", scale.tokens, *routing), 60, True)
+    yield Step("wire", phase, bench("wire", "--tokens", scale.tokens, *routing), most, True)
     stages = ("--num-nvl-bytes", *scale.stages, "--modes", "pair", "cached", "--no-baseline")
-    yield Step("staged", phase, bench("staged", "--tokens", scale.tokens, *stages), 60, True)
+    yield Step("staged", phase, bench("staged", "--tokens", scale.tokens, *stages), most, True)
     sweep = ("--modes", "dispatch", "combine", "pair")
-    yield Step("tokens", phase, bench("tokens", "--tokens", *scale.sweep, *sweep), 60, True)
+    yield Step("tokens", phase, bench("tokens", "--tokens", *scale.sweep, *sweep), most, True)
     beside = ("--beside", "operators", "wait-statistics", "--host-profile")
     tokens = ("--tokens", scale.few, 4, scale.many)
     yield Step(
-        "low latency", "low-latency", bench("low latency", "--mode", "low-latency", *tokens, *beside), 60, True
+        "low latency", "low-latency", bench("low latency", "--mode", "low-latency", *tokens, *beside), most, True
     )
     nodes = ("--nodes", setting.ranks, "--tokens", scale.tokens, "--modes", "dispatch", "cached", "combine")
-    yield Step("nodes", "nodes", bench("nodes", *nodes), 60, True)
-    yield Step("memcheck high-throughput", "sanitizer", ("python", "-m", "tests.gpu.sanitize", "--help"), 60)
-    yield Step("stress", "stress", _pytest("tests/test_stress.py", "-m", "not slow", "-k", "random", "-x"), 120)
+    yield Step("nodes", "nodes", bench("nodes", *nodes), most, True)
+    yield Step("memcheck high-throughput", "sanitizer", ("python", "-m", "tests.gpu.sanitize", "--help"), most)
+    yield Step("stress", "stress", _pytest("tests/test_stress.py", "-m", "not slow", "-k", "random", "-x"), most)
     soak = ("python", "-m", "tokenferry", "soak", "--ranks", str(setting.ranks), "--minutes", "0.05")
-    yield Step("soak", "soak", soak, 60)
+    yield Step("soak", "soak", soak, most)
 
 
 def argv(step: Step) -> list[str]:

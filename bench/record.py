@@ -13,11 +13,13 @@ With two GPUs and calls of ten minutes:
 
     python bench/record.py --output R --phase tests high-throughput low-latency
     python bench/record.py --output R --resume --phase shared nodes sanitizer
-    python bench/record.py --output R --resume --phase stress soak high-throughput low-latency
+    python bench/record.py --output R --resume --phase stress high-throughput low-latency
+    python bench/record.py --output R --resume --phase soak nodes
 
 Each is given --minutes 9 in all. A first start of every step comes before a second one (--repeat), and leaves the
-steps behind it at least half of what they may take. The third call ends what the first had no time for. Plain
-record.json is enough to resume on another machine. With eight GPUs the first call is enough: its bars are others.
+steps behind it at least half of what they may take. The last two calls end what those before had no time for, too.
+record.json is all that is needed to resume on another machine. With eight GPUs the first call is enough: its bars are
+others.
 """
 
 from __future__ import annotations
@@ -243,7 +245,7 @@ def run_all(record: Record, setting: Setting, chosen: Sequence[str], repeat: int
             left = deadline - time.monotonic()
             allowed = share_of(step, todo[at + 1 :], left)
             outcome = Outcome(phases.missing(step, setting) or "no time left", 0.0, "")
-            if outcome.status == "no time left" and allowed >= step.seconds * LEAST:
+            if outcome.status == "no time left" and allowed >= (step.least or step.seconds * LEAST):
                 outcome = run(step, allowed, record.directory(step.name, start).with_suffix(".log"))
             if outcome.status != "no time left":
                 record.add(step, start, outcome)
@@ -256,8 +258,8 @@ def _directory(record: Record, start: int, name: str) -> str:
 
 
 def share_of(step: Step, later: Sequence[Step], left: float) -> float:
-    """Seconds for a step, if so many are left: half of its own, and more where the later ones keep their half."""
-    return min(step.seconds, left, max(step.seconds / 2, left - sum(other.seconds for other in later) / 2))
+    """Seconds for a step, if so many are left: its share, and more where the later ones keep theirs."""
+    return min(step.seconds, left, max(step.share, left - sum(other.share for other in later)))
 
 
 def summary(records: Sequence[Mapping[str, Any]], setting: Setting) -> str:

@@ -75,6 +75,9 @@ def test_a_call_of_ten_minutes_is_enough_for_tests_and_both_modes() -> None:
         given = record.share_of(step, chosen[at + 1 :], left)
         assert given >= step.seconds / 2
         left -= given
+    (stress, *others, soak) = phases.steps(TWO, ("stress", "soak"), str)
+    assert record.share_of(stress, (*others, soak), 540.0) == 135
+    assert record.share_of(soak, (), 350.0) == 350 > soak.least > 300
     assert record.share_of(chosen[0], chosen[1:], 1e6) == chosen[0].seconds
     assert record.share_of(chosen[0], (), 3.0) == 3.0
 
@@ -231,6 +234,13 @@ def test_no_time_left_is_told_and_run_by_a_later_call(play: Any) -> None:
     assert lines == [("one #1", "no time left"), ("two #1", "no time left")]
     assert found == {}
     assert play(steps, resume=True)[0] == [("one #1", "ok"), ("two #1", "ok")]
+
+
+def test_what_needs_its_time_is_not_begun_with_less(play: Any) -> None:
+    def steps(output: Callable[[str], str]) -> list[Step]:
+        return [python("pass", "long", seconds=60.0, least=50.0), python("pass", "short", seconds=60.0)]
+
+    assert play(steps, seconds=45.0)[0] == [("long #1", "no time left"), ("short #1", "ok")]
 
 
 def test_a_second_start_begins_with_what_needs_one(play: Any) -> None:
