@@ -127,7 +127,7 @@ class Regions:
         own = Segment.create((self._acks + num_ranks * NUM_REGIONS) * 8)
         try:
             own.commit(own.size)
-        except HeapError:
+        except BaseException:
             own.retire()
             own.close()
             raise
