@@ -295,6 +295,7 @@ def test_heap_is_region_zero_of_everybody() -> None:
         assert not owner.poll()
         assert owner.is_ready(HEAP_REGION)
         assert owner.table[:, HEAP_REGION].tolist() == [FIRST, 2 * FIRST]
+        assert owner.sizes[:, HEAP_REGION].tolist() == [MiB, MiB]
         assert owner.expose(FIRST + MiB - 4, 4) == (HEAP_REGION, MiB - 4)
         assert owner.expose(FIRST + MiB - 4, 5) == (NO_REGION, 0)
         assert owner.expose(FIRST + MiB, 4) == (NO_REGION, 0)
@@ -319,6 +320,9 @@ def test_new_allocation_at_the_old_address_is_another_region() -> None:
         assert owner.is_ready(new)
         assert mapping(reader, owner, new) == (0, driver.allocations[base])
         assert int(reader.table[0, old]) == 0
+        for regions in ranks:
+            assert regions.sizes[0, [old, new]].tolist() == [0, driver.allocations[base].size]
+            assert torch.equal(regions.tables, torch.stack([regions.table, regions.sizes]))
         assert driver_of(reader).calls["close"] == 1
         assert exposed(owner, base) == new
 

@@ -61,6 +61,10 @@ class LateLoad(AssertionError):  # noqa: N818
     """Memory changed that a program may still have been reading: no barrier came before its release."""
 
 
+class OutOfBounds(AssertionError):  # noqa: N818
+    """A program loads or stores where nothing lies that it may know."""
+
+
 class _Stopped(BaseException):
     """Unwinds a program's thread; no ``Exception``, since the interpreter wraps those."""
 
@@ -87,6 +91,9 @@ class Simulator:
         self.returned = threading.Semaphore(0)
         self.is_stopping = False
         self.late_load: LateLoad | None = None
+        self.known: tuple[np.ndarray, np.ndarray] | None = None
+        self.spoil: Callable[[_Program, np.ndarray, np.ndarray], np.ndarray] | None = None
+        """What becomes of the values of a store, for tests of what others make of them."""
         self._queues: dict[int, deque[_Launch]] = {}
 
     def launch(
@@ -129,6 +136,11 @@ class Simulator:
                 self._end_launches()
         finally:
             self._stop()
+
+    def restrict(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """From now on programs may touch these addresses only, (first, end) each."""
+        starts, ends = np.array(sorted(ranges), dtype=np.int64).T
+        self.known = starts.copy(), np.maximum.accumulate(ends)
 
     def let_time_pass(self, monkeypatch: Any, *modules: Any) -> None:
         """Give the kernels of some modules a clock: a nanosecond for every step of anybody, since the first run.
@@ -271,6 +283,7 @@ class _Program:
         return self.is_finished and not self.buffer and not self.late_loads
 
     def load(self, addresses, *, is_volatile, perform):
+        self._check_bounds(addresses)
         self._step(hands_over=is_volatile)
         self._see_own_stores(addresses)
         if is_volatile:
@@ -284,6 +297,9 @@ class _Program:
         return perform()
 
     def store(self, addresses, values, *, is_scalar):
+        self._check_bounds(addresses)
+        if self.simulator.spoil is not None:
+            values = self.simulator.spoil(self, addresses, values)
         self._step()
         self.last_poll = None
         if not addresses.size:
@@ -296,6 +312,7 @@ class _Program:
             self._arrive(store)
 
     def atomic(self, addresses, itemsize, *, acquires, releases, perform):
+        self._check_bounds(addresses)
         self._step(hands_over=True)
         if not addresses.size:
             return perform()
@@ -328,6 +345,15 @@ class _Program:
             self.error = error
         self.is_finished = True
         self.simulator.returned.release()
+
+    def _check_bounds(self, addresses: np.ndarray) -> None:
+        if self.simulator.known is None or not addresses.size:
+            return
+        starts, ends = self.simulator.known
+        found = np.asarray(addresses).astype(np.int64).ravel()
+        place = np.searchsorted(starts, found, "right") - 1
+        if (place < 0).any() or (found >= ends[np.maximum(place, 0)]).any():
+            raise OutOfBounds(f"{self} touches memory that it does not know")
 
     def _step(self, *, hands_over: bool = False) -> None:
         """Before every memory operation."""

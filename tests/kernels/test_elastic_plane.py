@@ -114,7 +114,7 @@ def test_public_calls(monkeypatch: Any, name: str, direct: str) -> None:
         (1 << 43) - 1
     )  # threads have their memory where large tensors lie
     for table in world.regions:
-        table[:, 1] = world.base
+        table[0, :, 1] = world.base
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=None))

@@ -253,6 +253,7 @@ END = "end = tl.load(prefix + source * R + rank)"
 MINE = "start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0).to(tl.int64)"
 ADD = "total += tl.load(at[:, None] + column_ids[None, :], mask=there, other=0.0).to(ACC)"
 
+TOTAL = ":\n        e = start + tl.arange(0, 256)\n        total"
 MUTANTS = {
     # Layout.
     "expert past the last": Mutant(layout, " | (ids >= num_experts)", "", "bad experts"),
@@ -272,7 +273,10 @@ MUTANTS = {
         notify, "range(0, count, BLOCK)", "range(0, tl.minimum(count, BLOCK), BLOCK)", "many experts"
     ),
     "experts past the first block, received": Mutant(
-        notify, "range(0, num_local, 256)", "range(0, tl.minimum(num_local, 256), 256)", "many experts"
+        notify,
+        f"range(0, num_local, 256){TOTAL}",
+        f"range(0, tl.minimum(num_local, 256), 256){TOTAL}",
+        "many experts",
     ),
     "experts of one source": Mutant(
         notify,
@@ -280,7 +284,7 @@ MUTANTS = {
         "for source in range(R - 1):\n            counts",
         "counts",
     ),
-    "ends of one source": Mutant(notify, "ends += tl.load", "ends = tl.load", "counts"),
+    "ends of one source": Mutant(notify, "ends += counts", "ends = counts", "counts"),
     "rows of another rank": Mutant(notify, "tl.where(r == rank, ends, 0)", "tl.where(r == 0, ends, 0)", "counts"),
     "room is not looked at": Mutant(notify, "(worst > 0) & (worst < total)", "worst < 0", "too few rows"),
     "room for one row more": Mutant(notify, "worst < total", "worst <= total", "just enough rows"),
@@ -342,11 +346,11 @@ MUTANTS = {
     "weights staged over ids": Mutant(dispatch, "t, target + WEIGHTS_AT", "t, target + IDS_AT", "staged"),
     "columns of other regions": Mutant(
         dispatch,
-        "column_address(heap, regions, rank, source, 3)",
-        "column_address(heap, regions, rank, source, 2)",
+        "column_address(heap, regions, rank, source, 3, last",
+        "column_address(heap, regions, rank, source, 2, last",
         "direct",
     ),
-    "tokens that are not there": Mutant(dispatch, "live = live & there", "live = live", "lists of other tokens"),
+    "tokens that are not there": Mutant(dispatch, "live = live & fits", "live = live", "lists of other tokens"),
     "such tokens are not told": Mutant(
         dispatch, "report(status, BAD_HANDLE, operation, epoch)", "pass", "lists of other tokens"
     ),

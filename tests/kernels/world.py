@@ -18,6 +18,7 @@ from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.handles import DispatchHandle
 
 LIST_CAPACITY = 512
+TIMEOUT = 1 << 40
 KERNELS = {"layout": "_LAYOUT", "notify": "_NOTIFY", "dispatch": "_DISPATCH"}
 ALL_MODULES = ("layout", "notify", "dispatch", "combine")
 
@@ -81,6 +82,7 @@ class World:
         max_steps: int = 400_000,
     ) -> None:
         self.num_ranks = num_ranks
+        self.timeout = TIMEOUT
         self.target = programs.Target(num_ranks, False, 0)
         self.simulator = Simulator(seed, max_steps=max_steps)
         for name in ALL_MODULES:
@@ -102,7 +104,7 @@ class World:
         self.states = [torch.zeros(words.STATE_WORDS, dtype=torch.int64) for _ in range(num_ranks)]
         self.ready = [torch.tensor([1, 1], dtype=torch.int32) for _ in range(num_ranks)]
         # Region 1 of every rank is all of this process's memory: it begins at address 0, as far as peers can tell.
-        self.regions = [torch.zeros(num_ranks, words.MAX_REGIONS, dtype=torch.int64) for _ in range(num_ranks)]
+        self.regions = [torch.zeros(2, num_ranks, words.MAX_REGIONS, dtype=torch.int64) for _ in range(num_ranks)]
         self.status = [torch.zeros(words.STATUS_WORDS, dtype=torch.int64) for _ in range(num_ranks)]
         self.counts = [torch.zeros(words.HOST_WORDS, dtype=torch.int64) for _ in range(num_ranks)]
         self.sums = [torch.zeros(1 << 12, dtype=torch.int32) for _ in range(num_ranks)]
@@ -112,7 +114,8 @@ class World:
             self.heaps[rank][: words.CONTROL_BYTES] = 0
             released = self.heaps[rank][words.RELEASED.value : words.MESSAGES.value].view(torch.int64)
             released.fill_(words.RELEASED_AT_START)
-            self.regions[rank][:, 1] = self.base
+            self.regions[rank][0, :, 1] = self.base
+            self.regions[rank][1, :, 1] = 1 << 47
         self.kept: list[Any] = []
 
     def context(self, rank: int) -> tuple[int, ...]:
@@ -182,7 +185,8 @@ class Rank:
             self.rank, self.world.context(self.rank), self.world.counts[self.rank].data_ptr(), plan,
             (self.send_head, self.prefix, self.channels),
             tuple(self.world.place(self.rank, column) for column in columns), signature, self.case.local_experts,
-            LIST_CAPACITY, self.rank, OperationKind.DISPATCH, 1 << 40, num_worst_tokens == 0 and not pulls_meanwhile,
+            LIST_CAPACITY, self.rank, OperationKind.DISPATCH, self.world.timeout,
+            num_worst_tokens == 0 and not pulls_meanwhile,
             self.world.target,
         )  # fmt: skip
 
@@ -203,7 +207,8 @@ class Rank:
         programs.dispatch(
             self.rank, self.world.context(self.rank), plan, self.out, self.out.recv_src_idx,
             handle.rank_prefix_matrix if handle else self.prefix, places, signature, num_rows, LIST_CAPACITY,
-            (self.world.stage, self.world.half), self.rank, kind, 1 << 40, self.world.target, self.num_sms,
+            (self.world.stage, self.world.half), self.rank, kind, self.world.timeout, self.world.target,
+            self.num_sms,
         )  # fmt: skip
         self.world.kept.append((plan, self.out))
 
@@ -227,7 +232,7 @@ class Rank:
         programs.combine(
             self.rank, self.world.context(self.rank), columns, self.outs, self.biases, handle,
             (places[0], places[1] if weights else 0), signature, (self.world.stage, self.world.half), self.rank,
-            OperationKind.COMBINE, 1 << 40, self.world.target, self.num_sms,
+            OperationKind.COMBINE, self.world.timeout, self.world.target, self.num_sms,
         )  # fmt: skip
         self.world.kept.append((columns, handle))
 

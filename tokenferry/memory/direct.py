@@ -101,13 +101,15 @@ class Regions:
     Construction creates the own mailbox; :meth:`attach` opens those of the peers; both are local. Not thread safe:
     the caller holds the lock of its Buffer.
 
-    Every operation calls, in this order: :meth:`poll`; if that returned True, it has ``table`` and ``ready``
+    Every operation calls, in this order: :meth:`poll`; if that returned True, it has ``tables`` and ``ready``
     copied to the device, on the stream of the operations; :meth:`acknowledge` for copies that are finished;
     :meth:`expose_all`. The tables may change while a copy of them runs: to the kernels before the next copy, any mix
     of old and new words means the same.
 
     Attributes:
         table: int64 [num_ranks, NUM_REGIONS], where the regions of all ranks begin in this process; 0 = not known.
+        sizes: likewise, their bytes, as their owners said when they were opened.
+        tables: int64 [2, num_ranks, NUM_REGIONS], both.
         ready: int32 [NUM_REGIONS], 1 = every peer can read this region of this rank.
         version: grows whenever the tables or the outstanding acknowledgements change.
 
@@ -134,9 +136,11 @@ class Regions:
         own.words[:_HEADER_WORDS] = array("q", [_MAGIC, _VERSION, rank, num_ranks])
         pinned = torch.cuda.is_available()
         with torch.inference_mode(False):
-            self.table = torch.zeros(num_ranks, NUM_REGIONS, dtype=torch.int64, device="cpu", pin_memory=pinned)
+            shape = (2, num_ranks, NUM_REGIONS)
+            self.tables = torch.zeros(shape, dtype=torch.int64, device="cpu", pin_memory=pinned)
+            self.table, self.sizes = self.tables.unbind()
             self.ready = torch.zeros(NUM_REGIONS, dtype=torch.int32, device="cpu", pin_memory=pinned)
-        self._table = self.table.numpy()
+        self._table, self._sizes = self.tables.numpy()
         self._ready = self.ready.numpy()
         self._reported = 0
         self._polls = 0
@@ -227,6 +231,7 @@ class Regions:
         self._heap_base = addresses[self.rank]
         self._heap_size = size
         self._table[:, HEAP_REGION] = addresses
+        self._sizes[:, HEAP_REGION] = size
         self._ready[HEAP_REGION] = 1
         self.version += 1
 
@@ -321,13 +326,14 @@ class Regions:
         words[start] = known.end - known.base
         words[start + 1 : start + 1 + _HANDLE_WORDS] = array("q", handle)
         self._table[self.rank, region] = known.base
+        self._sizes[self.rank, region] = known.end - known.base
         self._set_state(region, (self._state[region] | 1) + 1)
 
     def _retire(self, known: _Known) -> None:
         index = bisect_right(self._bases, known.base) - 1
         del self._bases[index], self._known[index]
         self._verified.discard(known.base)
-        self._table[self.rank, known.region] = 0
+        self._table[self.rank, known.region] = self._sizes[self.rank, known.region] = 0
         self._ready[known.region] = 0
         self._set_state(known.region, self._state[known.region] + 1)
 
@@ -449,14 +455,17 @@ class Regions:
             mapped = self._open(peer, words, region)
             if mapped is None:
                 return
-            self._mappings[peer, region] = mapped
-            self._table[peer, region] = mapped
+            address, size = mapped
+            self._mappings[peer, region] = address
+            self._sizes[peer, region] = size
+            self._table[peer, region] = address
         else:
-            self._table[peer, region] = 0
+            self._table[peer, region] = self._sizes[peer, region] = 0
         self.version += 1
         self._answers.append(_Answer(self.version, peer, region, state))
 
-    def _open(self, peer: int, words: memoryview[int], region: int) -> int | None:
+    def _open(self, peer: int, words: memoryview[int], region: int) -> tuple[int, int] | None:
+        """Address and bytes of a region of a peer, or None where the driver does not open it."""
         start = self._entries + region * _ENTRY_WORDS
         size = words[start]
         handle = words[start + 1 : start + 1 + _HANDLE_WORDS].tobytes()
@@ -464,7 +473,7 @@ class Regions:
             raise HeapError(f"rank {peer} posted region {region} with {size} bytes and the handle {handle.hex()}")
         try:
             with self._driver.relaxed_capture():
-                return self._driver.open_peer(handle)
+                return self._driver.open_peer(handle), size
         except HeapError as error:
             level = logging.DEBUG if self._warned else logging.WARNING
             self._warned = True

@@ -66,7 +66,7 @@ class CudaRank:
             most_counts = self.num_ranks * (1 + words.MAX_LOCAL_EXPERTS)
             self._sums = torch.zeros(most_counts, dtype=torch.int32, device=device)
             self._heap_table = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
-            self._region_table = torch.zeros_like(regions.table, device=device, pin_memory=False)
+            self._region_table = torch.zeros_like(regions.tables, device=device, pin_memory=False)
             self._ready = torch.zeros_like(regions.ready, device=device, pin_memory=False)
         self.waits = DeviceWaits(self._state, self.rank, self.num_ranks)
         self._copies: deque[tuple[torch.cuda.Event, int]] = deque()
@@ -103,7 +103,7 @@ class CudaRank:
         if self._regions.poll():
             self._queue.start()
             with torch.cuda.stream(self._queue.stream):
-                self._region_table.copy_(self._regions.table, non_blocking=True)
+                self._region_table.copy_(self._regions.tables, non_blocking=True)
                 self._ready.copy_(self._regions.ready, non_blocking=True)
                 copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 copied.record()

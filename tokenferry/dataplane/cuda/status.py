@@ -16,6 +16,7 @@ from tokenferry.errors import (
     ArgumentError,
     BufferStateError,
     CapacityError,
+    HeapError,
     MismatchError,
     PeerTimeoutError,
     TokenferryError,
@@ -171,6 +172,11 @@ class Status:
             return BufferStateError(
                 f"{name} (epoch {epoch}): an operation whose hook was not called lies in its memory, since graph"
                 " replays have come round to it: call hooks before; destroy this Buffer and build a new one"
+            )
+        if code == words.BAD_PEER.value:
+            return HeapError(
+                f"{name} (epoch {epoch}): ranks {ranks} sent counts, tokens or places of rows that cannot be;"
+                " this Buffer is lost"
             )
         if code == words.BAD_COUNTS.value:
             return ArgumentError("num_tokens_per_rank", "other counts", "those of is_token_in_rank")

@@ -7,7 +7,14 @@ from triton.experimental.gluon import language as gl
 
 from tokenferry.dataplane.cuda.kernels.bulk import load_shared, load_shared_long, meet, store_bulk, store_shared
 from tokenferry.dataplane.cuda.kernels.expert_major import PACK_MASK, PACK_SHIFT
-from tokenferry.dataplane.cuda.kernels.words import AT_EPOCH, CODE, OPERATION
+from tokenferry.dataplane.cuda.kernels.words import (
+    AT_EPOCH,
+    BAD_PEER,
+    CODE,
+    DETAIL,
+    HAS_FAILED,
+    OPERATION,
+)
 
 
 @gluon.jit
@@ -69,6 +76,16 @@ def complain(status, operation, epoch, wrong, tid, PROBLEM: gl.constexpr):
     gl.store(status + OPERATION + here, here + operation, mask=wrong)
     gl.store(status + AT_EPOCH + here, here + epoch, mask=wrong)
     gl.store(status + CODE + here, here.to(gl.int64) + PROBLEM, mask=wrong)
+
+
+@gluon.jit
+def blame(status, operation, epoch, source, tid):
+    """As ``report_bad_peer``, of each thread that has a source, not -1."""
+    here = tid * 0
+    wrong = source >= 0
+    gl.store(status + HAS_FAILED + here, here.to(gl.int64) + BAD_PEER, mask=wrong)
+    gl.store(status + DETAIL + source, here.to(gl.int64) + 1, mask=wrong)
+    complain(status, operation, epoch, wrong, tid, BAD_PEER)
 
 
 @gluon.jit

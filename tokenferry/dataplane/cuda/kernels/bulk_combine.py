@@ -243,7 +243,6 @@ def combine(
     SLOT: gl.constexpr = BLOCK * ITEM
     AT: gl.constexpr = (ROW + 15) // 16 * 16
     RECORD: gl.constexpr = AT + (K * 4 + 15) // 16 * 16
-    NUM_COLUMNS: gl.constexpr = 2 if K > 0 else 1
     LINE: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
     ROWS: gl.constexpr = gl.BlockedLayout([16 // ITEM], [32], [W], [0])
@@ -271,7 +270,9 @@ def combine(
         fits = False
         staged = zero()
         if going:
-            fits = check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS, HELD, R)
+            fits = check_sources(
+                heap, regions, status, prefix, rank, operation, epoch, ROW, K, HELD, R
+            )  # fmt: skip
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
         stagers = tl.where(staged != 0, num_stagers, 0)
         if pid < stagers:

@@ -29,7 +29,7 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     wait_stores,
     wait_stores_read,
 )
-from tokenferry.dataplane.cuda.kernels.bulk_columns import complain, copy_out, copy_window, fill_tail
+from tokenferry.dataplane.cuda.kernels.bulk_columns import blame, complain, copy_out, copy_window, fill_tail
 from tokenferry.dataplane.cuda.kernels.dispatch import agree, lacks_room, range_of_source, staged_rounds
 from tokenferry.dataplane.cuda.kernels.rounds import (
     publish_round,
@@ -37,14 +37,14 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     rounds_of,
     wait_for_half,
 )
-from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report, zero
+from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.words import (
+    ALONE,
     BAD_HANDLE,
     EPOCH,
     FAILED,
     NO_ROOM,
     STAGED,
-    UNKNOWN_REGION,
 )
 
 ENTRY = gl.constexpr(128)
@@ -111,25 +111,28 @@ def prepare_source(
     )  # fmt: skip
     base = tl.load(heap + source) + stage + (this % 2) * half
     own = source == rank
-    rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0))
+    rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0, last, ROW, 16, R))
     rows_at = tl.where(own, x.to(tl.int64), rows_at)
     unknown = rows_at == 0
     put_column(table, source, ROWS_AT, rows_at, tl.where(staged, RECORD, ROW), first, lane0)
     if SCALES > 0:
-        scales_at = tl.where(staged, base + SCALES_OFF, column_address(heap, regions, rank, source, 1))
+        there = column_address(heap, regions, rank, source, 1, last, SCALES, 4, R)
+        scales_at = tl.where(staged, base + SCALES_OFF, there)
         scales_at = tl.where(own, scales.to(tl.int64), scales_at)
         unknown = unknown | (scales_at == 0)
         put_column(table, source, SCALES_AT, scales_at, tl.where(staged, RECORD, SCALES), first, lane0)
     if K > 0:
-        ids_at = tl.where(staged, base + IDS_OFF, column_address(heap, regions, rank, source, 2))
+        there = column_address(heap, regions, rank, source, 2, last, K * 8, 8, R)
+        ids_at = tl.where(staged, base + IDS_OFF, there)
         ids_at = tl.where(own, ids.to(tl.int64), ids_at)
-        weights_at = tl.where(staged, base + WEIGHTS_OFF, column_address(heap, regions, rank, source, 3))
+        there = column_address(heap, regions, rank, source, 3, last, K * 4, 4, R)
+        weights_at = tl.where(staged, base + WEIGHTS_OFF, there)
         weights_at = tl.where(own, weights.to(tl.int64), weights_at)
         unknown = unknown | (ids_at == 0) | (weights_at == 0)
         put_column(table, source, IDS_AT, ids_at, tl.where(staged, RECORD, K * 8), first, lane0)
         put_column(table, source, WEIGHTS_AT, weights_at, tl.where(staged, RECORD, K * 4), first, lane0)
     if unknown & (low < high):
-        report(status, UNKNOWN_REGION, operation, epoch)
+        report_bad_peer(status, source, operation, epoch)
         high = low
     put(table, source, LIST_AT, tokens.to(tl.int64) + low * 4, lane0)
     put(table, source, COUNT, high - low, lane0)
@@ -195,8 +198,8 @@ def move_rows(
     STAGE: the only source is this rank from token ``first`` on, and rows go in order into records at ``target``.
 
     Returns:
-        The next slot to load into, the next to use, and the parity of its phase; whether some token was wrong, and
-        whether a copy had no room.
+        The next slot to load into, the next to use, and the parity of its phase; the source of some token that was
+        wrong, or -1, and whether a copy had no room.
     """
     SMALL_SCALES: gl.constexpr = ROW  # rows begin on 128 bytes: else the engine takes twice as long
     HEADER: gl.constexpr = SLOT - 16
@@ -211,12 +214,12 @@ def move_rows(
     iterations = gl.maximum((items - worker * W + step - 1) // step, 0)
     item = worker * W + warp
     token = token_of(table, item, items, first, rank, STAGE, R)
-    wrong = tid < 0
+    wrong = tid * 0 - 1
     crowded = tid < 0
     for i in range(iterations + LAG):
         if i < iterations:
             entry, index, live = entry_of(table, item, items, rank, STAGE, R)
-            wrong = wrong | (token == -2)
+            wrong = gl.where(token == -2, (rank + 1 + item % R) % R, wrong)
             live = live & (token >= 0)
             on = live.to(gl.int32)
             slot = ring + slot_at * SLOT
@@ -394,6 +397,8 @@ def dispatch(
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
             if not CACHED and not PLACED:
                 received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+        elif tl.load(state + ALONE) == epoch:
+            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
         too_few = lacks_room(received, num_rows)
         num_rows = tl.maximum(num_rows, 0)
         received = tl.minimum(tl.maximum(received, 0), num_rows)
@@ -444,7 +449,7 @@ def dispatch(
                     out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, tid, EXPAND, K, W
                 )
             if going:
-                by_rounds = staged_rounds(heap, rank, half // RECORD, R)
+                by_rounds = staged_rounds(heap, rank, half // RECORD, list_capacity, R)
                 alive = True
                 for this in range(tl.maximum(by_rounds, 1)):
                     if alive:
@@ -468,10 +473,13 @@ def dispatch(
                             num_expanded, False, CACHED, EXPAND, PLACED, ROW, SCALES, K, R, RECORD, SCALES_OFF,
                             IDS_OFF, WEIGHTS_OFF, W, SLOT, SLOTS, LAG, LANES,
                         )  # fmt: skip
-                        complain(status, operation, epoch, wrong, tid, BAD_HANDLE)
+                        if CACHED:
+                            complain(status, operation, epoch, wrong >= 0, tid, BAD_HANDLE)
+                        else:
+                            blame(status, operation, epoch, wrong, tid)
                         if EXPAND:
                             complain(status, operation, epoch, crowded, tid, BAD_HANDLE if CACHED else NO_ROOM)
-                        if this < by_rounds:
+                        if alive & (this < by_rounds):
                             release_round(heap, state, rank, this, epoch, workers, R)
                 wait_stores(tid)
         if not too_few:

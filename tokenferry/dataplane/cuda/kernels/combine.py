@@ -16,16 +16,16 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_half,
     wait_for_round,
 )
-from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report, zero
+from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.words import (
     BAD_HANDLE,
     EPOCH,
     FAILED,
     FIRST_ROW,
+    MOST_ROWS,
     NUM_ROWS,
     ROW_COUNT,
     STAGED,
-    UNKNOWN_REGION,
 )
 
 
@@ -118,9 +118,10 @@ def place_of(
     """
     staged = is_staged(heap, rank, source)
     start = start_at(heap, prefix, rank, source, HELD, R)
-    direct = column_address(heap, regions, rank, source, column)
+    count = count_at(prefix, rank, source, start, HELD, R)
+    direct = column_address(heap, regions, rank, source, column, start + count, ROW_BYTES, 16, R)
     direct = tl.where(source == rank, own_address, direct)
-    known = staged | (direct != 0)
+    known = staged | ((direct != 0) & (start >= 0))
     first = this * per_round
     half_at = tl.load(heap + source) + stage + (this % 2) * half + AT
     by_token = half_at + (rank * per_round - first) * RECORD
@@ -129,7 +130,7 @@ def place_of(
         tl.where(staged, RECORD, ROW_BYTES),
         staged,
         known,
-        count_at(prefix, rank, source, start, HELD, R),
+        tl.where(known, count, 0),
     )
 
 
@@ -167,8 +168,8 @@ def sum_rows(
 
 @triton.jit
 def check_sources(
-    heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS: tl.constexpr, HELD: tl.constexpr,
-    R: tl.constexpr,
+    heap, regions, status, prefix, rank, operation, epoch, ROW_BYTES: tl.constexpr, K: tl.constexpr,
+    HELD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Whether the handle's counts fit the rows that every rank brought, all of them readable."""
     fits = True
@@ -182,15 +183,17 @@ def check_sources(
         else:
             end = tl.load(prefix + rank * R + source)
             start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0)
-        brought = tl.load(message_word(tl.load(heap + rank), source, NUM_ROWS))
+        brought = tl.minimum(tl.load(message_word(tl.load(heap + rank), source, NUM_ROWS)), MOST_ROWS)
         if (start < 0) | (end < start) | (end > brought):
             report(status, BAD_HANDLE, operation, epoch)
             fits = False
         if (source != rank) & (end > start) & (is_staged(heap, rank, source) == 0):
-            for column in tl.static_range(NUM_COLUMNS):
-                if column_address(heap, regions, rank, source, column) == 0:
-                    report(status, UNKNOWN_REGION, operation, epoch)
-                    fits = False
+            found = column_address(heap, regions, rank, source, 0, end, ROW_BYTES, 16, R) != 0
+            if K > 0:
+                found = found & (column_address(heap, regions, rank, source, 1, end, K * 4, 16, R) != 0)
+            if found == 0:
+                report_bad_peer(status, source, operation, epoch)
+                fits = False
     return fits
 
 
@@ -255,7 +258,6 @@ def combine(
     WORDS: tl.constexpr = WIDTH * ITEM // 4
     AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
     RECORD: tl.constexpr = AT + (K * 4 + 15) // 16 * 16
-    NUM_COLUMNS: tl.constexpr = 2 if K > 0 else 1
     pid = tl.program_id(0)
     epoch = tl.load(state + EPOCH) + 1
     if tl.load(state + FAILED) == 0:
@@ -267,7 +269,9 @@ def combine(
         fits = False
         staged = zero()
         if going:
-            fits = check_sources(heap, regions, status, prefix, rank, operation, epoch, NUM_COLUMNS, HELD, R)
+            fits = check_sources(
+                heap, regions, status, prefix, rank, operation, epoch, WIDTH * ITEM, K, HELD, R
+            )  # fmt: skip
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
         stagers = tl.where(staged != 0, num_stagers, 0)
         if pid < stagers:

@@ -23,11 +23,13 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     message_word,
     publish_all,
     report,
+    report_bad_peer,
     report_mismatches,
     wait_all_published,
     zero,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
+    ALONE,
     BAD_HANDLE,
     EPOCH,
     FAILED,
@@ -35,7 +37,6 @@ from tokenferry.dataplane.cuda.kernels.words import (
     MISMATCH,
     SKIPPED,
     STAGED,
-    UNKNOWN_REGION,
 )
 
 
@@ -171,12 +172,13 @@ def list_of(heap, src_idx, rank, source, start, list_capacity, CACHED: tl.conste
 
 
 @triton.jit
-def staged_rounds(heap, rank, per_round, R: tl.constexpr):
+def staged_rounds(heap, rank, per_round, list_capacity, R: tl.constexpr):
     """Rounds in which all staged sources pass; 0 if there is none."""
     rounds = zero().to(tl.int64)
     for source in range(R):
         if is_staged(heap, rank, source):
-            rounds = tl.maximum(rounds, rounds_of(tokens_of(heap, rank, source), per_round))
+            num_tokens = tl.minimum(tokens_of(heap, rank, source), list_capacity)
+            rounds = tl.maximum(rounds, rounds_of(num_tokens, per_round))
     return rounds
 
 
@@ -195,7 +197,7 @@ def range_of_source(
     """
     start, end = rows_from(prefix, num_rows, rank, source, R, PLACED)
     tokens = list_of(heap, src_idx, rank, source, start, list_capacity, CACHED)
-    num_tokens = tokens_of(heap, rank, source)
+    num_tokens = tl.minimum(tokens_of(heap, rank, source), list_capacity)
     count = tl.minimum(end - start, num_tokens)
     staged = is_staged(heap, rank, source)
     low = zero().to(tl.int64)
@@ -236,30 +238,36 @@ def pull_source(
     if low < high:
         base = tl.load(heap + source) + stage + (this % 2) * half
         own = source == rank
-        rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0))
+        rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0, last, WORDS * 4, 16, R))
         rows_at = tl.where(own, x.to(tl.int64), rows_at)
         unknown = rows_at == 0
         if SCALE_WORDS > 0:
-            scales_at = tl.where(staged, base + SCALES_AT, column_address(heap, regions, rank, source, 1))
+            there = column_address(heap, regions, rank, source, 1, last, SCALE_WORDS * 4, 4, R)
+            scales_at = tl.where(staged, base + SCALES_AT, there)
             scales_at = tl.where(own, scales.to(tl.int64), scales_at)
             unknown = unknown | (scales_at == 0)
         if K > 0:
-            ids_at = tl.where(staged, base + IDS_AT, column_address(heap, regions, rank, source, 2))
+            there = column_address(heap, regions, rank, source, 2, last, K * 8, 8, R)
+            ids_at = tl.where(staged, base + IDS_AT, there)
             ids_at = tl.where(own, ids.to(tl.int64), ids_at)
-            weights_at = tl.where(staged, base + WEIGHTS_AT, column_address(heap, regions, rank, source, 3))
+            there = column_address(heap, regions, rank, source, 3, last, K * 4, 4, R)
+            weights_at = tl.where(staged, base + WEIGHTS_AT, there)
             weights_at = tl.where(own, weights.to(tl.int64), weights_at)
             unknown = unknown | (ids_at == 0) | (weights_at == 0)
         if unknown:
-            report(status, UNKNOWN_REGION, operation, epoch)
+            report_bad_peer(status, source, operation, epoch)
             high = low
         for at in range(low + worker * RT, high, workers * RT):
             i = at + tl.arange(0, RT)
             live = i < high
             t = tl.load(tokens + i, mask=live, other=0)
-            there = (t >= first) & (t < last)
-            if tl.max((live & (there == 0)).to(tl.int32)) > 0:
-                report(status, BAD_HANDLE, operation, epoch)
-            live = live & there
+            fits = (t >= first) & (t < last)
+            if tl.max((live & (fits == 0)).to(tl.int32)) > 0:
+                if CACHED:
+                    report(status, BAD_HANDLE, operation, epoch)
+                else:
+                    report_bad_peer(status, source, operation, epoch)
+            live = live & fits
             row = start + i
             slot = t - first
             row_step = tl.where(staged, RECORD, WORDS * 4)
@@ -408,6 +416,8 @@ def dispatch(
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
             if not CACHED and not PLACED:
                 received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+        elif tl.load(state + ALONE) == epoch:
+            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
         too_few = lacks_room(received, num_rows)
         num_rows = tl.maximum(num_rows, 0)
         received = tl.minimum(tl.maximum(received, 0), num_rows)
@@ -428,7 +438,7 @@ def dispatch(
                     out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, EXPAND, K, KB, RT
                 )
             if going:
-                by_rounds = staged_rounds(heap, rank, half // RECORD, R)
+                by_rounds = staged_rounds(heap, rank, half // RECORD, list_capacity, R)
                 alive = True
                 for this in range(tl.maximum(by_rounds, 1)):
                     for step in range(R):
@@ -440,7 +450,7 @@ def dispatch(
                                 operation, timeout, stage, half, this, worker, workers, CACHED, EXPAND, PLACED,
                                 WORDS, SCALE_WORDS, K, KB, R, RT, BLOCK, SMALL,
                             )  # fmt: skip
-                    if this < by_rounds:
+                    if alive & (this < by_rounds):
                         release_round(heap, state, rank, this, epoch, workers, R)
         if not too_few:
             finish(heap, state, status, rank, epoch, staged, operation, timeout, R)

@@ -204,10 +204,13 @@ def send_part(
 
 @triton.jit
 def write_tables(
-    counts, tokens, layout_range, num_received, stats, table_tokens, order, L: tl.constexpr, G: tl.constexpr,
+    counts, tokens, layout_range, num_received, stats, table_tokens, order, each, L: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, RB: tl.constexpr, VB: tl.constexpr, LB: tl.constexpr,
 ):  # fmt: skip
-    """Where the rows of each source lie in each slab, how many there are, and the tokens of each rank or -1."""
+    """Where the rows of each source lie in each slab, how many there are, and the tokens of each rank or -1.
+
+    A source has at most ``each`` rows of an expert, whatever it says: so what is told lies within the slabs.
+    """
     r = tl.arange(0, RB)
     tl.store(table_tokens + r, tokens, mask=r < R)
     if G == 1:
@@ -220,6 +223,7 @@ def write_tables(
         expert = start + tl.arange(0, LB)
         inside = (s < R * G)[:, None] & (expert < L)[None, :]
         count = tl.load(counts + place[:, None] * L + expert[None, :], mask=inside & there[:, None], other=0)
+        count = tl.minimum(tl.maximum(count, 0), each)
         begin = tl.cumsum(count, 0) - count
         both = (begin.to(tl.int64) << 32) | count
         tl.store(layout_range + expert[None, :] * (R * G) + s[:, None], both, mask=inside)
@@ -342,7 +346,8 @@ def receive(
     if index == 0:
         counts = (base + off_counts).to(tl.pointer_type(tl.int32))
         write_tables(
-            counts, tokens, layout_range, num_received, stats, table + most * (R * K), order, L, G, R, RB, VB, LB
+            counts, tokens, layout_range, num_received, stats, table + most * (R * K), order, most // G, L, G, R, RB,
+            VB, LB,
         )  # fmt: skip
     else:
         tokens = tl.maximum(tokens, 0)

@@ -21,8 +21,10 @@ from tokenferry.dataplane.cuda.kernels.sync import (
 )
 from tokenferry.dataplane.cuda.kernels.words import (
     ALL,
+    ALONE,
     BAD_COUNTS,
     BAD_INPUT,
+    BAD_PEER,
     CAPACITY,
     COUNTS,
     DETAIL,
@@ -30,6 +32,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     EXPERTS,
     EXPERTS_BYTES,
     FAILED,
+    HAS_FAILED,
     HOST_CODE,
     HOST_DONE,
     HOST_EXPERTS,
@@ -37,6 +40,8 @@ from tokenferry.dataplane.cuda.kernels.words import (
     LINE,
     LISTS,
     MISMATCH,
+    MOST_CHOICES,
+    NUM_TOKENS,
     NUM_WORST,
     PEER_PROBLEM,
     PROBLEM,
@@ -104,7 +109,7 @@ def tell(
 
 
 @triton.jit
-def compare(own, status, signature, code, R: tl.constexpr):
+def compare(own, status, signature, list_capacity, code, R: tl.constexpr):
     """The code of what is wrong with the messages in the heap at ``own``, if anything is, else ``code``."""
     for source in range(R):
         if tl.load(message_word(own, source, PROBLEM)) != 0:
@@ -114,18 +119,47 @@ def compare(own, status, signature, code, R: tl.constexpr):
         if tl.load(message_word(own, source, SIGNATURE)) != signature:
             tl.store(status + DETAIL + source, 1)
             code = MISMATCH
+    for source in range(R):
+        tokens = tl.load(message_word(own, source, NUM_TOKENS))
+        if (tokens < 0) | (tokens > list_capacity):
+            tl.store(status + DETAIL + source, 1)
+            code = BAD_PEER
     return code
 
 
 @triton.jit
-def judge(heap, state, status, host, prefix, rank, epoch, operation, signature, R: tl.constexpr, RB: tl.constexpr):
-    """Compare what all ranks said and write the prefix matrix; return a code, 0 if the ranks agree."""
+def bad_choices(own, source, tokens, num_local):
+    """Whether a source says of some local expert what cannot be, as int32."""
+    counts = (own + EXPERTS + source * EXPERTS_BYTES).to(tl.pointer_type(tl.int32))
+    bad = zero()
+    for start in range(0, num_local, 256):
+        e = start + tl.arange(0, 256)
+        count = tl.load(counts + e, mask=e < num_local, other=0)
+        bad = bad | tl.max(((count < 0) | (count > tokens * MOST_CHOICES)).to(tl.int32))
+    return bad
+
+
+@triton.jit
+def judge(
+    heap, status, host, prefix, rank, signature, list_capacity, num_local, R: tl.constexpr, RB: tl.constexpr
+):  # fmt: skip
+    """Compare what all ranks said and write the prefix matrix; return a code, 0 if the ranks agree.
+
+    Whether a rank sends more rows than it has tokens, or more choices of an expert than these have, is looked at only
+    where all call the same: others send no counts.
+    """
     own = tl.load(heap + rank)
     r = tl.arange(0, RB)
     inside = r < R
     ends = tl.zeros([RB], tl.int64)
+    wrong = tl.zeros([RB], tl.int32)
     for source in range(R):
-        ends += tl.load(message_word(own, source, COUNTS) + r, mask=inside, other=0)
+        counts = tl.load(message_word(own, source, COUNTS) + r, mask=inside, other=0)
+        tokens = tl.load(message_word(own, source, NUM_TOKENS))
+        bad = tl.max(((counts < 0) | (counts > tokens)).to(tl.int32))
+        bad = bad | bad_choices(own, source, tokens, num_local)
+        wrong = wrong | tl.where(r == source, bad, 0)
+        ends += counts
         tl.store(prefix + source * R + r, ends.to(tl.int32), mask=inside)
     received = tl.sum(tl.where(r == rank, ends, 0))
     tl.store(host + HOST_ROWS, received)
@@ -136,7 +170,11 @@ def judge(heap, state, status, host, prefix, rank, epoch, operation, signature, 
         if (worst > 0) & (worst < total):
             tl.store(status + DETAIL + source, total)
             code = CAPACITY
-    return compare(own, status, signature, code, R)
+    code = compare(own, status, signature, list_capacity, code, R)
+    if (tl.max(wrong) != 0) & (code != MISMATCH):
+        tl.store(status + DETAIL + r, wrong.to(tl.int64), mask=inside)
+        code = BAD_PEER
+    return code
 
 
 @triton.jit
@@ -153,21 +191,30 @@ def add_experts(heap, host, rank, num_local, R: tl.constexpr):
 
 
 @triton.jit
+def step_back(state, status, code, operation, epoch):
+    """Tell the host, and the kernel that pulls, that nothing comes of the operation."""
+    tl.store(state + SKIPPED, epoch)
+    if code == BAD_PEER:
+        tl.store(state + ALONE, epoch)
+        tl.store(status + HAS_FAILED, BAD_PEER)
+    report(status, code, operation, epoch)
+
+
+@triton.jit
 def listen(
-    heap, state, status, host, prefix, signature, num_local, rank, epoch, operation, timeout,
+    heap, state, status, host, prefix, signature, num_local, list_capacity, rank, epoch, operation, timeout,
     HOST_WAITS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
     """Wait for the messages of all ranks, and tell the host what they amount to."""
     alive = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R)
     tl.store(host + HOST_CODE, TIMED_OUT)
     if alive:
-        code = judge(heap, state, status, host, prefix, rank, epoch, operation, signature, R, RB)
+        code = judge(heap, status, host, prefix, rank, signature, list_capacity, num_local, R, RB)
         tl.store(host + HOST_CODE, code)
         if code == 0:
             add_experts(heap, host, rank, num_local, R)
         else:
-            tl.store(state + SKIPPED, epoch)
-            report(status, code, operation, epoch)
+            step_back(state, status, code, operation, epoch)
             if HOST_WAITS:  # no second kernel will come
                 close_operation(heap, state, status, rank, epoch, 0, operation, timeout, R)
     tl.debug_barrier()
@@ -229,8 +276,8 @@ def notify(
             tl.store(channels + r, tl.load(per_rank + r, mask=r < R, other=0), mask=r < R)
             tl.store(channels + R + r, tl.zeros([RB], tl.int32), mask=r < R)
             listen(
-                heap, state, status, host, prefix, signature, num_local, rank, epoch, operation, timeout,
-                HOST_WAITS, R, RB,
+                heap, state, status, host, prefix, signature, num_local, list_capacity, rank, epoch, operation,
+                timeout, HOST_WAITS, R, RB,
             )  # fmt: skip
     elif pid == R:
         tl.store(host + HOST_CODE, TIMED_OUT)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.notify import compare, send_list
+from tokenferry.dataplane.cuda.kernels.notify import compare, send_list, step_back
 from tokenferry.dataplane.cuda.kernels.rounds import tokens_of
 from tokenferry.dataplane.cuda.kernels.sync import (
     message_word,
@@ -44,7 +44,6 @@ from tokenferry.dataplane.cuda.kernels.words import (
     LISTS,
     PUBLISHED,
     ROW_COUNT,
-    SKIPPED,
 )
 
 
@@ -122,12 +121,11 @@ def announce_part(
                 (rank + pid) % R, epoch, operation, timeout, NUM_COLUMNS, R, BLOCK,
             )  # fmt: skip
         elif wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R):
-            code = compare(tl.load(heap + rank), status, signature, zero(), R)
+            code = compare(tl.load(heap + rank), status, signature, list_capacity, zero(), R)
             if code == 0:
                 write_places(heap, status, table, starts, first_tokens, num_rows, rank, operation, epoch, R)
             else:
-                tl.store(state + SKIPPED, epoch)
-                report(status, code, operation, epoch)
+                step_back(state, status, code, operation, epoch)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -24,6 +24,7 @@ from tokenferry.dataplane.cuda.kernels.sync import (
 from tokenferry.dataplane.cuda.kernels.words import (
     FOR_RELEASE,
     LINE,
+    MOST_TOKENS,
     NUM_TOKENS,
     PUBLISHED,
     ROUND_ARRIVED,
@@ -47,8 +48,9 @@ def is_staged(heap, rank, source):
 
 @triton.jit
 def tokens_of(heap, rank, source):
-    """Tokens of a rank, as its message says."""
-    return tl.load(message_word(tl.load(heap + rank), source, NUM_TOKENS))
+    """Tokens of a rank, as its message says, if that may be."""
+    said = tl.load(message_word(tl.load(heap + rank), source, NUM_TOKENS))
+    return tl.minimum(tl.maximum(said, 0), MOST_TOKENS)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     ALL,
     ARRIVED,
     AT_EPOCH,
+    BAD_PEER,
     CLAIMED,
     CLOCK,
     CODE,
@@ -31,6 +32,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     LINE,
     MESSAGE_BYTES,
     MESSAGES,
+    MOST_ROWS,
     NUM_ROWS,
     NUM_TOKENS,
     NUM_WORST,
@@ -227,6 +229,14 @@ def report_missing(state, status, operation, epoch, missing):
 
 
 @triton.jit
+def report_bad_peer(status, source, operation, epoch):
+    """Tell the host that a rank sent what makes no sense: the Buffer is lost. Kernels go on, so that nobody waits."""
+    tl.store(status + HAS_FAILED, BAD_PEER)
+    tl.store(status + DETAIL + source, 1)
+    report(status, BAD_PEER, operation, epoch)
+
+
+@triton.jit
 def wait_released(
     heap, state, status, rank, reader, value, operation, epoch, timeout, KIND: tl.constexpr = None
 ):  # fmt: skip
@@ -292,14 +302,24 @@ def must_stage(ready, places, NUM_COLUMNS: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def column_address(heap, regions, rank, source, column):
-    """Where a column of a source lies that is not staged; 0 if the region is not known here."""
+def column_address(
+    heap, regions, rank, source, column, rows, row_bytes, ALIGN: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """Where a column of a source lies that is not staged; 0 if so many rows are not inside a region known here.
+
+    Then, too, if it does not begin on ALIGN bytes. So, whatever a peer says, nothing is read but what it has opened.
+    ``regions``: where the regions of all ranks begin, then their sizes.
+    """
     own = tl.load(heap + rank)
     place = tl.load(message_word(own, source, COLUMNS + column))
     region = place >> PLACE_SHIFT
     known = (region >= 0) & (region < REGIONS)
-    base = tl.load(regions + source * REGIONS + region, mask=known, other=0)
-    return tl.where(base == 0, 0, base + (place & PLACE_MASK))
+    entry = regions + source * REGIONS + region
+    base = tl.load(entry, mask=known, other=0)
+    size = tl.load(entry + R * REGIONS, mask=known, other=0)
+    offset = place & PLACE_MASK
+    inside = (rows >= 0) & (rows <= MOST_ROWS) & (offset + rows * row_bytes <= size) & ((offset & (ALIGN - 1)) == 0)
+    return tl.where((base != 0) & inside, base + offset, 0)
 
 
 @triton.jit

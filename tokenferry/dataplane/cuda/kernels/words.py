@@ -29,6 +29,8 @@ MAX_RANKS = 32
 MAX_LOCAL_EXPERTS = 1024
 MAX_REGIONS = 256
 """Regions of one owner that peers can have open."""
+MAX_TOKENS = 1 << 21
+"""Tokens of a rank that lists have room for, at most; rows are at most 2^31."""
 MAX_SLOTS = 4
 """Low-latency operations whose rows can be under way at a time."""
 
@@ -56,6 +58,9 @@ PUSHED_WEIGHTS = tl.constexpr(_PUSHED + 2 * _PUSH_WORDS)
 PUSH_SIGNATURES = tl.constexpr(_PUSHED + 3 * _PUSH_WORDS)
 LINE = tl.constexpr(LINE_BYTES)
 REGIONS = tl.constexpr(MAX_REGIONS)
+MOST_TOKENS = tl.constexpr(MAX_TOKENS)
+MOST_ROWS = tl.constexpr(1 << 31)
+MOST_CHOICES = tl.constexpr(32)
 RANKS = tl.constexpr(MAX_RANKS)
 
 EPOCH_SHIFT = tl.constexpr(20)
@@ -96,6 +101,8 @@ CLOCK = tl.constexpr(11)
 PUSH_EPOCH = tl.constexpr(12)
 PUSH_BEGUN = tl.constexpr(13)
 PUSH_SENT = tl.constexpr(14)
+ALONE = tl.constexpr(15)
+"""The last dispatch that this rank does not receive, though others may: it goes on sending."""
 VERDICTS = tl.constexpr(16)
 """By slot: the ranks that have come, as the first receiver decided."""
 RECEIVED = tl.constexpr(16 + MAX_SLOTS)
@@ -139,7 +146,8 @@ PEER_PROBLEM = tl.constexpr(4)
 BAD_EXPERT = tl.constexpr(5)
 BAD_COUNTS = tl.constexpr(6)
 BAD_HANDLE = tl.constexpr(7)
-UNKNOWN_REGION = tl.constexpr(8)
+BAD_PEER = tl.constexpr(8)
+"""Words of a rank that none of this group writes; it ends the Buffer."""
 CROWDED = tl.constexpr(9)
 NO_ROOM = tl.constexpr(10)
 NOT_RECEIVED = tl.constexpr(11)
