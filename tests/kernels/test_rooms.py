@@ -102,7 +102,7 @@ class Ranks:
         self.world = world = World(monkeypatch, 2, 5, stage_bytes=2048, max_steps=10**7)
         world.base = torch.empty(1 << 24).data_ptr() & ~((1 << 43) - 1)
         for table in world.regions:
-            table[:, 1] = world.base
+            table[0, :, 1] = world.base
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=None))

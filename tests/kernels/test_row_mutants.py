@@ -286,10 +286,10 @@ MUTANTS = {
     ),
     "ends of one source": Mutant(notify, "ends += counts", "ends = counts", "counts"),
     "rows of another rank": Mutant(notify, "tl.where(r == rank, ends, 0)", "tl.where(r == 0, ends, 0)", "counts"),
-    "room is not looked at": Mutant(notify, "(worst > 0) & (worst < total)", "worst < 0", "too few rows"),
-    "room for one row more": Mutant(notify, "worst < total", "worst <= total", "just enough rows"),
+    "room is not looked at": Mutant(notify, "(worst > 0) & (worst < ends)", "worst < 0", "too few rows"),
+    "room for one row more": Mutant(notify, "worst < ends", "worst <= ends", "just enough rows"),
     "room on the first rank": Mutant(
-        notify, "total = tl.sum(tl.where(r == source", "total = tl.sum(tl.where(r == 0", "too few rows"
+        notify, "(worst < ends)", "(worst < tl.sum(tl.where(r == 0, ends, 0)))", "too few rows"
     ),
     "peers' problems are not told": Mutant(
         notify, "problem = tl.load(state + BAD_INPUT)", "problem = 0", "bad experts"

@@ -61,7 +61,9 @@ def announce_part(
 
 @functools.cache
 def _announce_part(target: Target) -> Variant:
-    return _ANNOUNCE_PART.variant(8, NUM_COLUMNS=4, R=target.num_ranks, BLOCK=1024)
+    return _ANNOUNCE_PART.variant(
+        8, NUM_COLUMNS=4, R=target.num_ranks, RB=triton.next_power_of_2(target.num_ranks), BLOCK=1024
+    )
 
 
 def note_held(stream: int, member: torch.Tensor, held: HeldRows, tables: HeldTables, target: Target) -> None:

@@ -109,20 +109,25 @@ def tell(
 
 
 @triton.jit
-def compare(own, status, signature, list_capacity, code, R: tl.constexpr):
-    """The code of what is wrong with the messages in the heap at ``own``, if anything is, else ``code``."""
-    for source in range(R):
-        if tl.load(message_word(own, source, PROBLEM)) != 0:
-            tl.store(status + DETAIL + source, 1)
+def compare(own, status, signature, list_capacity, code, R: tl.constexpr, RB: tl.constexpr):
+    """The code of what is wrong with the messages in the heap at ``own``, if anything is, else ``code``.
+
+    One look at all of them: a branch for each word would wait for each word.
+    """
+    source = tl.arange(0, RB)
+    inside = source < R
+    problem = tl.load(message_word(own, source, PROBLEM), mask=inside, other=0) != 0
+    differs = tl.load(message_word(own, source, SIGNATURE), mask=inside, other=signature) != signature
+    tokens = tl.load(message_word(own, source, NUM_TOKENS), mask=inside, other=0)
+    cannot_be = (tokens < 0) | (tokens > list_capacity)
+    kinds = tl.sum(problem.to(tl.int32) + 256 * differs.to(tl.int32) + 65536 * cannot_be.to(tl.int32))
+    if kinds != 0:
+        tl.store(status + DETAIL + source, tl.full([RB], 1, tl.int64), mask=problem | differs | cannot_be)
+        if kinds % 256 != 0:
             code = PEER_PROBLEM
-    for source in range(R):
-        if tl.load(message_word(own, source, SIGNATURE)) != signature:
-            tl.store(status + DETAIL + source, 1)
+        if kinds // 256 % 256 != 0:
             code = MISMATCH
-    for source in range(R):
-        tokens = tl.load(message_word(own, source, NUM_TOKENS))
-        if (tokens < 0) | (tokens > list_capacity):
-            tl.store(status + DETAIL + source, 1)
+        if kinds // 65536 != 0:
             code = BAD_PEER
     return code
 
@@ -163,14 +168,13 @@ def judge(
         tl.store(prefix + source * R + r, ends.to(tl.int32), mask=inside)
     received = tl.sum(tl.where(r == rank, ends, 0))
     tl.store(host + HOST_ROWS, received)
+    worst = tl.load(message_word(own, r, NUM_WORST), mask=inside, other=0)
+    crowded = (worst > 0) & (worst < ends)
     code = zero()
-    for source in range(R):
-        total = tl.sum(tl.where(r == source, ends, 0))
-        worst = tl.load(message_word(own, source, NUM_WORST))
-        if (worst > 0) & (worst < total):
-            tl.store(status + DETAIL + source, total)
-            code = CAPACITY
-    code = compare(own, status, signature, list_capacity, code, R)
+    if tl.max(crowded.to(tl.int32)) != 0:
+        tl.store(status + DETAIL + r, ends, mask=crowded)
+        code = CAPACITY
+    code = compare(own, status, signature, list_capacity, code, R, RB)
     if (tl.max(wrong) != 0) & (code != MISMATCH):
         tl.store(status + DETAIL + r, wrong.to(tl.int64), mask=inside)
         code = BAD_PEER

@@ -108,6 +108,7 @@ def announce_part(
     timeout: tl.int64,
     NUM_COLUMNS: tl.constexpr,
     R: tl.constexpr,
+    RB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """In the place of ``notify``: programs 0 to R - 1 each tell one rank, program R listens and writes the table."""
@@ -121,7 +122,7 @@ def announce_part(
                 (rank + pid) % R, epoch, operation, timeout, NUM_COLUMNS, R, BLOCK,
             )  # fmt: skip
         elif wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R):
-            code = compare(tl.load(heap + rank), status, signature, list_capacity, zero(), R)
+            code = compare(tl.load(heap + rank), status, signature, list_capacity, zero(), R, RB)
             if code == 0:
                 write_places(heap, status, table, starts, first_tokens, num_rows, rank, operation, epoch, R)
             else:
