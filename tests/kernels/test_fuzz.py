@@ -289,9 +289,6 @@ MUTANTS = {
     "tokens of lists": Mutant(
         dispatch, "fits = (t >= first) & (t < last)", "fits = t >= first", ("dispatch", "list", 1 << 20)
     ),
-    "tokens below 0": Mutant(
-        dispatch, "fits = (t >= first) & (t < last)", "fits = t < last", ("dispatch", "list", -9999)
-    ),
     "counts of rows": Mutant(notify, "(counts < 0) | (counts > tokens)", "counts > tokens", ("exact", "counts", -1)),
     "counts of choices": Mutant(
         notify, "bad = bad | bad_choices(own, source, tokens, num_local)", "pass", ("exact", "experts", -1)

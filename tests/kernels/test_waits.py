@@ -290,7 +290,6 @@ MUTANTS = {
         all_are_waited_for_at_a_time,
     ),
     "every program counts": Mutant(dispatch, LAST, "counts = tl.program_id(0) >= 0", high_throughput),
-    "nobody counts": Mutant(notify, "timeout, True, R)", "timeout, False, R)", high_throughput),
     "every receiver counts": Mutant(low_latency, "operation, index == 0, R", "operation, True, R", low),
     "senders count beside receivers": Mutant(low_latency_combine, "not RECEIVES,", "True,", low),
 }  # fmt: skip
