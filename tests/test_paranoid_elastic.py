@@ -162,7 +162,7 @@ def _mistake(what: str) -> Iterator[None]:
         outputs, metadata = self._outputs, self._outputs.metadata
         if what == "a copy":
             metadata = self._plan.metadata if metadata is None else metadata
-            outputs.rows[int(metadata[2, 3]), -1] ^= 4  # of the second choice
+            outputs.rows.view(torch.uint8)[int(metadata[2, 3]), -1] ^= 4  # of the second choice
         elif what == "a place":  # two copies of an expert, rows and all, in each other's place
             experts = torch.searchsorted(self._ends.long(), metadata[:, 2:].long(), right=True)
             rows = ((metadata[:, 2:] >= 0) & (experts == experts[0, 0])).nonzero()[:2]

@@ -103,7 +103,7 @@ def _with_a_wrong_copy(rank: int, num_ranks: int) -> None:
 
     def spoiling(self: Any) -> None:
         finish(self)
-        self._outputs.rows[-1:, -1:] ^= 1
+        self._outputs.rows.view(torch.uint8)[-1:, -1:] ^= 1
 
     with (
         mock.patch.object(soak_ranks, "_ELASTIC_SHARE", 1.0),

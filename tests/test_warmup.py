@@ -82,5 +82,5 @@ def _operations(rank: int, num_ranks: int, layout: str) -> tuple[int, int]:
 @pytest.mark.parametrize("layout", ["", "2x2", "3x1"])
 def test_what_is_used_was_made_ready(pool_of: PoolOf, layout: str) -> None:
     ranks = len(LAYOUTS[layout]) if layout else 2
-    # Between nodes ranks tell each other what they know in dispatches of their own.
-    assert set(pool_of(ranks).run(_operations, layout)) == {(4 if layout else 2, 2)}
+    # Between nodes ranks of a node tell each other what they know in dispatches of their own.
+    assert set(pool_of(ranks).run(_operations, layout)) == {(4 if layout == "2x2" else 2, 2)}
