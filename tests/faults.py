@@ -246,6 +246,10 @@ class Delays:
             self.seconds += time.monotonic() - started - self._STEP
 
 
+class LateError(AssertionError):
+    """A rank noticed later than claimed."""
+
+
 class Claims:
     """The row of a test, compared with what ranks saw."""
 
@@ -283,7 +287,8 @@ class Claims:
             operations = it.operations[-1:] if rank in guilty else it.operations
             seconds = max((ended - max(called, happened) for called, ended in operations), default=0.0)
             limit = row.within.seconds(deadline) + delay
-            assert seconds <= limit, f"rank {rank}: after {seconds:.2f} s, not {limit:.2f} s: {it.error!r}"
+            if seconds > limit:
+                raise LateError(f"rank {rank}: after {seconds:.2f} s, not {limit:.2f} s: {it.error!r}")
             self.slowest = max(self.slowest, seconds)
             assert it.left == {}, f"rank {rank} is left with {it.left}"
             if row.after in (After.GOES_ON, After.WITHOUT):
