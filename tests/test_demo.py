@@ -175,6 +175,11 @@ def wait_for(process: subprocess.Popen[str], moment: str) -> None:
     pytest.fail(f"the demo ended early: {process.communicate()[1]}")
 
 
+def heed_ctrl_c() -> None:
+    """Also where the tests were started in the background, which a shell makes deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("moment", ["forkserver", "ranks train", "They agree"])
 def test_ctrl_c_stops_everything(tmp_path: Path, moment: str) -> None:
     before = shared_memory()
@@ -185,6 +190,7 @@ def test_ctrl_c_stops_everything(tmp_path: Path, moment: str) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a process group of its own, as a terminal gives
+        preexec_fn=heed_ctrl_c,
     )
     try:
         wait_for(process, moment)
