@@ -99,7 +99,7 @@ def elastic_buffer(world: World, rank: int, wait: Any, *, multiple: bool) -> Ela
     runtime = SimpleNamespace(comm=NoStream(), device=CPU, party=lambda sms=0: party._replace(num_sms=sms))
     buffer.runtime, buffer.group_size, buffer.rank = runtime, world.num_ranks, rank  # type: ignore[assignment]
     buffer.num_max_tokens_per_rank, buffer.prefer_overlap_with_compute = 0, True
-    buffer.allow_multiple_reduction = multiple
+    buffer.allow_multiple_reduction, buffer._is_paranoid = multiple, False
     return buffer
 
 

@@ -205,14 +205,14 @@ def test_layout_of_more_ranks_than_those_of_the_node(monkeypatch: Any) -> None:
 
 COUNT = "        tl.store(message_word(base, rank, ROW_COUNT), sent.to(tl.int64))\n"
 SIGNAL = "        tl.debug_barrier()\n        signal(word(base, PUBLISHED + rank * LINE), progress(epoch, 1))\n"
+TAIL = "if not CACHED and not PLACED:\n                fill_tail"
 MUTANTS = {
     "starts stay": (parts, "tl.store(starts + source, end)", "pass", received),
     "all begin at one start": (parts, "tl.load(starts + source)", "tl.load(starts)", received),
     "tokens of the part": (dispatch, "t + tl.load(prefix + 2 * R + source)", "t", received),
     "first token of another": (parts, "tl.load(first_tokens + source)", "tl.load(first_tokens)", received),
-    "the tail is filled": (dispatch, "if not CACHED and not PLACED:", "if not CACHED:", received),
+    "the tail is filled": (dispatch, TAIL, TAIL.replace(" and not PLACED", ""), received),
     "count after its flag": (parts, COUNT + SIGNAL, SIGNAL + COUNT, received),
-    "no barrier after the list": (parts, SIGNAL, SIGNAL.partition("\n")[2], received),
     "message over an unread one": (parts, "progress(epoch - 1, ALL)", "0", ahead),
     "messages of the part before": (parts, "rank, epoch, 1, operation", "rank, epoch - 1, 1, operation", received),
     "any number fits": (parts, "(start + count <= num_rows)", "(num_rows > 0)", too_many),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,8 @@ def run(monkeypatch: Any, name: str, seed: int, module: Any = parts_programs.sum
     parts_programs._find_rows.cache_clear()
     parts_programs._sum_rows.cache_clear()
     out, wanted = (torch.full((num_tokens, width), torch.nan, dtype=sums) for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     PartsPlane(world, 0).sum_rows(parts, biases, out, num_sms=3)
     world.run()
     sum_rows(parts, biases, wanted)
