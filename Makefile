@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo    train a small MoE language model on four CPU ranks"
 	@echo "make test    lint, types and tests"
-	@echo "make slow    the long stress tests"
+	@echo "make slow    the long stress tests, and most faults put into kernels"
 	@echo "make bench   time dispatch and combine against torch.distributed (ARGS=... are passed on)"
 	@echo "make clean   remove the environment and what runs leave behind"
 
@@ -46,6 +46,7 @@ unit: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m slow tests/kernels
 
 lines:
 	@echo "package: $$(find tokenferry -name '*.py' | xargs cat | wc -l) lines, tests: $$(find tests -name '*.py' | xargs cat | wc -l) lines"

@@ -301,6 +301,7 @@ class Mutant:
         return dict(zip(("dispatch", "expert_major"), copies, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     mutant = Mutant(*MUTANTS[name])

@@ -315,6 +315,7 @@ def check_right_protocol(scenario: str, seed: int) -> None:
     play(scenario, seed, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     """By a seed that finds nothing in the right kernels."""

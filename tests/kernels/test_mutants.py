@@ -408,6 +408,7 @@ def finds(monkeypatch: Any, mutant: Mutant, seed: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     assert any(finds(monkeypatch, MUTANTS[name], seed) for seed in range(32))

@@ -414,6 +414,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     mutant = MUTANTS[name]
