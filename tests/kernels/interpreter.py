@@ -2,7 +2,8 @@
 
 *Speed.* Stock, every launch and every call of a helper patches ``triton.language`` anew; here it is patched once.
 Nor are sums and products computed again in int64 for a check of overflows that reports none without debugging, or
-functions rewritten again when their module is imported anew.
+functions rewritten again when their module is imported anew. Shapes and constants are made once, and operands of one
+type, or a number that fits the other's, skip the questions that this answers.
 
 *Programs.* Program ids, memory operations and barriers of a thread that has a ``Program`` go through that program;
 other threads, and so ordinary launches, keep the stock behaviour.
@@ -16,6 +17,7 @@ booleans where they meet tensors.
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -25,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
 
 ACQUIRING = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
@@ -79,6 +82,8 @@ def install() -> None:
         _is_installed = True
         _patch_language_once()
         _compute_once()
+        _remember_shapes_and_constants()
+        _skip_questions()
         _rewrite_once()
         _ask_programs()
         _repair_numbers()
@@ -118,14 +123,18 @@ class _NothingToRestore:
 def _patch_language_once() -> None:
     patch_language = stock._patch_lang
     patched: set[frozenset[int]] = set()
+    seen: dict[int, dict[str, Any]] = {}
 
     def patch_language_once(function: Any) -> _NothingToRestore:
-        visible = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
-        if visible not in patched:
-            patch_language(function)
-            # Stock, int(array of one element): a warning of numpy 2.3, an error of 2.4.
-            tl.tensor.__index__ = lambda tensor: int(tensor.handle.data.item())
-            patched.add(visible)
+        names = function.__globals__
+        if id(names) not in seen:
+            seen[id(names)] = names
+            visible = frozenset(id(value) for value in names.values() if value is tl or value is tl.core)
+            if visible not in patched:
+                patch_language(function)
+                # Stock, int(array of one element): a warning of numpy 2.3, an error of 2.4.
+                tl.tensor.__index__ = lambda tensor: int(tensor.handle.data.item())
+                patched.add(visible)
         return _NothingToRestore()
 
     stock._patch_lang = patch_language_once
@@ -145,6 +154,47 @@ def _compute_once() -> None:
         return known[name]
 
     stock._get_np_dtype = numpy_dtype
+
+
+def _remember_shapes_and_constants() -> None:
+    """Nothing in the interpreter changes a shape or a handle's data in place."""
+    stock_constant = TritonSemantic.scalar_constant
+    shapes: dict[tuple[int, ...], tuple[tl.tuple, tl.constexpr]] = {}
+    constants: dict[tuple[int, str], tl.tensor] = {}
+
+    def make(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        sizes = tuple(type.shape) if type.is_block() else ()
+        if sizes not in shapes:
+            shapes[sizes] = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+        self.shape, self.numel = shapes[sizes]
+
+    def constant(self, value, dtype):
+        if type(value) is not int:
+            return stock_constant(self, value, dtype)
+        key = value, dtype.name
+        if key not in constants:
+            constants[key] = stock_constant(self, value, dtype)
+        return constants[key]
+
+    tl.tensor.__init__, TritonSemantic.scalar_constant = make, constant
+
+
+def _skip_questions() -> None:
+    """Of two operands that need no conversion nothing has to be found out."""
+    stock_check = TritonSemantic.binary_op_type_checking_impl
+    limits = {dtype.name: (dtype.get_int_min_value(), dtype.get_int_max_value()) for dtype in (tl.int32, tl.int64)}
+
+    def check(self, left, right, *args, **kwargs):
+        if type(left) is tl.tensor and left.dtype.name in limits:
+            if type(right) is tl.tensor and left.type == right.type:
+                return left, right
+            low, high = limits[left.dtype.name]
+            if type(right) is int and low <= right <= high and not left.type.is_block():
+                return left, self.scalar_constant(right, left.type)
+        return stock_check(self, left, right, *args, **kwargs)
+
+    TritonSemantic.binary_op_type_checking_impl = check
 
 
 def _rewrite_once() -> None:

@@ -1,6 +1,6 @@
 """Several ranks' kernels in one process, without a GPU, in an order that a seed decides.
 
-Every program of every rank is a thread of which exactly one runs at a time. At each memory operation it may have to
+Every program of every rank is a greenlet: one runs at a time. At each memory operation it may have to
 hand over to another one. Tensors are torch's on the CPU; "symmetric memory" is tensors whose addresses lie in an
 int64 tensor. What one seed does, it does again.
 
@@ -27,11 +27,11 @@ own; inline assembly, clocks and proxies.
 from __future__ import annotations
 
 import random
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import greenlet
 import numpy as np
 import triton.language as tl
 
@@ -65,10 +65,6 @@ class OutOfBounds(AssertionError):  # noqa: N818
     """A program loads or stores where nothing lies that it may know."""
 
 
-class _Stopped(BaseException):
-    """Unwinds a program's thread; no ``Exception``, since the interpreter wraps those."""
-
-
 class Simulator:
     """Queues launches, then runs them.
 
@@ -88,8 +84,6 @@ class Simulator:
         self.steps = 0
         self.time = 0
         self.memory = _Memory()
-        self.returned = threading.Semaphore(0)
-        self.is_stopping = False
         self.late_load: LateLoad | None = None
         self.known: tuple[np.ndarray, np.ndarray] | None = None
         self.spoil: Callable[[_Program, np.ndarray, np.ndarray], np.ndarray] | None = None
@@ -191,11 +185,7 @@ class Simulator:
 
     def _let_one_run(self, running: list[_Program]) -> None:
         program = self.random.choices(running, [1 / (1 + min(p.polls, 15)) for p in running])[0]
-        program.turn.release()
-        self.returned.acquire()
-        if program.error is not None:
-            program.error.add_note(f"in {program}")
-            raise program.error
+        program.take_turn()
 
     def _finish_late(self) -> None:
         """What finished programs left under way."""
@@ -213,13 +203,10 @@ class Simulator:
                 queue.popleft()
 
     def _stop(self) -> None:
-        """End the threads of an unfinished run and empty the queues."""
-        self.is_stopping = True
+        """End the programs of an unfinished run and empty the queues."""
         for program in self._running():
-            program.turn.release()
-            self.returned.acquire()
+            program.stop()
         self._queues.clear()
-        self.is_stopping = False
 
 
 class _Launch:
@@ -255,7 +242,7 @@ class _Launch:
 
 
 class _Program:
-    """One program: a thread, its stores under way, and how old its loads can be (see ``interpreter.Program``)."""
+    """One program: a greenlet, its stores under way, and how old its loads can be (see ``interpreter.Program``)."""
 
     def __init__(self, launch: _Launch, index: tuple[int, ...]):
         self.simulator = launch.simulator
@@ -270,10 +257,8 @@ class _Program:
         self.acquired_at = self.memory.now
         self.polls = 0
         self.last_poll: tuple[bytes, bytes] | None = None
-        self.error: BaseException | None = None
         self.is_finished = False
-        self.turn = threading.Semaphore(0)
-        threading.Thread(target=self._main, daemon=True).start()
+        self.greenlet = greenlet.greenlet(self._main)
 
     def __str__(self) -> str:
         return f"{self.launch.name}{list(self.index)}"
@@ -333,18 +318,29 @@ class _Program:
     def let_one_arrive(self) -> None:
         self._arrive(self.buffer.pop(self.random.randrange(len(self.buffer))))
 
-    def _main(self) -> None:
-        self.turn.acquire()
+    def take_turn(self) -> None:
+        """Run until the program hands over, ends or raises."""
+        self._switch(self.greenlet.switch)
+
+    def stop(self) -> None:
+        """Unwind it where it is."""
+        self._switch(self.greenlet.throw)  # greenlet.GreenletExit
+
+    def _switch(self, switch: Callable[[], Any]) -> None:
+        interpreter.running.program = self
         try:
-            if not self.simulator.is_stopping:
-                interpreter.running.program = self
-                self.launch.body()
-        except _Stopped:
-            pass
+            switch()
         except BaseException as error:
-            self.error = error
-        self.is_finished = True
-        self.simulator.returned.release()
+            error.add_note(f"in {self}")
+            raise
+        finally:
+            interpreter.running.program = None
+
+    def _main(self) -> None:
+        try:
+            self.launch.body()
+        finally:
+            self.is_finished = True
 
     def _check_bounds(self, addresses: np.ndarray) -> None:
         if self.simulator.known is None or not addresses.size:
@@ -361,10 +357,7 @@ class _Program:
         if self.buffer and self.random.random() < ARRIVAL:
             self.let_one_arrive()
         if hands_over or self.simulator.is_over_limit or self.random.random() < self.simulator.switch:
-            self.simulator.returned.release()
-            self.turn.acquire()
-            if self.simulator.is_stopping:
-                raise _Stopped
+            self.greenlet.parent.switch()
 
     def _note_poll(self, addresses: np.ndarray, result: Any) -> Any:
         """Count how often in a row the program found the same where it may be waiting."""
