@@ -158,16 +158,25 @@ def _compute_once() -> None:
 
 def _remember_shapes_and_constants() -> None:
     """Nothing in the interpreter changes a shape or a handle's data in place."""
-    stock_constant = TritonSemantic.scalar_constant
+    stock_constant, stock_block = TritonSemantic.scalar_constant, tl.block_type.__init__
     shapes: dict[tuple[int, ...], tuple[tl.tuple, tl.constexpr]] = {}
+    blocks: dict[tuple[int, ...], tuple[tl.tuple, int]] = {}
     constants: dict[tuple[int, str], tl.tensor] = {}
 
-    def make(self, handle, type):
+    def make_tensor(self, handle, type):
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        sizes = tuple(type.shape) if type.is_block() else ()
+        sizes = tuple(type.shape.values) if type.is_block() else ()
         if sizes not in shapes:
             shapes[sizes] = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
         self.shape, self.numel = shapes[sizes]
+
+    def make_block(self, element, shape):
+        sizes = tuple(size.value if type(size) is tl.constexpr else size for size in shape)
+        if sizes not in blocks:
+            stock_block(self, element, shape)
+            blocks[sizes] = self.shape, self.numel
+        self.element_ty = element
+        self.shape, self.numel = blocks[sizes]
 
     def constant(self, value, dtype):
         if type(value) is not int:
@@ -177,7 +186,8 @@ def _remember_shapes_and_constants() -> None:
             constants[key] = stock_constant(self, value, dtype)
         return constants[key]
 
-    tl.tensor.__init__, TritonSemantic.scalar_constant = make, constant
+    tl.tensor.__init__, tl.block_type.__init__, TritonSemantic.scalar_constant = make_tensor, make_block, constant
+    tl.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
 
 
 def _skip_questions() -> None:
@@ -187,11 +197,14 @@ def _skip_questions() -> None:
 
     def check(self, left, right, *args, **kwargs):
         if type(left) is tl.tensor and left.dtype.name in limits:
-            if type(right) is tl.tensor and left.type == right.type:
-                return left, right
-            low, high = limits[left.dtype.name]
-            if type(right) is int and low <= right <= high and not left.type.is_block():
-                return left, self.scalar_constant(right, left.type)
+            if type(right) is tl.tensor:
+                if left.dtype.name == right.dtype.name and left.shape is right.shape:
+                    return left, right
+            elif type(right) is int:
+                low, high = limits[left.dtype.name]
+                if low <= right <= high:
+                    right = self.scalar_constant(right, left.dtype)
+                    return left, self.splat(right, left.type.shape) if left.type.is_block() else right
         return stock_check(self, left, right, *args, **kwargs)
 
     TritonSemantic.binary_op_type_checking_impl = check
