@@ -41,7 +41,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
 
 slow: $(READY)

@@ -15,6 +15,15 @@ from tokenferry.cli.ranks import RankError, RankPool
 os.environ.setdefault("TOKENFERRY_DEVICE", "cpu")  # tests of GPUs name theirs
 
 
+LONGEST = (
+    "test_compiled_kernels", "test_models", "test_fault_ranks", "test_demo", "test_dispatch_combine", "test_clients",
+    "test_ops_compile", "test_hosts", "test_doctor", "test_bench", "test_soak", "test_internode", "test_bench_cuda",
+    "test_compat", "test_examples", "test_memory", "test_elastic", "test_properties", "test_fuzz", "test_low_latency",
+)  # fmt: skip
+"""Files of tests, which workers take one by one in this order, then the others."""
+PRELOAD = ("torch._dynamo", "hypothesis", "numpy", "pytest")
+
+
 class SessionPool(RankPool):
     """A pool that knows when it is of no more use: a rank has ended, or the wait for the ranks was given up."""
 
@@ -35,7 +44,8 @@ PoolOf = Callable[[int], RankPool]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is slow, unless markers are asked for (``-m slow``)."""
+    """Leave out what is slow, unless markers are asked for (``-m slow``), and begin with what takes longest."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not config.getoption("markexpr"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if item not in slow]
@@ -50,7 +60,7 @@ def session_pools(begin: Callable[[int, int], None] | None = None) -> Iterator[P
         if num_ranks in pools and not pools[num_ranks].is_whole:
             pools.pop(num_ranks).stop()
         if num_ranks not in pools:
-            pools[num_ranks] = SessionPool(num_ranks, num_threads=1)
+            pools[num_ranks] = SessionPool(num_ranks, num_threads=1, preload=PRELOAD)
             if begin is not None:
                 pools[num_ranks].run(begin)
         return pools[num_ranks]

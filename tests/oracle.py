@@ -22,12 +22,9 @@ class Inputs:
 
 def membership(topk_idx: torch.Tensor, num_ranks: int, num_experts: int) -> torch.Tensor:
     """bool [T, R]: token t has at least one expert on rank r."""
-    member = torch.zeros(topk_idx.size(0), num_ranks, dtype=torch.bool)
-    for token, choices in enumerate(topk_idx.tolist()):
-        for expert in choices:
-            if expert >= 0:
-                member[token, expert // (num_experts // num_ranks)] = True
-    return member
+    local = num_experts // num_ranks
+    chosen = [{expert // local for expert in choices if expert >= 0} for choices in topk_idx.tolist()]
+    return torch.tensor([[rank in ranks for rank in range(num_ranks)] for ranks in chosen]).view(-1, num_ranks).bool()
 
 
 def choices_of_experts(topk_idx: torch.Tensor, num_experts: int) -> list[int]:
@@ -75,18 +72,15 @@ def dispatch(inputs: list[Inputs], num_experts: int, rank: int, alignment: int =
     members = [membership(given.topk_idx, num_ranks, num_experts) for given in inputs]
     rows, scales, ids, weights, sources = [], [], [], [], []
     for source, given in enumerate(inputs):
-        for token in range(given.x.size(0)):
-            if not members[source][token, rank]:
-                continue
+        chosen_by, weights_of = given.topk_idx.tolist(), given.topk_weights.tolist()
+        for token in members[source][:, rank].nonzero().flatten().tolist():
             rows.append(given.x[token])
             sources.append(token)
             if given.scales is not None:
                 scales.append(given.scales[token])
-            mine = [0 <= e - rank * local < local and e >= 0 for e in given.topk_idx[token].tolist()]
-            ids.append(
-                [e - rank * local if m else -1 for e, m in zip(given.topk_idx[token].tolist(), mine, strict=True)]
-            )
-            weights.append([w if m else 0.0 for w, m in zip(given.topk_weights[token].tolist(), mine, strict=True)])
+            mine = [0 <= e - rank * local < local and e >= 0 for e in chosen_by[token]]
+            ids.append([e - rank * local if m else -1 for e, m in zip(chosen_by[token], mine, strict=True)])
+            weights.append([w if m else 0.0 for w, m in zip(weights_of[token], mine, strict=True)])
     first = inputs[rank]
     num_topk = first.topk_idx.size(1)
     chosen = [choices_of_experts(given.topk_idx, num_experts) for given in inputs]
@@ -99,11 +93,8 @@ def dispatch(inputs: list[Inputs], num_experts: int, rank: int, alignment: int =
             prefix[source, target] = running
     head = torch.full(members[rank].shape, -1, dtype=torch.int32)
     for target in range(num_ranks):
-        seen = 0
-        for token in range(first.x.size(0)):
-            if members[rank][token, target]:
-                head[token, target] = seen
-                seen += 1
+        for seen, token in enumerate(members[rank][:, target].nonzero().flatten().tolist()):
+            head[token, target] = seen
     return Expected(
         x=torch.stack(rows) if rows else first.x.new_empty(0, first.x.size(1)),
         scales=None
@@ -141,11 +132,9 @@ def combine(
     for bias in biases or []:
         out += bias.to(wide)
     for target in range(num_ranks):
-        row = sum(int(members[source][:, target].sum()) for source in range(rank))
-        for token in range(member.size(0)):
-            if member[token, target]:
-                out[token] += rows_of[target][row].to(wide)
-                row += 1
+        first = sum(int(members[source][:, target].sum()) for source in range(rank))
+        tokens = member[:, target].nonzero().flatten()
+        out[tokens] += rows_of[target][first : first + len(tokens)].to(wide)
     return out.to(dtype)
 
 
@@ -171,11 +160,9 @@ def combine_between_nodes(
         for target in range(num_ranks):
             if node_of[target] != node:
                 continue
-            row = sum(int(members[source][:, target].sum()) for source in range(rank))
-            for token in range(num_tokens):
-                if members[rank][token, target]:
-                    partial[token] += rows_of[target][row].to(wide)
-                    row += 1
+            first = sum(int(members[source][:, target].sum()) for source in range(rank))
+            tokens = members[rank][:, target].nonzero().flatten()
+            partial[tokens] += rows_of[target][first : first + len(tokens)].to(wide)
         out += partial if exact else partial.to(dtype).to(wide)
     return out.to(dtype)
 

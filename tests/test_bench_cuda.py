@@ -127,6 +127,7 @@ def test_cuda_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.usefixtures("two_gpus")
+@pytest.mark.slow
 def test_cuda_beside_and_extra_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     modes = ["dispatch", *OPERATED, "expanded"]
     arguments = ["--tokens", "8", "--sms", "8", "--modes", *modes, "--beside", "operators", "--routing", "others"]
@@ -152,6 +153,7 @@ def fail_late(rank: int, num_ranks: int, cases: list[CudaCase], *rest: Any) -> A
 
 
 @pytest.mark.usefixtures("two_gpus")
+@pytest.mark.slow
 def test_what_was_found_before_a_failure_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +181,7 @@ def test_what_was_found_before_a_failure_is_written(
 
 
 @pytest.mark.usefixtures("two_gpus")
+@pytest.mark.slow
 def test_cuda_staged_over_the_ceiling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--tokens",
@@ -216,6 +219,7 @@ def test_a_staged_rank_tells_the_allocator(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("two_gpus")
+@pytest.mark.slow
 def test_cuda_says_that_ranks_share_gpus(tmp_path: Path, mps: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*CUDA, "--ranks", "4", "--tokens", "8", "--modes", "combine", "--output", str(tmp_path)]
     assert main(arguments) == 0

@@ -230,6 +230,7 @@ def test_results_as_on_gpus(saved: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len([line for line in shown.splitlines()[-6:] if "3.0 (3.0 .. 3.0)" in line]) == 6
 
 
+@pytest.mark.slow
 def test_ranks_that_share_gpus_and_send_every_row(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--ranks", "4", "--tokens", "6", "--max-tokens", "6", "--dtype", "fp8", "--exact", "--save"]
     assert main([*SMALL, "--device", "cuda", *arguments]) == 0
@@ -279,6 +280,7 @@ def test_rivals() -> None:
     assert bench_low_latency.choose_rivals(shared, "yes", True)[0] == []
 
 
+@pytest.mark.slow
 def test_operators_wait_statistics_and_a_profile_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     beside = ["--beside", "operators", "wait-statistics", "--host-profile"]
     assert main([*SMALL, "--tokens", "3", *beside, "--output", str(tmp_path)]) == 0
@@ -438,6 +440,7 @@ def test_an_error_of_a_rank_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys
     assert "rank 1 failed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_found_before_an_error_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_low_latency, "run_cases", raise_late)
     assert main([*SMALL, "--tokens", "1", "200", "--dtype", "fp8", "--output", str(tmp_path)]) == 1

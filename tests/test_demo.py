@@ -66,7 +66,7 @@ def test_traffic_counts_both_directions() -> None:
     ]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4)), 2])
 def test_any_number_of_ranks_trains_the_same_model(pool_of: PoolOf, num_ranks: int) -> None:
     """Three sequences on four ranks: one rank has no tokens."""
     corpus = Corpus(SMALL)
@@ -180,7 +180,10 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("moment", ["forkserver", "ranks train", "They agree"])
+@pytest.mark.parametrize(
+    "moment",
+    ["ranks train", *(pytest.param(moment, marks=pytest.mark.slow) for moment in ("forkserver", "They agree"))],
+)
 def test_ctrl_c_stops_everything(tmp_path: Path, moment: str) -> None:
     before = shared_memory()
     process = subprocess.Popen(

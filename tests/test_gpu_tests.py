@@ -42,6 +42,7 @@ def played(gpus: int, *arguments: str, path: Path, cwd: Path = ROOT) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_with_a_gpu_each_are_told_from_those_that_share(tmp_path: Path) -> None:
     (tmp_path / "telling.py").write_text(
         "def pytest_collection_finish(session):\n"
@@ -95,6 +96,7 @@ def test_four(gpu_pool_of):
 """
 
 
+@pytest.mark.slow
 def test_one_that_hangs_and_one_that_cannot_run_end_none_of_the_others(tmp_path: Path) -> None:
     """On two GPUs, without MPS."""
     tests = tmp_path / "gpu"

@@ -48,7 +48,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("layout", ["2x2", "3x2", "2x4"])
+@pytest.mark.parametrize("layout", [pytest.param("2x2", marks=pytest.mark.slow), "3x2", "2x4"])
 def test_hosts(layout: str) -> None:
     with hosts_of(layout) as (_, pool):
         for case in CASES:

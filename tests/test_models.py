@@ -37,7 +37,6 @@ RIGHT = [
     Search("ring", {"QUITS": 1, "KINDS": 1}),
     Search("ring", {"DISAGREE": 1, "KINDS": 1, "ROUNDS": 2}),
     Search("ring", {"KINDS": 8, "R": 3}),
-    Search("ring", {"KINDS": 4, "R": 3, "LENGTH": 1, "ROUNDS": 2}),
     Search("gpu"),
     Search("gpu", {"DISAGREE": 1}),
     Search("gpu", {"QUITS": 1}),
@@ -50,6 +49,7 @@ RIGHT = [
     Search("regions", {"TENSORS": 2}),
 ]
 LARGE = [
+    Search("ring", {"KINDS": 4, "R": 3, "LENGTH": 1, "ROUNDS": 2}),
     Search("ring", {"QUITS": 1}),
     Search("ring", {"DISAGREE": 1}),
     Search("ring", {"KINDS": 29, "LENGTH": 3}),

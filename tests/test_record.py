@@ -271,6 +271,7 @@ def test_main_needs_a_gpu_or_a_word(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert named in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One phase for real, on CPU ranks."""
     arguments = ["--device", "cpu", "--phase", "low-latency", "--repeat", "1", "--output", str(tmp_path)]

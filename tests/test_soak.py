@@ -30,7 +30,7 @@ from tokenferry.dataplane.cpu import low_latency as cpu_low_latency
 from tokenferry.dataplane.cpu.expert_major import CopyMap
 
 MINUTE = 55.0
-"""Of a soak in CI, in seconds, beside shorter ones."""
+"""Of a soak, in seconds, beside shorter ones."""
 
 
 def test_short_soak_from_the_command_line(tmp_path: Path) -> None:
@@ -82,6 +82,7 @@ def _soak_with_played_graphs(rank: int, num_ranks: int, settings: Settings, spoi
         return soak(rank, num_ranks, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_everything_for_a_minute(pool_of: PoolOf) -> None:
     reports: list[Report] = pool_of(3).run(_soak_with_played_graphs, Settings(MINUTE, 11, "cpu", 100), False)

@@ -23,6 +23,8 @@ _INTERRUPTED = 130
 _THREADS = 1
 """Of torch, in every process: the matrices are small, and threads that wait for each other on busy cores cost more
 than they bring."""
+_PRELOAD = ("torch._dynamo",)
+"""What torch's optimizers import: two seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(settings: Settings, num_ranks: int, output: Path | None) -> int:
     began = time.perf_counter()
-    with RankPool(num_ranks, num_threads=_THREADS) as pool:
+    with RankPool(num_ranks, num_threads=_THREADS, preload=_PRELOAD) as pool:
         corpus = Corpus(settings)
         print(
             f"{num_ranks} ranks train a transformer of {settings.layers} layers on {corpus.train.numel():,} "

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import resource_tracker
@@ -50,15 +50,21 @@ class RankPool:
         num_ranks: number of processes.
         num_threads: torch threads in each; by default the cores are shared out.
         begin: a module-level function that each process calls with its rank first of all, before the group is made.
+        preload: modules that the ranks will need, imported once for all of them. The first pool of this process
+            decides: its server of forks serves the later ones.
     """
 
     def __init__(
-        self, num_ranks: int, num_threads: int | None = None, begin: Callable[[int], None] | None = None
+        self,
+        num_ranks: int,
+        num_threads: int | None = None,
+        begin: Callable[[int], None] | None = None,
+        preload: Iterable[str] = (),
     ) -> None:
         self.num_ranks = num_ranks
         threads = num_threads or max(1, (os.cpu_count() or 1) // num_ranks)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "tokenferry"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "tokenferry", *preload])
         self._directory = tempfile.TemporaryDirectory(prefix="tokenferry-")
         store = str(Path(self._directory.name) / "store")
         self._connections: list[Connection] = []
