@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 90, pytest.param(100, marks=pytest.mark.slow))
+"""Compute capabilities, times ten."""
 NAMES = tuple(pytest.importorskip("tests.compile_kernels").LAUNCHES)
 REMOTE = tuple(name for name in NAMES if not name.startswith("local"))
 pytestmark = pytest.mark.timeout(1500)  # the first tests wait for all compilers, which share two cores with others
@@ -52,9 +53,11 @@ class Compiled:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One process for each architecture, all at work."""
-    compiled = {capability: Compiled(capability, tmp_path_factory.mktemp("ptx")) for capability in CAPABILITIES}
+def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One process for each architecture that tests ask for, all at work."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    wanted = sorted({call.params["compiled"] for call in calls if call is not None})
+    compiled = {capability: Compiled(capability, tmp_path_factory.mktemp("ptx")) for capability in wanted}
     yield compiled
     for process in compiled.values():
         process.end()

@@ -82,6 +82,7 @@ def _scaled(method: Any) -> Any:
     return scaled
 
 
+@pytest.mark.slow
 def test_started_by_torchrun() -> None:
     """As the README says; all programs start alike."""
     assert {start_of(name) for name in SIZES} == {start_of("launch")}

@@ -162,10 +162,23 @@ MUTANTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
     },
 }
 """For each model what can be wrong: the label at which it is found, and macros."""
+WORST = {
+    "NO_SLOT_WAIT", "NO_STAGE_WAIT", "FLAG_BEFORE_PAYLOAD", "NO_RELEASE_WAIT", "FLAG_BEFORE_MESSAGE",
+    "FLAG_BEFORE_TENSOR", "RELEASE_BEFORE_READING", "REUSED_EPOCH", "ANY_EPOCH", "NO_CREDIT", "FLAG_BEFORE_ROWS",
+    "ANY_NUMBER", "NO_IDENTITY", "ANSWERED_BEFORE_ACK", "REUSE_BEFORE_CLOSED",
+}  # fmt: skip
+"""What every run of the tests looks for; the rest is slow."""
 
 
 @needs_spin
-@pytest.mark.parametrize(("model", "name"), [(model, name) for model, found in MUTANTS.items() for name in found])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        pytest.param(model, name, marks=() if name in WORST else pytest.mark.slow)
+        for model, found in MUTANTS.items()
+        for name in found
+    ],
+)
 def test_mutant_is_found(tmp_path: Path, model: str, name: str) -> None:
     fault, options = MUTANTS[model][name]
     assert search(model, {**options, "MUTANT": _mutants(model)[name]}, tmp_path).fault == fault

@@ -51,7 +51,7 @@ def test_short_soak_from_the_command_line(tmp_path: Path) -> None:
     assert str(picture) in done.stdout
 
 
-@pytest.mark.parametrize("num_ranks", [1, 4])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_soak_in_this_process_group(pool_of: PoolOf, num_ranks: int) -> None:
     reports: list[Report] = pool_of(num_ranks).run(soak, Settings(3.0 if num_ranks > 1 else 0.5, 7, "cpu", 100))
     assert len({str((report.calls, report.faults, report.layouts)) for report in reports}) == 1

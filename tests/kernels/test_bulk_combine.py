@@ -144,6 +144,7 @@ def check_right_kernel(direct: str, seed: int) -> None:
     assert not finds(bulk_emulator.bulk_module("bulk_combine"), direct, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_is_found(name: str) -> None:
     old, new, direct = MUTANTS[name]

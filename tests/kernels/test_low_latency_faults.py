@@ -70,7 +70,11 @@ def combine_without(calls: Calls, dead: int, hook: bool = False) -> dict[int, An
 
 @pytest.mark.parametrize(
     ("hook", "shrinks", "exact"),
-    [(False, True, False), (True, True, False), (False, False, False), (True, True, True)],
+    [
+        (False, True, False),
+        (True, True, True),
+        *(pytest.param(*given, marks=pytest.mark.slow) for given in ((True, True, False), (False, False, False))),
+    ],
 )
 def test_rank_that_ends_after_the_dispatch_is_the_only_one_missed(
     monkeypatch: Any, hook: bool, shrinks: bool, exact: bool

@@ -419,7 +419,9 @@ def test_right_protocol_passes(monkeypatch: Any, scenario: str) -> None:
     SCENARIOS[scenario](monkeypatch, 1)
 
 
-@pytest.mark.parametrize("direct", DIRECT)
+@pytest.mark.parametrize(
+    "direct", ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in DIRECT if name != "mixed")]
+)
 def test_repeated_operations(monkeypatch: Any, direct: str) -> None:
     repeated(monkeypatch, 0, direct=direct, length=3, stage_bytes=1024, num_sms=3)
     repeated(monkeypatch, 1, direct=direct, num_ranks=3, num_sms=5)
