@@ -76,6 +76,11 @@ def handle_of(ranks: int) -> DispatchHandle:
     return DispatchHandle(prefix, channel, channel, src_idx, member, head)
 
 
+def clear() -> None:
+    rows, places = torch.empty(ROWS, 7168, dtype=torch.bfloat16), torch.empty(ROWS, dtype=torch.int32)
+    programs.clear(0, rows, places, programs.Target(8, False, 0))
+
+
 def notify(ranks: int) -> None:
     handle = handle_of(ranks)
     results = (handle.send_head, handle.rank_prefix_matrix, handle.channel_prefix_matrix)
@@ -276,6 +281,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "dispatch part": lambda: part(8, 14336, 8),
     "dispatch part without choices": lambda: part(4, 14336, 0),
     "announce part": lambda: announce_part(8),
+    "local clear": clear,
     "local note held": lambda: note_held(8),
     "local find rows": lambda: parts_programs._find_rows.__wrapped__(programs.Target(8, False, 0)),
     "local sum rows": lambda: sum_rows(7168, BFLOAT16, BFLOAT16, 2),

@@ -228,7 +228,7 @@ def played(allocations: Sequence[torch.Tensor] = ()) -> Iterator[Gpu]:
     gpu = Gpu()
     zeros = torch.zeros
     compiled: Any = (
-        programs._layout, programs._notify, programs._dispatch, programs._combine,
+        programs._layout, programs._notify, programs._dispatch, programs._combine, programs._clear,
         low_latency_programs.dispatch, low_latency_programs.combine,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -35,9 +35,9 @@ class DispatchHandle(NamedTuple):
         return self.recv_src_idx.size(0)
 
     @property
-    def unused(self) -> torch.Tensor:
-        """Bool [M]: rows past the last received one."""
-        return self.recv_src_idx < 0
+    def places(self) -> torch.Tensor:
+        """int32 [M]; negative in rows past the last received one, and nowhere else."""
+        return self.recv_src_idx
 
 
 class InternodeHandle(NamedTuple):
@@ -76,9 +76,9 @@ class InternodeHandle(NamedTuple):
         return self.recv_src_meta.size(0)
 
     @property
-    def unused(self) -> torch.Tensor:
-        """Bool [M]: rows past the last received one."""
-        return self.recv_src_meta.view(torch.int32)[:, 1] < 0
+    def places(self) -> torch.Tensor:
+        """int32 [M], of stride 2; negative in rows past the last received one, and nowhere else."""
+        return self.recv_src_meta.view(torch.int32)[:, 1]
 
 
 Handle: TypeAlias = DispatchHandle | InternodeHandle

@@ -369,6 +369,14 @@ class DataPlane(Protocol):
         Accumulation is as in :meth:`pull_reduce`. No communication.
         """
 
+    def clear_unused(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+        """Zero the rows of a worst case past the last one. No communication.
+
+        Args:
+            rows: [M, width], contiguous, rows of a multiple of 4 bytes.
+            places: int32 [M], of any stride; negative past the last row, and nowhere else.
+        """
+
     def check(self) -> None:
         """Raise if operations cannot run: the Buffer is destroyed, or an operation failed."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tokenferry.buffer import Buffer
 from tokenferry.config import Config
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, Handle, InternodeHandle, make_handle
@@ -64,7 +65,7 @@ def _dispatch(
     rows = received if isinstance(received, tuple) else (received,)
     if num_worst_tokens:
         # Unset memory may hold NaN, and a zero gradient times NaN is NaN in the weights that touch these rows.
-        _clear_unused(rows, handle)
+        _clear_unused(owner, rows, handle)
         per_local_expert = x.new_empty(0, dtype=torch.int64)  # on the device: CUDA graphs take nothing on the host
     else:
         per_local_expert = torch.tensor(counts, dtype=torch.int64, device="cpu")
@@ -78,7 +79,7 @@ def _cached_dispatch(
     config = Config(num_sms) if num_sms else None
     received = owner.dispatch(x if x_scales is None else (x, x_scales), known, config=config)[0]
     rows = received if isinstance(received, tuple) else (received,)
-    _clear_unused(rows, known)
+    _clear_unused(owner, rows, known)
     return list(rows)
 
 
@@ -104,14 +105,11 @@ def _known(handle: _Tensors) -> Handle:
     return make_handle(handle)
 
 
-def _clear_unused(outputs: tuple[torch.Tensor, ...], handle: Handle) -> None:
-    """Zero the rows of worst-case outputs that no token arrived in; on a GPU without a look at their number."""
-    unused = handle.unused
-    if outputs[0].is_cuda or bool(unused.any()):
-        mask = unused.unsqueeze(1)
-        for rows in outputs:
-            can_be_filled = rows.dtype in COMBINE_DTYPES
-            (rows if can_be_filled else rows.view(torch.int32)).masked_fill_(mask, 0)
+def _clear_unused(owner: Buffer, outputs: tuple[torch.Tensor, ...], handle: Handle) -> None:
+    """Zero the rows of worst-case outputs that no token arrived in."""
+    runtime, places = owner._live_runtime(), handle.places
+    for rows in outputs:
+        runtime.clear_unused(rows, places)
 
 
 # Shapes.

@@ -13,6 +13,7 @@ import triton.language as tl
 from tokenferry.dataplane import Outputs, SendPlan, Signature
 from tokenferry.dataplane.cuda.kernels import bulk_combine as bulk_combine_kernels
 from tokenferry.dataplane.cuda.kernels import bulk_dispatch as bulk_dispatch_kernels
+from tokenferry.dataplane.cuda.kernels import clear as clear_kernels
 from tokenferry.dataplane.cuda.kernels import combine as combine_kernels
 from tokenferry.dataplane.cuda.kernels import dispatch as dispatch_kernels
 from tokenferry.dataplane.cuda.kernels import layout as layout_kernels
@@ -43,6 +44,7 @@ _COMBINE = {
     for sums in {dtype, torch.promote_types(dtype, torch.float32)}
 }
 """By the dtype of the rows and that of their sums, which is a wider one only where sums are summed again."""
+_CLEAR = Kernel(clear_kernels.clear, (_I32, _I32, None, None, None))
 _BULK_DISPATCH = Kernel(bulk_dispatch_kernels.dispatch, _DISPATCH.types)
 _BULK_COMBINE = {
     dtypes: Kernel(bulk_combine_kernels.combine, kernel.types)
@@ -50,6 +52,8 @@ _BULK_COMBINE = {
     if torch.float64 not in dtypes
 }
 _TOKENS_PER_BLOCK = 256
+_CLEARING_PROGRAMS = 264
+"""Two an SM, or a little more."""
 _FEWEST_SLOTS = 4
 _BEHIND = 3
 """Slots of a ring that are being written to global memory, or wait for it."""
@@ -397,6 +401,18 @@ def _combine(
     )
 
 
+def clear(stream: int, rows: torch.Tensor, places: torch.Tensor, target: Target) -> None:
+    """Launch ``clear``."""
+    num_rows = rows.shape[0]
+    arguments = (places.data_ptr(), rows.data_ptr(), places.stride(0), num_rows, row_bytes(rows) // 4)
+    _clear(target).launch(min(num_rows, _CLEARING_PROGRAMS), stream, arguments)
+
+
+@functools.cache
+def _clear(target: Target) -> Variant:
+    return _CLEAR.variant(4, BLOCK=1024)
+
+
 def warm(
     plans: Sequence[SendPlan],
     reduces: Sequence[Sequence[torch.Tensor]],
@@ -410,6 +426,7 @@ def warm(
     held = any(plan.part is not None for plan in plans)
     for host_waits in (True, False):
         _notify(host_waits, target)
+    _clear(target)
     for plan in plans:
         if plan.topk_idx is not None:
             _layout(plan.topk_idx.size(1), num_experts, target._replace(num_ranks=plan.is_token_in_rank.size(1)))
