@@ -273,7 +273,7 @@ def _last(output: str) -> str:
     return lines[-1] if lines else ""
 
 
-CHECKS = ("high-throughput", "low-latency", "expert-major", "stage", "nodes")
+CHECKS = ("high-throughput", "low-latency", "expert-major", "operators", "stage", "nodes")
 """Of tests/gpu/sanitize.py."""
 
 

@@ -60,7 +60,7 @@ def session_pools(begin: Callable[[int, int], None] | None = None) -> Iterator[P
         if num_ranks in pools and not pools[num_ranks].is_whole:
             pools.pop(num_ranks).stop()
         if num_ranks not in pools:
-            pools[num_ranks] = SessionPool(num_ranks, num_threads=1, preload=PRELOAD)
+            pools[num_ranks] = SessionPool(num_ranks, num_threads=1, preload=PRELOAD if begin is None else ())
             if begin is not None:
                 pools[num_ranks].run(begin)
         return pools[num_ranks]

@@ -28,12 +28,13 @@ CASES = [
 ]
 
 
-def check_cases(rank: int, num_ranks: int) -> None:
-    with Buffer(dist.group.WORLD, timeout=cases.TIMEOUT) as buffer:
+def check_cases(rank: int, num_ranks: int, device: str = "cpu", timeout: float = cases.TIMEOUT) -> None:
+    unset = cases.poisoned_memory if device == "cpu" else cases.filled_memory
+    with Buffer(dist.group.WORLD, timeout=timeout, device=device) as buffer:
         for case in CASES:
-            scenario, seen = Scenario(case, rank, num_ranks), ThroughOperators(buffer)
+            scenario, seen = Scenario(case, rank, num_ranks, device), ThroughOperators(buffer)
             scenario.check_all(seen)
-            with cases.poisoned_memory():
+            with unset():
                 worst = scenario.num_rows[rank] + 2
                 received = scenario.dispatch(seen, num_worst_tokens=worst)
                 cached = seen.dispatch(scenario.x, handle=received[4])

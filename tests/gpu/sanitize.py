@@ -34,6 +34,7 @@ from tests.internode_cases import NodeScenario, make_buffer, small_chunks
 from tests.internode_low_latency_cases import NodeScenario as LowLatencyNodeScenario
 from tests.internode_low_latency_cases import make_buffer as make_low_latency_buffer
 from tests.low_latency_cases import check_case
+from tests.test_ops import check_cases as check_operators
 from tokenferry.cli.ranks import RankPool
 from tokenferry.dataplane.cuda import expert_major_programs, low_latency_programs, parts_programs, programs
 from tokenferry.dataplane.cuda.launch import Kernel
@@ -80,10 +81,15 @@ def nodes(rank: int, num_ranks: int) -> None:
             check_case(buffer, LowLatencyNodeScenario(NODE_CASES[name], rank, "2x1", device="cuda"))
 
 
+def operators(rank: int, num_ranks: int) -> None:
+    check_operators(rank, num_ranks, "cuda", TIMEOUT)
+
+
 CHECKS: dict[str, tuple[int, Callable[[int, int], None]]] = {
     "high-throughput": (1, high_throughput),
     "low-latency": (1, low_latency),
     "expert-major": (1, expert_major),
+    "operators": (1, operators),
     "stage": (2, stage),
     "nodes": (2, nodes),
 }
