@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.cases import Case, Scenario, wait_for
@@ -26,7 +28,8 @@ from tokenferry import BufferStateError, CapacityError, HeapError, MismatchError
 from tokenferry.cli.ranks import RankPool
 from tokenferry.dataplane.cpu import CpuDataPlane
 from tokenferry.memory.heap import Heap
-from tokenferry.rail.process_group import _Waiter
+from tokenferry.rail import RailError
+from tokenferry.rail.process_group import _begun, _Waiter
 from tokenferry.runtime import Runtime
 
 CASE = Case(tokens=(6, 9, 3, 5), num_topk=3)
@@ -210,6 +213,23 @@ def _files(rank: int, num_ranks: int) -> tuple[int, int]:
         time.sleep(0.1)
         counts.append((len(list(Path("/proc/self/fd").iterdir())), len(list(Path("/proc/self/task").iterdir()))))
     return counts[2][0] - counts[0][0], counts[2][1] - counts[0][1]
+
+
+class _BrokenGroup:
+    """Raises where some versions of torch do: when a transfer begins, not when it is waited for."""
+
+    def recv(self, *_: Any) -> dist.Work:
+        raise RuntimeError("connection closed by peer")
+
+
+def test_an_error_at_the_beginning_of_a_transfer_keeps_no_group() -> None:
+    group = _BrokenGroup()
+    known = weakref.ref(group)
+    with pytest.raises(RailError, match="closed by peer") as caught:
+        _begun(group.recv, torch.empty(1), 1)
+    del group
+    assert known() is None
+    assert caught.value.__traceback__ is not None
 
 
 def test_failures_leave_no_connections(pool_of: PoolOf) -> None:

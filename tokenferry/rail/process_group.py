@@ -278,6 +278,7 @@ def _begun(
         return operation([part], node, 0)
     except RuntimeError as error:
         reason = first_line(error)
+    del operation  # a method of the group: the error's frames would keep its connections
     raise RailError([node], False, reason)
 
 
