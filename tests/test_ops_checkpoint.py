@@ -86,4 +86,6 @@ def test_eager(pool_of: PoolOf, policy: str, expected: list[str]) -> None:
 )
 def test_compiled(pool_of: PoolOf, policy: str, backend: str, num_blocks: int) -> None:
     """A compiler would place what it recomputes as it likes: operators are always saved."""
+    if policy == "all" and torch.__version__ < (2, 12):
+        pytest.xfail("the compiler of torch 2.11 fails: it wants to save what is None")
     pool_of(2).run(check, backend, num_blocks, policy, BACKWARD)
