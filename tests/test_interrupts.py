@@ -8,13 +8,14 @@ from __future__ import annotations
 import dis
 import functools
 import gc
+import itertools
 import linecache
 import os
 import random
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -117,9 +118,10 @@ def reports_opcodes() -> bool:
     return "opcode" in seen
 
 
-def points(count: int, how_many: int) -> list[int]:
-    """Some of so many instructions, the first among them. How many there are differs: ranks wait for each other."""
-    return [0, *random.Random(count).sample(range(1, count), how_many - 1)]
+def points(count: int) -> Iterator[int]:
+    """Some of so many instructions, the first before all. How many there are differs: ranks wait for each other."""
+    chance = random.Random(count)
+    return itertools.chain([0], (chance.randrange(1, count) for _ in range(6 * POINTS)))
 
 
 def held() -> tuple[int, int, int]:
@@ -184,10 +186,12 @@ def test_operations_are_done_or_the_buffer_is_lost(name: str) -> None:
     gc.collect()
     before = held()
     reached = 0
-    for at in points(count, POINTS):
+    for at in points(count):
         where = _run(name, at).where
         reached += where != NOWHERE
         check_nothing_is_left(before, where)
+        if reached == POINTS:
+            break
     assert reached > POINTS // 2
 
 
@@ -277,4 +281,4 @@ def raised_by(call: Callable[[], Any]) -> TokenferryError | None:
 
 def test_between_nodes(pool_of: PoolOf) -> None:
     reached = pool_of(2).run(_between_nodes, 2 * POINTS)[1]
-    assert reached > POINTS
+    assert reached > POINTS // 2
