@@ -22,6 +22,7 @@ LONGEST = (
 )  # fmt: skip
 """Files of tests, which workers take one by one in this order, then the others."""
 PRELOAD = ("torch._dynamo", "hypothesis", "numpy", "pytest")
+"""What ranks of tests import, once for all; not on GPUs: whoever is forked must not find CUDA begun."""
 
 
 class SessionPool(RankPool):

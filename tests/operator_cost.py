@@ -7,7 +7,7 @@ many such: what the machine does besides only adds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def int32(*shape: int) -> torch.Tensor:
 class IdleRuntime:
     """Does nothing."""
 
-    def clear_unused(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+    def clear_unused(self, outputs: Sequence[torch.Tensor], places: torch.Tensor) -> None:
         pass
 
 

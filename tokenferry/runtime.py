@@ -130,11 +130,11 @@ class Runtime:
         """An unset tensor; rows of CPU ranks are always staged, so any memory does."""
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def clear_unused(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+    def clear_unused(self, outputs: Sequence[torch.Tensor], places: torch.Tensor) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.clear_unused`."""
         if self._plane is None:
             raise BufferStateError("the Buffer is not synced")
-        self._plane.clear_unused(rows, places)
+        self._plane.clear_unused(outputs, places)
 
     def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
         """bfloat16 of this shape: rows that a low-latency combine may be given.

@@ -179,15 +179,15 @@ class CudaRuntime:
         """An unset tensor that the peers can read from the start."""
         return self._heap.empty(shape, dtype)
 
-    def clear_unused(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+    def clear_unused(self, outputs: Sequence[torch.Tensor], places: torch.Tensor) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.clear_unused`."""
         if self._plane is None:
             raise BufferStateError("the Buffer is not synced")
         if torch._C._cuda_getDevice() == self.comm.index:
-            self._plane.clear_unused(rows, places)
+            self._plane.clear_unused(outputs, places)
         else:
             with torch.cuda.device(self.comm.index):
-                self._plane.clear_unused(rows, places)
+                self._plane.clear_unused(outputs, places)
 
     def combine_rows(self, shape: tuple[int, int, int]) -> torch.Tensor:
         """bfloat16 of this shape: rows that a low-latency combine may be given.

@@ -369,11 +369,11 @@ class DataPlane(Protocol):
         Accumulation is as in :meth:`pull_reduce`. No communication.
         """
 
-    def clear_unused(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+    def clear_unused(self, outputs: Sequence[torch.Tensor], places: torch.Tensor) -> None:
         """Zero the rows of a worst case past the last one. No communication.
 
         Args:
-            rows: [M, width], contiguous, rows of a multiple of 4 bytes.
+            outputs: [M, width] each, contiguous, rows of a multiple of 4 bytes.
             places: int32 [M], of any stride; negative past the last row, and nowhere else.
         """
 

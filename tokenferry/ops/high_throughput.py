@@ -107,9 +107,7 @@ def _known(handle: _Tensors) -> Handle:
 
 def _clear_unused(owner: Buffer, outputs: tuple[torch.Tensor, ...], handle: Handle) -> None:
     """Zero the rows of worst-case outputs that no token arrived in."""
-    runtime, places = owner._live_runtime(), handle.places
-    for rows in outputs:
-        runtime.clear_unused(rows, places)
+    owner._live_runtime().clear_unused(outputs, handle.places)
 
 
 # Shapes.

@@ -89,11 +89,12 @@ class CpuDataPlane:
         """See :meth:`tokenferry.dataplane.DataPlane.sum_rows`."""
         sum_rows(parts, biases, out)
 
-    def clear_unused(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+    def clear_unused(self, outputs: Sequence[torch.Tensor], places: torch.Tensor) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.clear_unused`."""
         num_used = int((places >= 0).sum())
-        if num_used < len(rows):
-            rows[num_used:].view(torch.uint8).zero_()
+        if num_used < len(places):
+            for rows in outputs:
+                rows[num_used:].view(torch.uint8).zero_()
 
     def check(self) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.check`."""

@@ -354,10 +354,12 @@ class CudaDataPlane(CudaRank):
         sms = num_sms or DEFAULT_NUM_SMS
         parts_programs.sum_rows(stream.cuda_stream, parts, biases, out, wide, found, self._target, sms)
 
-    def clear_unused(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+    def clear_unused(self, outputs: Sequence[torch.Tensor], places: torch.Tensor) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.clear_unused`; on the current stream."""
-        if rows.numel():
-            programs.clear(torch._C._cuda_getCurrentRawStream(self._target.device), rows, places, self._target)
+        stream = torch._C._cuda_getCurrentRawStream(self._target.device)
+        for rows in outputs:
+            if rows.numel():
+                programs.clear(stream, rows, places, self._target)
 
     def has_room(self, row_bytes: int) -> bool:
         """See :meth:`tokenferry.dataplane.DataPlane.has_room`."""
