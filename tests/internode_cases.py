@@ -9,6 +9,8 @@ import torch.distributed as dist
 from tests import oracle
 from tests.cases import TIMEOUT, Case, Scenario, same
 from tokenferry import Buffer, Config, InternodeHandle
+from tokenferry.modes.routes import check_handle
+from tokenferry.topology import Topology
 
 LAYOUTS: dict[str, tuple[int, ...]] = {
     "2x1": (0, 1),
@@ -57,6 +59,8 @@ class NodeScenario(Scenario):
                 assert (element[self.num_rows[self.rank] :] == 255).all()
                 element = element[: self.num_rows[self.rank]]
             same(element, self.wanted_handle[name], name)
+        _, routes = check_handle(Topology(self.rank, tuple(self.node_of)), handle[0].device, handle)
+        assert all(member.is_contiguous() for member in routes.members), "kernels read one row after the other"
 
     def rows_of_handle(self, handle: Any) -> int:
         """Rows of the outputs that the handle belongs to."""

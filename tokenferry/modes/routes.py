@@ -170,7 +170,7 @@ def _routes_of(topology: Topology, handle: InternodeHandle) -> Routes:
     require(min(relayed) >= 0, name, ends, "ascending sums")
     require(ends[-1] == len(handle.send_nvl_head), name, ends, f"{len(handle.send_nvl_head)} rows, as send_nvl_head")
     members = list(torch.split(handle.send_nvl_head >= 0, relayed))
-    members[here] = handle.is_token_in_rank[:, index_of(topology.local_ranks)]
+    members[here] = handle.is_token_in_rank[:, index_of(topology.local_ranks)].contiguous()
     received = [end - start for start, end in zip([0, *sums_of_ranks[:-1]], sums_of_ranks, strict=True)]
     name, num_rows = "handle.recv_gbl_rank_prefix_sum", len(handle.recv_src_meta)
     require(min(received) >= 0, name, sums_of_ranks, "ascending sums")

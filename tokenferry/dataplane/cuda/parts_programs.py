@@ -52,6 +52,7 @@ def announce_part(
     """Launch ``announce_part``; it writes ``table``, int32 [3, R]."""
     heap, state, ready, _, status = context
     tensors = (plan.is_token_in_rank, table, part.starts, part.first_tokens)
+    assert all(tensor.is_contiguous() for tensor in tensors)
     numbers = (signature, plan.rows.size(0), part.num_rows, list_capacity, rank, operation, timeout)
     addresses = (tensor.data_ptr() for tensor in tensors)
     _announce_part(target).launch(
@@ -69,6 +70,7 @@ def _announce_part(target: Target) -> Variant:
 def note_held(stream: int, member: torch.Tensor, held: HeldRows, tables: HeldTables, target: Target) -> None:
     """Launch ``note_held``; it writes the table and ``send_head``."""
     tensors = (member, held.starts, held.ends, held.first_tokens, tables.table, tables.send_head)
+    assert all(tensor.is_contiguous() for tensor in tensors)
     addresses = (tensor.data_ptr() for tensor in tensors)
     _note_held(target).launch(target.num_ranks, stream, (*addresses, member.size(0)))
 
