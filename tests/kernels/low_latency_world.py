@@ -19,6 +19,12 @@ from tokenferry.modes import low_latency as mode
 from tokenferry.modes.intranode import Party
 
 CPU = torch.device("cpu")
+_KERNELS = ("dispatch", "combine")
+
+
+def _apart(prepared: Any) -> Any:
+    """No program sends and receives."""
+    return prepared._replace(programs=prepared.senders + prepared.receivers)
 
 
 class LowLatencyWorld:
@@ -29,7 +35,7 @@ class LowLatencyWorld:
         num_ranks: R.
         seed: of the scheduler.
         push_bytes: of the push area of a rank.
-        most_programs: that send, and that receive.
+        most_programs: that send, and that receive; with an even seed some do both.
         modules: kernels' modules by name, to run mutants.
         options: fields of :class:`tokenferry.dataplane.cuda.low_latency.Place`.
     """
@@ -50,12 +56,15 @@ class LowLatencyWorld:
         self.num_ranks = num_ranks
         self.simulator = Simulator(seed, max_steps=max_steps)
         monkeypatch.setattr(programs, "THREADS", 1)
-        for name in ("dispatch", "combine"):
-            module = (modules or {}).get(name) or getattr(programs, f"{name}_kernels")
-            original = getattr(programs, f"_{name.upper()}")
-            monkeypatch.setattr(
-                programs, f"_{name.upper()}", Simulated(self.simulator, getattr(module, name), original)
-            )
+        of_name = {name: (modules or {}).get(name) or getattr(programs, f"{name}_kernels") for name in _KERNELS}
+        original = programs._COMBINE[programs.FEW_REGISTERS]
+        simulated = Simulated(self.simulator, of_name["combine"].combine, original)
+        monkeypatch.setattr(programs, "_COMBINE", dict.fromkeys(programs._COMBINE, simulated))
+        simulated = Simulated(self.simulator, of_name["dispatch"].dispatch, programs._DISPATCH)
+        monkeypatch.setattr(programs, "_DISPATCH", simulated)
+        if seed % 2:
+            prepare = host.LowLatency._prepare
+            monkeypatch.setattr(host.LowLatency, "_prepare", lambda *given: _apart(prepare(*given)))
         for variants in (programs.dispatch, programs.combine):
             variants.cache_clear()
         heap_bytes = words.CONTROL_BYTES + push_bytes
@@ -65,8 +74,8 @@ class LowLatencyWorld:
         self.table = torch.tensor([heap.data_ptr() for heap in self.heaps])
         place = host.Place(
             rank=0, num_ranks=num_ranks, address=0, offset=words.CONTROL_BYTES, nbytes=push_bytes,
-            target=Target(num_ranks, False, 0, has_fp8), most_programs=most_programs,
-            **{"timeout": 1 << 40, "shrinks": False, "exact": False, **options},
+            target=Target(num_ranks, False, 0, has_fp8), num_sms=most_programs,
+            shares_gpu=True, **{"timeout": 1 << 40, "shrinks": False, "exact": False, **options},
         )  # fmt: skip
         self.buffers = []
         for rank in range(num_ranks):

@@ -40,7 +40,6 @@ from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
 
 DEFAULT_NUM_SMS = 16
-_PROGRAMS_AN_SM = 4
 
 
 class CudaDataPlane(CudaRank):
@@ -82,7 +81,8 @@ class CudaDataPlane(CudaRank):
             nbytes=heap.push_bytes,
             target=self._target,
             timeout=self._timeout,
-            most_programs=_PROGRAMS_AN_SM * num_sms if most_programs == num_sms else most_programs,
+            num_sms=most_programs,
+            shares_gpu=most_programs < num_sms,
             shrinks=may_mask,
             exact=exact_combine,
         )

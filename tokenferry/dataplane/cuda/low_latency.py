@@ -35,8 +35,9 @@ class Place(NamedTuple):
     target: Target
     timeout: int
     """Nanoseconds."""
-    most_programs: int
-    """Programs of one launch that surely run beside those of the other ranks on the GPU, or do no harm."""
+    num_sms: int
+    shares_gpu: bool
+    """Whether other ranks run on the GPU: then one program on each of ``num_sms`` surely runs beside theirs."""
     shrinks: bool
     exact: bool
 
@@ -48,6 +49,8 @@ class _Prepared(NamedTuple):
     numbers: tuple[int, ...]
     senders: int
     receivers: int
+    programs: int
+    """Of a launch that sends and receives."""
 
 
 class LowLatency:
@@ -177,13 +180,23 @@ class LowLatency:
         part = programs.part_of(hidden, num_rows)
         shape = programs.DispatchShape(scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth)
         parts = -(-hidden // part)
-        prepared = self._prepared[key] = _Prepared(
+        prepared = self._prepared[key] = self._prepare(
             programs.dispatch(shape, place.target),
             (*self._numbers(num_rows, most, signature, layout), *layout[:3], signature.operation, place.timeout),
-            2 + self._at_most(num_rows * (parts + 1)),
-            1 + self._at_most(max(num_rows, 1) * place.num_ranks * parts),
+            2 + num_rows * (parts + 1),
+            1 + num_rows * place.num_ranks * parts,
+            programs.programs_an_sm(part),
         )
         return prepared
+
+    def _prepare(
+        self, variants: programs.Variants, numbers: tuple[int, ...], senders: int, receivers: int, an_sm: int
+    ) -> _Prepared:
+        """As many programs as there is work for, and as run at a time, of which ``an_sm`` fit on an SM."""
+        most = self._place.num_sms * (1 if self._place.shares_gpu else an_sm)
+        senders, receivers = (max(min(count, most), fewest) for count, fewest in ((senders, 3), (receivers, 2)))
+        together = max(min(senders + receivers, most), senders, receivers)
+        return _Prepared(variants, numbers, senders, receivers, together)
 
     def combine(self, stream: int, signature: Signature, plan: LowLatencyCombinePlan) -> Receive:
         """Send, and receive if that is to be done at once."""
@@ -212,11 +225,12 @@ class LowLatency:
         part = programs.part_of(hidden, num_rows, num_topk)
         shape = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
         parts = -(-hidden // part)
-        prepared = self._prepared[key] = _Prepared(
+        prepared = self._prepared[key] = self._prepare(
             programs.combine(shape, place.target),
             (*self._numbers(num_rows, most, signature, layout), layout[0], signature.operation, place.timeout),
-            2 + self._at_most(max(num_rows, 1) * place.num_ranks * parts),
-            self._at_most(max(num_rows, 1) * parts),
+            2 + num_rows * place.num_ranks * parts,
+            num_rows * parts,
+            programs.programs_an_sm(part, num_topk),
         )
         return prepared
 
@@ -242,9 +256,6 @@ class LowLatency:
         place, nbytes = self._place, self._slot_bytes(layout)
         number = hash((number_of(signature), self._depth, nbytes))  # ranks whose slots lie elsewhere disagree
         return place.address, num_rows, most, place.rank, number, place.offset, nbytes
-
-    def _at_most(self, num_items: int) -> int:
-        return max(min(num_items, self._place.most_programs), 1)
 
     def _each(self, relays: Relays | None) -> int:
         """Sources whose tokens a rank sends."""
@@ -293,19 +304,19 @@ class LowLatency:
         while self._pending and self._pending[0].number <= self._num_sent + 1 - self._depth:
             self._pending[0].finish(stream)
         self._num_sent += 1
-        variants, numbers, senders, receivers = prepared
+        variants, numbers, senders, receivers, together = prepared
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if receives_now:
-            arguments = (*self._context, 0, *addresses, *numbers, senders)
-            variants.both.launch(senders + receivers, stream, arguments)
+            arguments = (*self._context, 0, *addresses, *numbers, senders, together - receivers)
+            variants.both.launch(together, stream, arguments)
             return self._received
         device = next(tensor.device for tensor in tensors if tensor is not None)
         ticket = torch.empty(1, dtype=torch.int64, device=device)
         common = (*self._context, ticket.data_ptr(), *addresses, *numbers)
-        variants.send.launch(senders, stream, (*common, senders))
+        variants.send.launch(senders, stream, (*common, senders, 0))
 
         def receive(stream: int) -> None:
-            variants.receive.launch(receivers, stream, (*common, 0))
+            variants.receive.launch(receivers, stream, (*common, 0, 0))
 
         pending = Receive(self, self._num_sent, receive, (*tensors, ticket), self.is_capturing(), stream)
         self._pending.append(pending)

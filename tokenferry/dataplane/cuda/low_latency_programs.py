@@ -17,17 +17,23 @@ from tokenferry.dataplane.cuda.launch import Kernel, Variant
 from tokenferry.dataplane.cuda.programs import Target
 
 _I8, _I32, _I64, _F32, _BF16 = torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16
-_EXACT = {"enable_fp_fusion": False}  # a product is rounded before it is added, as on CPU ranks
+_EXACT = {"enable_fp_fusion": False}
+"""A product is rounded before it is added, as on CPU ranks."""
+FEW_REGISTERS, ALL_REGISTERS = 128, 255
+"""That a thread may take: so that four programs run on an SM, or two."""
 _DISPATCH = Kernel(
     dispatch_kernels.dispatch,
-    (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 16),
-    _EXACT,
+    (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 17),
+    {**_EXACT, "maxnreg": FEW_REGISTERS},
 )
-_COMBINE = Kernel(
-    combine_kernels.combine,
-    (_I64, _I64, _I64, _I64, _I64, _F32, _BF16, _I32, _BF16, *(None,) * 12),
-    _EXACT,
-)
+_COMBINE = {
+    registers: Kernel(
+        combine_kernels.combine,
+        (_I64, _I64, _I64, _I64, _I64, _F32, _BF16, _I32, _BF16, *(None,) * 13),
+        {**_EXACT, "maxnreg": registers},
+    )
+    for registers in (FEW_REGISTERS, ALL_REGISTERS)
+}
 GROUP = 128
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
@@ -35,8 +41,9 @@ THREADS = 32 * NUM_WARPS
 PART, LARGE_PART = 1024, 4096
 """Elements of a row that a program moves at a time: the most where tokens are many."""
 MANY_TOKENS = 32
-MOST_HELD = 1 << 15
-"""Elements that a program holds while it waits for weights: a part of every row of a token."""
+MOST_HELD, HELD_IN_FEW = 1 << 15, 1 << 13
+"""Elements that a program holds while it waits for weights, a part of every row of a token: at most, and with few
+registers."""
 
 
 class DispatchShape(NamedTuple):
@@ -83,6 +90,11 @@ def part_of(hidden: int, num_tokens: int, rows_held: int = 1) -> int:
     while part > PART and part * rows_held > MOST_HELD:
         part //= 2
     return min(max(GROUP * _power_of_two(-(-hidden // GROUP)), 4 * GROUP), part)
+
+
+def programs_an_sm(part: int, rows_held: int = 1) -> int:
+    """How many programs that move such parts run on an SM at a time."""
+    return 4 if part * rows_held <= HELD_IN_FEW else 2
 
 
 @functools.cache
@@ -162,7 +174,7 @@ def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target)
         GROUPS=shape.part // GROUP,
         BINS=min(_power_of_two(num_experts), 1024),
         LB=min(_power_of_two(shape.num_local_experts), 128),
-        BLOCK=min(2048 // topk, 1024),
+        BLOCK=min(4096 // topk, 1024),
         R=target.num_ranks,
         RB=_power_of_two(target.num_ranks),
         VB=_power_of_two(target.num_ranks * shape.num_sources),
@@ -172,7 +184,8 @@ def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target)
 
 
 def _combine(sends: bool, receives: bool, shape: CombineShape, target: Target) -> Variant:
-    return _COMBINE.variant(
+    registers = FEW_REGISTERS if programs_an_sm(shape.part, shape.num_topk) > 2 else ALL_REGISTERS
+    return _COMBINE[registers].variant(
         NUM_WARPS,
         SENDS=sends,
         RECEIVES=receives,

@@ -5,7 +5,7 @@ A slot of the push area holds, of each source: ``rows`` [N, bytes], ``scales`` [
 expert is the receiver's, else -1; position: how many choices of this source, by (token, choice), have that expert and
 come before. So row of a choice = rows of earlier sources for the expert + position, whatever arrives when.
 
-Sender 0 counts, the others push parts of rows. Receiver 0 writes tables, the others spread rows.
+Sender 0 counts, the others push choices and parts of rows. Receiver 0 writes tables, the others spread rows.
 
 Between nodes (``G`` > 1) a rank sends the tokens of G sources, N / G of each one after the other, and has counts for
 each. ``order`` is then int32: for every source, by rank and number, which one of all it is; behind it the reverse.
@@ -116,12 +116,16 @@ def positions_of(ids, first, token, e, E: tl.constexpr, K: tl.constexpr, KB: tl.
     """[KB]: how many choices from the token ``first`` on, before each choice of a token, have the same expert."""
     k = tl.arange(0, KB)
     mine = token * K + k
+    stop = token * K + K
     found = tl.zeros([KB], tl.int32)
-    for start in range(first * K, token * K + K, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        others = tl.load(ids + i, mask=i < token * K + K, other=-1)
+    i = first * K + tl.arange(0, BLOCK)
+    others = tl.load(ids + i, mask=i < stop, other=-1)
+    for _ in range(first * K, stop, BLOCK):
+        ahead = tl.load(ids + i + BLOCK, mask=i + BLOCK < stop, other=-1)  # on its way while these are compared
         others = tl.where((others >= 0) & (others < E), others, -2).to(tl.int32)
         found += tl.sum(((others[None, :] == e[:, None]) & (i[None, :] < mine[:, None])).to(tl.int32), 1)
+        others = ahead
+        i += BLOCK
     return found
 
 
@@ -293,7 +297,7 @@ def send(
     GROUPS: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
     RB: tl.constexpr, DEPTH: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """What a sender does. The choices of a token are sent as a part of their own, behind those of its row.
+    """What a sender does. Choices come first: the last of them take longest.
 
     It ``COUNTS`` its waits where no receiver runs beside it, who waits for the same ranks.
     """
@@ -310,14 +314,14 @@ def send(
         release(heap, state, rank, R, RB, DEPTH)
     else:
         for item in range(pid - 2, num_tokens * (PARTS + 1), num_senders - 2):
-            token, part = split(item, PARTS + 1)
             once = tl.where(failed != 0, 0, timeout)
-            if part == PARTS:
+            if item < num_tokens:
                 bits = send_choices(
-                    heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, once, token,
+                    heap, own, state, status, ids, most, rank, slot, epoch, at, off_choices, operation, once, item,
                     SHRINK, K, KB, E, L, G, R, RB, BLOCK, THREADS,
                 )  # fmt: skip
             else:
+                token, part = split(item - num_tokens, PARTS)
                 bits = send_part(
                     heap, own, state, status, ids, x, most, rank, slot, epoch, at, off_scales, operation, once, token,
                     part, FORMAT, HAS_FP8, SHRINK, H, S, K, KB, E, L, GROUPS, R, RB, THREADS,
@@ -329,14 +333,14 @@ def send(
 @triton.jit
 def receive(
     own, state, status, out, out_scales, src_info, layout_range, num_received, stats, wait_stats, order, most, rank,
-    slot, epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders,
+    slot, epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, first_receiver,
     ROW: tl.constexpr, WORDS: tl.constexpr, SHRINK: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr,
     KB: tl.constexpr, L: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, LB: tl.constexpr, R: tl.constexpr,
     RB: tl.constexpr, VB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """What a receiver does."""
-    index = tl.program_id(0) - num_senders
-    num_receivers = tl.num_programs(0) - num_senders
+    index = tl.program_id(0) - first_receiver
+    num_receivers = tl.num_programs(0) - first_receiver
     tokens = arrivals(
         own, state, status, rank, slot, epoch, signature, most, operation, timeout, wait_stats, index,
         SHRINK, R, RB, THREADS,
@@ -362,7 +366,7 @@ def receive(
 @triton.jit(
     do_not_specialize=[
         "own", "stats", "wait_stats", "order", "num_tokens", "most", "rank", "signature", "area", "slot_bytes",
-        "off_scales", "off_choices", "off_counts", "operation", "timeout", "num_senders",
+        "off_scales", "off_choices", "off_counts", "operation", "timeout", "num_senders", "first_receiver",
     ]
 )  # fmt: skip
 def dispatch(
@@ -393,6 +397,7 @@ def dispatch(
     operation: tl.int64,
     timeout: tl.int64,
     num_senders: tl.int32,
+    first_receiver: tl.int32,
     SENDS: tl.constexpr,
     RECEIVES: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -415,7 +420,9 @@ def dispatch(
     DEPTH: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """The first ``num_senders`` programs send if any are to, the others receive. ``stats`` are addresses, or 0.
+    """The first ``num_senders`` programs send if any are to, those from ``first_receiver`` on receive.
+
+    Some do both, one after the other, where not all programs run at a time. ``stats`` are addresses, or 0.
 
     What is sent here and received by a later launch leaves its number in ``ticket``. ``src_info`` is followed by the
     table for :mod:`.low_latency_combine`: int32 [R, N, K], row of each choice in the slabs or -1, and int32 [R],
@@ -441,12 +448,12 @@ def dispatch(
                     H, S, K, KB, E, L, G, GROUPS, PARTS, BINS, BLOCK, R, RB, DEPTH, THREADS,
                 )  # fmt: skip
         if RECEIVES:
-            if tl.program_id(0) >= num_senders:
+            if tl.program_id(0) >= first_receiver:
                 receive(
                     own, state, status, out, out_scales, src_info, layout_range, num_received, stats, wait_stats,
                     order, most, rank, slot, epoch, signature, at, off_scales, off_choices, off_counts, operation,
-                    timeout, num_senders, H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, S, SB, K, KB, L, G, PARTS, LB,
-                    R, RB, VB, THREADS,
+                    timeout, first_receiver, H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, S, SB, K, KB, L, G, PARTS,
+                    LB, R, RB, VB, THREADS,
                 )  # fmt: skip
     if SENDS:
         if not RECEIVES:
