@@ -92,7 +92,7 @@ def world_of(
     most = max(1, *case.tokens) + case.spare
     layouts = programs.layouts(num_ranks, most, case.hidden, case.num_topk, case.local_experts, 1, exact)
     nbytes = slots * align_up(max(layout[-1] for layout in layouts))
-    options = {"most_programs": 2, **options}
+    options = {"most_programs": 4, **options}
     world = LowLatencyWorld(monkeypatch, num_ranks, seed, push_bytes=nbytes, exact=exact, **options)
     if sleeps is None:
         disturb(monkeypatch, world, seed, pace)

@@ -97,7 +97,7 @@ def test_rank_that_ends_after_the_dispatch_is_the_only_one_missed(
 def test_rows_of_a_dead_rank_cost_one_wait(monkeypatch: Any, shrinks: bool) -> None:
     """However many one program has."""
     case = Case(tokens=(3,), hidden=8, num_topk=2, seed=3)
-    world = timed_world(monkeypatch, 2, 0, case, shrinks=shrinks, most_programs=1, max_steps=40_000)
+    world = timed_world(monkeypatch, 2, 0, case, shrinks=shrinks, most_programs=3, max_steps=40_000)
     calls = dispatched(world, case)
     answers = combine_without(calls, 1)
     assert answers
@@ -107,7 +107,7 @@ def test_rows_of_a_dead_rank_cost_one_wait(monkeypatch: Any, shrinks: bool) -> N
 def test_credit_that_does_not_come_costs_one_wait(monkeypatch: Any) -> None:
     """However many rows one program sends."""
     case = Case(tokens=(6,), hidden=8, num_topk=2, seed=3)
-    world = timed_world(monkeypatch, 2, 0, case, most_programs=1, slots=2, max_steps=60_000)
+    world = timed_world(monkeypatch, 2, 0, case, most_programs=3, slots=2, max_steps=60_000)
     dispatched(world, case)
     calls = Calls(world, case)
     for _ in range(2):  # rank 0 alone; the slot of the second is that of the first dispatch
@@ -229,7 +229,7 @@ def test_mismatch_is_no_timeout(monkeypatch: Any) -> None:
     case = Case(tokens=(4,), hidden=8, num_topk=2, seed=22)
     for seed in (0, 2, 4):
         with monkeypatch.context() as patch:
-            world = timed_world(patch, 2, seed, case, timeout=1 << 40, most_programs=6, max_steps=60_000)
+            world = timed_world(patch, 2, seed, case, timeout=1 << 40, most_programs=8, max_steps=60_000)
             delay(patch, world, 1, 2000 + 250 * seed)
             world.simulator.random = Paces(seed, 2, 0.05)
             world.buffers[1].plane.signature = 1

@@ -45,7 +45,7 @@ class Node:
         )
         nbytes = 2 * align_up(max(layout[-1] for layout in layouts))
         modules = {} if dispatch is None else {"dispatch": dispatch}
-        self.world = LowLatencyWorld(monkeypatch, here, seed, push_bytes=nbytes, most_programs=2, modules=modules)
+        self.world = LowLatencyWorld(monkeypatch, here, seed, push_bytes=nbytes, most_programs=4, modules=modules)
         disturb(monkeypatch, self.world, seed, 0.2)
         self.results: list[tuple[Any, ...]] = []
         self.sums: list[torch.Tensor] = []

@@ -49,8 +49,6 @@ class _Prepared(NamedTuple):
     numbers: tuple[int, ...]
     senders: int
     receivers: int
-    programs: int
-    """Of a launch that sends and receives."""
 
 
 class LowLatency:
@@ -194,9 +192,7 @@ class LowLatency:
     ) -> _Prepared:
         """As many programs as there is work for, and as run at a time, of which ``an_sm`` fit on an SM."""
         most = self._place.num_sms * (1 if self._place.shares_gpu else an_sm)
-        senders, receivers = (max(min(count, most), fewest) for count, fewest in ((senders, 3), (receivers, 2)))
-        together = max(min(senders + receivers, most), senders, receivers)
-        return _Prepared(variants, numbers, senders, receivers, together)
+        return _Prepared(variants, numbers, max(min(senders, most), 3), max(min(receivers, most), 2))
 
     def combine(self, stream: int, signature: Signature, plan: LowLatencyCombinePlan) -> Receive:
         """Send, and receive if that is to be done at once."""
@@ -304,19 +300,19 @@ class LowLatency:
         while self._pending and self._pending[0].number <= self._num_sent + 1 - self._depth:
             self._pending[0].finish(stream)
         self._num_sent += 1
-        variants, numbers, senders, receivers, together = prepared
+        variants, numbers, senders, receivers = prepared
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if receives_now:
-            arguments = (*self._context, 0, *addresses, *numbers, senders, together - receivers)
-            variants.both.launch(together, stream, arguments)
+            arguments = (*self._context, 0, *addresses, *numbers, senders)
+            variants.both.launch(senders + receivers, stream, arguments)
             return self._received
         device = next(tensor.device for tensor in tensors if tensor is not None)
         ticket = torch.empty(1, dtype=torch.int64, device=device)
         common = (*self._context, ticket.data_ptr(), *addresses, *numbers)
-        variants.send.launch(senders, stream, (*common, senders, 0))
+        variants.send.launch(senders, stream, (*common, senders))
 
         def receive(stream: int) -> None:
-            variants.receive.launch(receivers, stream, (*common, 0, 0))
+            variants.receive.launch(receivers, stream, (*common, 0))
 
         pending = Receive(self, self._num_sent, receive, (*tensors, ticket), self.is_capturing(), stream)
         self._pending.append(pending)

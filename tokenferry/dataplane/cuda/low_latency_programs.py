@@ -23,13 +23,13 @@ FEW_REGISTERS, ALL_REGISTERS = 128, 255
 """That a thread may take: so that four programs run on an SM, or two."""
 _DISPATCH = Kernel(
     dispatch_kernels.dispatch,
-    (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 17),
+    (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 16),
     {**_EXACT, "maxnreg": FEW_REGISTERS},
 )
 _COMBINE = {
     registers: Kernel(
         combine_kernels.combine,
-        (_I64, _I64, _I64, _I64, _I64, _F32, _BF16, _I32, _BF16, *(None,) * 13),
+        (_I64, _I64, _I64, _I64, _I64, _F32, _BF16, _I32, _BF16, *(None,) * 12),
         {**_EXACT, "maxnreg": registers},
     )
     for registers in (FEW_REGISTERS, ALL_REGISTERS)
@@ -40,7 +40,7 @@ THREADS = 32 * NUM_WARPS
 """Threads of a program; one where programs are simulated, whose polls are of as many words as there are ranks."""
 PART, LARGE_PART = 1024, 4096
 """Elements of a row that a program moves at a time: the most where tokens are many."""
-MANY_TOKENS = 32
+MANY_TOKENS = 16
 MOST_HELD, HELD_IN_FEW = 1 << 15, 1 << 13
 """Elements that a program holds while it waits for weights, a part of every row of a token: at most, and with few
 registers."""

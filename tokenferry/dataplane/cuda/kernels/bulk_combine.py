@@ -131,16 +131,25 @@ def head_of(send_head, source, token, end, R: gl.constexpr):
 
 
 @gluon.jit
+def item_behind(source, token, workers, R: gl.constexpr):
+    """Source and token of the item behind one."""
+    is_end = source == R - 1
+    return tl.where(is_end, 0, source + 1), tl.where(is_end, token + workers, token)
+
+
+@gluon.jit
 def ask_ahead(
-    send_head, head, source, token, stop, workers, there, slot_at, ask_parity, extra, ring, tid,
+    send_head, head, next_head, source, token, stop, workers, there, slot_at, ask_parity, extra, ring, tid,
     ROW: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr,
     LANES: gl.constexpr,
 ):  # fmt: skip
     """Ask for an item if there are any more, and go on to the one behind it.
 
+    ``next_head`` is that of the item behind. Two items ahead, heads are on their way for as long as a row is summed.
+
     Returns:
-        Head, source and token of the item behind; ``there``, whether items have a row, the last one's bit the lowest;
-        the next slot to ask into, and the parity of its turn.
+        Head of the item behind, and of the one behind that; source and token of the item behind; ``there``, whether
+        items have a row, the last one's bit the lowest; the next slot to ask into, and the parity of its turn.
     """
     # From a scalar address, so one answer for all threads: they branch on it when they sum.
     count = load_shared_long(shared_base(source) + SLOTS * SLOT + source * ENTRY + COUNT).to(gl.int32)
@@ -149,11 +158,11 @@ def ask_ahead(
         slot_at, ask_parity = ask(
             live, head, source, token, slot_at, ask_parity, extra, ring, tid, ROW, K, SLOT, SLOTS, LANES
         )
-    is_end = source == R - 1
-    token = tl.where(is_end, token + workers, token)
-    source = tl.where(is_end, 0, source + 1)
+    source, token = item_behind(source, token, workers, R)
+    later_source, later_token = item_behind(source, token, workers, R)
+    later_head = head_of(send_head, later_source, later_token, stop, R)
     there = (there << 1) | live.to(tl.int64)
-    return head_of(send_head, source, token, stop, R), source, token, there, slot_at, ask_parity
+    return next_head, later_head, source, token, there, slot_at, ask_parity
 
 
 @gluon.jit
@@ -312,10 +321,12 @@ def combine(
                     stop = end.to(tl.int32)
                     there = zero().to(tl.int64)
                     head = head_of(send_head, ahead_source, ahead_token, stop, R)
+                    later_source, later_token = item_behind(ahead_source, ahead_token, workers, R)
+                    next_head = head_of(send_head, later_source, later_token, stop, R)
                     for _ in range(LAG):
-                        head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
-                            send_head, head, ahead_source, ahead_token, stop, workers, there, slot_at, ask_parity,
-                            extra, ring, tid, ROW, K, R, SLOT, SLOTS, LANES,
+                        head, next_head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
+                            send_head, head, next_head, ahead_source, ahead_token, stop, workers, there, slot_at,
+                            ask_parity, extra, ring, tid, ROW, K, R, SLOT, SLOTS, LANES,
                         )  # fmt: skip
                     for n in range(mine):
                         t = first + worker + n * workers
@@ -328,8 +339,8 @@ def combine(
                         if BIAS_1:
                             total += gl.load(bias_1 + place, mask=inside, other=0.0).to(gl.float32)
                         for _ in range(R):
-                            head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
-                                send_head, head, ahead_source, ahead_token, stop, workers, there, slot_at,
+                            head, next_head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
+                                send_head, head, next_head, ahead_source, ahead_token, stop, workers, there, slot_at,
                                 ask_parity, extra, ring, tid, ROW, K, R, SLOT, SLOTS, LANES,
                             )  # fmt: skip
                             wait_parity(extra + BARS + use_at * 8, parity + tid * 0)

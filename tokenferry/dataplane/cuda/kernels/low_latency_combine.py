@@ -255,14 +255,14 @@ def add_rows(
 @triton.jit
 def receive(
     own, state, status, ids, weights, out, wait_stats, num_tokens, most, rank, slot, epoch, signature, at, operation,
-    timeout, first_receiver,
+    timeout, num_senders,
     EXACT: tl.constexpr, SHRINK: tl.constexpr, H: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr,
     L: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
     """What a receiver does."""
-    index = tl.program_id(0) - first_receiver
-    num_receivers = tl.num_programs(0) - first_receiver
+    index = tl.program_id(0) - num_senders
+    num_receivers = tl.num_programs(0) - num_senders
     tokens = arrivals(
         own, state, status, rank, slot, epoch, signature, most, operation, timeout, wait_stats, index,
         SHRINK, R, RB, THREADS,
@@ -282,7 +282,7 @@ def receive(
 @triton.jit(
     do_not_specialize=[
         "wait_stats", "own", "num_tokens", "most", "rank", "signature", "area", "slot_bytes", "off_weights",
-        "operation", "timeout", "num_senders", "first_receiver",
+        "operation", "timeout", "num_senders",
     ]
 )  # fmt: skip
 def combine(
@@ -307,7 +307,6 @@ def combine(
     operation: tl.int64,
     timeout: tl.int64,
     num_senders: tl.int32,
-    first_receiver: tl.int32,
     SENDS: tl.constexpr,
     RECEIVES: tl.constexpr,
     EXACT: tl.constexpr,
@@ -343,10 +342,10 @@ def combine(
                     not RECEIVES, EXACT, SHRINK, H, K, E, L, WIDTH, PARTS, BLOCK, R, RB, DEPTH, THREADS,
                 )  # fmt: skip
         if RECEIVES:
-            if tl.program_id(0) >= first_receiver:
+            if tl.program_id(0) >= num_senders:
                 receive(
                     own, state, status, ids, weights, out, wait_stats, num_tokens, most, rank, slot, epoch, signature,
-                    at, operation, timeout, first_receiver, EXACT, SHRINK, H, K, KB, E, L, WIDTH, PARTS, R, RB,
+                    at, operation, timeout, num_senders, EXACT, SHRINK, H, K, KB, E, L, WIDTH, PARTS, R, RB,
                     THREADS,
                 )  # fmt: skip
     if SENDS:

@@ -333,14 +333,14 @@ def send(
 @triton.jit
 def receive(
     own, state, status, out, out_scales, src_info, layout_range, num_received, stats, wait_stats, order, most, rank,
-    slot, epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, first_receiver,
+    slot, epoch, signature, at, off_scales, off_choices, off_counts, operation, timeout, num_senders,
     ROW: tl.constexpr, WORDS: tl.constexpr, SHRINK: tl.constexpr, S: tl.constexpr, SB: tl.constexpr, K: tl.constexpr,
     KB: tl.constexpr, L: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, LB: tl.constexpr, R: tl.constexpr,
     RB: tl.constexpr, VB: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """What a receiver does."""
-    index = tl.program_id(0) - first_receiver
-    num_receivers = tl.num_programs(0) - first_receiver
+    index = tl.program_id(0) - num_senders
+    num_receivers = tl.num_programs(0) - num_senders
     tokens = arrivals(
         own, state, status, rank, slot, epoch, signature, most, operation, timeout, wait_stats, index,
         SHRINK, R, RB, THREADS,
@@ -366,7 +366,7 @@ def receive(
 @triton.jit(
     do_not_specialize=[
         "own", "stats", "wait_stats", "order", "num_tokens", "most", "rank", "signature", "area", "slot_bytes",
-        "off_scales", "off_choices", "off_counts", "operation", "timeout", "num_senders", "first_receiver",
+        "off_scales", "off_choices", "off_counts", "operation", "timeout", "num_senders",
     ]
 )  # fmt: skip
 def dispatch(
@@ -397,7 +397,6 @@ def dispatch(
     operation: tl.int64,
     timeout: tl.int64,
     num_senders: tl.int32,
-    first_receiver: tl.int32,
     SENDS: tl.constexpr,
     RECEIVES: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -420,9 +419,7 @@ def dispatch(
     DEPTH: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """The first ``num_senders`` programs send if any are to, those from ``first_receiver`` on receive.
-
-    Some do both, one after the other, where not all programs run at a time. ``stats`` are addresses, or 0.
+    """The first ``num_senders`` programs send if any are to, the others receive. ``stats`` are addresses, or 0.
 
     What is sent here and received by a later launch leaves its number in ``ticket``. ``src_info`` is followed by the
     table for :mod:`.low_latency_combine`: int32 [R, N, K], row of each choice in the slabs or -1, and int32 [R],
@@ -448,11 +445,11 @@ def dispatch(
                     H, S, K, KB, E, L, G, GROUPS, PARTS, BINS, BLOCK, R, RB, DEPTH, THREADS,
                 )  # fmt: skip
         if RECEIVES:
-            if tl.program_id(0) >= first_receiver:
+            if tl.program_id(0) >= num_senders:
                 receive(
                     own, state, status, out, out_scales, src_info, layout_range, num_received, stats, wait_stats,
                     order, most, rank, slot, epoch, signature, at, off_scales, off_choices, off_counts, operation,
-                    timeout, first_receiver, H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, S, SB, K, KB, L, G, PARTS,
+                    timeout, num_senders, H * ITEM, GROUPS * GROUP * ITEM // 4, SHRINK, S, SB, K, KB, L, G, PARTS,
                     LB, R, RB, VB, THREADS,
                 )  # fmt: skip
     if SENDS:
