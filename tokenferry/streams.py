@@ -64,6 +64,7 @@ class CommStream:
         self._current_key = self._key
         self._last: torch.cuda.Stream | None = None
         self._last_handle = -1
+        self._in_order = InOrder(self)
 
     def current(self) -> torch.cuda.Stream:
         """The current stream of the device, one object for as long as it stays the same. Under the lock."""
@@ -92,29 +93,31 @@ class CommStream:
 
     def in_order(self) -> InOrder:
         """Run an operation on the current stream itself, behind earlier ones of this kind on whatever stream."""
-        return InOrder(self)
+        return self._in_order
 
 
 class InOrder:
-    """See :meth:`CommStream.in_order`."""
+    """See :meth:`CommStream.in_order`: one for all operations, which take turns, and may be nested."""
 
-    __slots__ = ("_comm", "_device")
+    __slots__ = ("_comm", "_devices", "_index", "_lock")
 
     def __init__(self, comm: CommStream) -> None:
         self._comm = comm
-        self._device = -1
+        self._lock = comm.lock
+        self._index = comm.index
+        self._devices: list[int] = []
+        """What was the current device before, of the operations that have begun. Under the lock."""
 
     def __enter__(self) -> None:
-        comm = self._comm
-        comm.lock.acquire()
-        index = comm.index
-        self._device = torch._C._cuda_getDevice()
+        self._lock.acquire()
+        index = self._index
+        self._devices.append(torch._C._cuda_getDevice())
         try:
-            if self._device != index:
+            if self._devices[-1] != index:
                 torch.cuda.set_device(index)
             handle = torch._C._cuda_getCurrentRawStream(index)
-            if handle != comm._last_handle:
-                self._follow(comm.current(), handle)
+            if handle != self._comm._last_handle:
+                self._follow(self._comm.current(), handle)
         except BaseException:
             self.__exit__()
             raise
@@ -126,10 +129,10 @@ class InOrder:
         comm._last, comm._last_handle = current, handle
 
     def __exit__(self, *_: object) -> None:
-        comm = self._comm
-        if self._device != comm.index:
-            torch.cuda.set_device(self._device)
-        comm.lock.release()
+        before = self._devices.pop()
+        if before != self._index:
+            torch.cuda.set_device(before)
+        self._lock.release()
 
 
 def _is_capturing(stream: torch.cuda.Stream) -> bool:

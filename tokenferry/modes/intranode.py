@@ -99,12 +99,18 @@ def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_e
     )
     if ids.shape[1] > MAX_TOPK:
         raise ArgumentError("topk_idx", f"{ids.shape[1]} choices a token", f"at most {MAX_TOPK}")
-    if party.plane.values_at_hand and ids.numel():
+    if party.plane.values_at_hand:
+        check_ids(ids, num_experts)
+    return ids
+
+
+def check_ids(ids: torch.Tensor, num_experts: int) -> None:
+    """Raise unless all expert ids are -1 or in [0, E)."""
+    if ids.numel():
         low, high = (int(bound) for bound in ids.aminmax())
         allowed = f"expert ids from 0 to {num_experts - 1}, or -1 for no choice"
         require(low >= -1, "topk_idx", f"the value {low}", allowed)
         require(high < num_experts, "topk_idx", f"the value {high}", allowed)
-    return ids
 
 
 def check_num_experts(party: Party, name: str, num_experts: int) -> int:

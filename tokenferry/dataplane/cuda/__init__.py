@@ -412,7 +412,7 @@ class CudaDataPlane(CudaRank):
         self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
-        return self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, self._device)
+        return self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, self._state)
 
     def warm_low_latency(
         self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int,
@@ -429,7 +429,7 @@ class CudaDataPlane(CudaRank):
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
         self.check()
-        if plan.topk_idx.data_ptr() % 16 or plan.x.data_ptr() % 16:
+        if (plan.topk_idx.data_ptr() | plan.x.data_ptr()) % 16:
             plan = plan._replace(topk_idx=self._aligned(plan.topk_idx), x=self._aligned(plan.x))
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         return self._low_latency.dispatch(stream, signature, plan)
