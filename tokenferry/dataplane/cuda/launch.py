@@ -30,6 +30,26 @@ class Variant(NamedTuple):
         run(grid, 1, 1, stream, *leading, *arguments, *constants)
 
 
+class Call(NamedTuple):
+    """A variant, and what its launches have in common."""
+
+    variant: Variant
+    grid: int
+    numbers: tuple[int, ...]
+
+    def launch(
+        self,
+        stream: int,
+        context: Sequence[int],
+        tensors: Sequence[torch.Tensor | None],
+        places: Sequence[int],
+    ) -> None:
+        """Queue it, for a kernel whose parameters come in this order, the numbers last."""
+        variant, grid, numbers = self
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        variant.launch(grid, stream, (*context, *addresses, *places, *numbers))
+
+
 def _below(run: Any, leading: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     """The function that Triton's launcher calls in the end, and what it puts in front of a kernel's arguments.
 

@@ -78,6 +78,7 @@ class CudaRank:
         capability = torch.cuda.get_device_capability(device)
         self._target = programs.Target(self.num_ranks, capability >= (9, 0), device.index, capability >= (8, 9))
         self._half = heap.stage_bytes // 2 // 128 * 128
+        self._stage = heap.stage, self._half
 
     def check(self) -> None:
         """Raise what was reported since the last check."""
@@ -113,21 +114,17 @@ class CudaRank:
 
     def _places(self, *columns: torch.Tensor | None) -> list[int]:
         """Where peers find the tensors of an operation, each in one word; 0 where there is nothing to find."""
-        places = [0] * len(columns)
-        there = []
+        places, goes_on = [0] * len(columns), False
         for index, tensor in enumerate(columns):
             if tensor is not None:
                 nbytes = tensor.nbytes
                 if nbytes:
                     places[index] = -1
-                    there.append((tensor.data_ptr(), nbytes))
-        if self.num_ranks > 1:
-            found = iter(self._regions.expose_all(there))
-            for index, place in enumerate(places):
-                if place:
-                    region, offset = next(found)
-                    if region >= 0:
-                        places[index] = region << _PLACE_SHIFT | offset
+                    if self.num_ranks > 1:
+                        region, offset = self._regions.expose(tensor.data_ptr(), nbytes, goes_on)
+                        goes_on = True
+                        if region >= 0:
+                            places[index] = region << _PLACE_SHIFT | offset
         return places
 
     def _aligned(self, tensor: torch.Tensor) -> torch.Tensor:
