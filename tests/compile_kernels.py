@@ -363,7 +363,7 @@ class _Recorder:
             compiled = kernel.compile(num_warps, number, **constants)
         self.compiled.append(compiled)
         self.num_variants += _count_variants(kernel._kernel) - before
-        return launch.Variant(lambda *_: None, None, None, (None,) * len(constants))
+        return launch.Variant(lambda *_: None, (), (None,) * len(constants))
 
 
 def _count_variants(kernel: Any) -> int:

@@ -208,7 +208,7 @@ def breakdown(rank: Rank, name: str, rounds: int) -> dict[str, float]:
     comm: Any = rank.buffer.runtime.comm  # type: ignore[union-attr]
     parts: dict[str, list[tuple[Any, str]]] = {
         "launches": [(Variant, "launch")],
-        "allocations": [(torch, "empty"), (torch, "empty_strided")],
+        "allocations": [(torch, "empty"), (torch.Tensor, "new_empty_strided")],
         "events": [(comm, f"_{verb}_{place}") for verb in ("record", "wait_for") for place in ("entry", "exit")],
         "driver": [(Driver, "identity")],
     }

@@ -170,6 +170,11 @@ def settle(all_regions: list[Regions]) -> None:
     raise AssertionError("the ranks never come to rest")
 
 
+def expose_all(regions: Regions, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """For the tensors of one operation."""
+    return [regions.expose(*given, goes_on=number > 0) for number, given in enumerate(ranges)]
+
+
 def exposed(regions: Regions, address: int, nbytes: int = 1024) -> int:
     return regions.expose(address, nbytes)[0]
 
@@ -248,7 +253,7 @@ def test_tensors_of_one_operation_cost_an_identity_for_each_allocation() -> None
         assert wanted[-1] == (NO_REGION, 0)
         for _ in range(3):
             driver.calls.clear()
-            assert owner.expose_all(ranges) == wanted
+            assert expose_all(owner, ranges) == wanted
             assert driver.calls == {"identity": 2}
 
 
@@ -256,15 +261,15 @@ def test_what_one_operation_knows_does_not_hold_for_the_next() -> None:
     with regions_of(2) as (owner, _):
         driver = driver_of(owner)
         base = driver.alloc()
-        (before,) = owner.expose_all([(base, 16)])
+        (before,) = expose_all(owner, [(base, 16)])
         driver.free(base)
         driver.alloc(base=base)
-        ((after, _),) = owner.expose_all([(base, 16)])
+        ((after, _),) = expose_all(owner, [(base, 16)])
         assert after not in (before[0], NO_REGION)
         driver.free(base)
         driver.alloc(1 * MiB, base=base)
         driver.alloc(1 * MiB, base=base + 1 * MiB)
-        found = owner.expose_all([(base, 16), (base + 1 * MiB, 16), (base + 1 * MiB - 8, 16)])
+        found = expose_all(owner, [(base, 16), (base + 1 * MiB, 16), (base + 1 * MiB - 8, 16)])
         assert len({after, *(region for region, _ in found)}) == 4
 
 

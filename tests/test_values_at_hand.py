@@ -57,6 +57,9 @@ class MetaPlane:
             pull=self._pull,
         )
 
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
+        self.given += [signature, plan, outputs]
+
     def _pull(self, outputs: Outputs) -> bool:
         self.given.append(outputs)
         return True

@@ -380,8 +380,11 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             CapacityError: ``num_worst_tokens`` is too small on some rank; raised on every rank.
             PeerTimeoutError, PeerLostError: ranks did not take part.
         """
-        config = None if config is None else check_config(config)
-        event = check_events(previous_event, async_finish, allocate_on_comm_stream)
+        if config is not None:
+            check_config(config)
+        event = None
+        if previous_event is not None or allocate_on_comm_stream:
+            event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 name = "topk_weights" if topk_idx is None else "topk_idx"
@@ -389,27 +392,24 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             if num_worst_tokens != 0:
                 raise ArgumentError("num_worst_tokens", num_worst_tokens, "0 beside handle")
         runtime = self._live_runtime()
+        routes: tuple[torch.Tensor | None, ...]
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
             mode = self._mode(runtime, config)
             if handle is not None:
+                routes = handle
                 received = mode.cached_dispatch(x, handle)
-                read = (*(x if isinstance(x, tuple) else (x,)), *handle)
             else:
-                counts = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
-                top = (topk_idx, topk_weights)
-                given = intranode.check_inputs(mode.party, x, *counts, *top, expert_alignment, num_worst_tokens)
+                routes = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights
+                given = intranode.check_inputs(mode.party, x, *routes, expert_alignment, num_worst_tokens)
                 received = mode.dispatch(given, num_tokens_per_rdma_rank)
-                read = (*(x if isinstance(x, tuple) else (x,)), *counts, *top)
-            written = (
-                received.x,
-                received.scales,
-                received.topk_idx,
-                received.topk_weights,
-                *(received.handle or ()),
-            )
-            done = turn.finish(read, written)
-        rows: _Rows = received.x if received.scales is None else (received.x, received.scales)
-        return rows, received.topk_idx, received.topk_weights, received.num_per_expert, received.handle, done
+            recv_x, scales, recv_topk_idx, recv_topk_weights, num_per_expert, made = received
+            if turn.is_plain:
+                done = turn.finish()
+            else:
+                read = (*(x if isinstance(x, tuple) else (x,)), *routes)
+                done = turn.finish(read, (recv_x, scales, recv_topk_idx, recv_topk_weights, *(made or ())))
+        rows: _Rows = recv_x if scales is None else (recv_x, scales)
+        return rows, recv_topk_idx, recv_topk_weights, num_per_expert, made, done
 
     @observed(OperationKind.COMBINE)
     def combine(
@@ -446,13 +446,19 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             CorruptionError: a sum is not that of the rows that were sent; in paranoid mode only.
             PeerTimeoutError, PeerLostError: ranks did not take part.
         """
-        config = None if config is None else check_config(config)
-        event = check_events(previous_event, async_finish, allocate_on_comm_stream)
+        if config is not None:
+            check_config(config)
+        event = None
+        if previous_event is not None or allocate_on_comm_stream:
+            event = check_events(previous_event, async_finish, allocate_on_comm_stream)
         runtime = self._live_runtime()
         with runtime.comm.turn(event, async_finish, allocate_on_comm_stream) as turn:
             combined, weights = self._mode(runtime, config).combine(x, handle, topk_weights, bias)
-            added = bias if isinstance(bias, tuple) else (bias,)
-            done = turn.finish((x, *handle, topk_weights, *added), (combined, weights))
+            if turn.is_plain:
+                done = turn.finish()
+            else:
+                added = bias if isinstance(bias, tuple) else (bias,)
+                done = turn.finish((x, *handle, topk_weights, *added), (combined, weights))
         return combined, weights, done
 
     def warmup(

@@ -14,7 +14,7 @@ from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.events import EventOverlap
 from tokenferry.modes import low_latency, paranoid_low_latency
 from tokenferry.modes.intranode import Party
-from tokenferry.modes.low_latency import Dispatched, LowLatencyHandle
+from tokenferry.modes.low_latency import LowLatencyHandle
 from tokenferry.observing import observed
 from tokenferry.validation import check_int, check_tensor, require
 
@@ -118,39 +118,37 @@ class LowLatencyMethods:
             raise NotImplementedError(
                 "x_global_scale: got a scale; allowed: None: FP8 rows have a scale for 128 channels"
             )
-        _check_finish(async_finish, return_recv_hook)
+        if async_finish and return_recv_hook:
+            raise _two_ways_to_finish()
         runtime = self._live_runtime()
-        party = self._low_latency_party()
-
-        mode_dispatch = paranoid_low_latency.dispatch if self._proves_low_latency else low_latency.dispatch
-
-        def run() -> Dispatched:
-            return mode_dispatch(
-                party,
-                x,
-                topk_idx,
-                num_max_dispatch_tokens_per_rank,
-                num_experts,
-                cumulative_local_expert_recv_stats,
-                dispatch_wait_recv_cost_stats,
-                use_fp8,
-                round_scale,
-                use_ue8m0,
-                not return_recv_hook,
-            )
-
+        party = self._low_latency_party(runtime)
+        run = paranoid_low_latency.dispatch if self._proves_low_latency else low_latency.dispatch
+        given = (
+            party,
+            x,
+            topk_idx,
+            num_max_dispatch_tokens_per_rank,
+            num_experts,
+            cumulative_local_expert_recv_stats,
+            dispatch_wait_recv_cost_stats,
+            use_fp8,
+            round_scale,
+            use_ue8m0,
+            not return_recv_hook,
+        )
         if async_finish:
             with runtime.comm.turn(None, True, False) as turn, runtime.comm.in_order():
-                sent = run()
+                sent = run(*given)
                 stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
                 written = (sent.x, sent.scales, sent.num_received, *sent.handle[:2], *stats)
                 event = turn.finish((x, topk_idx, *stats), written)
         else:
             with runtime.comm.in_order():
-                sent, event = run(), EventOverlap()
-        rows = sent.x if sent.scales is None else (sent.x, sent.scales)
-        hook = _hook(runtime, sent.pending) if return_recv_hook else None
-        return rows, sent.num_received, sent.handle, event, hook
+                sent = run(*given)
+            event = EventOverlap()
+        recv_x, scales, num_received, handle, pending = sent
+        rows = recv_x if scales is None else (recv_x, scales)
+        return rows, num_received, handle, event, _hook(runtime, pending) if return_recv_hook else None
 
     @observed(OperationKind.LOW_LATENCY_COMBINE)
     def low_latency_combine(
@@ -189,35 +187,34 @@ class LowLatencyMethods:
         Raises:
             As :meth:`low_latency_dispatch`.
         """
-        _check_finish(async_finish, return_recv_hook)
-        require(not (use_logfmt and zero_copy), "use_logfmt", "True with zero_copy", "one of the two")
+        if async_finish and return_recv_hook:
+            raise _two_ways_to_finish()
+        if use_logfmt and zero_copy:
+            raise ArgumentError("use_logfmt", "True with zero_copy", "one of the two")
         runtime = self._live_runtime()
-        party = self._low_latency_party()
+        party = self._low_latency_party(runtime)
         known = low_latency.check_handle(party, handle)
-
-        mode_combine = paranoid_low_latency.combine if self._proves_low_latency else low_latency.combine
-
-        def run() -> tuple[torch.Tensor, Pending]:
-            return mode_combine(
-                party,
-                x,
-                topk_idx,
-                topk_weights,
-                known,
-                self._combine_rows(party, known) if zero_copy else None,
-                out,
-                combine_wait_recv_cost_stats,
-                not return_recv_hook,
-            )
-
+        run = paranoid_low_latency.combine if self._proves_low_latency else low_latency.combine
+        given = (
+            party,
+            x,
+            topk_idx,
+            topk_weights,
+            known,
+            self._combine_rows(party, known) if zero_copy else None,
+            out,
+            combine_wait_recv_cost_stats,
+            not return_recv_hook,
+        )
         if async_finish:
             with runtime.comm.turn(None, True, False) as turn, runtime.comm.in_order():
-                combined, pending = run()
+                combined, pending = run(*given)
                 written = (combined, combine_wait_recv_cost_stats)
                 event = turn.finish((x, topk_idx, topk_weights, *known[:2], *written), written)
         else:
             with runtime.comm.in_order():
-                (combined, pending), event = run(), EventOverlap()
+                combined, pending = run(*given)
+            event = EventOverlap()
         return combined, event, _hook(runtime, pending) if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[object, ...]) -> torch.Tensor:
@@ -305,8 +302,8 @@ class LowLatencyMethods:
             for rank in range(self.group_size):
                 party.plane.set_masked(rank, False)
 
-    def _low_latency_party(self) -> Party:
-        party = self._live_runtime().party()
+    def _low_latency_party(self, runtime: Runtime | CudaRuntime | None = None) -> Party:
+        party = (runtime or self._live_runtime()).party()
         if not self.low_latency_mode:
             raise BufferStateError("construct the Buffer with low_latency_mode=True for low-latency operations")
         return party
@@ -318,9 +315,8 @@ class LowLatencyMethods:
         return party
 
 
-def _check_finish(async_finish: bool, return_recv_hook: bool) -> None:
-    if async_finish and return_recv_hook:
-        raise ArgumentError("async_finish", "True with return_recv_hook", "one of the two")
+def _two_ways_to_finish() -> ArgumentError:
+    return ArgumentError("async_finish", "True with return_recv_hook", "one of the two")
 
 
 def _hook(runtime: Runtime | CudaRuntime, pending: Pending) -> Hook:

@@ -6,8 +6,8 @@ import functools
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -84,8 +84,7 @@ def observed(kind: OperationKind, cached: OperationKind | None = None) -> Callab
     """
 
     def decorate(method: Method) -> Method:
-        name = method.__name__
-        label = f"tokenferry::{name}"
+        label = f"tokenferry::{method.__name__}"
 
         @functools.wraps(method)
         def observe(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,28 +92,38 @@ def observed(kind: OperationKind, cached: OperationKind | None = None) -> Callab
             if cached is not None and (args[1] if len(args) > 1 else kwargs.get("handle")) is not None:
                 counted = cached
             runtime = self.runtime
-            started = time.monotonic_ns()
-            try:
-                if profiler._is_profiler_enabled:
-                    with profiler.record_function(label):
-                        result = method(self, *args, **kwargs)
-                else:
-                    result = method(self, *args, **kwargs)
-            except BaseException as error:
-                if self._debug:
-                    _tell(self, name, time.monotonic_ns() - started, f"raised {type(error).__name__}: {error}")
-                raise
-            spent = time.monotonic_ns() - started
+            started = monotonic_ns()
+            if self._debug or profiler._is_profiler_enabled:
+                result = _shown(self, method, label, args, kwargs)
+            else:
+                result = method(self, *args, **kwargs)
             if runtime is not None:
-                runtime.recorder.called(counted, spent)
-            if self._debug:
-                given = [*args, *kwargs.values()]
-                _tell(self, name, spent, f"{_shapes(given)} -> {_shapes(_flat(result))}")
+                runtime.recorder.called(counted, monotonic_ns() - started)
             return result
 
         return cast(Method, observe)
 
     return decorate
+
+
+def _shown(buffer: Any, method: Callable[..., Any], label: str, args: Any, kwargs: Any) -> Any:
+    """Call a method in a range of the profiler, if there is one, and log a line about it in debug mode."""
+    started = monotonic_ns()
+    try:
+        if profiler._is_profiler_enabled:
+            with profiler.record_function(label):
+                result = method(buffer, *args, **kwargs)
+        else:
+            result = method(buffer, *args, **kwargs)
+    except BaseException as error:
+        if buffer._debug:
+            what = f"raised {type(error).__name__}: {error}"
+            _tell(buffer, method.__name__, monotonic_ns() - started, what)
+        raise
+    if buffer._debug:
+        spent, given = monotonic_ns() - started, [*args, *kwargs.values()]
+        _tell(buffer, method.__name__, spent, f"{_shapes(given)} -> {_shapes(_flat(result))}")
+    return result
 
 
 def _tell(buffer: Any, name: str, nanoseconds: int, what: str) -> None:

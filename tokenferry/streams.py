@@ -64,6 +64,8 @@ class CommStream:
         self._current_key = self._key
         self._last: torch.cuda.Stream | None = None
         self._last_handle = -1
+        self._devices: list[int] = []
+        """The current devices before the operations that have begun in order. Under the lock."""
 
     def current(self) -> torch.cuda.Stream:
         """The current stream of the device, one object for as long as it stays the same. Under the lock."""
@@ -90,46 +92,37 @@ class CommStream:
         """One operation's turn on the stream, a context manager."""
         return Turn(self, event, async_finish, allocate_on_comm_stream)
 
-    def in_order(self) -> InOrder:
-        """Run an operation on the current stream itself, behind earlier ones of this kind on whatever stream."""
-        return InOrder(self)
+    def in_order(self) -> CommStream:
+        """Run an operation on the current stream itself, behind earlier ones of this kind on whatever stream.
 
-
-class InOrder:
-    """See :meth:`CommStream.in_order`."""
-
-    __slots__ = ("_comm", "_device")
-
-    def __init__(self, comm: CommStream) -> None:
-        self._comm = comm
-        self._device = -1
+        A context manager, the same for all operations: they take turns, and may be nested.
+        """
+        return self
 
     def __enter__(self) -> None:
-        comm = self._comm
-        comm.lock.acquire()
-        index = comm.index
-        self._device = torch._C._cuda_getDevice()
+        self.lock.acquire()
+        index = self.index
+        self._devices.append(torch._C._cuda_getDevice())
         try:
-            if self._device != index:
+            if self._devices[-1] != index:
                 torch.cuda.set_device(index)
             handle = torch._C._cuda_getCurrentRawStream(index)
-            if handle != comm._last_handle:
-                self._follow(comm.current(), handle)
+            if handle != self._last_handle:
+                self._follow(self.current(), handle)
         except BaseException:
             self.__exit__()
             raise
 
     def _follow(self, current: torch.cuda.Stream, handle: int) -> None:
-        comm = self._comm
-        if comm._last is not None and _is_capturing(comm._last) == _is_capturing(current):
-            current.wait_stream(comm._last)
-        comm._last, comm._last_handle = current, handle
+        if self._last is not None and _is_capturing(self._last) == _is_capturing(current):
+            current.wait_stream(self._last)
+        self._last, self._last_handle = current, handle
 
     def __exit__(self, *_: object) -> None:
-        comm = self._comm
-        if self._device != comm.index:
-            torch.cuda.set_device(self._device)
-        comm.lock.release()
+        before = self._devices.pop()
+        if before != self.index:
+            torch.cuda.set_device(before)
+        self.lock.release()
 
 
 def _is_capturing(stream: torch.cuda.Stream) -> bool:
@@ -150,9 +143,13 @@ def _new_event() -> tuple[_StreamCall, _StreamCall]:
 
 
 class Turn:
-    """See :meth:`CommStream.turn`."""
+    """See :meth:`CommStream.turn`.
 
-    __slots__ = ("_async", "_comm", "_cur", "_device", "_event", "_is_own", "_on_comm")
+    Attributes:
+        is_plain: whether :meth:`finish` looks at no tensor: ``cur`` and ``comm`` wait for all of each other.
+    """
+
+    __slots__ = ("_async", "_comm", "_cur", "_device", "_event", "_is_own", "_on_comm", "is_plain")
 
     def __init__(
         self, comm: CommStream, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool
@@ -160,7 +157,8 @@ class Turn:
         self._comm = comm
         self._event = event
         self._async = async_finish
-        self._on_comm = allocate_on_comm_stream or event is not None or async_finish or bool(comm._takes_all)
+        self._on_comm = allocate_on_comm_stream or event is not None or async_finish or comm._takes_all != ""
+        self.is_plain = not self._on_comm
         self._device = -1
         self._cur: torch.cuda.Stream | None = None
         self._is_own = False
@@ -172,8 +170,9 @@ class Turn:
         try:
             if self._device != comm.index:
                 torch.cuda.set_device(comm.index)
-            self._cur = cur = comm.current()
-            self._is_own = comm._current_key == comm._key
+            key = torch._C._cuda_getCurrentStream(comm.index)
+            self._cur = cur = comm._current if key == comm._current_key else comm.current()
+            self._is_own = key == comm._key
             if comm._takes_all and torch.cuda.is_current_stream_capturing():
                 raise TokenferryError(f"{comm._takes_all}: no CUDA graph can hold an operation")
             if self._event is not None:
@@ -202,7 +201,9 @@ class Turn:
             torch.cuda.set_device(self._device)
         comm.lock.release()
 
-    def finish(self, tensors: Iterable[torch.Tensor | None], outputs: Iterable[torch.Tensor | None]) -> EventOverlap:
+    def finish(
+        self, tensors: Iterable[torch.Tensor | None] = (), outputs: Iterable[torch.Tensor | None] = ()
+    ) -> EventOverlap:
         """End the operation: the event of it, or ``cur`` waits.
 
         Args:
@@ -255,6 +256,8 @@ class NoStream:
 class NoTurn:
     """See :meth:`NoStream.turn`."""
 
+    is_plain = True
+
     def __init__(self, event: EventHandle | None, async_finish: bool) -> None:
         self._event = event
         self._async = async_finish
@@ -269,7 +272,9 @@ class NoTurn:
         if event is not None:
             event.current_stream_wait()
 
-    def finish(self, tensors: Iterable[torch.Tensor | None], outputs: Iterable[torch.Tensor | None]) -> EventOverlap:
+    def finish(
+        self, tensors: Iterable[torch.Tensor | None] = (), outputs: Iterable[torch.Tensor | None] = ()
+    ) -> EventOverlap:
         """End the operation: an event that has passed, or none."""
         return EventOverlap(EventHandle() if self._async else None)
 

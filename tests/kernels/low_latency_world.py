@@ -102,7 +102,7 @@ class _Plane:
         return self.empty_rows(num_slabs * num_rows, width, dtype).view(num_slabs, num_rows, width)
 
     def low_latency_tables(self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int) -> Any:
-        tables = self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, CPU)
+        tables = self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, torch.empty(0))
         tables[0].untyped_storage().fill_(0x5A)
         return tables
 

@@ -23,6 +23,7 @@ from tests.kernels.world import LIST_CAPACITY, World
 from tokenferry import ElasticBuffer
 from tokenferry.dataplane.cuda import CudaDataPlane
 from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.kept import Kept
 from tokenferry.modes.intranode import Party
 from tokenferry.streams import NoStream
 
@@ -62,6 +63,7 @@ class Plane(CudaDataPlane):
         self._state, self._sums = world.states[rank], world.sums[rank]
         self._context = world.context(rank)
         self._target, self._half = world.target, world.half
+        self._stage, self._calls = (world.stage, world.half), Kept()
         self._timeout, self._most_programs = 1 << 40, 4
 
     def _check(self) -> None:

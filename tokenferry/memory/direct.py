@@ -36,7 +36,7 @@ import weakref
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ class Regions:
 
     Every operation calls, in this order: :meth:`poll`; if that returned True, it has ``tables`` and ``ready``
     copied to the device, on the stream of the operations; :meth:`acknowledge` for copies that are finished;
-    :meth:`expose_all`. The tables may change while a copy of them runs: to the kernels before the next copy, any mix
+    :meth:`expose`. The tables may change while a copy of them runs: to the kernels before the next copy, any mix
     of old and new words means the same.
 
     Attributes:
@@ -237,20 +237,14 @@ class Regions:
 
     # The owner's side.
 
-    def expose_all(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """:meth:`expose` for the tensors of one operation.
-
-        They keep their allocations: so the driver, which takes a microsecond, is asked once for each of these.
-        """
-        self._verified.clear()
-        return [self._expose(address, nbytes) for address, nbytes in ranges]
-
-    def expose(self, address: int, nbytes: int) -> tuple[int, int]:
+    def expose(self, address: int, nbytes: int, goes_on: bool = False) -> tuple[int, int]:
         """Find the region of own memory, and make one of it if it has none. Never waits.
 
         Args:
             address: the first byte.
             nbytes: how many; they lie in one allocation, or have no region.
+            goes_on: whether this is for the same operation as the call before. The tensors of one keep their
+                allocations: so the driver, which takes a microsecond, is asked once for each of these.
 
         Returns:
             The region, which peers may not be able to read yet (:meth:`is_ready`), and the offset in it.
@@ -259,25 +253,24 @@ class Regions:
         Raises:
             HeapError: the driver cannot answer.
         """
-        self._verified.clear()
-        return self._expose(address, nbytes)
-
-    def _expose(self, address: int, nbytes: int) -> tuple[int, int]:
+        if not goes_on:
+            self._verified.clear()
         offset = address - self._heap_base
         if 0 <= offset < self._heap_size:
             return (HEAP_REGION, offset) if offset + nbytes <= self._heap_size else (NO_REGION, 0)
         index = bisect_right(self._bases, address) - 1
         if index >= 0:
-            base, end, identity, region = self._known[index]
+            known = self._known[index]
+            base, end, identity, region = known
             if address < end:
                 if base in self._verified or self._driver.identity(address) == identity:
                     self._verified.add(base)
                     return (region, address - base) if address + nbytes <= end else (NO_REGION, 0)
-                self._retire(self._known[index])
-        known = self._register(address)
-        if known is None or address + nbytes > known.end:
+                self._retire(known)
+        found = self._register(address)
+        if found is None or address + nbytes > found.end:
             return NO_REGION, 0
-        return known.region, address - known.base
+        return found.region, address - found.base
 
     def is_ready(self, region: int) -> bool:
         """Whether every peer could read a region of this rank at the last poll."""

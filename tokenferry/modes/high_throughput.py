@@ -47,7 +47,7 @@ class HighThroughput:
         return internode.cached_dispatch(self.party, x, handle, self._chunking)
 
     def combine(
-        self, x: object, handle: tuple[torch.Tensor, ...], topk_weights: object, bias: object
+        self, x: torch.Tensor, handle: tuple[torch.Tensor, ...], topk_weights: torch.Tensor | None, bias: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sum the rows of every token; see :meth:`tokenferry.Buffer.combine`."""
         if self.party.nodes is None:

@@ -12,6 +12,7 @@ experts, R ranks, M received rows.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from tokenferry.dataplane import DataPlane, Layout, OperationKind, Outputs, Redu
 from tokenferry.dtypes import dtype_code
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, Handle
+from tokenferry.kept import Kept, Kind, kind_of, make
 from tokenferry.modes.nodes import Nodes
 from tokenferry.validation import check_int, check_tensor, describe, require
 
@@ -87,6 +89,25 @@ class Rows(NamedTuple):
     """[T, S], contiguous."""
 
 
+class _Kind(NamedTuple):
+    """What operations on rows of equal kinds have in common."""
+
+    num_rows: int
+    width: int
+    dtype: torch.dtype
+    beside: int
+    """Scales of a row, or weights; 0: none."""
+    signature: Signature
+    """Without a handle's checksum."""
+    are_packed: bool
+    """Whether all strides are known to be those that :func:`packed` wants."""
+
+
+_cached: Kept[_Kind] = Kept()
+_combines: Kept[_Kind] = Kept()
+_handles: Kept[bool] = Kept()
+
+
 def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_experts: int) -> torch.Tensor:
     """Return expert ids [T, K], checked to be -1 or in [0, E) where values are at hand."""
     ids = check_tensor(
@@ -99,12 +120,18 @@ def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_e
     )
     if ids.shape[1] > MAX_TOPK:
         raise ArgumentError("topk_idx", f"{ids.shape[1]} choices a token", f"at most {MAX_TOPK}")
-    if party.plane.values_at_hand and ids.numel():
+    if party.plane.values_at_hand:
+        check_ids(ids, num_experts)
+    return ids
+
+
+def check_ids(ids: torch.Tensor, num_experts: int) -> None:
+    """Raise unless all expert ids are -1 or in [0, E)."""
+    if ids.numel():
         low, high = (int(bound) for bound in ids.aminmax())
         allowed = f"expert ids from 0 to {num_experts - 1}, or -1 for no choice"
         require(low >= -1, "topk_idx", f"the value {low}", allowed)
         require(high < num_experts, "topk_idx", f"the value {high}", allowed)
-    return ids
 
 
 def check_num_experts(party: Party, name: str, num_experts: int) -> int:
@@ -164,7 +191,7 @@ class _OwnHandle(DispatchHandle):
 
 def check_handle(party: Party, handle: object) -> DispatchHandle:
     """Return the handle as a :class:`DispatchHandle` if it fits this group."""
-    if type(handle) is _OwnHandle and handle.fits == (party.num_ranks, party.device, handle.is_token_in_rank.shape):
+    if type(handle) is _OwnHandle and handle.fits == (party.num_ranks, party.device, handle[4].shape):
         checked: DispatchHandle = handle
     else:
         checked = _check_elements(party, handle)
@@ -178,6 +205,9 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
         given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
         raise ArgumentError("handle", given, f"the {len(_HANDLE_NAMES)} tensors that dispatch returned")
     ranks, device = party.num_ranks, party.device
+    key = (ranks, device, *map(kind_of, handle))
+    if key in _handles:
+        return DispatchHandle._make(handle)
     shapes = ((ranks, ranks), (ranks, None), (ranks, None), (None,), (None, ranks), (None, ranks))
     elements = []
     for name, value, shape, dtypes in zip(_HANDLE_NAMES, handle, shapes, _HANDLE_DTYPES, strict=True):
@@ -188,6 +218,8 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
     if num_heads != num_tokens:
         allowed = f"{num_tokens}, as in is_token_in_rank"
         raise ArgumentError("handle.send_head", f"{num_heads} rows", allowed)
+    if all(given is element for given, element in zip(handle, checked, strict=True)):  # nothing had to be copied
+        _handles.keep(key, True)
     return checked
 
 
@@ -320,37 +352,80 @@ def dispatch(party: Party, given: Inputs) -> Received:
 
 def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
-    rows = check_rows(party, x)
+    plane, _, _, device, num_sms, _ = party
+    kinds = tuple(map(kind_of, x)) if type(x) is tuple else (kind_of(x),)
+    key = (device, *kinds)
+    kind = _cached.get(key)
+    if kind is None:
+        rows = check_rows(party, x)
+        kind = _cached.keep(key, _kind_of_rows(rows, kinds))
+    else:
+        data, scales = x if type(x) is tuple else (x, None)
+        is_packed = kind.are_packed
+        rows = make(Rows, (packed(data, is_packed), None if scales is None else packed(scales, is_packed)))
     known = check_handle(party, handle)
-    num_tokens = known.is_token_in_rank.shape[0]
-    if rows.x.shape[0] != num_tokens:
-        raise ArgumentError("x", f"{rows.x.shape[0]} rows", f"the {num_tokens} rows of the handle")
-    plan = SendPlan(*rows, None, None, known.is_token_in_rank, None, None, 0, known, party.num_sms)
-    signature = signature_of(OperationKind.CACHED_DISPATCH, rows, handle=_checksum(party, known))
-    with party.plane.dispatch(signature, plan) as exchange:
-        recv_x, recv_scales = empty_rows_like(party, rows, exchange.num_rows)
-        exchange.pull(Outputs(recv_x, recv_scales, None, None, None))
-    return Received(recv_x, recv_scales, None, None, None, None)
+    num_given, width, dtype, beside, signature, _ = kind
+    member = known.is_token_in_rank
+    num_tokens = member.shape[0]
+    if num_given != num_tokens:
+        raise ArgumentError("x", f"{num_given} rows", f"the {num_tokens} rows of the handle")
+    if plane.values_at_hand:
+        signature = signature._replace(handle=_checksum(party, known))
+    data, scales = rows
+    plan = make(SendPlan, (data, scales, None, None, member, None, None, 0, known, num_sms, None, None, False))
+    num_rows = known.recv_src_idx.shape[0]
+    recv_x = plane.empty_rows(num_rows, width, dtype)
+    recv_scales = None if scales is None else plane.empty_rows(num_rows, beside, scales.dtype)
+    plane.dispatch_along(signature, plan, make(Outputs, (recv_x, recv_scales, None, None, None, None)))
+    return make(Received, (recv_x, recv_scales, None, None, None, None))
+
+
+def _kind_of_rows(rows: Rows, kinds: Iterable[Kind | None]) -> _Kind:
+    x, scales = rows
+    beside = 0 if scales is None else scales.shape[1]
+    signature = signature_of(OperationKind.CACHED_DISPATCH, rows)
+    return _Kind(x.shape[0], x.shape[1], x.dtype, beside, signature, _are_packed(kinds))
+
+
+def _are_packed(kinds: Iterable[Kind | None]) -> bool:
+    """Whether tensors of such kinds have one possible stride each: not so with a dimension of one or none."""
+    return all(kind is None or (kind[3] and min(kind[0]) > 1) for kind in kinds)
 
 
 def combine(
-    party: Party, x: object, handle: object, topk_weights: object, bias: object
+    party: Party, x: torch.Tensor, handle: object, topk_weights: torch.Tensor | None, bias: object
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum the rows of every token over the ranks that had it; see :meth:`tokenferry.Buffer.combine`."""
+    plane, _, _, device, num_sms, _ = party
     known = check_handle(party, handle)
     num_rows, num_tokens = known.recv_src_idx.shape[0], known.is_token_in_rank.shape[0]
-    columns = check_columns(party, x, topk_weights, num_rows)
-    rows = columns[0]
-    biases = check_biases(party, bias, (num_tokens, rows.shape[1]), rows.dtype) if bias is not None else []
-    plan = ReducePlan(columns, biases, known, party.num_sms)
-    outs = [party.plane.empty_rows(num_tokens, rows.shape[1], rows.dtype)]
-    num_topk = 0
-    if len(columns) > 1:
-        num_topk = columns[1].shape[1]
-        outs.append(party.plane.empty_rows(num_tokens, num_topk, torch.float32))
-    signature = signature_of(OperationKind.COMBINE, Rows(rows, None), num_topk, handle=_checksum(party, known))
-    party.plane.pull_reduce(signature, plan, outs)
+    kinds = (kind_of(x),) if topk_weights is None else (kind_of(x), kind_of(topk_weights))
+    key = (device, num_rows, *kinds)
+    kind = _combines.get(key)
+    if kind is None:
+        columns = check_columns(party, x, topk_weights, num_rows)
+        kind = _combines.keep(key, _kind_of_columns(columns, kinds))
+    else:
+        is_packed = kind.are_packed
+        columns = [packed(x, is_packed)]
+        if topk_weights is not None:
+            columns.append(packed(topk_weights, is_packed))
+    _, width, dtype, num_topk, signature, _ = kind
+    biases = check_biases(party, bias, (num_tokens, width), dtype) if bias is not None else []
+    if plane.values_at_hand:
+        signature = signature._replace(handle=_checksum(party, known))
+    outs = [plane.empty_rows(num_tokens, width, dtype)]
+    if topk_weights is not None:
+        outs.append(plane.empty_rows(num_tokens, num_topk, torch.float32))
+    plan = make(ReducePlan, (columns, biases, known, num_sms, None, None, None))
+    plane.pull_reduce(signature, plan, outs)
     return outs[0], outs[1] if topk_weights is not None else None
+
+
+def _kind_of_columns(columns: list[torch.Tensor], kinds: Iterable[Kind | None]) -> _Kind:
+    rows, num_topk = columns[0], columns[1].shape[1] if len(columns) > 1 else 0
+    signature = signature_of(OperationKind.COMBINE, Rows(rows, None), num_topk)
+    return _Kind(rows.shape[0], rows.shape[1], rows.dtype, num_topk, signature, _are_packed(kinds))
 
 
 def check_columns(party: Party, x: object, topk_weights: object, num_rows: int) -> list[torch.Tensor]:
@@ -422,11 +497,14 @@ def _resolved(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_neg() if tensor.requires_grad or tensor.is_neg() else tensor
 
 
-def packed(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor [n, width], resolved, with strides (width, 1) also where it has one column or no rows."""
+def packed(tensor: torch.Tensor, is_packed: bool = False) -> torch.Tensor:
+    """The tensor [n, width], resolved, with strides (width, 1) also where it has one column or no rows.
+
+    ``is_packed``: its strides are known to be these.
+    """
     if tensor.requires_grad or tensor.is_neg():
         tensor = _resolved(tensor)
-    if tensor.stride() == (tensor.shape[1], 1):
+    if is_packed or tensor.stride() == (tensor.shape[1], 1):
         return tensor
     packed = tensor.contiguous()
     return packed.as_strided(packed.shape, (packed.size(1), 1))

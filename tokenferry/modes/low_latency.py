@@ -10,7 +10,6 @@ L = E / R local experts, R ranks, S scale columns.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,9 @@ from tokenferry.dataplane import (
     Signature,
 )
 from tokenferry.errors import ArgumentError
+from tokenferry.kept import Kept, kind_of, make
 from tokenferry.modes import internode_low_latency
-from tokenferry.modes.intranode import Party, check_num_experts, check_topk_idx
+from tokenferry.modes.intranode import Party, check_ids, check_num_experts, check_topk_idx
 from tokenferry.validation import check_int, check_tensor, describe, require
 
 GROUP = 128
@@ -46,6 +46,8 @@ class LowLatencyHandle(NamedTuple):
 class _OwnHandle(LowLatencyHandle):
     """One that dispatch made: it fits."""
 
+    __slots__ = ()
+
 
 class Dispatched(NamedTuple):
     """What a low-latency dispatch hands out; see :meth:`tokenferry.Buffer.low_latency_dispatch`."""
@@ -57,24 +59,99 @@ class Dispatched(NamedTuple):
     pending: Pending
 
 
+class _DispatchKind(NamedTuple):
+    """What dispatches with equal keys have in common."""
+
+    scale_format: ScaleFormat
+    num_local: int
+    num_experts: int
+    most: int
+    hidden: int
+    num_topk: int
+    slab: int
+    recv_dtype: torch.dtype
+    scales: tuple[tuple[int, int, int], tuple[int, int, int], torch.dtype] | None
+    """Shape, strides and dtype."""
+    signature: Signature
+
+
+class _CombineKind(NamedTuple):
+    """What combines with equal keys have in common."""
+
+    num_tokens: int
+    num_local: int
+    signature: Signature
+
+
+_dispatches: Kept[_DispatchKind] = Kept()
+_combines: Kept[_CombineKind] = Kept()
+_handles: Kept[bool] = Kept()
+
+
 def dispatch(
     party: Party,
-    x: object,
-    topk_idx: object,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
     num_max_tokens: int,
     num_experts: int,
-    recv_stats: object,
-    wait_stats: object,
+    recv_stats: torch.Tensor | None,
+    wait_stats: torch.Tensor | None,
     use_fp8: bool,
     round_scale: bool,
     use_ue8m0: bool,
     receives_now: bool,
 ) -> Dispatched:
     """Send the tokens; see :meth:`tokenferry.Buffer.low_latency_dispatch`."""
+    plane, rank, ranks, device, _, nodes = party
+    flags = not use_fp8, not round_scale, not use_ue8m0
+    sizes = (num_max_tokens, num_experts) if type(num_max_tokens) is type(num_experts) is int else None
+    key = ranks, device, kind_of(x), kind_of(topk_idx), sizes, flags
+    kind = _dispatches.get(key) or _dispatches.keep(
+        key, _check_dispatch(party, x, topk_idx, num_max_tokens, num_experts, use_fp8, round_scale, use_ue8m0)
+    )
+    scale_format, num_local, num_experts, most, hidden, num_topk, slab, recv_dtype, scales, signature = kind
+    if plane.values_at_hand:
+        _check_values(topk_idx, most, num_experts)
+    if recv_stats is not None:
+        check_stats(party, "cumulative_local_expert_recv_stats", recv_stats, num_local, torch.int32)
+    if wait_stats is not None:
+        check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64)
+    rows = (x.detach() if x.requires_grad else x).contiguous()
+    recv_x, recv_scales = plane.empty_slabs(num_local, slab, hidden, recv_dtype), None
+    if scales is not None:
+        shape, strides, dtype = scales
+        recv_scales = recv_x.new_empty_strided(shape, strides, dtype=dtype)
+    src_info, layout_range, count = plane.low_latency_tables(ranks, num_local, most, num_topk)
+    plan = make(
+        LowLatencyDispatchPlan,
+        (
+            topk_idx, rows, scale_format, rank * num_local, num_local, most, recv_x, recv_scales, src_info,
+            layout_range, count, recv_stats, wait_stats, receives_now, None,
+        ),
+    )  # fmt: skip
+    if nodes is None:
+        pending = plane.low_latency_dispatch(signature, plan)
+    else:
+        pending = internode_low_latency.dispatch(party, nodes, signature, plan)
+    if receives_now:
+        pending.finish()
+    handle = make(_OwnHandle, (src_info, layout_range, most, hidden, num_experts))
+    return make(Dispatched, (recv_x, recv_scales, count, handle, pending))
+
+
+def _check_dispatch(
+    party: Party,
+    x: object,
+    topk_idx: object,
+    num_max_tokens: int,
+    num_experts: int,
+    use_fp8: bool,
+    round_scale: bool,
+    use_ue8m0: bool,
+) -> _DispatchKind:
     ranks, device = party.num_ranks, party.device
     most = check_int("num_max_dispatch_tokens_per_rank", num_max_tokens, minimum=1)
     num_experts = check_num_experts(party, "num_experts", num_experts)
-    num_local = num_experts // ranks
     rows = check_tensor("x", x, shape=(None, None), dtypes=(torch.bfloat16,), device=device)
     num_tokens, hidden = rows.shape
     if num_tokens > most:
@@ -83,101 +160,88 @@ def dispatch(
     if hidden == 0 or hidden % step != 0:
         raise ArgumentError("x", f"rows of {hidden} elements", f"a positive multiple of {step} elements")
     scale_format = scale_format_of(use_fp8, round_scale, use_ue8m0)
-    ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
-    if party.plane.values_at_hand:
-        per_expert = torch.bincount(ids[ids >= 0], minlength=num_experts)
-        busiest = int(per_expert.max())
-        allowed = f"at most num_max_dispatch_tokens_per_rank = {most} choices of one expert"
-        require(busiest <= most, "topk_idx", f"{busiest} choices of expert {int(per_expert.argmax())}", allowed)
-    plane, slab = party.plane, ranks * most
-    rows = (rows.detach() if rows.requires_grad else rows).contiguous()
-    recv_scales = None
+    num_topk = check_topk_idx(party, topk_idx, num_tokens, num_experts).shape[1]
+    num_local, slab, scales = num_experts // ranks, ranks * most, None
     if use_fp8:
         groups = hidden // GROUP
         columns, dtype = (-(-groups // 4), torch.int32) if use_ue8m0 else (groups, torch.float32)
-        strides = (columns * slab, 1, slab)
-        recv_scales = torch.empty_strided((num_local, slab, columns), strides, dtype=dtype, device=device)
+        scales = (num_local, slab, columns), (columns * slab, 1, slab), dtype
     recv_dtype = torch.float8_e4m3fn if use_fp8 else torch.bfloat16
-    recv_x = plane.empty_slabs(num_local, slab, hidden, recv_dtype)
-    num_topk = ids.shape[1]
-    src_info, layout_range, count = plane.low_latency_tables(ranks, num_local, most, num_topk)
-    handle = _OwnHandle(src_info, layout_range, most, hidden, num_experts)
-    plan = LowLatencyDispatchPlan(
-        topk_idx=ids,
-        x=rows,
-        scale_format=scale_format,
-        first_expert=party.rank * num_local,
-        num_local_experts=num_local,
-        num_max_tokens=most,
-        recv_x=recv_x,
-        recv_scales=recv_scales,
-        recv_src_info=src_info,
-        layout_range=layout_range,
-        recv_count=count,
-        recv_stats=check_stats(party, "cumulative_local_expert_recv_stats", recv_stats, num_local, torch.int32),
-        wait_stats=check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
-        receives_now=receives_now,
-    )
     signature = _signature(OperationKind.LOW_LATENCY_DISPATCH, scale_format, hidden, num_topk, num_experts, most)
-    if party.nodes is None:
-        pending = plane.low_latency_dispatch(signature, plan)
-    else:
-        pending = internode_low_latency.dispatch(party, party.nodes, signature, plan)
-    if receives_now:
-        pending.finish()
-    return Dispatched(recv_x, recv_scales, count, handle, pending)
+    return _DispatchKind(
+        scale_format, num_local, num_experts, most, hidden, num_topk, slab, recv_dtype, scales, signature
+    )
+
+
+def _check_values(ids: torch.Tensor, most: int, num_experts: int) -> None:
+    check_ids(ids, num_experts)
+    per_expert = torch.bincount(ids[ids >= 0], minlength=num_experts)
+    busiest = int(per_expert.max())
+    allowed = f"at most num_max_dispatch_tokens_per_rank = {most} choices of one expert"
+    require(busiest <= most, "topk_idx", f"{busiest} choices of expert {int(per_expert.argmax())}", allowed)
 
 
 def combine(
     party: Party,
-    x: object,
-    topk_idx: object,
-    topk_weights: object,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
     known: LowLatencyHandle,
     zero_copy_buffer: torch.Tensor | None,
-    out: object,
-    wait_stats: object,
+    out: torch.Tensor | None,
+    wait_stats: torch.Tensor | None,
     receives_now: bool,
 ) -> tuple[torch.Tensor, Pending]:
     """Send the rows home; see :meth:`tokenferry.Buffer.low_latency_combine`."""
+    plane, rank, ranks, device, _, nodes = party
+    src_info, layout_range, most, hidden, num_experts = known
+    sizes = most, hidden, num_experts
+    key = ranks, device, kind_of(x), kind_of(topk_idx), kind_of(topk_weights), sizes
+    kind = _combines.get(key) or _combines.keep(key, _check_combine(party, x, topk_idx, topk_weights, *sizes))
+    num_tokens, num_local, signature = kind
+    if plane.values_at_hand:
+        check_ids(topk_idx, num_experts)
+    if wait_stats is not None:
+        check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64)
+    rows, weights = x if zero_copy_buffer is None else zero_copy_buffer, topk_weights
+    if out is None:
+        result = plane.empty_rows(num_tokens, hidden, torch.bfloat16)
+    else:
+        dtypes = (torch.bfloat16,)
+        result = check_tensor("out", out, shape=(num_tokens, hidden), dtypes=dtypes, device=device, contiguous=True)
+    rows = (rows.detach() if rows.requires_grad else rows).contiguous()
+    weights = (weights.detach() if weights.requires_grad else weights).contiguous()
+    to = result.detach() if result.requires_grad else result
+    plan = make(
+        LowLatencyCombinePlan,
+        (
+            rows, src_info, layout_range, rank * num_local, num_experts, topk_idx, weights, to, wait_stats,
+            receives_now, None,
+        ),
+    )  # fmt: skip
+    if nodes is None:
+        pending = plane.low_latency_combine(signature, plan)
+    else:
+        pending = internode_low_latency.combine(party, nodes, signature, plan, most)
+    if receives_now:
+        pending.finish()
+    return result, pending
+
+
+def _check_combine(
+    party: Party, x: object, topk_idx: object, topk_weights: object, most: int, hidden: int, num_experts: int
+) -> _CombineKind:
     ranks, device = party.num_ranks, party.device
-    most, hidden, num_experts = known[2:]
     num_local = num_experts // ranks
     shape = (num_local, ranks * most, hidden)
-    rows = check_tensor("x", x, shape=shape, dtypes=(torch.bfloat16,), device=device)
-    if zero_copy_buffer is not None:
-        rows = zero_copy_buffer
+    check_tensor("x", x, shape=shape, dtypes=(torch.bfloat16,), device=device)
     ids = check_topk_idx(party, topk_idx, None, num_experts)
     num_tokens, num_topk = ids.shape
     if num_tokens > most:
         raise ArgumentError("topk_idx", f"{num_tokens} rows", f"at most num_max_dispatch_tokens_per_rank = {most}")
-    weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
-    if out is None:
-        result = party.plane.empty_rows(num_tokens, hidden, rows.dtype)
-    else:
-        result = check_tensor(
-            "out", out, shape=(num_tokens, hidden), dtypes=(rows.dtype,), device=device, contiguous=True
-        )
-    plan = LowLatencyCombinePlan(
-        x=(rows.detach() if rows.requires_grad else rows).contiguous(),
-        src_info=known.src_info,
-        layout_range=known.layout_range,
-        first_expert=party.rank * num_local,
-        num_experts=num_experts,
-        topk_idx=ids,
-        topk_weights=(weights.detach() if weights.requires_grad else weights).contiguous(),
-        out=result.detach() if result.requires_grad else result,
-        wait_stats=check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64),
-        receives_now=receives_now,
-    )
+    check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
     signature = _signature(OperationKind.LOW_LATENCY_COMBINE, ScaleFormat.NONE, hidden, num_topk, num_experts, most)
-    if party.nodes is None:
-        pending = party.plane.low_latency_combine(signature, plan)
-    else:
-        pending = internode_low_latency.combine(party, party.nodes, signature, plan, most)
-    if receives_now:
-        pending.finish()
-    return result, pending
+    return _CombineKind(num_tokens, num_local, signature)
 
 
 def warm(
@@ -213,6 +277,13 @@ def check_handle(party: Party, handle: object) -> LowLatencyHandle:
     if isinstance(handle, _OwnHandle) and handle.src_info.shape[1] == party.num_ranks * handle[2]:
         return handle
     names = LowLatencyHandle._fields
+    key = None
+    if type(handle) is tuple and len(handle) == len(names):
+        src_info, ranges, *sizes = handle
+        if all(type(size) is int for size in sizes):
+            key = party.num_ranks, party.device, kind_of(src_info), kind_of(ranges), *sizes
+            if key in _handles:
+                return LowLatencyHandle(*handle)
     if not isinstance(handle, (tuple, list)) or len(handle) != len(names):
         given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
         raise ArgumentError("handle", given, f"the {len(names)} elements that low_latency_dispatch returned")
@@ -230,10 +301,11 @@ def check_handle(party: Party, handle: object) -> LowLatencyHandle:
         dtypes=(torch.int64,),
         device=party.device,
     )
+    if key is not None:
+        _handles.keep(key, True)
     return LowLatencyHandle(src_info, ranges, most, hidden, num_experts)
 
 
-@functools.lru_cache(maxsize=1024)
 def _signature(
     operation: OperationKind, scale_format: ScaleFormat, hidden: int, num_topk: int, num_experts: int, most: int
 ) -> Signature:

@@ -63,7 +63,7 @@ class Paranoid(HighThroughput):
         return received
 
     def combine(
-        self, x: object, handle: tuple[torch.Tensor, ...], topk_weights: object, bias: object
+        self, x: torch.Tensor, handle: tuple[torch.Tensor, ...], topk_weights: torch.Tensor | None, bias: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :meth:`HighThroughput.combine`.
 

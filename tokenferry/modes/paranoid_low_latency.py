@@ -42,8 +42,8 @@ def dispatch(
     topk_idx: torch.Tensor,
     num_max_tokens: int,
     num_experts: int,
-    recv_stats: object,
-    wait_stats: object,
+    recv_stats: torch.Tensor | None,
+    wait_stats: torch.Tensor | None,
     use_fp8: bool,
     round_scale: bool,
     use_ue8m0: bool,
@@ -130,8 +130,8 @@ def combine(
     topk_weights: torch.Tensor,
     known: LowLatencyHandle,
     zero_copy_buffer: torch.Tensor | None,
-    out: object,
-    wait_stats: object,
+    out: torch.Tensor | None,
+    wait_stats: torch.Tensor | None,
     receives_now: bool,
 ) -> tuple[torch.Tensor, Pending]:
     """See :func:`tokenferry.modes.low_latency.combine`; receiving raises :class:`CorruptionError`."""

@@ -18,6 +18,7 @@ from tokenferry.dataplane import (
     Layout,
     LowLatencyCombinePlan,
     LowLatencyDispatchPlan,
+    Outputs,
     Part,
     Pending,
     ReducePlan,
@@ -74,6 +75,11 @@ class CpuDataPlane:
             exchange = Dispatch(self.heap, operation, signature, plan)
             exchange.agree()
             yield exchange
+
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.dispatch_along`."""
+        with self.dispatch(signature, plan) as exchange:
+            exchange.pull(outputs)
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""

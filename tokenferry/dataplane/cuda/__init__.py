@@ -32,10 +32,12 @@ from tokenferry.dataplane import (
 from tokenferry.dataplane.cuda import expert_major_programs, parts_programs, programs
 from tokenferry.dataplane.cuda.exchange import CudaDispatch, Rooms
 from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.dataplane.cuda.launch import Call
 from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
 from tokenferry.dataplane.cuda.rank import CudaRank, Queue
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle
+from tokenferry.kept import Kept
 from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
 
@@ -72,6 +74,7 @@ class CudaDataPlane(CudaRank):
     ) -> None:
         super().__init__(heap, regions, queue, timeout, most_programs)
         self.rooms = Rooms()
+        self._calls: Kept[Call] = Kept()
         num_sms = torch.cuda.get_device_properties(heap.device).multi_processor_count
         place = Place(
             rank=self.rank,
@@ -134,6 +137,33 @@ class CudaDataPlane(CudaRank):
         if plan.handle is None:
             exchange.notify()
         return exchange
+
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.dispatch_along`."""
+        self.check()
+        rows, scales, handle, num_sms = self._aligned(plan.rows), plan.scales, plan.handle, plan.num_sms
+        assert handle is not None
+        prefix, src_idx = handle.rank_prefix_matrix, handle.recv_src_idx
+        num_rows = src_idx.shape[0]
+        key = signature, rows.shape[0], num_rows, num_sms
+        call = self._calls.get(key)
+        if call is None:
+            self._check_stage(programs.dispatch_record(plan))
+            call = programs.dispatch_call(
+                plan, 0, False, programs.number_of(signature), num_rows, self.heap.list_capacity, self._stage,
+                self.rank, signature.operation, self._timeout, self._target, self._num_programs(num_sms),
+            )  # fmt: skip
+            self._calls.keep(key, call)
+        self._follow_regions()
+        places = self._places(rows, scales)
+        self._queue.start()
+        tensors = (
+            rows, scales, None, None, outputs.rows, outputs.scales, None, None, src_idx, prefix, None, None,
+        )  # fmt: skip
+        call.launch(self._queue.handle, self._context, tensors, (*places, 0, 0))
+
+    def _num_programs(self, num_sms: int) -> int:
+        return min(num_sms or DEFAULT_NUM_SMS, self._most_programs)
 
     def notify(
         self,
@@ -287,45 +317,40 @@ class CudaDataPlane(CudaRank):
             programs.number_of(signature),
             num_rows,
             self.heap.list_capacity,
-            (self.heap.stage, self._half),
+            self._stage,
             self.rank,
             signature.operation,
             self._timeout,
             self._target,
-            min(plan.num_sms or DEFAULT_NUM_SMS, self._most_programs),
+            self._num_programs(plan.num_sms),
             bases,
         )
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
         self.check()
-        if plan.metadata is not None:
-            self._pull_reduce_copies(signature, plan, plan.metadata, outs)
+        given, added, handle, num_sms, metadata, _, held_rows = plan
+        if metadata is not None:
+            self._pull_reduce_copies(signature, plan, metadata, outs)
             return
-        columns = [self._aligned(column) for column in plan.columns]
-        biases = [self._aligned(bias) for bias in plan.biases]
-        held = None if plan.held is None else self._held_tables(plan.handle, plan.held)
-        self._check_stage(programs.combine_record(columns) * self.num_ranks)
+        columns = [self._aligned(column) for column in given]
+        biases = [self._aligned(bias) for bias in added] if added else added
+        held = None if held_rows is None else self._held_tables(handle, held_rows)
+        out, rows = outs[0], columns[0]
+        key = signature, out.shape[0], rows.shape[0], out.dtype, len(biases), held is None, num_sms
+        call = self._calls.get(key)
+        if call is None:
+            self._check_stage(programs.combine_record(columns) * self.num_ranks)
+            call = programs.combine_call(
+                columns, outs, len(biases), programs.number_of(signature), self._stage, self.rank,
+                signature.operation, self._timeout, self._target, self._num_programs(num_sms), held is not None,
+            )  # fmt: skip
+            self._calls.keep(key, call)
         self._follow_regions()
         places = self._places(*columns)
         self._queue.start()
-        programs.combine(
-            self._queue.handle,
-            self._context,
-            columns,
-            outs,
-            biases,
-            plan.handle,
-            places if len(places) > 1 else (places[0], 0),
-            programs.number_of(signature),
-            (self.heap.stage, self._half),
-            self.rank,
-            signature.operation,
-            self._timeout,
-            self._target,
-            min(plan.num_sms or DEFAULT_NUM_SMS, self._most_programs),
-            held,
-        )
+        tensors = programs.combine_tensors(columns, outs, biases, handle, held)
+        call.launch(self._queue.handle, self._context, tensors, places if len(places) > 1 else (places[0], 0))
 
     def _held_tables(self, handle: DispatchHandle, held: HeldRows) -> programs.HeldTables:
         """The routes of a combine of held rows, once the device gets there."""
@@ -412,7 +437,7 @@ class CudaDataPlane(CudaRank):
         self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
-        return self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, self._device)
+        return self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, self._state)
 
     def warm_low_latency(
         self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int,
@@ -429,7 +454,7 @@ class CudaDataPlane(CudaRank):
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
         self.check()
-        if plan.topk_idx.data_ptr() % 16 or plan.x.data_ptr() % 16:
+        if (plan.topk_idx.data_ptr() | plan.x.data_ptr()) % 16:
             plan = plan._replace(topk_idx=self._aligned(plan.topk_idx), x=self._aligned(plan.x))
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         return self._low_latency.dispatch(stream, signature, plan)

@@ -6,6 +6,7 @@ its constexpr parameters, whatever the values of the others, and launched with a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,13 +20,59 @@ class Variant(NamedTuple):
     """A compiled kernel."""
 
     run: Any
-    function: Any
-    metadata: Any
+    """Takes the grid, the stream, ``leading``, the kernel's arguments, ``constants``."""
+    leading: tuple[Any, ...]
     constants: tuple[None, ...]
 
     def launch(self, grid: int, stream: int, arguments: Sequence[int]) -> None:
         """Queue ``grid`` programs with addresses and integers, in the order of the kernel's parameters."""
-        self.run(grid, 1, 1, stream, self.function, self.metadata, None, None, None, *arguments, *self.constants)
+        run, leading, constants = self
+        run(grid, 1, 1, stream, *leading, *arguments, *constants)
+
+
+class Call(NamedTuple):
+    """A variant, and what its launches have in common."""
+
+    variant: Variant
+    grid: int
+    numbers: tuple[int, ...]
+
+    def launch(
+        self,
+        stream: int,
+        context: Sequence[int],
+        tensors: Sequence[torch.Tensor | None],
+        places: Sequence[int],
+    ) -> None:
+        """Queue it, for a kernel whose parameters come in this order, the numbers last."""
+        variant, grid, numbers = self
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        variant.launch(grid, stream, (*context, *addresses, *places, *numbers))
+
+
+def _below(run: Any, leading: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The function that Triton's launcher calls in the end, and what it puts in front of a kernel's arguments.
+
+    Triton's own Python takes longer than that function. What it passes on differs between its versions, so it is
+    asked: it launches nothing, once. Where the answer is not the same at every call (a kernel with scratch memory),
+    and for launchers of another make, it is Triton's own that is called.
+    """
+    asked, passed = copy.copy(run), []
+    try:
+        launch = run.launch
+        asked.launch = lambda *arguments: passed.append(arguments)
+        asked(3, 1, 1, 5, *leading, _ARGUMENT)
+        (found,) = passed
+    except (AttributeError, TypeError, ValueError):
+        return run, leading
+    between = found[4:-1]
+    is_plain = all(value is None or type(value) in (int, bool) or value in leading for value in between)
+    if found[:4] == (3, 1, 1, 5) and found[-1] is _ARGUMENT and is_plain:
+        return launch, between
+    return run, leading
+
+
+_ARGUMENT = object()
 
 
 class Kernel:
@@ -51,7 +98,8 @@ class Kernel:
         """Compile the variant for these constexpr parameters; the caller keeps it."""
         compiled = self.compile(num_warps, 1, **constants)
         run = compiled.run  # loads the module
-        return Variant(run, compiled.function, compiled.packed_metadata, (None,) * len(constants))
+        leading = (compiled.function, compiled.packed_metadata, None, None, None)
+        return Variant(*_below(run, leading), (None,) * len(constants))
 
     def compile(self, num_warps: int, number: int, **constants: object) -> Any:
         """Compile as for a launch whose integers are all ``number``, which is to make no difference."""

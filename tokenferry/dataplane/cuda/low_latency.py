@@ -106,16 +106,16 @@ class LowLatency:
         )
 
     def tables(
-        self, num_sources: int, num_local_experts: int, num_max_tokens: int, num_topk: int, device: torch.device
+        self, num_sources: int, num_local_experts: int, num_max_tokens: int, num_topk: int, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`; all in one piece of memory.
 
         The ranges, int64 [L, R], follow ``src_info`` and the table behind it, then the counts. ``num_sources``: R;
-        ``num_max_tokens``: of one of them.
+        ``num_max_tokens``: of one of them; ``like``: a tensor on the device.
         """
         ranks, local, slab = num_sources, num_local_experts, num_sources * num_max_tokens
         size, first = self._table_sizes(num_sources, num_local_experts, num_max_tokens, num_topk)
-        longs = torch.empty(size, dtype=torch.int64, device=device)
+        longs = like.new_empty_strided((size,), (1,), dtype=torch.int64)
         ints = longs.view(torch.int32)
         return (
             ints.as_strided((local, slab), (slab, 1)),
@@ -146,26 +146,21 @@ class LowLatency:
 
     def dispatch(self, stream: int, signature: Signature, plan: LowLatencyDispatchPlan) -> Receive:
         """Send, and receive if that is to be done at once."""
-        num_rows, hidden = plan.x.shape
-        order = None
+        order, each = None, 1
         if plan.relays is not None:
             order, ids = self._relayed(plan.relays, plan.num_local_experts, plan.topk_idx)
-            plan = plan._replace(topk_idx=ids)
-        key = (
-            plan.scale_format,
-            num_rows,
-            hidden,
-            plan.topk_idx.shape[1],
-            plan.num_local_experts,
-            1 if plan.relays is None else self._each(plan.relays),
-            plan.num_max_tokens,
-        )
+            plan, each = plan._replace(topk_idx=ids), self._each(plan.relays)
+        (
+            topk_idx, x, scale_format, _, num_local, most, recv_x, recv_scales, src_info, layout_range, count,
+            recv_stats, wait_stats, receives_now, _,
+        ) = plan  # fmt: skip
+        num_rows, hidden = x.shape
+        key = scale_format, num_rows, hidden, topk_idx.shape[1], num_local, each, most
         prepared = self._prepared.get(key) or self._prepare_dispatch(key, signature)
         tensors = (
-            plan.topk_idx, plan.x, plan.recv_x, plan.recv_scales, plan.recv_src_info, plan.layout_range,
-            plan.recv_count, plan.recv_stats, plan.wait_stats, order,
+            topk_idx, x, recv_x, recv_scales, src_info, layout_range, count, recv_stats, wait_stats, order,
         )  # fmt: skip
-        return self._run(stream, prepared, tensors, plan.receives_now)
+        return self._run(stream, prepared, tensors, receives_now)
 
     def _prepare_dispatch(
         self, key: tuple[ScaleFormat, int, int, int, int, int, int], signature: Signature
@@ -196,13 +191,14 @@ class LowLatency:
 
     def combine(self, stream: int, signature: Signature, plan: LowLatencyCombinePlan) -> Receive:
         """Send, and receive if that is to be done at once."""
-        num_local, slab, hidden = plan.x.shape
-        num_rows, num_topk = plan.topk_idx.shape
+        ranks, each = self._place.num_ranks, 1
         if plan.relays is not None:
+            num_local = plan.x.shape[0]
             _, ids = self._relayed(plan.relays, num_local, plan.topk_idx)
-            plan = plan._replace(topk_idx=ids)
-        each = 1 if plan.relays is None else self._each(plan.relays)
-        ranks, info = self._place.num_ranks, plan.src_info
+            plan, each = plan._replace(topk_idx=ids), self._each(plan.relays)
+        x, info, _, _, _, topk_idx, topk_weights, out, wait_stats, receives_now, _ = plan
+        num_local, slab, hidden = x.shape
+        num_rows, num_topk = topk_idx.shape
         most = slab // ranks
         size, _ = self._table_sizes(each * ranks, num_local, most // each, num_topk)
         if info.storage_offset() != 0 or info.untyped_storage().nbytes() != 8 * size:
@@ -210,8 +206,7 @@ class LowLatency:
             raise ArgumentError("handle.src_info", "a tensor of another origin", allowed)
         key = (None, num_rows, hidden, num_topk, num_local, each, most)
         prepared = self._prepared.get(key) or self._prepare_combine(key, signature)
-        tensors = (plan.topk_idx, plan.topk_weights, plan.x, info, plan.out, plan.wait_stats)
-        return self._run(stream, prepared, tensors, plan.receives_now)
+        return self._run(stream, prepared, (topk_idx, topk_weights, x, info, out, wait_stats), receives_now)
 
     def _prepare_combine(self, key: tuple[None, int, int, int, int, int, int], signature: Signature) -> _Prepared:
         place = self._place

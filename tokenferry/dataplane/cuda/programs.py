@@ -19,7 +19,7 @@ from tokenferry.dataplane.cuda.kernels import dispatch as dispatch_kernels
 from tokenferry.dataplane.cuda.kernels import layout as layout_kernels
 from tokenferry.dataplane.cuda.kernels import notify as notify_kernels
 from tokenferry.dataplane.cuda.kernels.bulk import SHARED_BYTES
-from tokenferry.dataplane.cuda.launch import Kernel, Variant
+from tokenferry.dataplane.cuda.launch import Call, Kernel, Variant
 from tokenferry.handles import DispatchHandle
 
 _I8, _I32, _I64, _F32 = torch.uint8, torch.int32, torch.int64, torch.float32
@@ -230,27 +230,50 @@ def dispatch(
     Expanded, the plan's ids are packed, and ``bases`` are what ``starts`` wrote. Of a part, ``prefix`` is what
     ``announce_part`` wrote.
     """
+    metadata = None
+    if plan.experts is not None and plan.experts.expand:
+        metadata = outputs.metadata if plan.experts.metadata is None else plan.experts.metadata
+    call = dispatch_call(
+        plan, outputs.rows.shape[0], metadata is not None, signature, num_rows, list_capacity, stage, rank, operation,
+        timeout, target, num_sms,
+    )  # fmt: skip
+    own = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
+    out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights, src_idx, prefix, metadata, bases)
+    call.launch(stream, context, (*own, *out), places)
+
+
+def dispatch_call(
+    plan: SendPlan,
+    num_expanded: int,
+    expands: bool,
+    signature: int,
+    num_rows: int,
+    list_capacity: int,
+    stage: tuple[int, int],
+    rank: int,
+    operation: int,
+    timeout: int,
+    target: Target,
+    num_sms: int,
+) -> Call:
+    """What a ``dispatch`` launches, of whatever tensors of these shapes."""
     num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.shape[0] // target.num_ranks
-    first_expert, metadata, most, num_expanded = rank * num_local, None, 0, 0
+    first_expert, most = rank * num_local, 0
     if plan.part is not None and plan.part.expert_ids is not None:
         first_expert, num_local = plan.part.expert_ids.start, len(plan.part.expert_ids)
     if plan.experts is not None:
         num_local = plan.experts.num_local
         first_expert = rank * num_local
-        if plan.experts.expand:
-            metadata = outputs.metadata if plan.experts.metadata is None else plan.experts.metadata
-            most, num_expanded = plan.experts.num_max_tokens, outputs.rows.shape[0]
+        most = plan.experts.num_max_tokens if plan.experts.expand else 0
     variant = _dispatch(
         plan.handle is not None,
         plan.rows.shape[1] * plan.rows.itemsize,
         0 if plan.scales is None else row_bytes(plan.scales),
         0 if plan.topk_idx is None else plan.topk_idx.shape[1],
         target,
-        metadata is not None,
+        expands,
         plan.part is not None,
     )
-    own = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
-    out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights, src_idx, prefix, metadata, bases)
     numbers = (
         signature,
         plan.rows.shape[0],
@@ -258,7 +281,7 @@ def dispatch(
         first_expert,
         num_local,
         most,
-        num_expanded,
+        num_expanded if most else 0,
         list_capacity,
         *stage,
         max(num_sms // 2, 1),
@@ -266,7 +289,7 @@ def dispatch(
         operation,
         timeout,
     )
-    variant.launch(max(num_sms, 2), stream, (*context, *_addresses((*own, *out)), *places, *numbers))
+    return Call(variant, max(num_sms, 2), numbers)
 
 
 @functools.cache
@@ -335,23 +358,45 @@ def combine(
     held: HeldTables | None = None,
 ) -> None:
     """Launch ``combine``."""
-    rows = columns[0]
-    weights = columns[1] if len(columns) > 1 else None
-    dtypes = rows.dtype, outs[0].dtype
-    num_topk = 0 if weights is None else weights.shape[1]
-    variant = _combine(dtypes, rows.shape[1], num_topk, len(biases), target, held is not None)
-    routes = (handle.rank_prefix_matrix, handle.recv_src_idx, handle.send_head) if held is None else held
-    tensors = (
-        rows,
-        weights,
-        outs[0],
-        outs[1] if len(outs) > 1 else None,
-        biases[0] if biases else None,
-        biases[1] if len(biases) > 1 else None,
-        *routes,
+    call = combine_call(
+        columns, outs, len(biases), signature, stage, rank, operation, timeout, target, num_sms, held is not None
     )
+    call.launch(stream, context, combine_tensors(columns, outs, biases, handle, held), places)
+
+
+def combine_call(
+    columns: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor],
+    num_biases: int,
+    signature: int,
+    stage: tuple[int, int],
+    rank: int,
+    operation: int,
+    timeout: int,
+    target: Target,
+    num_sms: int,
+    held: bool,
+) -> Call:
+    """What a ``combine`` launches, of whatever tensors of these shapes."""
+    rows, num_topk = columns[0], 0 if len(columns) == 1 else columns[1].shape[1]
+    variant = _combine((rows.dtype, outs[0].dtype), rows.shape[1], num_topk, num_biases, target, held)
     numbers = (signature, outs[0].shape[0], rows.shape[0], *stage, max(num_sms // 2, 1), rank, operation, timeout)
-    variant.launch(max(num_sms, 2), stream, (*context, *_addresses(tensors), *places, *numbers))
+    return Call(variant, max(num_sms, 2), numbers)
+
+
+def combine_tensors(
+    columns: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    handle: DispatchHandle,
+    held: HeldTables | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The tensors of a ``combine``, in the order of its parameters."""
+    weights, out_weights = (columns[1], outs[1]) if len(columns) > 1 else (None, None)
+    first, second = (biases[0] if biases else None, biases[1] if len(biases) > 1 else None)
+    prefix, _, _, src_idx, _, send_head = handle
+    routes = (prefix, src_idx, send_head) if held is None else held
+    return (columns[0], weights, outs[0], out_weights, first, second, *routes)
 
 
 @functools.cache

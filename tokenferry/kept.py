@@ -1,0 +1,46 @@
+"""What calls came to, kept: a call like an earlier one is neither checked nor prepared again.
+
+What is kept depends on nothing but its key, and holds no tensor: shapes, dtypes, numbers, signatures, kernels. So a
+key has all that the checks and the preparation look at; a call that differs in any of it has another one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import torch
+
+MOST_KEPT = 1024
+
+_Preparation = TypeVar("_Preparation")
+_Tensor = torch.Tensor
+make = tuple.__new__
+"""Makes a NamedTuple of a class and a tuple in half the time that its own constructor takes."""
+_STRIDED = torch.strided
+
+Kind = tuple[torch.Size, torch.dtype, torch.device, bool]
+
+
+def kind_of(value: object) -> Kind | None:
+    """All that checks look at of a tensor, but its values. None for all else, which is to be checked every time.
+
+    Subclasses are no plain tensors here: what they answer may change.
+    """
+    if type(value) is not _Tensor or value.layout is not _STRIDED:
+        return None
+    try:
+        return value.shape, value.dtype, value.device, value.is_contiguous()
+    except RuntimeError:  # nested
+        return None
+
+
+class Kept(dict[tuple[Any, ...], _Preparation], Generic[_Preparation]):
+    """Preparations by their keys: looked up with ``get``, a bounded number of them."""
+
+    def keep(self, key: tuple[Any, ...], preparation: _Preparation) -> _Preparation:
+        """Keep one, unless something in the call is to be checked every time: ``None`` in its key; and return it."""
+        if None not in key:
+            if len(self) >= MOST_KEPT:
+                self.clear()
+            self[key] = preparation
+        return preparation
