@@ -89,7 +89,6 @@ MUTANTS = {
     "one warp has summed": ("(tid % 32 == 0)", "(tid == 0)", "direct"),
     "rows that are not there are awaited": ("total = live * ROW", "total = (live * 0 + 1) * ROW", "direct"),
     "weights are not awaited": ("total += live * size", "pass", "direct"),
-    "one lane's piece": ("rows_at + tid * PIECE", "rows_at", "direct"),
     "short windows": ("(skip + K * 4 + 15) & -16", "(K * 4 + 15 + tid * 0) & -16", "direct"),
     "windows from their start": ("+ load_shared(extra + SKIPS + use_at * 8)", "", "direct"),
     # What is asked for and summed.

@@ -321,7 +321,6 @@ def _dispatch(
                 SLOT=slot,
                 SLOTS=slots,
                 LAG=slots - _BEHIND,
-                LANES=2 if row_bytes >= 4096 and row_bytes % 32 == 0 else 1,
                 TABLE=bulk_dispatch_kernels.TABLE_BYTES,
             )
     return _DISPATCH.variant(
@@ -428,7 +427,6 @@ def _combine(
             BLOCK=block,
             SLOTS=slots,
             LAG=slots - _BEHIND,
-            LANES=next(lanes for lanes in (4, 2, 1) if width * item % (16 * lanes) == 0),
         )
     return _COMBINE[dtypes].variant(
         8,

@@ -91,14 +91,13 @@ def prepare(
 @gluon.jit
 def ask(
     live, head, source, token, slot_at, ask_parity, extra, ring, tid,
-    ROW: gl.constexpr, K: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, LANES: gl.constexpr,
+    ROW: gl.constexpr, K: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of one item, a token's row of one source, if there is one: it is ``live``.
 
     Returns:
         The next slot to ask into, and the parity of its turn.
     """
-    PIECE: gl.constexpr = ROW // LANES
     entry = extra + source * ENTRY
     live = live.to(gl.int32) + tid * 0
     index = gl.where(load_shared_long(entry + BY_TOKEN) != 0, token, head).to(gl.int64)
@@ -114,12 +113,9 @@ def ask(
     if K > 0:
         store_shared(extra + SKIPS + slot_at * 8, skip, (tid == 0).to(gl.int32))
     announce(bar, total, (tid == 0).to(gl.int32))
-    load_bulk(
-        ring + slot_at * SLOT + tid * PIECE, rows_at + tid * PIECE, tid * 0 + PIECE, bar,
-        live * (tid < LANES).to(gl.int32),
-    )  # fmt: skip
+    load_bulk(ring + slot_at * SLOT, rows_at, tid * 0 + ROW, bar, live * (tid == 0).to(gl.int32))
     if K > 0:
-        load_bulk(extra + WINDOWS + slot_at * WINDOW, at & -16, size, bar, live * (tid == LANES).to(gl.int32))
+        load_bulk(extra + WINDOWS + slot_at * WINDOW, at & -16, size, bar, live * (tid == 1).to(gl.int32))
     is_end = slot_at == SLOTS - 1
     return tl.where(is_end, 0, slot_at + 1), tl.where(is_end, ask_parity ^ 1, ask_parity)
 
@@ -131,38 +127,28 @@ def head_of(send_head, source, token, end, R: gl.constexpr):
 
 
 @gluon.jit
-def item_behind(source, token, workers, R: gl.constexpr):
-    """Source and token of the item behind one."""
-    is_end = source == R - 1
-    return tl.where(is_end, 0, source + 1), tl.where(is_end, token + workers, token)
-
-
-@gluon.jit
 def ask_ahead(
-    send_head, head, next_head, source, token, stop, workers, there, slot_at, ask_parity, extra, ring, tid,
+    send_head, head, source, token, stop, workers, there, slot_at, ask_parity, extra, ring, tid,
     ROW: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr,
-    LANES: gl.constexpr,
 ):  # fmt: skip
     """Ask for an item if there are any more, and go on to the one behind it.
 
-    ``next_head`` is that of the item behind. Two items ahead, heads are on their way for as long as a row is summed.
-
     Returns:
-        Head of the item behind, and of the one behind that; source and token of the item behind; ``there``, whether
-        items have a row, the last one's bit the lowest; the next slot to ask into, and the parity of its turn.
+        Head, source and token of the item behind; ``there``, whether items have a row, the last one's bit the lowest;
+        the next slot to ask into, and the parity of its turn.
     """
     # From a scalar address, so one answer for all threads: they branch on it when they sum.
     count = load_shared_long(shared_base(source) + SLOTS * SLOT + source * ENTRY + COUNT).to(gl.int32)
     live = (head >= 0) & (head < count)
     if token < stop:
         slot_at, ask_parity = ask(
-            live, head, source, token, slot_at, ask_parity, extra, ring, tid, ROW, K, SLOT, SLOTS, LANES
+            live, head, source, token, slot_at, ask_parity, extra, ring, tid, ROW, K, SLOT, SLOTS
         )
-    source, token = item_behind(source, token, workers, R)
-    later_source, later_token = item_behind(source, token, workers, R)
-    later_head = head_of(send_head, later_source, later_token, stop, R)
+    is_end = source == R - 1
+    token = tl.where(is_end, token + workers, token)
+    source = tl.where(is_end, 0, source + 1)
     there = (there << 1) | live.to(tl.int64)
-    return next_head, later_head, source, token, there, slot_at, ask_parity
+    return head_of(send_head, source, token, stop, R), source, token, there, slot_at, ask_parity
 
 
 @gluon.jit
@@ -245,7 +231,6 @@ def combine(
     BLOCK: gl.constexpr,
     SLOTS: gl.constexpr,
     LAG: gl.constexpr,
-    LANES: gl.constexpr,
 ):
     """As :func:`tokenferry.dataplane.cuda.kernels.combine.combine`, for rows that are added in float32."""
     ROW: gl.constexpr = WIDTH * ITEM
@@ -321,12 +306,10 @@ def combine(
                     stop = end.to(tl.int32)
                     there = zero().to(tl.int64)
                     head = head_of(send_head, ahead_source, ahead_token, stop, R)
-                    later_source, later_token = item_behind(ahead_source, ahead_token, workers, R)
-                    next_head = head_of(send_head, later_source, later_token, stop, R)
                     for _ in range(LAG):
-                        head, next_head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
-                            send_head, head, next_head, ahead_source, ahead_token, stop, workers, there, slot_at,
-                            ask_parity, extra, ring, tid, ROW, K, R, SLOT, SLOTS, LANES,
+                        head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
+                            send_head, head, ahead_source, ahead_token, stop, workers, there, slot_at, ask_parity,
+                            extra, ring, tid, ROW, K, R, SLOT, SLOTS,
                         )  # fmt: skip
                     for n in range(mine):
                         t = first + worker + n * workers
@@ -339,9 +322,9 @@ def combine(
                         if BIAS_1:
                             total += gl.load(bias_1 + place, mask=inside, other=0.0).to(gl.float32)
                         for _ in range(R):
-                            head, next_head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
-                                send_head, head, next_head, ahead_source, ahead_token, stop, workers, there, slot_at,
-                                ask_parity, extra, ring, tid, ROW, K, R, SLOT, SLOTS, LANES,
+                            head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
+                                send_head, head, ahead_source, ahead_token, stop, workers, there, slot_at,
+                                ask_parity, extra, ring, tid, ROW, K, R, SLOT, SLOTS,
                             )  # fmt: skip
                             wait_parity(extra + BARS + use_at * 8, parity + tid * 0)
                             if ((there >> LAG) & 1) != 0:

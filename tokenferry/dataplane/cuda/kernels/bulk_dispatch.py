@@ -191,7 +191,7 @@ def move_rows(
     STAGE: gl.constexpr, CACHED: gl.constexpr, EXPAND: gl.constexpr, PLACED: gl.constexpr, ROW: gl.constexpr,
     SCALES: gl.constexpr, K: gl.constexpr, R: gl.constexpr, RECORD: gl.constexpr, SCALES_OFF: gl.constexpr,
     IDS_OFF: gl.constexpr, WEIGHTS_OFF: gl.constexpr, W: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr,
-    LAG: gl.constexpr, LANES: gl.constexpr,
+    LAG: gl.constexpr,
 ):  # fmt: skip
     """One program's part of ``items`` rows, the sources by turns.
 
@@ -207,9 +207,7 @@ def move_rows(
     SMALL_WEIGHTS: gl.constexpr = SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16
     COPIES: gl.constexpr = HEADER - (4 * K + 15) // 16 * 16
     STRIDE: gl.constexpr = RECORD if STAGE else ROW
-    PIECE: gl.constexpr = ROW // LANES
     lane0 = (lane == 0).to(gl.int32)
-    moves = (lane < LANES).to(gl.int32)
     step = workers * W
     iterations = gl.maximum((items - worker * W + step - 1) // step, 0)
     item = worker * W + warp
@@ -249,7 +247,7 @@ def move_rows(
                 store_shared(slot + HEADER + 8, token, lane0)
             store_shared(slot + HEADER + 12, skips, lane0)
             announce(bar, total, lane0)
-            load_bulk(slot + lane * PIECE, rows_at + lane * PIECE, tid * 0 + PIECE, bar, moves * on)
+            load_bulk(slot, rows_at, tid * 0 + ROW, bar, on * lane0)
             if SCALES > 0:
                 load_bulk(slot + SMALL_SCALES, scales_from, scales_size, bar, on * (lane == 4).to(gl.int32))
             if K > 0:
@@ -273,10 +271,7 @@ def move_rows(
                 )  # fmt: skip
                 crowded = crowded | full
             else:
-                store_bulk(
-                    target + row * STRIDE + lane * PIECE, slot + lane * PIECE, tid * 0 + PIECE,
-                    moves * live.to(gl.int32),
-                )  # fmt: skip
+                store_bulk(target + row * STRIDE, slot, tid * 0 + ROW, lane0 * live.to(gl.int32))
             if SCALES > 0 and (STAGE or not EXPAND):
                 there = out_scales + row * SCALES
                 if STAGE:
@@ -362,7 +357,6 @@ def dispatch(
     SLOT: gl.constexpr,
     SLOTS: gl.constexpr,
     LAG: gl.constexpr,
-    LANES: gl.constexpr,
     TABLE: gl.constexpr,
 ):
     """As :func:`tokenferry.dataplane.cuda.kernels.dispatch.dispatch`. ROW, SCALES, SLOT: bytes; W warps."""
@@ -436,7 +430,7 @@ def dispatch(
                         use_at, parity, pid, stagers, own + (this % 2) * half, out_scales.to(tl.int64), out_ids,
                         out_weights, src_idx, metadata, bases, first_expert, num_local, num_max_tokens, num_expanded,
                         True, CACHED, EXPAND, PLACED, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF, WEIGHTS_OFF, W,
-                        SLOT, SLOTS, LAG, LANES,
+                        SLOT, SLOTS, LAG,
                     )  # fmt: skip
                     wait_stores(tid)
                     gl.thread_barrier()
@@ -471,7 +465,7 @@ def dispatch(
                             use_at, parity, worker, workers, out_x.to(tl.int64), out_scales.to(tl.int64), out_ids,
                             out_weights, src_idx, metadata, bases, first_expert, num_local, num_max_tokens,
                             num_expanded, False, CACHED, EXPAND, PLACED, ROW, SCALES, K, R, RECORD, SCALES_OFF,
-                            IDS_OFF, WEIGHTS_OFF, W, SLOT, SLOTS, LAG, LANES,
+                            IDS_OFF, WEIGHTS_OFF, W, SLOT, SLOTS, LAG,
                         )  # fmt: skip
                         if CACHED:
                             complain(status, operation, epoch, wrong >= 0, tid, BAD_HANDLE)
