@@ -35,6 +35,7 @@ from tokenferry.memory.heap import Heap
 from tokenferry.memory.shm import Segment
 from tokenferry.modes import expert_major, intranode, low_latency, shares
 from tokenferry.modes.expert_major import Received
+from tokenferry.modes.inputs import check_inputs
 from tokenferry.runtime import Runtime
 from tokenferry.topology import Topology
 
@@ -122,9 +123,7 @@ def dispatched(shape: str, rank: int, party: intranode.Party) -> intranode.Recei
     per_rank, per_expert, member = intranode.layout(party, ids, EXPERTS)
     x = torch.randn(tokens, row_bytes // 2, generator=made).bfloat16()
     weights = torch.rand(tokens, TOPK, generator=made)
-    return intranode.dispatch(
-        party, intranode.check_inputs(party, x, per_rank, member, per_expert, ids, weights, 1, 0)
-    )
+    return intranode.dispatch(party, check_inputs(party, x, per_rank, member, per_expert, ids, weights, 1, 0))
 
 
 def cached(shape: str, rank: int, party: intranode.Party, before: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from tokenferry import ArgumentError, DispatchHandle
 from tokenferry.dataplane import DataPlane, Layout, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.modes import intranode
-from tokenferry.modes.intranode import Party
+from tokenferry.modes.inputs import Party, check_inputs
 
 CPU = torch.device("cpu")
 RANKS, EXPERTS, TOKENS, TOPK, HIDDEN, RECEIVED = 2, 4, 6, 3, 128, 9
@@ -115,9 +115,7 @@ class World:
 
     def dispatch(self) -> intranode.Received:
         per_rank, per_expert, member = self.plane._layout
-        given = intranode.check_inputs(
-            self.party, self.x, per_rank, member, per_expert, self.ids, self.weights, 1, RECEIVED
-        )
+        given = check_inputs(self.party, self.x, per_rank, member, per_expert, self.ids, self.weights, 1, RECEIVED)
         return intranode.dispatch(self.party, given)
 
     def cached_dispatch(self) -> intranode.Received:
@@ -129,7 +127,7 @@ class World:
 
 CALLS: dict[str, tuple[Callable[[World], Any], list[str], int]] = {
     "layout": (World.layout, [], 8),
-    "dispatch": (World.dispatch, ["aten.empty.memory_format"], 62),
+    "dispatch": (World.dispatch, ["aten.new_empty_strided.default"], 62),
     "cached_dispatch": (World.cached_dispatch, [], 20),
     "combine": (World.combine, [], 20),
     "combine_weights": (lambda w: w.combine(w.recv_weights), [], 31),

@@ -22,7 +22,7 @@ from tokenferry.dataplane import (
     Signature,
 )
 from tokenferry.modes import intranode, low_latency
-from tokenferry.modes.intranode import Party
+from tokenferry.modes.inputs import Party, check_inputs
 
 META = torch.device("meta")
 RANKS, EXPERTS, TOKENS, TOPK, HIDDEN, RECEIVED = 2, 4, 6, 3, 128, 9
@@ -103,7 +103,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def dispatch(who: Party, *, num_worst_tokens: int = 0) -> intranode.Received:
     x, ids, weights = inputs()
     per_rank, per_expert, member = intranode.layout(who, ids, EXPERTS)
-    given = intranode.check_inputs(who, x, per_rank, member, per_expert, ids, weights, 4, num_worst_tokens)
+    given = check_inputs(who, x, per_rank, member, per_expert, ids, weights, 4, num_worst_tokens)
     return intranode.dispatch(who, given)
 
 

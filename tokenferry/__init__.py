@@ -18,7 +18,7 @@ from tokenferry.errors import (
 )
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import DispatchHandle, EPHandle, InternodeHandle
-from tokenferry.modes.intranode import topk_idx_t
+from tokenferry.modes.inputs import topk_idx_t
 from tokenferry.shrink import Survivors
 from tokenferry.topology import Topology
 from tokenferry.version import __version__

@@ -33,7 +33,7 @@ from tokenferry.dataplane import OperationKind
 from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import Handle
-from tokenferry.modes import intranode
+from tokenferry.modes import inputs
 from tokenferry.modes.high_throughput import HighThroughput
 from tokenferry.modes.paranoid import Paranoid
 from tokenferry.observing import StatsMethods, debug_wanted, observed
@@ -400,7 +400,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
                 received = mode.cached_dispatch(x, handle)
             else:
                 routes = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights
-                given = intranode.check_inputs(mode.party, x, *routes, expert_alignment, num_worst_tokens)
+                given = inputs.check_inputs(mode.party, x, *routes, expert_alignment, num_worst_tokens)
                 received = mode.dispatch(given, num_tokens_per_rdma_rank)
             recv_x, scales, recv_topk_idx, recv_topk_weights, num_per_expert, made = received
             if turn.is_plain:
@@ -496,4 +496,4 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
 
     @staticmethod
     def _unpack_bias(bias: object) -> tuple[object, object]:
-        return intranode.unpack_bias(bias)
+        return inputs.unpack_bias(bias)

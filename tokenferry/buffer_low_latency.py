@@ -13,7 +13,7 @@ from tokenferry.dataplane import OperationKind, Pending
 from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.events import EventOverlap
 from tokenferry.modes import low_latency, paranoid_low_latency
-from tokenferry.modes.intranode import Party
+from tokenferry.modes.inputs import Party
 from tokenferry.modes.low_latency import LowLatencyHandle
 from tokenferry.observing import observed
 from tokenferry.validation import check_int, check_tensor, require

@@ -7,6 +7,8 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from tokenferry.kept import make
+
 
 class DispatchHandle(NamedTuple):
     """The handle of a dispatch inside a node: six tensors, never mutated, usable any number of times.
@@ -87,8 +89,9 @@ Handle: TypeAlias = DispatchHandle | InternodeHandle
 def make_handle(tensors: Iterable[torch.Tensor]) -> Handle:
     """The handle that these tensors were."""
     elements = tuple(tensors)
-    kind = DispatchHandle if len(elements) == len(DispatchHandle._fields) else InternodeHandle
-    return kind._make(elements)
+    if len(elements) == len(DispatchHandle._fields):
+        return make(DispatchHandle, elements)
+    return InternodeHandle._make(elements)
 
 
 class EPHandle:

@@ -11,7 +11,7 @@ from tokenferry.dataplane import DataPlane
 from tokenferry.dataplane.cpu import CpuDataPlane
 from tokenferry.errors import BufferStateError
 from tokenferry.memory.heap import Heap
-from tokenferry.modes.intranode import Party
+from tokenferry.modes.inputs import Party
 from tokenferry.modes.nodes import Nodes
 from tokenferry.rail import Rail
 from tokenferry.stats import Waits

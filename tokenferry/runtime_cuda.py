@@ -16,7 +16,7 @@ from tokenferry.errors import BufferStateError, HeapError, TokenferryError
 from tokenferry.memory.direct import Regions
 from tokenferry.memory.driver import Driver
 from tokenferry.memory.symm import SymmetricHeap
-from tokenferry.modes.intranode import Party
+from tokenferry.modes.inputs import Party
 from tokenferry.modes.nodes import Nodes
 from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.rail import Rail

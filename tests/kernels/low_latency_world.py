@@ -16,7 +16,7 @@ from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.programs import Target
 from tokenferry.modes import low_latency as mode
-from tokenferry.modes.intranode import Party
+from tokenferry.modes.inputs import Party
 
 CPU = torch.device("cpu")
 _KERNELS = ("dispatch", "combine")

@@ -24,7 +24,7 @@ from tokenferry import ElasticBuffer
 from tokenferry.dataplane.cuda import CudaDataPlane
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.kept import Kept
-from tokenferry.modes.intranode import Party
+from tokenferry.modes.inputs import Party
 from tokenferry.streams import NoStream
 
 CPU = torch.device("cpu")

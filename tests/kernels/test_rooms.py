@@ -25,7 +25,7 @@ from tokenferry.dataplane.cuda.exchange import Rooms
 from tokenferry.dataplane.cuda.kernels import dispatch as dispatch_kernels
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.modes import intranode
-from tokenferry.modes.intranode import Party
+from tokenferry.modes.inputs import Party, check_inputs
 
 CASE = Case(
     tokens=(5, 9, 3),
@@ -142,7 +142,7 @@ class Ranks:
             plane.pull = counted  # type: ignore[method-assign]
             try:
                 per_rank, per_expert, member = intranode_layout(mine)
-                given = intranode.check_inputs(
+                given = check_inputs(
                     party, (mine.x, mine.scales), per_rank, member, per_expert, mine.given.topk_idx,
                     mine.given.topk_weights, 1, 0,
                 )  # fmt: skip

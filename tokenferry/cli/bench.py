@@ -59,7 +59,7 @@ from tokenferry.cli.bench_report import (
 )
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.config import ALIGNMENT
-from tokenferry.modes.intranode import MAX_TOPK, ROW_ALIGNMENT
+from tokenferry.modes.inputs import MAX_TOPK, ROW_ALIGNMENT
 
 _DEFAULT_TOKENS = 4096
 _DEFAULT_RANKS = 4

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tokenferry.modes.intranode import MAX_TOPK
+from tokenferry.modes.inputs import MAX_TOPK
 from tokenferry.validation import check_int, require
 
 NVLINK_GBPS = 323.0

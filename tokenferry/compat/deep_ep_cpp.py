@@ -2,6 +2,6 @@
 
 from tokenferry.config import Config
 from tokenferry.events import EventHandle
-from tokenferry.modes.intranode import topk_idx_t
+from tokenferry.modes.inputs import topk_idx_t
 
 __all__ = ["Config", "EventHandle", "topk_idx_t"]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from tokenferry.config import align_up
-from tokenferry.modes.intranode import Inputs
+from tokenferry.modes.inputs import Inputs
 from tokenferry.modes.nodes import Operation
 from tokenferry.modes.routes import index_of
 from tokenferry.modes.shares import Offer

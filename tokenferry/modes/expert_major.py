@@ -22,23 +22,20 @@ from tokenferry.config import align_up
 from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ReducePlan, SendPlan
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, EPHandle
-from tokenferry.modes.intranode import (
+from tokenferry.modes.inputs import (
     COMBINE_DTYPES,
     MAX_TOPK,
     Party,
     Rows,
-    _checksum,
     check_biases,
-    check_handle,
     check_num_experts,
     check_row_bytes,
     check_rows,
     check_topk_idx,
-    empty_rows_like,
     packed,
-    signature_of,
     topk_idx_t,
 )
+from tokenferry.modes.intranode import _checksum, check_handle, empty_rows_like, signature_of
 from tokenferry.validation import check_int, check_tensor, describe, require
 
 _INT32 = (torch.int32,)

@@ -8,7 +8,8 @@ from tokenferry.config import Config, combine_preset, dispatch_preset
 from tokenferry.dataplane import Layout
 from tokenferry.modes import internode, intranode
 from tokenferry.modes.chunks import Chunking, chunking_of
-from tokenferry.modes.intranode import Inputs, Party, Received
+from tokenferry.modes.inputs import Inputs, Party
+from tokenferry.modes.intranode import Received
 
 
 class HighThroughput:

@@ -28,10 +28,11 @@ from tokenferry.config import align_up
 from tokenferry.dataplane import HeldRows, OperationKind, Outputs, Part, PartPlan, ReducePlan, SendPlan
 from tokenferry.errors import HeapError
 from tokenferry.handles import DispatchHandle
-from tokenferry.modes import intranode
+from tokenferry.modes import inputs, intranode
 from tokenferry.modes.choices import Choices, Relayed
 from tokenferry.modes.chunks import ChunkedRows, Chunking, bounds, edges_of, num_parts_of, on_device, pieces
-from tokenferry.modes.intranode import Inputs, Party, Received, Rows, as_bytes, signature_of, topk_idx_t
+from tokenferry.modes.inputs import Inputs, Party, Rows, as_bytes, topk_idx_t
+from tokenferry.modes.intranode import Received, signature_of
 from tokenferry.modes.nodes import Nodes, Operation
 from tokenferry.modes.routes import (
     Routes,
@@ -243,7 +244,7 @@ class _Delivery:
 
 def cached_dispatch(party: Party, x: object, handle: object, chunking: Chunking) -> Received:
     """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
-    rows = intranode.check_rows(party, x)
+    rows = inputs.check_rows(party, x)
     nodes = _nodes(party)
     known, routes = check_handle(nodes.topology, party.device, handle)
     num_tokens = len(known.is_token_in_rank)
@@ -274,8 +275,8 @@ def combine(
     nodes = _nodes(party)
     known, routes = check_handle(nodes.topology, party.device, handle)
     num_rows, num_tokens = len(known.recv_src_meta), len(known.is_token_in_rank)
-    columns = intranode.check_columns(party, x, topk_weights, num_rows)
-    biases = intranode.check_biases(party, bias, (num_tokens, columns[0].size(1)), columns[0].dtype)
+    columns = inputs.check_columns(party, x, topk_weights, num_rows)
+    biases = inputs.check_biases(party, bias, (num_tokens, columns[0].size(1)), columns[0].dtype)
     num_topk = columns[1].size(1) if len(columns) > 1 else 0
     row_bytes = sum(column.size(1) * column.element_size() for column in columns)
     sizes = [chunking.rows(count, row_bytes * len(nodes.topology.local_ranks)) for count in routes.num_relayed]

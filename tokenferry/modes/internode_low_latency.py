@@ -26,7 +26,7 @@ from tokenferry.modes.nodes import Nodes, Operation
 from tokenferry.rail import Transfer
 
 if TYPE_CHECKING:
-    from tokenferry.modes.intranode import Party
+    from tokenferry.modes.inputs import Party
 
 
 def dispatch(party: Party, nodes: Nodes, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:

@@ -25,7 +25,7 @@ from tokenferry.dataplane import (
 from tokenferry.errors import ArgumentError
 from tokenferry.kept import Kept, kind_of, make
 from tokenferry.modes import internode_low_latency
-from tokenferry.modes.intranode import Party, check_ids, check_num_experts, check_topk_idx
+from tokenferry.modes.inputs import Party, check_ids, check_num_experts, check_topk_idx
 from tokenferry.validation import check_int, check_tensor, describe, require
 
 GROUP = 128
@@ -279,11 +279,11 @@ def check_handle(party: Party, handle: object) -> LowLatencyHandle:
     names = LowLatencyHandle._fields
     key = None
     if type(handle) is tuple and len(handle) == len(names):
-        src_info, ranges, *sizes = handle
-        if all(type(size) is int for size in sizes):
-            key = party.num_ranks, party.device, kind_of(src_info), kind_of(ranges), *sizes
+        src_info, ranges, most, hidden, num_experts = handle
+        if type(most) is type(hidden) is type(num_experts) is int:
+            key = party.num_ranks, party.device, kind_of(src_info), kind_of(ranges), most, hidden, num_experts
             if key in _handles:
-                return LowLatencyHandle(*handle)
+                return make(LowLatencyHandle, handle)
     if not isinstance(handle, (tuple, list)) or len(handle) != len(names):
         given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
         raise ArgumentError("handle", given, f"the {len(names)} elements that low_latency_dispatch returned")

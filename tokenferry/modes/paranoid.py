@@ -27,10 +27,11 @@ import torch
 from tokenferry.dataplane import Part
 from tokenferry.errors import CorruptionError, StepBackError
 from tokenferry.handles import DispatchHandle, Handle, make_handle
-from tokenferry.modes import intranode
+from tokenferry.modes import inputs
 from tokenferry.modes.checksums import added_up, checksums, differ, sum_of_rows
 from tokenferry.modes.high_throughput import HighThroughput
-from tokenferry.modes.intranode import Inputs, Party, Received, Rows
+from tokenferry.modes.inputs import Inputs, Party, Rows
+from tokenferry.modes.intranode import Received
 
 PARANOID_VARIABLE = "TOKENFERRY_PARANOID"
 _TOKEN_BITS = 32
@@ -58,7 +59,7 @@ class Paranoid(HighThroughput):
         received = super().cached_dispatch(x, handle)
         with suspicion(self.party):
             known = make_handle(handle)
-            given = self.along(known.is_token_in_rank, intranode.check_rows(self.party, x))
+            given = self.along(known.is_token_in_rank, inputs.check_rows(self.party, x))
             Proof(self, "dispatch", given, received, known).check_rows()
         return received
 
@@ -74,9 +75,9 @@ class Paranoid(HighThroughput):
         epoch = self.epoch
         with suspicion(self.party):
             known = make_handle(handle)
-            columns = intranode.check_columns(self.party, x, topk_weights, known.num_rows)
+            columns = inputs.check_columns(self.party, x, topk_weights, known.num_rows)
             shape = len(known.is_token_in_rank), columns[0].size(1)
-            biases = intranode.check_biases(self.party, bias, shape, columns[0].dtype)
+            biases = inputs.check_biases(self.party, bias, shape, columns[0].dtype)
             self.prove_sums(epoch, combined, known, columns[0], columns[1] if len(columns) > 1 else None, biases)
         return combined
 

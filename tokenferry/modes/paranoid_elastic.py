@@ -17,10 +17,10 @@ import torch
 
 from tokenferry.errors import CorruptionError
 from tokenferry.handles import EPHandle
-from tokenferry.modes import expert_major, intranode
+from tokenferry.modes import expert_major, inputs, intranode
 from tokenferry.modes.checksums import sum_of_rows
 from tokenferry.modes.expert_major import Received, Sizes
-from tokenferry.modes.intranode import Inputs, Party
+from tokenferry.modes.inputs import Inputs, Party
 from tokenferry.modes.paranoid import Paranoid, Proof, and_others, suspicion
 
 
@@ -64,7 +64,7 @@ def combine(
         assert isinstance(x, torch.Tensor)
         rows, weights = x.detach(), topk_weights.detach() if isinstance(topk_weights, torch.Tensor) else None
         shape = len(handle.routes.is_token_in_rank), rows.size(1)
-        biases = [] if bias is None else intranode.check_biases(party, bias, shape, rows.dtype)
+        biases = [] if bias is None else inputs.check_biases(party, bias, shape, rows.dtype)
         mode = Paranoid(party, None)
         epoch = mode.epoch
         if handle.do_expand:
@@ -110,7 +110,7 @@ class _Expanding:
         ids = handle.topk_idx
         member = handle.routes.is_token_in_rank
         given = Inputs(
-            rows=intranode.check_rows(party, x),
+            rows=inputs.check_rows(party, x),
             topk_idx=ids,
             topk_weights=topk_weights.detach().contiguous() if isinstance(topk_weights, torch.Tensor) else None,
             is_token_in_rank=member,

@@ -24,7 +24,7 @@ from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
 from tokenferry.errors import CorruptionError
 from tokenferry.modes import low_latency
 from tokenferry.modes.checksums import added_up, checksums, differ, sum_of_rows
-from tokenferry.modes.intranode import Party
+from tokenferry.modes.inputs import Party
 from tokenferry.modes.low_latency import Dispatched, LowLatencyHandle
 from tokenferry.modes.paranoid import and_others, suspicion
 

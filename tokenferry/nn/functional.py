@@ -24,7 +24,7 @@ from tokenferry.buffer import Buffer
 from tokenferry.config import Config, check_config
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import Handle, make_handle
-from tokenferry.modes.intranode import unpack_bias
+from tokenferry.modes.inputs import unpack_bias
 from tokenferry.modes.low_latency import LowLatencyHandle
 
 

@@ -19,7 +19,7 @@ from tokenferry.buffer import Buffer
 from tokenferry.config import Config
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, Handle, InternodeHandle, make_handle
-from tokenferry.modes.intranode import COMBINE_DTYPES, ROW_ALIGNMENT
+from tokenferry.modes.inputs import COMBINE_DTYPES, ROW_ALIGNMENT
 from tokenferry.ops.library import apply, define, is_differentiated, is_forward_mode, is_plain, opaque, run, run_below
 from tokenferry.ops.registry import buffer_of
 from tokenferry.topology import Topology

@@ -63,7 +63,7 @@ def is_forward_mode() -> bool:
 
 def is_differentiated(*inputs: torch.Tensor | None) -> bool:
     """Whether autograd must know what becomes of these inputs."""
-    if is_forward_mode():
+    if forward_ad._current_level >= 0:
         return True
     for tensor in inputs:
         if tensor is not None and tensor.requires_grad:
@@ -89,9 +89,17 @@ _PLAIN = tuple(
 """What keys are below autograd where the kernel is all that is left to do: nothing traces or transforms the call."""
 
 
+_plain: dict[int, bool] = {}
+"""Of the sets of keys that came."""
+
+
 def is_plain(keys: torch.DispatchKeySet) -> bool:
     """Whether the kernel is all that is left to do below autograd."""
-    return (keys & _BELOW).raw_repr() in _PLAIN
+    given = keys.raw_repr()
+    found = _plain.get(given)
+    if found is None:
+        found = _plain[given] = (keys & _BELOW).raw_repr() in _PLAIN
+    return found
 
 
 def run(keys: torch.DispatchKeySet, operator: torch._ops.OpOverload, kernel: Callable[..., Any], *args: Any) -> Any:

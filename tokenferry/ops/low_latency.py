@@ -30,7 +30,7 @@ def _dispatch(
         x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, None, None, use_fp8, round_scale, use_ue8m0
     )
     rows, scales = received if isinstance(received, tuple) else (received, _no_scales(received))
-    return [rows, scales, count, handle.src_info, handle.layout_range]
+    return [rows, scales, count, handle[0], handle[1]]
 
 
 def _dispatch_shapes(

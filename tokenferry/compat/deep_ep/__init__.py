@@ -9,7 +9,7 @@ from tokenferry.config import Config
 from tokenferry.elastic import ElasticBuffer
 from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import EPHandle
-from tokenferry.modes.intranode import topk_idx_t
+from tokenferry.modes.inputs import topk_idx_t
 from tokenferry.version import __version__ as _tokenferry_version
 
 from . import buffer as buffer  # relative: this package goes by two names

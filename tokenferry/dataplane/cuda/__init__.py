@@ -103,7 +103,7 @@ class CudaDataPlane(CudaRank):
             raise ArgumentError("num_experts", num_experts, f"at most {limit} on a GPU with {self.num_ranks} ranks")
         topk_idx = self._aligned(topk_idx)
         counts = self.empty(ranks + num_experts)
-        member = torch.empty((num_tokens, ranks), dtype=torch.bool, device=self._device)
+        member = self.empty_rows(num_tokens, ranks, torch.bool)
         self._queue.start()
         programs.layout(
             self._queue.handle,

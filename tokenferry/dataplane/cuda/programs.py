@@ -446,8 +446,9 @@ def _combine(
 
 def clear(stream: int, rows: torch.Tensor, places: torch.Tensor, target: Target) -> None:
     """Launch ``clear``."""
-    num_rows = rows.shape[0]
-    arguments = (places.data_ptr(), rows.data_ptr(), places.stride(0), num_rows, row_bytes(rows) // 4)
+    num_rows, width = rows.shape
+    words = width * rows.itemsize // 4
+    arguments = (places.data_ptr(), rows.data_ptr(), places.stride(0), num_rows, words)
     _clear(target).launch(min(num_rows, _CLEARING_PROGRAMS), stream, arguments)
 
 

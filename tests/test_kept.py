@@ -1,0 +1,346 @@
+"""What calls keep for later ones: used for no call that differs, bounded, without tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.host_path import EXPERTS, MOST, ROWS, TOKENS, Rank, rank_on_a_gpu
+from tokenferry import ArgumentError, BufferStateError, Config
+from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.kept import MOST_KEPT, Kept, kind_of
+from tokenferry.modes import inputs, intranode, low_latency
+
+Call = Callable[[Rank], Any]
+
+
+@pytest.fixture(scope="module")
+def rank() -> Iterator[Rank]:
+    with rank_on_a_gpu() as one:
+        yield one
+
+
+def all_kept(rank: Rank) -> list[Kept[Any]]:
+    plane: Any = rank.buffer.runtime._plane  # type: ignore[union-attr]
+    found = [value for module in (inputs, intranode, low_latency) for value in vars(module).values()]
+    return [value for value in found if isinstance(value, Kept)] + [plane._calls, plane._low_latency._prepared]
+
+
+def forget(rank: Rank) -> None:
+    for kept in all_kept(rank):
+        kept.clear()
+
+
+def dispatch(rank: Rank, *, x: Any = None, ids: Any = None, **given: Any) -> Any:
+    x, ids = rank.x if x is None else x, rank.ids if ids is None else ids if ids is not False else None
+    per_rank, _, per_expert, member, _ = rank.layout
+    arguments = {
+        "num_tokens_per_rank": per_rank, "is_token_in_rank": member, "num_tokens_per_expert": per_expert,
+        "topk_weights": rank.weights, "num_worst_tokens": ROWS, **given,
+    }  # fmt: skip
+    return rank.buffer.dispatch(x, topk_idx=ids, **arguments)
+
+
+def low_dispatch(
+    rank: Rank, *, x: Any = None, ids: Any = None, most: Any = MOST, experts: Any = EXPERTS, **how: Any
+) -> Any:
+    x, ids = rank.x if x is None else x, rank.ids if ids is None else ids
+    return rank.buffer.low_latency_dispatch(x, ids, most, experts, **how)
+
+
+def low_combine(rank: Rank, *, x: Any = None, ids: Any = None, weights: Any = None, **how: Any) -> Any:
+    x, ids = rank.slabs if x is None else x, rank.ids if ids is None else ids
+    weights = rank.weights if weights is None else weights
+    return rank.buffer.low_latency_combine(x, ids, weights, how.pop("handle", rank.low_latency_handle), **how)
+
+
+def columns(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, column after column."""
+    return tensor.t().contiguous().t()
+
+
+USUAL: dict[str, Call] = {
+    "dispatch": dispatch,
+    "cached": lambda rank: rank.buffer.dispatch(rank.x, rank.handle),
+    "combine": lambda rank: rank.buffer.combine(rank.y, rank.handle),
+    "low dispatch": low_dispatch,
+    "low combine": low_combine,
+}
+"""After these every preparation is there."""
+
+OTHERS: dict[str, Call] = {
+    **USUAL,
+    "dispatch, other dtype": lambda rank: dispatch(rank, x=rank.x.half()),
+    "dispatch, narrower": lambda rank: dispatch(rank, x=rank.x[:, :256]),
+    "dispatch, scales": lambda rank: dispatch(rank, x=(rank.x.to(torch.float8_e4m3fn), rank.x[:, :4].float())),
+    "dispatch, fewer choices": lambda rank: dispatch(
+        rank, ids=rank.ids[:, :4].contiguous(), topk_weights=rank.weights[:, :4]
+    ),
+    "dispatch, more room": lambda rank: dispatch(rank, num_worst_tokens=ROWS + 1),
+    "dispatch, fewer SMs": lambda rank: dispatch(rank, config=Config(8)),
+    "cached, other dtype": lambda rank: rank.buffer.dispatch(rank.x.half(), rank.handle),
+    "cached, wider dtype": lambda rank: rank.buffer.dispatch(rank.x.float(), rank.handle),
+    "cached, narrower": lambda rank: rank.buffer.dispatch(rank.x[:, :256], rank.handle),
+    "cached, scales": lambda rank: rank.buffer.dispatch(
+        (rank.x.to(torch.float8_e4m3fn), rank.x[:, :4].float()), rank.handle
+    ),
+    "cached, integer scales": lambda rank: rank.buffer.dispatch(
+        (rank.x.to(torch.float8_e4m3fn), rank.x[:, :4].int()), rank.handle
+    ),
+    "cached, fewer SMs": lambda rank: rank.buffer.dispatch(rank.x, rank.handle, config=Config(8)),
+    "combine, other dtype": lambda rank: rank.buffer.combine(rank.y.half(), rank.handle),
+    "combine, narrower": lambda rank: rank.buffer.combine(rank.y[:, :256], rank.handle),
+    "combine, weights": lambda rank: rank.buffer.combine(rank.y, rank.handle, rank.recv_weights),
+    "combine, fewer weights": lambda rank: rank.buffer.combine(rank.y, rank.handle, rank.recv_weights[:, :3]),
+    "combine, bias": lambda rank: rank.buffer.combine(rank.y, rank.handle, None, rank.x),
+    "combine, two biases": lambda rank: rank.buffer.combine(rank.y, rank.handle, None, (rank.x, rank.x)),
+    "combine, fewer SMs": lambda rank: rank.buffer.combine(rank.y, rank.handle, config=Config(8)),
+    "low dispatch, fewer": lambda rank: low_dispatch(rank, x=rank.x[:5], ids=rank.ids[:5]),
+    "low dispatch, none": lambda rank: low_dispatch(rank, x=rank.x[:0], ids=rank.ids[:0]),
+    "low dispatch, narrower": lambda rank: low_dispatch(rank, x=rank.x[:, :256]),
+    "low dispatch, bfloat16": lambda rank: low_dispatch(rank, use_fp8=False),
+    "low dispatch, rounded": lambda rank: low_dispatch(rank, round_scale=True),
+    "low dispatch, exponents": lambda rank: low_dispatch(rank, round_scale=True, use_ue8m0=True),
+    "low dispatch, more room": lambda rank: low_dispatch(rank, most=MOST + 4),
+    "low dispatch, other experts": lambda rank: low_dispatch(rank, experts=2 * EXPERTS),
+    "low dispatch, fewer choices": lambda rank: low_dispatch(rank, ids=rank.ids[:, :3].contiguous()),
+    "low combine, fewer": lambda rank: low_combine(rank, ids=rank.ids[:5], weights=rank.weights[:5]),
+}
+SAME: dict[str, tuple[str, Call]] = {
+    "dispatch, columns": ("dispatch", lambda rank: dispatch(rank, x=columns(rank.x))),
+    "dispatch, gradient": ("dispatch", lambda rank: dispatch(rank, x=rank.x.clone().requires_grad_())),
+    "dispatch, weights as columns": ("dispatch", lambda rank: dispatch(rank, topk_weights=columns(rank.weights))),
+    "cached, columns": ("cached", lambda rank: rank.buffer.dispatch(columns(rank.x), rank.handle)),
+    "cached, parameter": ("cached", lambda rank: rank.buffer.dispatch(torch.nn.Parameter(rank.x), rank.handle)),
+    "cached, plain handle": ("cached", lambda rank: rank.buffer.dispatch(rank.x, tuple(rank.handle))),  # type: ignore[arg-type]
+    "combine, columns": ("combine", lambda rank: rank.buffer.combine(columns(rank.y), rank.handle)),
+    "combine, gradient": ("combine", lambda rank: rank.buffer.combine(rank.y.clone().requires_grad_(), rank.handle)),
+    "low dispatch, columns": ("low dispatch", lambda rank: low_dispatch(rank, x=columns(rank.x))),
+    "low dispatch, parameter": ("low dispatch", lambda rank: low_dispatch(rank, x=torch.nn.Parameter(rank.x))),
+    "low combine, plain handle": (
+        "low combine",
+        lambda rank: low_combine(rank, handle=tuple(rank.low_latency_handle)),
+    ),
+}
+"""Calls that come to the same launches as usual ones, by these."""
+
+
+def launches(rank: Rank, call: Call) -> list[Any]:
+    """What a call launches, without the addresses, and the shapes, strides and dtypes of what it returns."""
+    rank.gpu.log = []
+    try:
+        result = call(rank)
+        log = [line for line in rank.gpu.log if line[0] == "launch"]
+    finally:
+        rank.gpu.log = None
+
+    def looks(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.shape, value.stride()
+        return [looks(part) for part in value] if isinstance(value, (tuple, list)) else type(value)
+
+    def is_address(value: Any) -> bool:
+        return isinstance(value, int) and (1 << 40 <= value < 1 << 48 or value == -1)  # -1: of no region
+
+    return [[[part for part in line if not is_address(part)] for line in log], looks(result)]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_call_is_prepared_as_if_it_were_the_first(rank: Rank, name: str) -> None:
+    forget(rank)
+    wanted = launches(rank, OTHERS[name])
+    for usual in USUAL.values():
+        usual(rank)
+    assert launches(rank, OTHERS[name]) == wanted
+    assert launches(rank, OTHERS[name]) == wanted  # kept by now
+    for usual in USUAL:
+        assert (launches(rank, OTHERS[usual]) == wanted) == (usual == name)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_tensors_that_are_laid_out_otherwise(rank: Rank, name: str) -> None:
+    usual, call = SAME[name]
+    for _ in range(2):
+        wanted = launches(rank, USUAL[usual])
+        assert wanted[0]
+        for _ in range(2):
+            assert launches(rank, call) == wanted
+        forget(rank)
+
+
+BAD: dict[str, Call] = {
+    "dispatch, rows": lambda rank: dispatch(rank, x=rank.x[1:]),
+    "dispatch, row bytes": lambda rank: dispatch(rank, x=rank.x[:, :5]),
+    "dispatch, complex": lambda rank: dispatch(rank, x=rank.x.to(torch.complex64)),
+    "dispatch, no tensor": lambda rank: dispatch(rank, x=[1.0]),
+    "dispatch, scales of nothing": lambda rank: dispatch(rank, x=(rank.x.to(torch.float8_e4m3fn), None)),
+    "dispatch, three": lambda rank: dispatch(rank, x=(rank.x,) * 3),
+    "dispatch, ids": lambda rank: dispatch(rank, ids=rank.ids.int()),
+    "dispatch, ids as columns": lambda rank: dispatch(rank, ids=columns(rank.ids)),
+    "dispatch, weights": lambda rank: dispatch(rank, topk_weights=rank.weights.double()),
+    "dispatch, weights alone": lambda rank: dispatch(rank, ids=False),
+    "dispatch, no weights": lambda rank: dispatch(rank, topk_weights=None),
+    "dispatch, member": lambda rank: dispatch(rank, is_token_in_rank=rank.layout[3].to(torch.uint8)),
+    "dispatch, member as columns": lambda rank: dispatch(rank, is_token_in_rank=columns(rank.layout[3])),
+    "dispatch, counts": lambda rank: dispatch(rank, num_tokens_per_rank=rank.layout[0].long()),
+    "dispatch, no counts": lambda rank: dispatch(rank, num_tokens_per_rank=None),
+    "dispatch, experts": lambda rank: dispatch(rank, num_tokens_per_expert=rank.layout[2][1:]),
+    "dispatch, alignment": lambda rank: dispatch(rank, expert_alignment=1.0),
+    "dispatch, alignment True": lambda rank: dispatch(rank, expert_alignment=True),
+    "dispatch, room": lambda rank: dispatch(rank, num_worst_tokens=float(ROWS)),
+    "dispatch, device": lambda rank: dispatch(rank, x=rank.x.to("meta")),
+    "dispatch, sparse": lambda rank: dispatch(rank, x=rank.x.float().to_sparse()),
+    "cached, rows": lambda rank: rank.buffer.dispatch(rank.x[1:], rank.handle),
+    "cached, device": lambda rank: rank.buffer.dispatch(rank.x.to("meta"), rank.handle),
+    "cached, dimensions": lambda rank: rank.buffer.dispatch(rank.x[None], rank.handle),
+    "cached, no tensor": lambda rank: rank.buffer.dispatch(None, rank.handle),  # type: ignore[arg-type]
+    "cached, config": lambda rank: rank.buffer.dispatch(rank.x, rank.handle, config=7),  # type: ignore[arg-type]
+    "cached, handle": lambda rank: rank.buffer.dispatch(rank.x, rank.handle[:5]),  # type: ignore[index]
+    "combine, rows": lambda rank: rank.buffer.combine(rank.y[1:], rank.handle),
+    "combine, dtype": lambda rank: rank.buffer.combine(rank.y.int(), rank.handle),
+    "combine, device": lambda rank: rank.buffer.combine(rank.y.to("meta"), rank.handle),
+    "combine, weights": lambda rank: rank.buffer.combine(rank.y, rank.handle, rank.recv_weights.double()),
+    "combine, rows of weights": lambda rank: rank.buffer.combine(rank.y, rank.handle, rank.recv_weights[1:]),
+    "combine, bias": lambda rank: rank.buffer.combine(rank.y, rank.handle, None, rank.x[1:]),
+    "low dispatch, dtype": lambda rank: low_dispatch(rank, x=rank.x.half()),
+    "low dispatch, device": lambda rank: low_dispatch(rank, x=rank.x.to("meta")),
+    "low dispatch, width": lambda rank: low_dispatch(rank, x=rank.x[:, :200]),
+    "low dispatch, rows": lambda rank: low_dispatch(rank, x=rank.x[1:]),
+    "low dispatch, ids": lambda rank: low_dispatch(rank, ids=rank.ids.int()),
+    "low dispatch, ids as columns": lambda rank: low_dispatch(rank, ids=columns(rank.ids)),
+    "low dispatch, most": lambda rank: low_dispatch(rank, most=float(MOST)),
+    "low dispatch, too few": lambda rank: low_dispatch(rank, most=TOKENS - 1),
+    "low dispatch, experts": lambda rank: low_dispatch(rank, experts=float(EXPERTS)),
+    "low dispatch, odd experts": lambda rank: low_dispatch(rank, experts=EXPERTS + 1),
+    "low dispatch, list of experts": lambda rank: low_dispatch(rank, experts=[EXPERTS]),
+    "low dispatch, exponents": lambda rank: low_dispatch(rank, use_ue8m0=True),
+    "low dispatch, statistics": lambda rank: low_dispatch(rank, cumulative_local_expert_recv_stats=rank.weights),
+    "low dispatch, waits": lambda rank: low_dispatch(rank, dispatch_wait_recv_cost_stats=rank.weights),
+    "low combine, dtype": lambda rank: low_combine(rank, x=rank.slabs.half()),
+    "low combine, slabs": lambda rank: low_combine(rank, x=rank.slabs[1:]),
+    "low combine, weights": lambda rank: low_combine(rank, weights=rank.weights[1:]),
+    "low combine, ids as columns": lambda rank: low_combine(rank, ids=columns(rank.ids)),
+    "low combine, out": lambda rank: low_combine(rank, out=rank.x[1:]),
+    "low combine, waits": lambda rank: low_combine(rank, combine_wait_recv_cost_stats=rank.weights),
+    "low combine, copied handle": lambda rank: low_combine(
+        rank, handle=(rank.low_latency_handle[0].clone(), *rank.low_latency_handle[1:])
+    ),
+    "low combine, handle": lambda rank: low_combine(
+        rank, handle=(rank.low_latency_handle[0].long(), *rank.low_latency_handle[1:])
+    ),
+    "low combine, size in handle": lambda rank: low_combine(
+        rank, handle=(*rank.low_latency_handle[:2], float(MOST), *rank.low_latency_handle[3:])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calls_are_refused_as_ever(rank: Rank, name: str) -> None:
+    forget(rank)
+    with pytest.raises(ArgumentError) as first:
+        BAD[name](rank)
+    for _ in range(2):
+        for usual, call in (*USUAL.items(), *((name, call) for name, (_, call) in SAME.items())):
+            assert launches(rank, call)[0], usual
+        with pytest.raises(ArgumentError) as later:
+            BAD[name](rank)
+        assert str(later.value) == str(first.value)
+
+
+def test_a_handle_that_changes_in_place_is_checked_again(rank: Rank) -> None:
+    for index, name in enumerate(intranode._HANDLE_NAMES):
+        handle = tuple(element.clone() for element in rank.handle)  # type: ignore[union-attr]
+        for _ in range(2):
+            rank.buffer.dispatch(rank.x, handle)
+            rank.buffer.combine(rank.y, handle)
+        handle[index].unsqueeze_(0)
+        for call in (
+            lambda handle=handle: rank.buffer.dispatch(rank.x, handle),
+            lambda handle=handle: rank.buffer.combine(rank.y, handle),
+        ):
+            with pytest.raises(ArgumentError, match=name):
+                call()
+
+
+def test_x_that_changes_in_place_is_checked_again(rank: Rank) -> None:
+    x = rank.x.clone()
+    rank.buffer.dispatch(x, rank.handle)
+    low_dispatch(rank, x=x)
+    x.resize_(TOKENS - 1, x.size(1))
+    with pytest.raises(ArgumentError, match=r"^x"):
+        rank.buffer.dispatch(x, rank.handle)
+    with pytest.raises(ArgumentError, match=r"^topk_idx"):
+        low_dispatch(rank, x=x)
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_what_went_wrong_before_is_raised(rank: Rank, name: str) -> None:
+    call = USUAL[name]
+    call(rank)
+    plane: Any = rank.buffer.runtime._plane  # type: ignore[union-attr]
+    plane.status.words[words.CODE.value] = words.BAD_EXPERT.value
+    with pytest.raises(ArgumentError, match="topk_idx"):
+        call(rank)
+    assert launches(rank, call)[0]
+    plane.status.failed = True
+    try:
+        for _ in range(2):
+            with pytest.raises(BufferStateError):
+                call(rank)
+    finally:
+        plane.status.failed = False
+    assert launches(rank, call)[0]
+
+
+def test_nothing_runs_on_a_buffer_that_was_destroyed() -> None:
+    with rank_on_a_gpu() as rank:
+        runtime = rank.buffer.runtime
+        for call in USUAL.values():
+            call(rank)
+        rank.buffer.runtime = None
+        try:
+            for call in USUAL.values():
+                with pytest.raises(BufferStateError, match="destroyed"):
+                    call(rank)
+        finally:
+            rank.buffer.runtime = runtime
+
+
+def test_what_is_kept_is_bounded_and_holds_no_tensor(rank: Rank) -> None:
+    forget(rank)
+    for call in (*OTHERS.values(), *(call for _, call in SAME.values())):
+        call(rank)
+
+    def parts(value: Any) -> Iterator[Any]:
+        yield value
+        if isinstance(value, (tuple, list)):
+            for part in value:
+                yield from parts(part)
+
+    for kept in all_kept(rank):
+        assert 0 < len(kept) <= MOST_KEPT
+        for key, value in kept.items():
+            assert not any(isinstance(part, torch.Tensor) for part in (*parts(key), *parts(value)))
+
+
+def test_kept_forgets_everything_when_it_is_full() -> None:
+    kept: Kept[int] = Kept()
+    for number in range(3 * MOST_KEPT + 5):
+        assert kept.keep((number,), number) == number
+        assert kept.get((number,)) == number
+        assert len(kept) <= MOST_KEPT
+    assert kept.keep((1, None), 7) == 7
+    assert (1, None) not in kept
+
+
+def test_kinds() -> None:
+    x = torch.zeros(4, 6)
+    others = [x.double(), x[:, :3], x.t(), x.flatten(), x.to("meta"), columns(x), x.view(2, 12)]
+    assert kind_of(x) == kind_of(torch.ones(4, 6)) is not None
+    assert len({kind_of(x), *map(kind_of, others)}) == len(others) + 1
+    nested = torch.nested.nested_tensor([x, x[:2]])
+    for value in (None, 3, [x], x.to_sparse(), nested, torch.nn.Parameter(x)):
+        assert kind_of(value) is None
