@@ -193,6 +193,7 @@ def check_shrink(rank: int, num_ranks: int, victim: int, is_killed: bool) -> tup
         return buffer.rank, buffer.group_size
 
 
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_survivors_go_on(gpu_pool_of: GpuPoolOf, victim: int) -> None:
     results = gpu_pool_of(3).run(check_shrink, victim, False)
