@@ -24,7 +24,7 @@ _PAIR = {
     OPERATORS: "#5cb3cc",
     WAIT_STATISTICS: "#666666",
 }
-_ALONE = {"dispatch": "#3f9c7a", "combine": "#d9822b"}
+_ALONE = {"dispatch": "#3f9c7a", "combine": "#c2477f"}
 _MARKERS = {
     OURS: "o",
     BASELINE: "v",
@@ -91,7 +91,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             legend.update((text, handle) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True))
         panels[0].set_ylabel(unit.name)
         _scale(panels[0], points, unit)
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 4))
         of = "in a CUDA graph" if _is_graph(points) else "of CPU ranks"
         write_head(figure, f"Low-latency dispatch and combine {of}", _lines(results, _is_graph(points)))
         figure.savefig(path, dpi=150)
