@@ -127,11 +127,11 @@ class World:
 
 CALLS: dict[str, tuple[Callable[[World], Any], list[str], int]] = {
     "layout": (World.layout, [], 8),
-    "dispatch": (World.dispatch, ["aten.new_empty_strided.default"], 62),
-    "cached_dispatch": (World.cached_dispatch, [], 20),
-    "combine": (World.combine, [], 20),
-    "combine_weights": (lambda w: w.combine(w.recv_weights), [], 31),
-    "combine_biases": (lambda w: w.combine(None, (w.x, w.x)), [], 36),
+    "dispatch": (World.dispatch, ["aten.new_empty_strided.default"], 46),
+    "cached_dispatch": (World.cached_dispatch, [], 12),
+    "combine": (World.combine, [], 12),
+    "combine_weights": (lambda w: w.combine(w.recv_weights), [], 19),
+    "combine_biases": (lambda w: w.combine(None, (w.x, w.x)), [], 26),
 }
 """Calls, the operators that they run, and how often they may look at a tensor: about 0.1 us each."""
 
@@ -149,6 +149,7 @@ def test_operators(name: str) -> None:
 def test_reads(name: str) -> None:
     call, _, most = CALLS[name]
     world = World()
+    call(world)  # what it finds out is kept
     with Reads() as reads:
         call(world)
     assert 0 < reads.count <= most

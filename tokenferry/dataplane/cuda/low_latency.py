@@ -301,8 +301,9 @@ class LowLatency:
             arguments = (*self._context, 0, *addresses, *numbers, senders)
             variants.both.launch(senders + receivers, stream, arguments)
             return self._received
-        device = next(tensor.device for tensor in tensors if tensor is not None)
-        ticket = torch.empty(1, dtype=torch.int64, device=device)
+        ids = tensors[0]
+        assert ids is not None
+        ticket = ids.new_empty_strided((1,), (1,), dtype=torch.int64)
         common = (*self._context, ticket.data_ptr(), *addresses, *numbers)
         variants.send.launch(senders, stream, (*common, senders))
 
@@ -315,7 +316,9 @@ class LowLatency:
 
     def forget(self, receive: Receive) -> None:
         """A receive has been launched."""
-        if receive in self._pending:
+        if self._pending and self._pending[0] is receive:
+            self._pending.popleft()
+        elif receive in self._pending:
             self._pending.remove(receive)
 
     def close(self) -> None:
