@@ -152,7 +152,7 @@ def check_inputs(
     top = 0 if topk_idx is None else kind_of(topk_idx), 1 if topk_weights is None else kind_of(topk_weights)
     sizes = (expert_alignment, num_worst_tokens) if type(expert_alignment) is type(num_worst_tokens) is int else None
     counts = kind_of(per_rank), kind_of(member), kind_of(per_expert)
-    key = (party.num_ranks, party.device, sizes, *counts, *top, *kinds)
+    key = (party.num_ranks, party.device, sizes, *counts, *top, type(x), *kinds)
     known = _inputs.get(key)
     if known is None:
         given = _check_inputs(
@@ -164,11 +164,11 @@ def check_inputs(
     assert per_rank is not None
     assert member is not None
     assert per_expert is not None
-    num_experts, expert_alignment, num_worst_tokens, rowsare_packed, top_is_packed = known
+    num_experts, expert_alignment, num_worst_tokens, rows_are_packed, top_is_packed = known
     if party.plane.values_at_hand:
         _check_counts(per_rank, member)
     data, scales = x if type(x) is tuple else (x, None)
-    rows = make(Rows, (packed(data, rowsare_packed), None if scales is None else packed(scales, rowsare_packed)))
+    rows = make(Rows, (packed(data, rows_are_packed), None if scales is None else packed(scales, rows_are_packed)))
     ids = weights = None
     if topk_idx is not None and topk_weights is not None:
         if party.plane.values_at_hand:
