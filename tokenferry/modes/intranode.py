@@ -206,7 +206,7 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
     plane, _, _, device, num_sms, _ = party
     kinds = tuple(map(kind_of, x)) if type(x) is tuple else (kind_of(x),)
-    key = (device, *kinds)
+    key = (device, type(x), *kinds)
     kind = _cached.get(key)
     if kind is None:
         rows = check_rows(party, x)
