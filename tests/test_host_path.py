@@ -12,6 +12,7 @@ import torch
 from tests.host_path import CALLS, Cost, Rank, breakdown, cost, rank_on_a_gpu
 from tests.played_gpu import raw
 from tokenferry import ArgumentError, EventHandle, EventOverlap
+from tokenferry.dataplane.cuda.launch import Variant, _below
 from tokenferry.streams import CommStream
 
 MOST = {
@@ -234,3 +235,39 @@ def test_places_of_tensors(rank: Rank) -> None:
     assert second - first == rank.x[0].nbytes
     assert plane._places(nothing, rank.x, None, rank.x[1]) == [0, first, 0, second]
     assert missing == -1
+
+
+# Launches.
+
+
+class _Launcher:
+    """Like Triton's: puts some things in front of the arguments, and calls ``launch``."""
+
+    def __init__(self, *between: Any) -> None:
+        self.between, self.launched = between, []
+        self.launch = lambda *arguments: self.launched.append(arguments)
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: object, *rest: Any) -> None:
+        between = [value() if callable(value) else value for value in self.between]
+        self.launch(x, y, z, stream, function, *between, *rest)
+
+
+def test_launches_are_those_of_tritons_launcher() -> None:
+    leading = (11, (4, 1, 0), None, None, None)
+    for launcher in (_Launcher(False, True, None, None), _Launcher(), _Launcher(7)):
+        run, found = _below(launcher, leading)
+        assert run is launcher.launch
+        assert launcher.launched == []  # it was only asked
+        Variant(run, found, (None, None)).launch(3, 5, (70, 71))
+        launcher(3, 1, 1, 5, *leading, 70, 71, None, None)
+        assert launcher.launched[0] == launcher.launched[1]
+
+
+def test_launchers_that_allocate_or_are_of_another_make_are_called_themselves() -> None:
+    leading = (11, (4, 1, 0), None, None, None)
+
+    def other(*_: object) -> None:
+        pass
+
+    for launcher in (_Launcher(lambda: torch.empty(1)), other):
+        assert _below(launcher, leading) == (launcher, leading)

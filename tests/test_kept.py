@@ -26,7 +26,11 @@ def rank() -> Iterator[Rank]:
 def all_kept(rank: Rank) -> list[Kept[Any]]:
     plane: Any = rank.buffer.runtime._plane  # type: ignore[union-attr]
     found = [value for module in (inputs, intranode, low_latency) for value in vars(module).values()]
-    return [value for value in found if isinstance(value, Kept)] + [plane._calls, plane._low_latency._prepared]
+    return [value for value in found if isinstance(value, Kept)] + [
+        plane._calls,
+        plane._low_latency._prepared,
+        plane._low_latency._sizes,
+    ]
 
 
 def forget(rank: Rank) -> None:
@@ -177,6 +181,9 @@ BAD: dict[str, Call] = {
     "dispatch, complex": lambda rank: dispatch(rank, x=rank.x.to(torch.complex64)),
     "dispatch, no tensor": lambda rank: dispatch(rank, x=[1.0]),
     "dispatch, scales of nothing": lambda rank: dispatch(rank, x=(rank.x.to(torch.float8_e4m3fn), None)),
+    "dispatch, one": lambda rank: dispatch(rank, x=(rank.x,)),
+    "dispatch, two": lambda rank: dispatch(rank, x=(rank.x, rank.x)),
+    "dispatch, list": lambda rank: dispatch(rank, x=[rank.x, rank.x]),
     "dispatch, three": lambda rank: dispatch(rank, x=(rank.x,) * 3),
     "dispatch, ids": lambda rank: dispatch(rank, ids=rank.ids.int()),
     "dispatch, ids as columns": lambda rank: dispatch(rank, ids=columns(rank.ids)),
@@ -194,6 +201,9 @@ BAD: dict[str, Call] = {
     "dispatch, device": lambda rank: dispatch(rank, x=rank.x.to("meta")),
     "dispatch, sparse": lambda rank: dispatch(rank, x=rank.x.float().to_sparse()),
     "cached, rows": lambda rank: rank.buffer.dispatch(rank.x[1:], rank.handle),
+    "cached, one": lambda rank: rank.buffer.dispatch((rank.x,), rank.handle),  # type: ignore[arg-type]
+    "cached, two": lambda rank: rank.buffer.dispatch((rank.x, rank.x), rank.handle),
+    "cached, three": lambda rank: rank.buffer.dispatch((rank.x,) * 3, rank.handle),  # type: ignore[arg-type]
     "cached, device": lambda rank: rank.buffer.dispatch(rank.x.to("meta"), rank.handle),
     "cached, dimensions": lambda rank: rank.buffer.dispatch(rank.x[None], rank.handle),
     "cached, no tensor": lambda rank: rank.buffer.dispatch(None, rank.handle),  # type: ignore[arg-type]

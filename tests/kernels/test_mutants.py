@@ -296,9 +296,8 @@ WAIT_RELEASED_BEFORE = """alive = wait_released(
 WRITE_MESSAGE = """write_message(
                 heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
             )  # fmt: skip
-            told += 1
-"""
-SIGNAL_MESSAGE = "    signal_all(heap, PUBLISHED, rank, progress(epoch, 1), told, R)\n"
+            """
+SIGNAL_MESSAGE = "signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))"
 SIGNAL_LIST = "        tl.debug_barrier()\n        signal(word(base, PUBLISHED + rank * LINE), progress(epoch, 1))\n"
 WAIT_FOR_READERS = "if (staged == 0) & (tl.load(state + FAILED) == 0):"
 LISTEN = "alive = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R)"
@@ -313,7 +312,7 @@ HOST_DONE = "tl.debug_barrier()\n    tell_host(host + HOST_DONE, epoch)"
 
 MUTANTS = {
     # Waiting and signalling.
-    "signal relaxed": Mutant(sync, 'xchg(flag, value, sem="release"', 'xchg(flag, value, sem="relaxed"', "staged", 2),
+    "signal relaxed": Mutant(sync, 'xchg(flag, value, sem="release"', 'xchg(flag, value, sem="relaxed"', "staged"),
     "wait relaxed": Mutant(sync, 'sem="acquire"', 'sem="relaxed"', "staged", 4),
     "wait for any step": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "epoch << EPOCH_SHIFT", "staged"),
     "wait for any epoch": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "step", "direct"),
@@ -322,8 +321,8 @@ MUTANTS = {
     "message over an unread one": Mutant(sync, WAIT_RELEASED_BEFORE, "alive = True", "unread, cached"),
     "message after its flag": Mutant(
         sync,
-        WRITE_MESSAGE + SIGNAL_MESSAGE,
-        "told += 1\n            " + SIGNAL_MESSAGE.strip() + "\n            " + WRITE_MESSAGE,
+        WRITE_MESSAGE + "tl.debug_barrier()\n            " + SIGNAL_MESSAGE,
+        SIGNAL_MESSAGE + "\n            " + WRITE_MESSAGE,
         "direct",
     ),
     "nobody waits for messages": Mutant(sync, "progress(epoch, step), rank", "0, rank", "direct"),

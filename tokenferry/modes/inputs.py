@@ -126,6 +126,13 @@ def check_rows(party: Party, x: object) -> Rows:
     return Rows(packed(data), None if scales is None else packed(scales))
 
 
+def kinds_of_rows(x: object) -> tuple[Kind | None, ...]:
+    """The kinds of rows, and of scales if there are any; what :func:`check_rows` refuses is of no kind."""
+    if type(x) is tuple:
+        return (kind_of(x[0]), kind_of(x[1])) if len(x) == 2 else (None,)
+    return (kind_of(x),)
+
+
 def check_row_bytes(rows: torch.Tensor) -> None:
     """Raise unless rows are a positive multiple of 16 bytes."""
     row_bytes = rows.shape[1] * rows.itemsize
@@ -147,12 +154,12 @@ def check_inputs(
 ) -> Inputs:
     """Check what a dispatch with fresh counts is given."""
     per_rank, member, per_expert = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert
-    kinds = tuple(map(kind_of, x)) if type(x) is tuple else (kind_of(x),)
+    kinds = kinds_of_rows(x)
     # Two different numbers stand for what is not there.
     top = 0 if topk_idx is None else kind_of(topk_idx), 1 if topk_weights is None else kind_of(topk_weights)
     sizes = (expert_alignment, num_worst_tokens) if type(expert_alignment) is type(num_worst_tokens) is int else None
     counts = kind_of(per_rank), kind_of(member), kind_of(per_expert)
-    key = (party.num_ranks, party.device, sizes, *counts, *top, type(x), *kinds)
+    key = (party.num_ranks, party.device, sizes, *counts, *top, *kinds)
     known = _inputs.get(key)
     if known is None:
         given = _check_inputs(

@@ -34,6 +34,7 @@ from tokenferry.modes.inputs import (
     check_num_experts,
     check_rows,
     check_topk_idx,
+    kinds_of_rows,
     packed,
     topk_idx_t,
 )
@@ -205,8 +206,8 @@ def dispatch(party: Party, given: Inputs) -> Received:
 def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
     plane, _, _, device, num_sms, _ = party
-    kinds = tuple(map(kind_of, x)) if type(x) is tuple else (kind_of(x),)
-    key = (device, type(x), *kinds)
+    kinds = kinds_of_rows(x)
+    key = (device, *kinds)
     kind = _cached.get(key)
     if kind is None:
         rows = check_rows(party, x)

@@ -145,7 +145,7 @@ class CudaDataPlane(CudaRank):
         assert handle is not None
         prefix, src_idx = handle.rank_prefix_matrix, handle.recv_src_idx
         num_rows = src_idx.shape[0]
-        key = signature, rows.shape[0], num_rows, num_sms
+        key = signature, rows.shape, num_rows, num_sms
         call = self._calls.get(key)
         if call is None:
             self._check_stage(programs.dispatch_record(plan))
@@ -337,7 +337,9 @@ class CudaDataPlane(CudaRank):
         biases = [self._aligned(bias) for bias in added] if added else added
         held = None if held_rows is None else self._held_tables(handle, held_rows)
         out, rows = outs[0], columns[0]
-        key = signature, out.shape[0], rows.shape[0], out.dtype, len(biases), held is None, num_sms
+        num_topk = columns[1].shape[1] if len(columns) > 1 else 0
+        shapes = out.shape[0], out.dtype, rows.shape, rows.dtype, num_topk
+        key = (signature, *shapes, len(biases), held is None, num_sms)
         call = self._calls.get(key)
         if call is None:
             self._check_stage(programs.combine_record(columns) * self.num_ranks)

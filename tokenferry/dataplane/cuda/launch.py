@@ -63,7 +63,7 @@ def _below(run: Any, leading: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         asked.launch = lambda *arguments: passed.append(arguments)
         asked(3, 1, 1, 5, *leading, _ARGUMENT)
         (found,) = passed
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, RuntimeError):
         return run, leading
     between = found[4:-1]
     is_plain = all(value is None or type(value) in (int, bool) or value in leading for value in between)

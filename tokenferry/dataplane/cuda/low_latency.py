@@ -17,9 +17,12 @@ from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.programs import Target, number_of
 from tokenferry.errors import ArgumentError, BufferStateError
+from tokenferry.kept import Kept
 
 MOST_TOKENS = 1 << 20
 FEWEST_SLOTS = 2
+_COMBINE = -1
+"""In a key, where dispatches have their format."""
 
 
 class Place(NamedTuple):
@@ -80,9 +83,9 @@ class LowLatency:
         self._depth = 0
         self._num_sent = 0
         self._pending: deque[Receive] = deque()
-        self._prepared: dict[tuple[int | None, ...], _Prepared] = {}
+        self._prepared: Kept[_Prepared] = Kept()
         self._received = Receive(self, 0)
-        self._sizes: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        self._sizes: Kept[tuple[int, int]] = Kept()
         self._relay_tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def num_slots(self, layouts: Sequence[tuple[int, ...]]) -> int:
@@ -131,7 +134,7 @@ class LowLatency:
             each = num_sources // self._place.num_ranks
             first = self._ranges_at(num_local, each * num_max_tokens, num_topk)
             size = self._storage_size(num_local, each * num_max_tokens, num_topk, each)
-            sizes = self._sizes[key] = size // 8, first // 8
+            sizes = self._sizes.keep(key, (size // 8, first // 8))
         return sizes
 
     def _ranges_at(self, num_local: int, most: int, num_topk: int) -> int:
@@ -173,14 +176,14 @@ class LowLatency:
         part = programs.part_of(hidden, num_rows)
         shape = programs.DispatchShape(scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth)
         parts = -(-hidden // part)
-        prepared = self._prepared[key] = self._prepare(
+        prepared = self._prepare(
             programs.dispatch(shape, place.target),
             (*self._numbers(num_rows, most, signature, layout), *layout[:3], signature.operation, place.timeout),
             2 + num_rows * (parts + 1),
             1 + num_rows * place.num_ranks * parts,
             programs.programs_an_sm(part),
         )
-        return prepared
+        return self._prepared.keep(key, prepared)
 
     def _prepare(
         self, variants: programs.Variants, numbers: tuple[int, ...], senders: int, receivers: int, an_sm: int
@@ -204,11 +207,11 @@ class LowLatency:
         if info.storage_offset() != 0 or info.untyped_storage().nbytes() != 8 * size:
             allowed = f"the tensor that the dispatch of {num_topk} choices a token returned, not a copy of it"
             raise ArgumentError("handle.src_info", "a tensor of another origin", allowed)
-        key = (None, num_rows, hidden, num_topk, num_local, each, most)
+        key = (_COMBINE, num_rows, hidden, num_topk, num_local, each, most)
         prepared = self._prepared.get(key) or self._prepare_combine(key, signature)
         return self._run(stream, prepared, (topk_idx, topk_weights, x, info, out, wait_stats), receives_now)
 
-    def _prepare_combine(self, key: tuple[None, int, int, int, int, int, int], signature: Signature) -> _Prepared:
+    def _prepare_combine(self, key: tuple[int, int, int, int, int, int, int], signature: Signature) -> _Prepared:
         place = self._place
         _, num_rows, hidden, num_topk, num_local, each, most = key
         layouts = self._layouts(most, hidden, num_topk, num_local, each)
@@ -216,14 +219,14 @@ class LowLatency:
         part = programs.part_of(hidden, num_rows, num_topk)
         shape = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
         parts = -(-hidden // part)
-        prepared = self._prepared[key] = self._prepare(
+        prepared = self._prepare(
             programs.combine(shape, place.target),
             (*self._numbers(num_rows, most, signature, layout), layout[0], signature.operation, place.timeout),
             2 + num_rows * place.num_ranks * parts,
             num_rows * parts,
             programs.programs_an_sm(part, num_topk),
         )
-        return prepared
+        return self._prepared.keep(key, prepared)
 
     def warm(
         self, scale_format: ScaleFormat, most: int, hidden: int, num_topk: int, num_local: int, relays: Relays | None

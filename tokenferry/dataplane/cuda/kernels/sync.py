@@ -191,41 +191,6 @@ def signal(flag, value):
 
 
 @triton.jit
-def flush():
-    """Let all that this program stored before its last barrier arrive before what :func:`post` stores.
-
-    The interpreter knows no such thing; there, what is posted is released.
-    """
-    if not INTERPRET:
-        tl.inline_asm_elementwise(
-            """{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-            @p fence.acq_rel.sys; mov.u32 $0, $1; }""",
-            "=r,r",
-            [zero()],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def post(flag, value):
-    """As :func:`signal`, behind a :func:`flush`: so that one wait does for any number of flags."""
-    if INTERPRET:
-        tl.atomic_xchg(flag, value, sem="release", scope="sys")
-    else:
-        tl.inline_asm_elementwise(
-            """{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-            @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }""",
-            "=r,l,l",
-            [flag, value],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def tell_host(address, value):
     """Let the host see ``value`` in pinned memory, and before it all stores before the last barrier.
 
@@ -368,7 +333,6 @@ def publish_all(
     """
     staged = must_stage(ready, places, NUM_COLUMNS, R)
     alive = True
-    told = zero()
     for step in range(R):
         reader = (rank + step) % R
         if alive:
@@ -381,21 +345,8 @@ def publish_all(
             write_message(
                 heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
             )  # fmt: skip
-            told += 1
-    signal_all(heap, PUBLISHED, rank, progress(epoch, 1), told, R)
-
-
-@triton.jit
-def signal_all(heap, words, rank, value, count, R: tl.constexpr):
-    """Let the ranks from this one on, as many as ``count``, see ``value`` and all that was stored before it.
-
-    ``words``: where the word of rank 0 lies in a heap.
-    """
-    tl.debug_barrier()
-    flush()
-    for step in range(R):
-        if step < count:
-            post(word(tl.load(heap + (rank + step) % R), words + rank * LINE), value)
+            tl.debug_barrier()
+            signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))
 
 
 @triton.jit
@@ -430,7 +381,10 @@ def report_mismatches(heap, status, rank, signature, operation, epoch, R: tl.con
 @triton.jit
 def release_all(heap, rank, epoch, step, R: tl.constexpr):
     """Tell every owner how far this rank is with its rows."""
-    signal_all(heap, RELEASED, rank, progress(epoch, step), R, R)
+    tl.debug_barrier()
+    for index in range(R):
+        owner = (rank + index) % R
+        signal(word(tl.load(heap + owner), RELEASED + rank * LINE), progress(epoch, step))
 
 
 @triton.jit
