@@ -243,19 +243,19 @@ def sum_rows(width: int, dtype: torch.dtype, sums: torch.dtype, biases: int = 0)
 
 
 def low_latency_dispatch(
-    ranks: int, phase: str, scale_format: ScaleFormat, topk: int = 8, tokens: int = 16, *, nodes: int = 1,
+    ranks: int, phase: str, scale_format: ScaleFormat, topk: int = 8, tokens: int = 4, *, nodes: int = 1,
     shrinks: bool = False,
 ) -> None:  # fmt: skip
-    part = low_latency_programs.part_of(7168, tokens)
+    part = low_latency_programs.part_of(7168, tokens * ranks)
     shape = low_latency_programs.DispatchShape(scale_format, 7168, topk, 256 // ranks, nodes, part, shrinks, 4)
     low_latency_programs.dispatch.cache_clear()
     getattr(low_latency_programs.dispatch(shape, low_latency_target(ranks)), phase)
 
 
 def low_latency_combine(
-    ranks: int, phase: str, exact: bool, topk: int = 8, tokens: int = 16, *, shrinks: bool = False
+    ranks: int, phase: str, exact: bool, topk: int = 8, tokens: int = 4, *, shrinks: bool = False
 ) -> None:
-    part = low_latency_programs.part_of(7168, tokens, topk)
+    part = low_latency_programs.part_of(7168, tokens * ranks, topk)
     shape = low_latency_programs.CombineShape(7168, topk, 256 // ranks, part, shrinks, exact, 4)
     low_latency_programs.combine.cache_clear()
     getattr(low_latency_programs.combine(shape, low_latency_target(ranks)), phase)

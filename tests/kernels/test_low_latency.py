@@ -161,7 +161,7 @@ def test_every_rank_gets_what_it_must(monkeypatch: Any, name: str) -> None:
 
 def test_ranks_whose_parts_have_other_sizes(monkeypatch: Any) -> None:
     """As those of many tokens and of few."""
-    monkeypatch.setattr(programs, "MANY_TOKENS", 1)
+    monkeypatch.setattr(programs, "MANY_ARRIVALS", 3)
     case = Case(tokens=(1, 2), hidden=2056, num_topk=2)
     world = world_of(monkeypatch, 2, 0, case)
     calls = Calls(world, case)

@@ -173,7 +173,7 @@ class LowLatency:
         layouts = self._layouts(most, hidden, num_topk, num_local, each)
         depth = self.num_slots(layouts)
         layout = layouts[scale_format != ScaleFormat.NONE]
-        part = programs.part_of(hidden, num_rows)
+        part = programs.part_of(hidden, num_rows * place.num_ranks)
         shape = programs.DispatchShape(scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth)
         parts = -(-hidden // part)
         prepared = self._prepare(
@@ -216,7 +216,7 @@ class LowLatency:
         _, num_rows, hidden, num_topk, num_local, each, most = key
         layouts = self._layouts(most, hidden, num_topk, num_local, each)
         depth, layout = self.num_slots(layouts), layouts[2]
-        part = programs.part_of(hidden, num_rows, num_topk)
+        part = programs.part_of(hidden, num_rows * place.num_ranks, num_topk)
         shape = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
         parts = -(-hidden // part)
         prepared = self._prepare(
@@ -237,12 +237,12 @@ class LowLatency:
             self._tables_of(relays, num_local, torch.device("cuda", self.device))
         depth = self.num_slots(self._layouts(most, hidden, num_topk, num_local, each))
         for num_tokens in {1, most} if relays is None else {most}:
-            part = programs.part_of(hidden, num_tokens)
+            part = programs.part_of(hidden, num_tokens * place.num_ranks)
             shape = programs.DispatchShape(
                 scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth
             )
             programs.dispatch(shape, place.target).warm()
-            part = programs.part_of(hidden, num_tokens, num_topk)
+            part = programs.part_of(hidden, num_tokens * place.num_ranks, num_topk)
             combines = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
             programs.combine(combines, place.target).warm()
 

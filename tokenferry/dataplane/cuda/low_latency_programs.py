@@ -40,7 +40,8 @@ THREADS = 32 * NUM_WARPS
 """Threads of a program; one where programs are simulated, whose polls are of as many words as there are ranks."""
 PART, LARGE_PART = 1024, 4096
 """Elements of a row that a program moves at a time: the most where tokens are many."""
-MANY_TOKENS = 16
+MANY_ARRIVALS = 48
+"""Tokens of all ranks together with which small parts would be more programs than run at a time."""
 MOST_HELD, HELD_IN_FEW = 1 << 15, 1 << 13
 """Elements that a program holds while it waits for weights, a part of every row of a token: at most, and with few
 registers."""
@@ -84,9 +85,9 @@ def num_scales(scale_format: ScaleFormat, hidden: int) -> int:
     return -(-groups // 4) if scale_format == ScaleFormat.UE8M0 else groups
 
 
-def part_of(hidden: int, num_tokens: int, rows_held: int = 1) -> int:
+def part_of(hidden: int, num_arrivals: int, rows_held: int = 1) -> int:
     """Elements of a part: at least four groups, at most what holds the row."""
-    part = LARGE_PART if num_tokens > MANY_TOKENS else PART
+    part = LARGE_PART if num_arrivals > MANY_ARRIVALS else PART
     while part > PART and part * rows_held > MOST_HELD:
         part //= 2
     return min(max(GROUP * _power_of_two(-(-hidden // GROUP)), 4 * GROUP), part)
