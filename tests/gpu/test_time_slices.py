@@ -1,4 +1,4 @@
-"""Groups of ranks that know nothing of each other, on the same GPUs at the same time, which each has for slices of it."""
+"""Groups of ranks that know nothing of each other, on the same GPUs, which each has for slices of time."""
 
 from __future__ import annotations
 
