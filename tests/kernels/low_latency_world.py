@@ -19,7 +19,6 @@ from tokenferry.modes import low_latency as mode
 from tokenferry.modes.inputs import Party
 
 CPU = torch.device("cpu")
-_KERNELS = ("dispatch", "combine")
 
 
 class LowLatencyWorld:
@@ -51,12 +50,11 @@ class LowLatencyWorld:
         self.num_ranks = num_ranks
         self.simulator = Simulator(seed, max_steps=max_steps)
         monkeypatch.setattr(programs, "THREADS", 1)
-        of_name = {name: (modules or {}).get(name) or getattr(programs, f"{name}_kernels") for name in _KERNELS}
-        original = programs._COMBINE[programs.FEW_REGISTERS]
-        simulated = Simulated(self.simulator, of_name["combine"].combine, original)
-        monkeypatch.setattr(programs, "_COMBINE", dict.fromkeys(programs._COMBINE, simulated))
-        simulated = Simulated(self.simulator, of_name["dispatch"].dispatch, programs._DISPATCH)
-        monkeypatch.setattr(programs, "_DISPATCH", simulated)
+        for name in ("dispatch", "combine"):
+            module = (modules or {}).get(name) or getattr(programs, f"{name}_kernels")
+            kernels = getattr(programs, f"_{name.upper()}")
+            simulated = Simulated(self.simulator, getattr(module, name), next(iter(kernels.values())))
+            monkeypatch.setattr(programs, f"_{name.upper()}", dict.fromkeys(kernels, simulated))
         for variants in (programs.dispatch, programs.combine):
             variants.cache_clear()
         heap_bytes = words.CONTROL_BYTES + push_bytes

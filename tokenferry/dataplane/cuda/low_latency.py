@@ -181,7 +181,7 @@ class LowLatency:
             (*self._numbers(num_rows, most, signature, layout), *layout[:3], signature.operation, place.timeout),
             2 + num_rows * (parts + 1),
             1 + num_rows * place.num_ranks * parts,
-            programs.programs_an_sm(part),
+            programs.programs_of_dispatch(num_topk, place.target),
         )
         return self._prepared.keep(key, prepared)
 
@@ -224,7 +224,7 @@ class LowLatency:
             (*self._numbers(num_rows, most, signature, layout), layout[0], signature.operation, place.timeout),
             2 + num_rows * place.num_ranks * parts,
             num_rows * parts,
-            programs.programs_an_sm(part, num_topk),
+            programs.programs_of_combine(part, num_topk, place.exact),
         )
         return self._prepared.keep(key, prepared)
 

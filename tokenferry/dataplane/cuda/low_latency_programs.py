@@ -19,20 +19,23 @@ from tokenferry.dataplane.cuda.programs import Target
 _I8, _I32, _I64, _F32, _BF16 = torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16
 _EXACT = {"enable_fp_fusion": False}
 """A product is rounded before it is added, as on CPU ranks."""
-FEW_REGISTERS, ALL_REGISTERS = 128, 255
-"""That a thread may take: so that four programs run on an SM, or two."""
-_DISPATCH = Kernel(
-    dispatch_kernels.dispatch,
-    (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 16),
-    {**_EXACT, "maxnreg": FEW_REGISTERS},
-)
+_REGISTERS = {4: 128, 2: 255}
+"""That a thread may take, by the programs that then run on an SM."""
+_DISPATCH = {
+    an_sm: Kernel(
+        dispatch_kernels.dispatch,
+        (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 16),
+        {**_EXACT, "maxnreg": registers},
+    )
+    for an_sm, registers in _REGISTERS.items()
+}
 _COMBINE = {
-    registers: Kernel(
+    an_sm: Kernel(
         combine_kernels.combine,
         (_I64, _I64, _I64, _I64, _I64, _F32, _BF16, _I32, _BF16, *(None,) * 12),
         {**_EXACT, "maxnreg": registers},
     )
-    for registers in (FEW_REGISTERS, ALL_REGISTERS)
+    for an_sm, registers in _REGISTERS.items()
 }
 GROUP = 128
 NUM_WARPS = 4
@@ -42,9 +45,8 @@ PART, LARGE_PART = 1024, 4096
 """Elements of a row that a program moves at a time: the most where tokens are many."""
 MANY_ARRIVALS = 48
 """Tokens of all ranks together with which small parts would be more programs than run at a time."""
-MOST_HELD, HELD_IN_FEW = 1 << 15, 1 << 13
-"""Elements that a program holds while it waits for weights, a part of every row of a token: at most, and with few
-registers."""
+MOST_HELD = 1 << 15
+"""Elements that a program holds while it waits for weights: a part of every row of a token."""
 
 
 class DispatchShape(NamedTuple):
@@ -93,9 +95,14 @@ def part_of(hidden: int, num_arrivals: int, rows_held: int = 1) -> int:
     return min(max(GROUP * _power_of_two(-(-hidden // GROUP)), 4 * GROUP), part)
 
 
-def programs_an_sm(part: int, rows_held: int = 1) -> int:
-    """How many programs that move such parts run on an SM at a time."""
-    return 4 if part * rows_held <= HELD_IN_FEW else 2
+def programs_of_dispatch(num_topk: int, target: Target) -> int:
+    """How many programs of a dispatch run on an SM at a time; fewer where choices, or FP8 by hand, take more."""
+    return 4 if target.has_fp8 and num_topk <= 16 else 2
+
+
+def programs_of_combine(part: int, num_topk: int, exact: bool) -> int:
+    """How many programs of a combine run on an SM at a time; fewer where a part of each of a token's rows is held."""
+    return 4 if exact or part * num_topk <= 8192 else 2
 
 
 @functools.cache
@@ -158,7 +165,7 @@ def combine(shape: CombineShape, target: Target) -> Variants:
 def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target) -> Variant:
     topk = _power_of_two(shape.num_topk)
     num_experts = shape.num_local_experts * target.num_ranks
-    return _DISPATCH.variant(
+    return _DISPATCH[programs_of_dispatch(shape.num_topk, target)].variant(
         NUM_WARPS,
         SENDS=sends,
         RECEIVES=receives,
@@ -185,8 +192,7 @@ def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target)
 
 
 def _combine(sends: bool, receives: bool, shape: CombineShape, target: Target) -> Variant:
-    registers = FEW_REGISTERS if programs_an_sm(shape.part, shape.num_topk) > 2 else ALL_REGISTERS
-    return _COMBINE[registers].variant(
+    return _COMBINE[programs_of_combine(shape.part, shape.num_topk, shape.exact)].variant(
         NUM_WARPS,
         SENDS=sends,
         RECEIVES=receives,
