@@ -20,6 +20,8 @@ from tests.kernels.schedules import Scheduler, put_to_sleep, stop_at_deadlocks
 from tests.kernels.world import ALL_MODULES, Rank, World
 from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.kernels import combine, dispatch, layout, notify, rounds, sync, words
+from tokenferry.dataplane.cuda.status import Status
+from tokenferry.errors import HeapError
 
 Modules = dict[str, ModuleType]
 
@@ -28,7 +30,7 @@ STAGE = 512
 """Rounds of 5 tokens in a dispatch of ``SIZES`` and of 4 rows in a combine, with two ranks."""
 SLOW = 0.01
 DIRECT = {"direct": (True,), "staged": (False,), "mixed": (True, False)}
-MISMATCH = words.MISMATCH.value
+MISMATCH, TORN = words.MISMATCH.value, words.TORN.value
 HOSTS = 100
 """Added to a rank: the queue of what its host does while its kernels run."""
 
@@ -425,3 +427,32 @@ def test_right_protocol_passes(monkeypatch: Any, scenario: str) -> None:
 def test_repeated_operations(monkeypatch: Any, direct: str) -> None:
     repeated(monkeypatch, 0, direct=direct, length=3, stage_bytes=1024, num_sms=3)
     repeated(monkeypatch, 1, direct=direct, num_ranks=3, num_sms=5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_program_steps_back_alone_unnoticed(monkeypatch: Any, seed: int) -> None:
+    """One program of every combine, another one in turn, finds a signature that nobody sent."""
+    differs = "(theirs != signature)"
+    alone = f"({differs} | ((signature == 43) & (tl.program_id(0) == {seed + 1})))"
+    found = "tl.where((found < 0) & {}, source, found)"
+    modules = Mutant(sync, found.format(differs), found.format(alone), "direct").modules()
+    world = World(monkeypatch, 2, seed, modules=modules, max_steps=20_000)
+    calls = [Calls(world, number, seed) for number in range(2)]
+    calls[0].dispatch()
+    calls[0].combine()
+    world.run()
+    assert [world.code(rank) for rank in range(2)] == [TORN] * 2
+    for rank, status in enumerate(world.status):
+        assert status[words.HAS_FAILED.value] == TORN
+        details = status[words.DETAIL.value :][:2].tolist()
+        assert details[rank] == 1
+        host = object.__new__(Status)
+        host._rank = rank
+        error = host._error(TORN, "combine", 2, details)
+        assert isinstance(error, HeapError)
+        assert "combine (epoch 2): 1 programs" in str(error)
+        status.zero_()
+    calls[1].dispatch()  # nothing is left over for the next operation
+    world.run()
+    calls[1].check()
+    assert [world.code(rank) for rank in range(2)] == [0, 0]

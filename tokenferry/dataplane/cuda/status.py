@@ -178,6 +178,11 @@ class Status:
                 f"{name} (epoch {epoch}): ranks {ranks} sent counts, tokens or places of rows that cannot be;"
                 " this Buffer is lost"
             )
+        if code == words.TORN.value:
+            return HeapError(
+                f"{name} (epoch {epoch}): {details[self._rank]} programs of this rank's kernel found that ranks"
+                " disagree, the others did not: rows are missing; this Buffer is lost"
+            )
         if code == words.BAD_COUNTS.value:
             return ArgumentError("num_tokens_per_rank", "other counts", "those of is_token_in_rank")
         if code == words.BAD_HANDLE.value:

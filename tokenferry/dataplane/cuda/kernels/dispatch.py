@@ -31,6 +31,7 @@ from tokenferry.dataplane.cuda.kernels.sync import (
 from tokenferry.dataplane.cuda.kernels.words import (
     ALONE,
     BAD_HANDLE,
+    DIFFERED,
     EPOCH,
     FAILED,
     LISTS,
@@ -327,6 +328,7 @@ def agree(
         if CACHED:
             if first_mismatch(heap, rank, signature, R) >= 0:
                 going = False
+                tl.atomic_add(state + DIFFERED, 1, sem="relaxed", scope="gpu")
                 if tl.program_id(0) == 0:
                     report_mismatches(heap, status, rank, signature, operation, epoch, R)
                     report(status, MISMATCH, operation, epoch)

@@ -23,6 +23,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     CODE,
     COLUMNS,
     DETAIL,
+    DIFFERED,
     EPOCH,
     EPOCH_SHIFT,
     FAILED,
@@ -48,6 +49,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     SIGNATURE,
     STAGED,
     TIMED_OUT,
+    TORN,
     WAIT_WORDS,
     WAITS,
 )
@@ -237,6 +239,14 @@ def report_bad_peer(status, source, operation, epoch):
 
 
 @triton.jit
+def report_torn(status, rank, differed, operation, epoch):
+    """Tell the host that some programs stepped back where others went on: outputs have holes, the Buffer is lost."""
+    tl.store(status + HAS_FAILED, TORN)
+    tl.store(status + DETAIL + rank, differed)
+    report(status, TORN, operation, epoch)
+
+
+@triton.jit
 def wait_released(
     heap, state, status, rank, reader, value, operation, epoch, timeout, KIND: tl.constexpr = None
 ):  # fmt: skip
@@ -410,5 +420,11 @@ def is_last(counter, total):
 @triton.jit
 def finish(heap, state, status, rank, epoch, staged, operation, timeout, R: tl.constexpr):
     """The end of an operation, called by every program when its reads and stores are done."""
-    if is_last(state + ARRIVED, tl.num_programs(0).to(tl.int64)):
+    programs = tl.num_programs(0).to(tl.int64)
+    if is_last(state + ARRIVED, programs):
+        differed = tl.load(state + DIFFERED)
+        if differed != 0:
+            tl.store(state + DIFFERED, 0)
+            if differed != programs:
+                report_torn(status, rank, differed, operation, epoch)
         close_operation(heap, state, status, rank, epoch, staged, operation, timeout, R)

@@ -92,6 +92,8 @@ FAILED = tl.constexpr(1)
 BAD_INPUT = tl.constexpr(2)
 SKIPPED = tl.constexpr(3)
 ARRIVED = tl.constexpr(4)
+DIFFERED = tl.constexpr(5)
+"""Programs of an operation that found other signatures than theirs."""
 STAGE_ARRIVED = tl.constexpr(6)
 """Two counters, for even and odd rounds: a program may be one round ahead, never two."""
 ROUND_ARRIVED = tl.constexpr(8)
@@ -151,6 +153,8 @@ BAD_PEER = tl.constexpr(8)
 CROWDED = tl.constexpr(9)
 NO_ROOM = tl.constexpr(10)
 NOT_RECEIVED = tl.constexpr(11)
+TORN = tl.constexpr(12)
+"""Some programs of a kernel went on and others stepped back; it ends the Buffer."""
 
 # Words that notify leaves in pinned host memory.
 HOST_DONE = tl.constexpr(0)
