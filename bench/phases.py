@@ -95,7 +95,7 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
         return _bench(setting, output(name), *arguments)
 
     apart, sharing = "not slow and not shares_gpus", "not slow and shares_gpus"
-    yield Step("tests", "tests", _pytest("tests/gpu", "-m", apart), 200)
+    yield Step("tests", "tests", _pytest("tests/gpu", "-m", apart), 330)
     yield Step("shared tests", "shared", _pytest("tests/gpu", "-m", sharing), 330, shares_gpus=True)
     phase = "high-throughput"
     sms = ("--sms", 8, 12, scale.sms, 24, 64)

@@ -11,6 +11,7 @@ time of a call, and how much of it the launches, the allocations, the events and
 
 from __future__ import annotations
 
+import gc
 import platform
 import sys
 import time
@@ -258,11 +259,14 @@ def python_calls(call: Callable[[Rank], object], rank: Rank) -> tuple[Counter[st
         elif event == "c_call":
             num_c += 1
 
+    gc.collect()
+    gc.disable()  # what is finalised meanwhile would be counted
     sys.setprofile(note)
     try:
         call(rank)
     finally:
         sys.setprofile(None)
+        gc.enable()
     return names, num_c
 
 
