@@ -425,6 +425,6 @@ def finish(heap, state, status, rank, epoch, staged, operation, timeout, R: tl.c
         differed = tl.load(state + DIFFERED)
         if differed != 0:
             tl.store(state + DIFFERED, 0)
-            if differed != programs:
+            if (differed != programs) & (tl.load(state + FAILED) == 0):
                 report_torn(status, rank, differed, operation, epoch)
         close_operation(heap, state, status, rank, epoch, staged, operation, timeout, R)
