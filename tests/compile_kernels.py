@@ -115,10 +115,11 @@ def dispatch(
         handle.recv_src_idx,
     )
     kind = OperationKind.CACHED_DISPATCH if cached else OperationKind.DISPATCH
-    programs.dispatch(
-        0, CONTEXT, plan, outputs, handle.recv_src_idx, handle.rank_prefix_matrix, (0,) * 4, 0, ROWS, TOKENS, STAGE,
-        0, kind, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
-    )  # fmt: skip
+    call = programs.dispatch_call(
+        plan, ROWS, 0, ROWS, TOKENS, STAGE, 0, kind, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS
+    )
+    tensors = programs.dispatch_tensors(plan, outputs, handle.recv_src_idx, handle.rank_prefix_matrix)
+    call.launch(0, CONTEXT, tensors, (0,) * 4)
 
 
 def expanded(
@@ -127,11 +128,13 @@ def expanded(
     plan, handle = plan_of(ranks, row_bytes, topk, scale_bytes, cached=cached), handle_of(ranks)
     outputs, small = expanded_outputs(row_bytes, topk, scale_bytes), torch.empty(256, dtype=torch.int32)
     experts = ExpertPlan(64 // ranks, TOKENS, 128, True, ROWS, False, outputs.metadata if cached else None, small)
-    programs.dispatch(
-        0, CONTEXT, plan._replace(experts=experts), outputs, handle.recv_src_idx, handle.rank_prefix_matrix, (0,) * 4,
-        0, ROWS, TOKENS, STAGE, 0, OperationKind.EXPANDED_DISPATCH, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
-        small,
+    plan = plan._replace(experts=experts)
+    call = programs.dispatch_call(
+        plan, ROWS, 0, ROWS, TOKENS, STAGE, 0, OperationKind.EXPANDED_DISPATCH, TIMEOUT,
+        programs.Target(ranks, bulk, 0), NUM_SMS,
     )  # fmt: skip
+    tensors = programs.dispatch_tensors(plan, outputs, handle.recv_src_idx, handle.rank_prefix_matrix, small)
+    call.launch(0, CONTEXT, tensors, (0,) * 4)
 
 
 def expanded_outputs(row_bytes: int, topk: int, scale_bytes: int = 0) -> Outputs:
@@ -192,20 +195,24 @@ def combine(
         [torch.empty(count, width, dtype=of), *[torch.empty(count, topk)] * (topk > 0)]
         for count, of in ((ROWS, dtype), (TOKENS, sums or dtype))
     )
-    programs.combine(
-        0, CONTEXT, columns, outs, [outs[0]] * biases, handle_of(ranks), (0, 0), 0, STAGE, 0, OperationKind.COMBINE,
-        TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS, held,
+    call = programs.combine_call(
+        columns, outs, biases, 0, STAGE, 0, OperationKind.COMBINE, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
+        held is not None,
     )  # fmt: skip
+    tensors = programs.combine_tensors(columns, outs, [outs[0]] * biases, handle_of(ranks), held)
+    call.launch(0, CONTEXT, tensors, (0, 0))
 
 
 def part(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, bulk: bool = False) -> None:
     plan = plan_of(ranks, row_bytes, topk, scale_bytes)
     plan = plan._replace(num_tokens_per_rank=None, num_tokens_per_expert=None, part=part_plan(ranks))
     outputs = Outputs(plan.rows, plan.scales, plan.topk_idx, plan.topk_weights, None)
-    programs.dispatch(
-        0, CONTEXT, plan, outputs, None, torch.empty(3 * ranks, dtype=torch.int32), (0,) * 4, 0, ROWS, TOKENS, STAGE,
-        0, OperationKind.DISPATCH, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
+    call = programs.dispatch_call(
+        plan, ROWS, 0, ROWS, TOKENS, STAGE, 0, OperationKind.DISPATCH, TIMEOUT, programs.Target(ranks, bulk, 0),
+        NUM_SMS,
     )  # fmt: skip
+    tensors = programs.dispatch_tensors(plan, outputs, None, torch.empty(3 * ranks, dtype=torch.int32))
+    call.launch(0, CONTEXT, tensors, (0,) * 4)
 
 
 def part_plan(ranks: int) -> PartPlan:

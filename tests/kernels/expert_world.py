@@ -109,11 +109,12 @@ class ExpandedRank(Rank):
         places = tuple(self.world.place(self.rank, column) for column in columns) if handle else (0, 0, 0, 0)
         kind = OperationKind.CACHED_EXPANDED_DISPATCH if handle else OperationKind.EXPANDED_DISPATCH
         prefix = handle.rank_prefix_matrix if handle else self.prefix
-        programs.dispatch(
-            self.rank, self.world.context(self.rank), plan, self.out, self.sources, prefix, places, signature,
-            num_rows, LIST_CAPACITY, (self.world.stage, self.world.half), self.rank, kind, 1 << 40,
-            self.world.target, self.num_sms, self.bases,
+        call = programs.dispatch_call(
+            plan, out_rows, signature, num_rows, LIST_CAPACITY, (self.world.stage, self.world.half), self.rank, kind,
+            1 << 40, self.world.target, self.num_sms,
         )  # fmt: skip
+        tensors = programs.dispatch_tensors(plan, self.out, self.sources, prefix, self.bases)
+        call.launch(self.rank, self.world.context(self.rank), tensors, places)
         if not self.expand and handle is None:
             expert_major_programs.sources(self.rank, self.out, prefix, self.most, self.rank, self.world.target)
         elif self.expand:
@@ -161,11 +162,12 @@ class ExpandedRank(Rank):
         columns = [sums, weights]
         self.outs = [torch.full((num_tokens, c.size(1)), torch.nan, dtype=c.dtype) for c in columns]
         places = [self.world.place(self.rank, column) for column in columns]
-        programs.combine(
-            self.rank, self.world.context(self.rank), columns, self.outs, [], handle, (places[0], places[1]),
-            signature, (self.world.stage, self.world.half), self.rank, OperationKind.COMBINE, 1 << 40,
-            self.world.target, self.num_sms,
+        call = programs.combine_call(
+            columns, self.outs, 0, signature, (self.world.stage, self.world.half), self.rank, OperationKind.COMBINE,
+            1 << 40, self.world.target, self.num_sms,
         )  # fmt: skip
+        tensors = programs.combine_tensors(columns, self.outs, [], handle)
+        call.launch(self.rank, self.world.context(self.rank), tensors, places)
         self.world.kept.append((rows, columns, handle))
 
     # What must have come.

@@ -204,12 +204,13 @@ class Rank:
         if handle:
             places = (self.world.place(self.rank, plan.rows), self.world.place(self.rank, plan.scales), 0, 0)
         kind = OperationKind.CACHED_DISPATCH if handle else OperationKind.DISPATCH
-        programs.dispatch(
-            self.rank, self.world.context(self.rank), plan, self.out, self.out.recv_src_idx,
-            handle.rank_prefix_matrix if handle else self.prefix, places, signature, num_rows, LIST_CAPACITY,
-            (self.world.stage, self.world.half), self.rank, kind, self.world.timeout, self.world.target,
-            self.num_sms,
+        call = programs.dispatch_call(
+            plan, num_rows, signature, num_rows, LIST_CAPACITY, (self.world.stage, self.world.half), self.rank, kind,
+            self.world.timeout, self.world.target, self.num_sms,
         )  # fmt: skip
+        prefix = handle.rank_prefix_matrix if handle else self.prefix
+        tensors = programs.dispatch_tensors(plan, self.out, self.out.recv_src_idx, prefix)
+        call.launch(self.rank, self.world.context(self.rank), tensors, places)
         self.world.kept.append((plan, self.out))
 
     def handle(self) -> DispatchHandle:
@@ -229,11 +230,12 @@ class Rank:
         num_biases = {"none": 0, "two": 2}.get(self.case.bias, 1)
         self.biases = [torch.randn(num_tokens, width).to(self.case.combine_dtype) for _ in range(num_biases)]
         places = [self.world.place(self.rank, column) for column in columns]
-        programs.combine(
-            self.rank, self.world.context(self.rank), columns, self.outs, self.biases, handle,
-            (places[0], places[1] if weights else 0), signature, (self.world.stage, self.world.half), self.rank,
+        call = programs.combine_call(
+            columns, self.outs, num_biases, signature, (self.world.stage, self.world.half), self.rank,
             OperationKind.COMBINE, self.world.timeout, self.world.target, self.num_sms,
         )  # fmt: skip
+        tensors = programs.combine_tensors(columns, self.outs, self.biases, handle)
+        call.launch(self.rank, self.world.context(self.rank), tensors, (places[0], places[1] if weights else 0))
         self.world.kept.append((columns, handle))
 
     def _randn(self, peer: int, width: int) -> torch.Tensor:

@@ -150,13 +150,14 @@ class CudaDataPlane(CudaRank):
         if call is None:
             self._check_stage(programs.dispatch_record(plan))
             call = programs.dispatch_call(
-                plan, 0, False, programs.number_of(signature), num_rows, self.heap.list_capacity, self._stage,
+                plan, 0, programs.number_of(signature), num_rows, self.heap.list_capacity, self._stage,
                 self.rank, signature.operation, self._timeout, self._target, self._num_programs(num_sms),
             )  # fmt: skip
             self._calls.keep(key, call)
         self._follow_regions()
         places = self._places(rows, scales)
         self._queue.start()
+        # What ``dispatch_tensors`` would return, which is a function more.
         tensors = (
             rows, scales, None, None, outputs.rows, outputs.scales, None, None, src_idx, prefix, None, None,
         )  # fmt: skip
@@ -306,25 +307,14 @@ class CudaDataPlane(CudaRank):
                 outputs.topk_weights.zero_()
         cached = plan.handle is not None
         src_idx = plan.handle.recv_src_idx if plan.handle is not None else outputs.recv_src_idx
-        programs.dispatch(
-            self._queue.handle,
-            self._context,
-            plan,
-            outputs,
-            src_idx,
-            prefix,
-            self._send_places(plan) if cached else (0, 0, 0, 0),
-            programs.number_of(signature),
-            num_rows,
-            self.heap.list_capacity,
-            self._stage,
-            self.rank,
-            signature.operation,
-            self._timeout,
-            self._target,
+        places = self._send_places(plan) if cached else (0, 0, 0, 0)
+        call = programs.dispatch_call(
+            plan, outputs.rows.shape[0], programs.number_of(signature), num_rows, self.heap.list_capacity,
+            self._stage, self.rank, signature.operation, self._timeout, self._target,
             self._num_programs(plan.num_sms),
-            bases,
-        )
+        )  # fmt: skip
+        tensors = programs.dispatch_tensors(plan, outputs, src_idx, prefix, bases)
+        call.launch(self._queue.handle, self._context, tensors, places)
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""

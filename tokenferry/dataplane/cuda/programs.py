@@ -206,46 +206,9 @@ def _notify(host_waits: bool, target: Target) -> Variant:
     )
 
 
-def dispatch(
-    stream: int,
-    context: tuple[int, ...],
-    plan: SendPlan,
-    outputs: Outputs,
-    src_idx: torch.Tensor | None,
-    prefix: torch.Tensor,
-    places: Sequence[int],
-    signature: int,
-    num_rows: int,
-    list_capacity: int,
-    stage: tuple[int, int],
-    rank: int,
-    operation: int,
-    timeout: int,
-    target: Target,
-    num_sms: int,
-    bases: torch.Tensor | None = None,
-) -> None:
-    """Launch ``dispatch``.
-
-    Expanded, the plan's ids are packed, and ``bases`` are what ``starts`` wrote. Of a part, ``prefix`` is what
-    ``announce_part`` wrote.
-    """
-    metadata = None
-    if plan.experts is not None and plan.experts.expand:
-        metadata = outputs.metadata if plan.experts.metadata is None else plan.experts.metadata
-    call = dispatch_call(
-        plan, outputs.rows.shape[0], metadata is not None, signature, num_rows, list_capacity, stage, rank, operation,
-        timeout, target, num_sms,
-    )  # fmt: skip
-    own = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
-    out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights, src_idx, prefix, metadata, bases)
-    call.launch(stream, context, (*own, *out), places)
-
-
 def dispatch_call(
     plan: SendPlan,
     num_expanded: int,
-    expands: bool,
     signature: int,
     num_rows: int,
     list_capacity: int,
@@ -256,15 +219,18 @@ def dispatch_call(
     target: Target,
     num_sms: int,
 ) -> Call:
-    """What a ``dispatch`` launches, of whatever tensors of these shapes."""
+    """What a ``dispatch`` launches, of whatever tensors of these shapes.
+
+    ``num_expanded``: rows of its outputs, if they are expanded.
+    """
     num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.shape[0] // target.num_ranks
-    first_expert, most = rank * num_local, 0
+    first_expert, most, expands = rank * num_local, 0, False
     if plan.part is not None and plan.part.expert_ids is not None:
         first_expert, num_local = plan.part.expert_ids.start, len(plan.part.expert_ids)
     if plan.experts is not None:
-        num_local = plan.experts.num_local
+        num_local, expands = plan.experts.num_local, plan.experts.expand
         first_expert = rank * num_local
-        most = plan.experts.num_max_tokens if plan.experts.expand else 0
+        most = plan.experts.num_max_tokens if expands else 0
     variant = _dispatch(
         plan.handle is not None,
         plan.rows.shape[1] * plan.rows.itemsize,
@@ -281,7 +247,7 @@ def dispatch_call(
         first_expert,
         num_local,
         most,
-        num_expanded if most else 0,
+        num_expanded if expands else 0,
         list_capacity,
         *stage,
         max(num_sms // 2, 1),
@@ -290,6 +256,26 @@ def dispatch_call(
         timeout,
     )
     return Call(variant, max(num_sms, 2), numbers)
+
+
+def dispatch_tensors(
+    plan: SendPlan,
+    outputs: Outputs,
+    src_idx: torch.Tensor | None,
+    prefix: torch.Tensor,
+    bases: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The tensors of a ``dispatch``, in the order of its parameters.
+
+    Expanded, the plan's ids are packed, and ``bases`` are what ``starts`` wrote. Of a part, ``prefix`` is what
+    ``announce_part`` wrote.
+    """
+    metadata = None
+    if plan.experts is not None and plan.experts.expand:
+        metadata = outputs.metadata if plan.experts.metadata is None else plan.experts.metadata
+    own = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
+    out = (outputs.rows, outputs.scales, outputs.topk_idx, outputs.topk_weights)
+    return (*own, *out, src_idx, prefix, metadata, bases)
 
 
 @functools.cache
@@ -339,30 +325,6 @@ def _dispatch(
     )
 
 
-def combine(
-    stream: int,
-    context: tuple[int, ...],
-    columns: Sequence[torch.Tensor],
-    outs: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    handle: DispatchHandle,
-    places: Sequence[int],
-    signature: int,
-    stage: tuple[int, int],
-    rank: int,
-    operation: int,
-    timeout: int,
-    target: Target,
-    num_sms: int,
-    held: HeldTables | None = None,
-) -> None:
-    """Launch ``combine``."""
-    call = combine_call(
-        columns, outs, len(biases), signature, stage, rank, operation, timeout, target, num_sms, held is not None
-    )
-    call.launch(stream, context, combine_tensors(columns, outs, biases, handle, held), places)
-
-
 def combine_call(
     columns: Sequence[torch.Tensor],
     outs: Sequence[torch.Tensor],
@@ -374,7 +336,7 @@ def combine_call(
     timeout: int,
     target: Target,
     num_sms: int,
-    held: bool,
+    held: bool = False,
 ) -> Call:
     """What a ``combine`` launches, of whatever tensors of these shapes."""
     rows, num_topk = columns[0], 0 if len(columns) == 1 else columns[1].shape[1]
@@ -388,7 +350,7 @@ def combine_tensors(
     outs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     handle: DispatchHandle,
-    held: HeldTables | None,
+    held: HeldTables | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """The tensors of a ``combine``, in the order of its parameters."""
     weights, out_weights = (columns[1], outs[1]) if len(columns) > 1 else (None, None)
