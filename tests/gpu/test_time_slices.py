@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
+import torch
 
 from tests.gpu.conftest import take_device
 from tests.gpu.test_dispatch_combine import FAMILIES, check_cases
@@ -15,10 +16,13 @@ GROUPS = 4
 
 
 @pytest.mark.slow
-def test_groups_at_the_same_time(sharing: bool) -> None:
+@pytest.mark.ranks(1)  # more on a GPU, and on purpose without MPS
+def test_groups_at_the_same_time(sharing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """While kernels are compiled, the ranks of a group are seconds apart, too."""
     if sharing:
         pytest.skip("MPS runs the groups side by side")
+    if torch.cuda.device_count() < 2:
+        monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
     with ExitStack() as stack, ThreadPoolExecutor(GROUPS) as threads:
         pools = [stack.enter_context(RankPool(2, 1)) for _ in range(GROUPS)]
         for pool in pools:

@@ -292,14 +292,19 @@ class Mutant:
         return dict(zip(ALL_MODULES, copies, strict=True))
 
 
-WAIT_RELEASED_BEFORE = """alive = wait_released(
-                heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout
-            )"""
-WRITE_MESSAGE = """write_message(
+WAIT_RELEASED_BEFORE = (
+    "if wait_all(state, status, released, progress(epoch - 1, ALL), rank, operation, epoch, timeout, False, R):"
+)
+WRITE_MESSAGES = """        for step in range(R):
+            reader = (rank + step) % R
+            if held is not None:
+                write_held(heap, rank, reader, held, R)
+            write_message(
                 heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
             )  # fmt: skip
-            """
-SIGNAL_MESSAGE = "signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))"
+        tl.debug_barrier()
+"""
+SIGNAL_MESSAGES = "        signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, 1), R)\n"
 SIGNAL_LIST = "        tl.debug_barrier()\n        signal(word(base, PUBLISHED + rank * LINE), progress(epoch, 1))\n"
 WAIT_FOR_READERS = "if (staged == 0) & (tl.load(state + FAILED) == 0):"
 LISTEN = "alive = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R)"
@@ -315,26 +320,26 @@ HOST_DONE = "tl.debug_barrier()\n    tell_host(host + HOST_DONE, epoch)"
 MUTANTS = {
     # Waiting and signalling.
     "signal relaxed": Mutant(sync, 'xchg(flag, value, sem="release"', 'xchg(flag, value, sem="relaxed"', "staged"),
-    "wait relaxed": Mutant(sync, 'sem="acquire"', 'sem="relaxed"', "staged", 4),
+    "wait relaxed": Mutant(sync, 'sem="acquire"', 'sem="relaxed"', "staged"),
     "wait for any step": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "epoch << EPOCH_SHIFT", "staged"),
     "wait for any epoch": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "step", "direct"),
-    "wait for just this step": Mutant(sync, "while (seen < value)", "while (seen != value)", "staged"),
+    "wait for just this step": Mutant(
+        sync, "agreed(acquire(flag) >= value)", "agreed(acquire(flag) == value)", "staged", 2
+    ),
     # The message.
-    "message over an unread one": Mutant(sync, WAIT_RELEASED_BEFORE, "alive = True", "unread, cached"),
+    "message over an unread one": Mutant(sync, WAIT_RELEASED_BEFORE, "if True:", "unread, cached"),
     "message after its flag": Mutant(
-        sync,
-        WRITE_MESSAGE + "tl.debug_barrier()\n            " + SIGNAL_MESSAGE,
-        SIGNAL_MESSAGE + "\n            " + WRITE_MESSAGE,
-        "direct",
+        sync, WRITE_MESSAGES + SIGNAL_MESSAGES, SIGNAL_MESSAGES + WRITE_MESSAGES, "direct"
     ),
     "nobody waits for messages": Mutant(sync, "progress(epoch, step), rank", "0, rank", "direct"),
     "messages of the previous epoch": Mutant(
         sync, "progress(epoch, step), rank", "progress(epoch - 1, step), rank", "direct"
     ),
-    "one message is not waited for": Mutant(
-        sync, "in range(R):\n        if tl.atomic_add", "in range(R - 1):\n        if tl.atomic_add", "direct"
-    ),
+    "one message is not waited for": Mutant(sync, "in range(1, R):", "in range(1, R - 1):", "direct"),
     "whoever comes ends the wait": Mutant(sync, "missing = missing ^ (1 << peer)", "missing = zero()", "three ranks"),
+    "all have come when one has": Mutant(
+        sync, "            missing = still\n", "            missing = still & 1\n", "three ranks"
+    ),
     "list over an unread one": Mutant(notify, "progress(epoch - 1, ALL)", "0", "unread"),
     "list after its flag": Mutant(notify, LIST + SIGNAL_LIST, SIGNAL_LIST + LIST, "dispatches"),
     "no barrier after the list": Mutant(notify, SIGNAL_LIST, SIGNAL_LIST.partition("\n")[2], "direct"),
@@ -376,7 +381,7 @@ MUTANTS = {
     ),
     "round published by the first": Mutant(rounds, LAST_STAGER, "if True:", "staged"),
     "round published early": Mutant(
-        rounds, "* LINE), progress(epoch, this + 2)", "* LINE), progress(epoch, this + 3)", "staged"
+        rounds, "* LINE, progress(epoch, this + 2)", "* LINE, progress(epoch, this + 3)", "staged"
     ),
     "round is not waited for": Mutant(
         rounds, "source, progress(epoch, this + 2)", "source, progress(epoch, this + 1)", "staged"

@@ -278,15 +278,15 @@ MUTANTS = {
     "sum for longest": Mutant(sync, LONGEST, LONGEST.replace("max", "add"), one_counts),
     "time begins with the last to come": Mutant(
         sync,
-        "polls = zero()\n                    if",
-        "begun = now()\n                    if",
+        "polls = zero()\n                if counts",
+        "begun = now()\n                if counts",
         all_are_waited_for_at_a_time,
     ),
     "another rank is blamed": Mutant(
         sync, "operation * RANKS + peer", "operation * RANKS + peer * 0", all_are_waited_for_at_a_time
     ),
     "it waits for itself": Mutant(
-        sync, "if counts & (peer != rank):\n                        c", "if counts:\n                        c",
+        sync, "if (((peers >> peer) & 1) != 0) & (peer != rank):", "if ((peers >> peer) & 1) != 0:",
         all_are_waited_for_at_a_time,
     ),
     "every program counts": Mutant(dispatch, LAST, "counts = tl.program_id(0) >= 0", high_throughput),

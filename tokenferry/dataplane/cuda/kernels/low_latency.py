@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.sync import INTERPRET, clock, now, report, zero
+from tokenferry.dataplane.cuda.kernels.sync import INTERPRET, acquire, agreed, now, report, zero
 from tokenferry.dataplane.cuda.kernels.words import (
     DETAIL,
     FAILED,
@@ -85,17 +85,6 @@ def words_of(base, kind, slot):
 
 
 @triton.jit
-def load_acquire(pointers):
-    """Every thread loads, and acquires, the words of its elements."""
-    if INTERPRET:
-        return tl.atomic_add(pointers, 0, sem="acquire", scope="sys")
-    else:
-        return tl.inline_asm_elementwise(
-            "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [pointers], tl.int64, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def signal_ranks(pointers, values, on, RB: tl.constexpr):
     """Let RB peers at a time see a value each, and all stores before the last barrier; one posted store each.
 
@@ -122,7 +111,7 @@ def poll(words, R: tl.constexpr, RB: tl.constexpr, THREADS: tl.constexpr):
     Threads that load for themselves may see words at different times, and then go different ways past barriers.
     """
     i = tl.arange(0, THREADS) % RB
-    seen = load_acquire(words + tl.where(i < R, i, 0))
+    seen = acquire(words + tl.where(i < R, i, 0))
     return tl.min(tl.reshape(seen, [THREADS // RB, RB]), 0)
 
 
@@ -184,18 +173,18 @@ def wait_ranks(
     while ((missing != 0) & (late == 0)) | ((missing & own) != 0):
         polls += 1
         if polls % 64 == 0:
-            time = clock(state)
+            time = now()
             deadline = tl.where(polls == 64, time + timeout, deadline)
             if received is None:
                 gone = (r < R) & (poll(state + MASKED, R, RB, THREADS) != 0)
                 on = on & (gone == 0)
                 several = tl.sum((behind | gone).to(tl.int32)) > 1
-                late = time >= deadline + tl.where(several, timeout * 7 // 2, 0)
+                late = agreed(time >= deadline + tl.where(several, timeout * 7 // 2, 0))
                 if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") != 0:
                     late = polls != 0
                     own = zero()
             else:
-                late = (time >= deadline) | (tl.load(received) < tl.max(goals))
+                late = agreed((time >= deadline) | (tl.load(received) < tl.max(goals)))
             polls = tl.where(polls == 1 << 20, 1 << 19, polls)
         seen = poll(words, R, RB, THREADS)
         behind = on & (seen < goals)

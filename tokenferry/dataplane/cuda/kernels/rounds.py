@@ -16,10 +16,9 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     message_word,
     progress,
     release_all,
-    signal,
+    signal_all,
     wait_published,
     wait_released,
-    word,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
     FOR_RELEASE,
@@ -91,9 +90,7 @@ def wait_for_half(
 def publish_round(heap, state, rank, this, epoch, num_stagers, R: tl.constexpr):
     """After a program's part of a round is staged; the last one tells the readers."""
     if is_last(state + STAGE_ARRIVED + this % 2, num_stagers):
-        for reader in range(R):
-            if reader != rank:
-                signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, this + 2))
+        signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, this + 2), R)
 
 
 @triton.jit

@@ -19,7 +19,6 @@ from tokenferry.dataplane.cuda.kernels.words import (
     AT_EPOCH,
     BAD_PEER,
     CLAIMED,
-    CLOCK,
     CODE,
     COLUMNS,
     DETAIL,
@@ -91,13 +90,58 @@ def progress(epoch, step):
 
 
 @triton.jit
-def clock(state):
-    """A time that all threads of a program agree on: it goes through memory, and the result of an atomic is shared.
+def acquire(flag):
+    """A progress word that others write, or several. Every thread loads, and acquires, those of its elements."""
+    if INTERPRET:
+        return tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [flag], tl.int64, is_pure=False, pack=1
+        )
 
-    Threads that read the clock for themselves would leave a loop at different turns, barriers between them.
+
+@triton.jit
+def acquire_all(flags, R: tl.constexpr):
+    """The progress words of all ranks, a line each from ``flags`` on, acquired in one go.
+
+    Each thread gets one of them: only what is :func:`agreed` on is about all.
     """
-    tl.atomic_max(state + CLOCK, now(), sem="relaxed", scope="gpu")
-    return tl.atomic_max(state + CLOCK, 0, sem="relaxed", scope="gpu")
+    if INTERPRET:
+        least = acquire(word(flags, 0))
+        for peer in range(1, R):
+            least = tl.minimum(least, acquire(word(flags, peer * LINE)))
+        return least
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .u32 t; .reg .u64 a; mov.u32 t, %tid.x; rem.u32 t, t, $2; mad.wide.u32 a, t, $3, $1;
+            ld.acquire.sys.global.b64 $0, [a]; }""",
+            "=l,l,r,r",
+            [flags, zero() + R, zero() + LINE],
+            tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def agreed(condition):
+    """Whether all threads of the program say so. They meet here, and all get the same answer.
+
+    Threads that look for themselves may see a word, or the clock, at different times: without this they would go
+    different ways past barriers.
+    """
+    if INTERPRET:
+        return condition
+    else:
+        answer = tl.inline_asm_elementwise(
+            """{ .reg .pred p; setp.ne.u32 p, $1, 0; bar.red.and.pred p, 0, p; selp.u32 $0, 1, 0, p; }""",
+            "=r,r",
+            [condition.to(tl.int32)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        return answer != 0
 
 
 @triton.jit
@@ -110,6 +154,14 @@ def count_wait(state, operation, peer, nanoseconds):
 
 
 @triton.jit
+def count_waits_for(peers, state, operation, rank, nanoseconds, R: tl.constexpr):
+    """Likewise for several, bits, but not for this rank itself."""
+    for peer in range(R):
+        if (((peers >> peer) & 1) != 0) & (peer != rank):
+            count_wait(state, operation, peer, nanoseconds)
+
+
+@triton.jit
 def wait_at_least(state, flag, value, timeout, operation, peer, given_up=None, KIND: tl.constexpr = None):
     """Wait until a progress word in own memory has reached ``value``; False if it did not in ``timeout`` ns.
 
@@ -117,8 +169,8 @@ def wait_at_least(state, flag, value, timeout, operation, peer, given_up=None, K
     is looked at every 64 polls, about as many microseconds, and the time runs from the first look on. With a KIND of
     word, the first of the programs that are through counts the wait.
     """
-    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    waited = seen < value
+    there = agreed(acquire(flag) >= value)
+    waited = there == 0
     begun = zero().to(tl.int64)
     if KIND is not None:
         if waited:
@@ -126,15 +178,15 @@ def wait_at_least(state, flag, value, timeout, operation, peer, given_up=None, K
     polls = zero()
     late = polls != 0
     deadline = zero().to(tl.int64)
-    while (seen < value) & (late == 0):
-        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    while (there == 0) & (late == 0):
+        there = agreed(acquire(flag) >= value)
         polls += 1
         if polls % 64 == 0:
-            time = clock(state)
+            time = now()
             deadline = tl.where(polls == 64, time + timeout, deadline)
-            late = time >= deadline
+            late = agreed(time >= deadline)
             if given_up is not None:
-                late = late | (tl.atomic_add(given_up, 0, sem="relaxed", scope="gpu") != 0)
+                late = late | agreed(tl.load(given_up, volatile=True) != 0)
             polls = tl.where(polls == 1 << 20, 1 << 19, polls)
     if KIND is not None:
         if waited:
@@ -142,7 +194,17 @@ def wait_at_least(state, flag, value, timeout, operation, peer, given_up=None, K
             claim = state + CLAIMED + KIND * RANKS + peer
             if tl.atomic_max(claim, value, sem="relaxed", scope="gpu") < value:
                 count_wait(state, operation, peer, spent)
-    return seen >= value
+    return there
+
+
+@triton.jit
+def still_missing(missing, flags, value, R: tl.constexpr):
+    """Those of the missing ranks, bits, whose progress words have not reached ``value``."""
+    for peer in range(R):
+        if ((missing >> peer) & 1) != 0:
+            if agreed(acquire(word(flags, peer * LINE)) >= value):
+                missing = missing ^ (1 << peer)
+    return missing
 
 
 @triton.jit
@@ -150,38 +212,47 @@ def wait_all(state, status, flags, value, rank, operation, epoch, timeout, count
     """Wait until the progress words of all ranks have reached ``value``; who does not come is reported.
 
     The time to wait begins anew with every rank that comes. A program that ``counts`` adds how long each peer was
-    missing, from the moment when it found that some rank was: if several are at a time, that counts for each.
+    missing, from the moment when it found that some was: if several are at a time, that counts for each.
     ``flags``: where the word of rank 0 lies in own memory; the others follow, a line each.
     """
+    there = agreed(acquire_all(flags, R) >= value)
+    if there == 0:
+        there = wait_for_missing(state, status, flags, value, rank, operation, epoch, timeout, counts, R)
+    return there
+
+
+@triton.jit
+def wait_for_missing(state, status, flags, value, rank, operation, epoch, timeout, counts, R: tl.constexpr):
+    """As ``wait_all``, after the first look."""
+    begun = now()
     missing = zero()
     for peer in range(R):
-        if tl.atomic_add(word(flags, peer * LINE), 0, sem="acquire", scope="sys") < value:
-            missing = missing | (1 << peer)
-    begun = zero().to(tl.int64)
-    if counts & (missing != 0):
-        begun = now()
+        missing = missing | (1 << peer)
+    missing = still_missing(missing, flags, value, R)
     polls = zero()
     late = polls != 0
     deadline = zero().to(tl.int64)
     while (missing != 0) & (late == 0):
-        for peer in range(R):
-            if ((missing >> peer) & 1) != 0:
-                if tl.atomic_add(word(flags, peer * LINE), 0, sem="acquire", scope="sys") >= value:
-                    missing = missing ^ (1 << peer)
-                    polls = zero()
-                    if counts & (peer != rank):
-                        count_wait(state, operation, peer, now() - begun)
         polls += 1
-        if polls % 64 == 0:
-            time = clock(state)
+        if counts | (polls % 64 == 0):  # one by one: who comes when
+            still = still_missing(missing, flags, value, R)
+            if still != missing:
+                polls = zero()
+                if counts:
+                    count_waits_for(missing ^ still, state, operation, rank, now() - begun, R)
+            missing = still
+        elif agreed(acquire_all(flags, R) >= value):
+            missing = zero()
+        if (polls != 0) & (polls % 64 == 0):
+            time = now()
             deadline = tl.where(polls == 64, time + timeout, deadline)
-            late = time >= deadline
+            late = agreed(time >= deadline)
             polls = tl.where(polls == 1 << 20, 1 << 19, polls)
     if missing != 0:
+        if counts:
+            count_waits_for(missing, state, operation, rank, now() - begun, R)
         for peer in range(R):
             if ((missing >> peer) & 1) != 0:
-                if counts & (peer != rank):
-                    count_wait(state, operation, peer, now() - begun)
                 report_missing(state, status, operation, epoch, peer)
     return missing == 0
 
@@ -190,6 +261,25 @@ def wait_all(state, status, flags, value, rank, operation, epoch, timeout, count
 def signal(flag, value):
     """Let a peer see ``value``, and before it all that this program stored before its last barrier."""
     tl.atomic_xchg(flag, value, sem="release", scope="sys")
+
+
+@triton.jit
+def signal_all(heap, offset, value, R: tl.constexpr):
+    """As ``signal``, to the word at ``offset`` in the heaps of all ranks: a posted store each, by as many threads."""
+    if INTERPRET:
+        for peer in range(R):
+            signal(word(tl.load(heap + peer), offset), value)
+    else:
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .u32 t; .reg .u64 a; mov.u32 t, %tid.x; setp.lt.u32 p, t, $4;
+            mad.wide.u32 a, t, 8, $1; @p ld.global.b64 a, [a]; add.u64 a, a, $2;
+            @p st.release.sys.global.b64 [a], $3; mov.u32 $0, 0; }""",
+            "=r,l,l,l,r",
+            [heap, zero().to(tl.int64) + offset, value, zero() + R],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -342,21 +432,17 @@ def publish_all(
     ``held``: None, or the table of what is told besides.
     """
     staged = must_stage(ready, places, NUM_COLUMNS, R)
-    alive = True
-    for step in range(R):
-        reader = (rank + step) % R
-        if alive:
-            alive = wait_released(
-                heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout
-            )
-        if alive:
+    released = tl.load(heap + rank) + RELEASED
+    if wait_all(state, status, released, progress(epoch - 1, ALL), rank, operation, epoch, timeout, False, R):
+        for step in range(R):
+            reader = (rank + step) % R
             if held is not None:
                 write_held(heap, rank, reader, held, R)
             write_message(
                 heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
             )  # fmt: skip
-            tl.debug_barrier()
-            signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))
+        tl.debug_barrier()
+        signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, 1), R)
 
 
 @triton.jit
@@ -392,9 +478,7 @@ def report_mismatches(heap, status, rank, signature, operation, epoch, R: tl.con
 def release_all(heap, rank, epoch, step, R: tl.constexpr):
     """Tell every owner how far this rank is with its rows."""
     tl.debug_barrier()
-    for index in range(R):
-        owner = (rank + index) % R
-        signal(word(tl.load(heap + owner), RELEASED + rank * LINE), progress(epoch, step))
+    signal_all(heap, RELEASED + rank * LINE, progress(epoch, step), R)
 
 
 @triton.jit

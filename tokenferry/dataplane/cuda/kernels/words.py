@@ -99,7 +99,6 @@ STAGE_ARRIVED = tl.constexpr(6)
 ROUND_ARRIVED = tl.constexpr(8)
 """Likewise."""
 LAYOUT_ARRIVED = tl.constexpr(10)
-CLOCK = tl.constexpr(11)
 PUSH_EPOCH = tl.constexpr(12)
 PUSH_BEGUN = tl.constexpr(13)
 PUSH_SENT = tl.constexpr(14)
