@@ -33,7 +33,7 @@ from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.launch import Variant
 from tokenferry.memory.driver import Driver
 
-RANKS, EXPERTS, TOKENS, TOPK, HIDDEN, MOST, ROWS, ALIGNMENT = 8, 64, 16, 8, 512, 16, 96, 16
+RANKS, EXPERTS, TOKENS, TOPK, HIDDEN, MOST, ROWS, ALIGNMENT = 8, 64, 16, 8, 512, 16, 96, 4
 
 
 class Cost(NamedTuple):
@@ -87,6 +87,7 @@ class Rank:
         self.low_latency_handle = self.low_latency_dispatch()[2]
         self.elastic, self.num_coming = elastic_buffer(buffer), ROWS
         if gpu is not None:
+            self.told: dict[int, Any] = {}
             self.counts = buffer.runtime.party().plane.status.counts.numpy()  # type: ignore[union-attr]
             gpu.done["notify"] = self.tell_counts
         self.copies = rows[1 << 18 :][: ALIGNMENT * local * HIDDEN].view(ALIGNMENT * local, HIDDEN)
@@ -112,10 +113,13 @@ class Rank:
 
     def tell_counts(self) -> None:
         """What ``notify`` leaves for a host that waits: rows as in the other calls, of all local experts alike."""
-        counts, local = self.counts, EXPERTS // RANKS
-        counts[words.HOST_ROWS.value] = self.num_coming
-        counts[words.HOST_EXPERTS.value :][:local] = self.num_coming // local
-        counts[words.HOST_DONE.value] = 1
+        told = self.told.get(self.num_coming)
+        if told is None:
+            first, local = words.HOST_EXPERTS.value, EXPERTS // RANKS
+            told = self.told[self.num_coming] = self.counts[: first + local].copy()
+            told[words.HOST_DONE.value], told[words.HOST_CODE.value] = 1, 0
+            told[words.HOST_ROWS.value], told[first:] = self.num_coming, self.num_coming // local
+        self.counts[: len(told)] = told
 
     def get_dispatch_layout(self) -> Any:
         return self.buffer.get_dispatch_layout(self.ids, EXPERTS)

@@ -59,7 +59,9 @@ class Gpu:
             self.log.append((name, *what))
 
     def launch(self, kernel: str, *arguments: object) -> None:
-        self.note("launch", kernel, *arguments)
+        self.counts["launch"] += 1
+        if self.log is not None:
+            self.log.append(("launch", kernel, *arguments))
         if kernel in self.done:
             self.done[kernel]()
 

@@ -17,16 +17,16 @@ from tokenferry.streams import CommStream
 
 MOST = {
     #                              Python   C  operators  allocations  events  identities  captures  launches
-    "get_dispatch_layout":            (35, 27,         4,           2,      4,          0,        0,        1),
-    "dispatch, num_worst_tokens":     (81, 72,         9,           5,      6,          2,        1,        2),
+    "get_dispatch_layout":            (31, 23,         4,           2,      4,          0,        0,        1),
+    "dispatch, num_worst_tokens":     (75, 70,         9,           5,      6,          2,        1,        2),
     "cached dispatch":                (36, 32,         1,           1,      4,          1,        1,        1),
     "combine":                        (38, 33,         1,           1,      4,          1,        1,        1),
     "combine, weights":               (44, 45,         2,           2,      4,          2,        1,        1),
     "combine, async_finish":          (48, 34,         1,           1,      5,          1,        1,        1),
-    "elastic, expert-major":         (115, 113,       24,           8,      8,          3,        2,        4),
-    "elastic, compact":              (114, 110,       24,           8,      8,          3,        2,        4),
-    "elastic, cached":                (95, 73,         4,           3,      4,          3,        1,        1),
-    "elastic combine":               (108, 80,         2,           2,      6,          1,        1,        2),
+    "elastic, expert-major":         (112, 109,       24,           8,      8,          3,        2,        4),
+    "elastic, compact":              (110, 106,       24,           8,      8,          3,        2,        4),
+    "elastic, cached":                (93, 72,         4,           3,      4,          3,        1,        1),
+    "elastic combine":                (65, 58,         2,           2,      6,          1,        1,        2),
     "low_latency_dispatch":           (27, 38,         8,           3,      0,          0,        0,        1),
     "low_latency_combine":            (27, 36,         1,           1,      0,          0,        0,        1),
     "low_latency_dispatch, hook":     (40, 49,         9,           4,      0,          0,        2,        2),

@@ -355,7 +355,8 @@ def _metadata(party: Party, handle: EPHandle, num_rows: int, num_topk: int | Non
     name = "handle.recv_src_metadata"
     width = None if num_topk is None else num_topk + 2
     given = check_tensor(name, handle.recv_src_metadata, shape=(num_rows, width), dtypes=_INT32, device=party.device)
-    require(given.size(1) >= 2, name, describe(given), "columns for two numbers and the copies")
+    if given.shape[1] < 2:
+        raise ArgumentError(name, describe(given), "columns for two numbers and the copies")
     metadata = given.contiguous()
     if party.plane.values_at_hand and metadata[:, 2:].numel():
         low, high = (int(bound) for bound in metadata[:, 2:].aminmax())
@@ -377,7 +378,7 @@ def combine(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum the rows of every token; see :meth:`tokenferry.ElasticBuffer.combine`."""
     routes = check_handle(party, handle.routes)
-    num_rows, num_tokens = routes.recv_src_idx.numel(), routes.is_token_in_rank.size(0)
+    num_rows, num_tokens = routes.recv_src_idx.shape[0], routes.is_token_in_rank.shape[0]
     rows = check_tensor("x", x, shape=(None, None), dtypes=COMBINE_DTYPES, device=party.device)
     check_row_bytes(rows)
     given, hidden = rows.shape

@@ -36,7 +36,7 @@ from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
 from tokenferry.dataplane.cuda.rank import CudaRank, Queue
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle
-from tokenferry.kept import Kept
+from tokenferry.kept import Kept, make
 from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
 
@@ -96,25 +96,20 @@ class CudaDataPlane(CudaRank):
     def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
         self.check()
-        ranks, num_tokens = num_ranks, topk_idx.size(0)
-        limit = self._sums.numel() - ranks
+        ranks, target = num_ranks, self._target
+        limit = self._sums.shape[0] - ranks
         if num_experts > limit:
             raise ArgumentError("num_experts", num_experts, f"at most {limit} on a GPU with {self.num_ranks} ranks")
         topk_idx = self._aligned(topk_idx)
         counts = self.empty(ranks + num_experts)
-        member = self.empty_rows(num_tokens, ranks, torch.bool)
+        member = self.empty_rows(topk_idx.shape[0], ranks, torch.bool)
+        if ranks != self.num_ranks:
+            target = target._replace(num_ranks=ranks)
         self._queue.start()
         programs.layout(
-            self._queue.handle,
-            topk_idx,
-            self._sums,
-            counts,
-            member,
-            self._state,
-            num_experts,
-            self._target._replace(num_ranks=ranks),
-        )
-        return Layout(counts[:ranks], counts[ranks:], member)
+            self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, target
+        )  # fmt: skip
+        return make(Layout, (counts[:ranks], counts[ranks:], member))
 
     def dispatch(self, signature: Signature, plan: SendPlan) -> CudaDispatch:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
@@ -193,7 +188,7 @@ class CudaDataPlane(CudaRank):
         if experts is not None and experts.expand:
             assert given is not None
             given = self._aligned(given)
-            plan = plan._replace(topk_idx=torch.empty_like(given))
+            plan = plan._replace(topk_idx=self.empty_rows(given.shape[0], given.shape[1], given.dtype))
         places = self._send_places(plan)
         host = self.status.unread
         if host_reads:
@@ -381,27 +376,27 @@ class CudaDataPlane(CudaRank):
         x = self._aligned(plan.columns[0])
         wide = plan.sum_dtype or x.dtype
         metadata = self._aligned(metadata)
+        sums = self.empty_rows(metadata.shape[0], x.shape[1], wide)
+        biases, whole = plan.biases, outs[0]
+        if wide != x.dtype:
+            biases = [bias.to(wide) for bias in biases]
+            whole = self.empty_rows(whole.shape[0], whole.shape[1], wide)
         self._queue.start()
-        with torch.cuda.stream(self._queue.stream):
-            sums = torch.empty((metadata.size(0), x.size(1)), dtype=wide, device=self._device)
-            expert_major_programs.sum_copies(
-                self._queue.handle,
-                x,
-                metadata,
-                sums,
-                plan.handle.rank_prefix_matrix,
-                (self._context[1], self._context[4]),
-                self.rank,
-                signature.operation,
-                self._target,
-            )
-            biases = [bias.to(wide) for bias in plan.biases]
-            whole = outs[0] if wide == x.dtype else torch.empty(outs[0].shape, dtype=wide, device=self._device)
-            columns = [sums, *plan.columns[1:]]
-            self.pull_reduce(
-                signature, plan._replace(columns=columns, biases=biases, metadata=None), [whole, *outs[1:]]
-            )
-            if whole is not outs[0]:
+        expert_major_programs.sum_copies(
+            self._queue.handle,
+            x,
+            metadata,
+            sums,
+            plan.handle.rank_prefix_matrix,
+            (self._context[1], self._context[4]),
+            self.rank,
+            signature.operation,
+            self._target,
+        )
+        summed = ReducePlan([sums, *plan.columns[1:]], biases, plan.handle, plan.num_sms)
+        self.pull_reduce(signature, summed, [whole, *outs[1:]])
+        if whole is not outs[0]:
+            with torch.cuda.stream(self._queue.stream):
                 outs[0].copy_(whole)
 
     def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:

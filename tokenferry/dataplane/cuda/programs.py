@@ -148,8 +148,11 @@ def layout(
     """Launch ``layout``."""
     num_tokens, num_topk = topk_idx.shape
     variant = _layout(num_topk, num_experts, target)
-    addresses = [tensor.data_ptr() for tensor in (topk_idx, sums, counts, member, state)]
-    variant.launch(_layout_programs(num_tokens), stream, (*addresses, num_tokens, num_experts))
+    arguments = (
+        topk_idx.data_ptr(), sums.data_ptr(), counts.data_ptr(), member.data_ptr(), state.data_ptr(), num_tokens,
+        num_experts,
+    )  # fmt: skip
+    variant.launch(_layout_programs(num_tokens), stream, arguments)
 
 
 @functools.cache
