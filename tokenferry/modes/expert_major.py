@@ -343,7 +343,8 @@ def check_beside_handle(
         ("expert_alignment", expert_alignment),
     ):
         known = getattr(handle, name)
-        require(given is None or given == known, name, given, f"None beside handle, or its {known}")
+        if given is not None and given != known:
+            raise ArgumentError(name, given, f"None beside handle, or its {known}")
     require(not do_cpu_sync, "do_cpu_sync", do_cpu_sync, "False or None beside handle: there is nothing to wait for")
     require(
         not do_expand or handle.do_expand, "do_expand", do_expand, "False: the rows of the handle are not expanded"
