@@ -81,26 +81,15 @@ def clear() -> None:
     programs.clear(0, rows, places, programs.Target(8, False, 0))
 
 
-def notify(ranks: int) -> None:
-    handle = handle_of(ranks)
+def notify(ranks: int, *, expand: bool | None = None) -> None:
+    """``expand``: of rows that tell where they are from; None: they do not."""
+    handle, plan, target = handle_of(ranks), plan_of(ranks, 16, 8), programs.Target(ranks, False, 0)
+    if expand is not None:
+        plan = plan._replace(experts=ExpertPlan(64 // ranks, TOKENS, 128, expand))
+    call = programs.notify_call(plan, 0, 64 // ranks, TOKENS, 0, OperationKind.DISPATCH, TIMEOUT, True, target)
     results = (handle.send_head, handle.rank_prefix_matrix, handle.channel_prefix_matrix)
-    places, kind = (0,) * 4, OperationKind.DISPATCH
-    programs.notify(
-        0,
-        CONTEXT,
-        0,
-        plan_of(ranks, 16, 8),
-        results,
-        places,
-        0,
-        64 // ranks,
-        TOKENS,
-        0,
-        kind,
-        TIMEOUT,
-        True,
-        programs.Target(ranks, False, 0),
-    )
+    tensors = programs.notify_tensors(plan, *results, None if expand is None else handle.recv_src_idx)
+    call.launch(0, CONTEXT, tensors, (0,) * 4)
 
 
 def dispatch(
@@ -115,11 +104,9 @@ def dispatch(
         handle.recv_src_idx,
     )
     kind = OperationKind.CACHED_DISPATCH if cached else OperationKind.DISPATCH
-    call = programs.dispatch_call(
-        plan, ROWS, 0, ROWS, TOKENS, STAGE, 0, kind, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS
-    )
+    call = programs.dispatch_call(plan, 0, TOKENS, STAGE, 0, kind, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS)
     tensors = programs.dispatch_tensors(plan, outputs, handle.recv_src_idx, handle.rank_prefix_matrix)
-    call.launch(0, CONTEXT, tensors, (0,) * 4)
+    call.launch(0, CONTEXT, tensors, (0, 0, 0, 0, ROWS, ROWS))
 
 
 def expanded(
@@ -130,11 +117,10 @@ def expanded(
     experts = ExpertPlan(64 // ranks, TOKENS, 128, True, ROWS, False, outputs.metadata if cached else None, small)
     plan = plan._replace(experts=experts)
     call = programs.dispatch_call(
-        plan, ROWS, 0, ROWS, TOKENS, STAGE, 0, OperationKind.EXPANDED_DISPATCH, TIMEOUT,
-        programs.Target(ranks, bulk, 0), NUM_SMS,
+        plan, 0, TOKENS, STAGE, 0, OperationKind.EXPANDED_DISPATCH, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS
     )  # fmt: skip
     tensors = programs.dispatch_tensors(plan, outputs, handle.recv_src_idx, handle.rank_prefix_matrix, small)
-    call.launch(0, CONTEXT, tensors, (0,) * 4)
+    call.launch(0, CONTEXT, tensors, (0, 0, 0, 0, ROWS, ROWS))
 
 
 def expanded_outputs(row_bytes: int, topk: int, scale_bytes: int = 0) -> Outputs:
@@ -151,11 +137,6 @@ def expanded_outputs(row_bytes: int, topk: int, scale_bytes: int = 0) -> Outputs
 def pack(topk: int, experts: int) -> None:
     ids = torch.empty(TOKENS, topk, dtype=torch.int64)
     expert_major_programs.pack(0, ids, ids, experts, programs.Target(8, False, 0))
-
-
-def starts(*, expand: bool) -> None:
-    small = torch.empty(64, dtype=torch.int32)
-    expert_major_programs.starts(0, 0, small, (small, small), 128, 0, expand, programs.Target(8, False, 0))
 
 
 def sources() -> None:
@@ -208,11 +189,10 @@ def part(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, bulk: b
     plan = plan._replace(num_tokens_per_rank=None, num_tokens_per_expert=None, part=part_plan(ranks))
     outputs = Outputs(plan.rows, plan.scales, plan.topk_idx, plan.topk_weights, None)
     call = programs.dispatch_call(
-        plan, ROWS, 0, ROWS, TOKENS, STAGE, 0, OperationKind.DISPATCH, TIMEOUT, programs.Target(ranks, bulk, 0),
-        NUM_SMS,
-    )  # fmt: skip
+        plan, 0, TOKENS, STAGE, 0, OperationKind.DISPATCH, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS
+    )
     tensors = programs.dispatch_tensors(plan, outputs, None, torch.empty(3 * ranks, dtype=torch.int32))
-    call.launch(0, CONTEXT, tensors, (0,) * 4)
+    call.launch(0, CONTEXT, tensors, (0, 0, 0, 0, ROWS, ROWS))
 
 
 def part_plan(ranks: int) -> PartPlan:
@@ -294,7 +274,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "local sum rows": lambda: sum_rows(7168, BFLOAT16, BFLOAT16, 2),
     "local sum rows fp32": lambda: sum_rows(7168, FLOAT32, BFLOAT16, 1),
     "local pack": lambda: pack(8, 256),
-    "local starts": lambda: starts(expand=True),
+    "notify, expanded": lambda: notify(8, expand=True),
+    "notify, compact": lambda: notify(2, expand=False),
     "local sources": sources,
     "local pad": pad,
     "local sum bf16": lambda: sum_copies(BFLOAT16, BFLOAT16),

@@ -27,12 +27,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import played_gpu
-from tokenferry import Buffer, ops
+from tokenferry import Buffer, ElasticBuffer, ops
 from tokenferry.buffer import Handle
+from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.launch import Variant
 from tokenferry.memory.driver import Driver
 
-RANKS, EXPERTS, TOKENS, TOPK, HIDDEN, MOST, ROWS = 8, 64, 16, 8, 512, 16, 96
+RANKS, EXPERTS, TOKENS, TOPK, HIDDEN, MOST, ROWS, ALIGNMENT = 8, 64, 16, 8, 512, 16, 96, 4
 
 
 class Cost(NamedTuple):
@@ -84,6 +85,13 @@ class Rank:
         self.handle = self.dispatch()[4]
         assert self.handle is not None
         self.low_latency_handle = self.low_latency_dispatch()[2]
+        self.elastic, self.num_coming = elastic_buffer(buffer), ROWS
+        if gpu is not None:
+            self.told: dict[int, Any] = {}
+            self.counts = buffer.runtime.party().plane.status.counts.numpy()  # type: ignore[union-attr]
+            gpu.done["notify"] = self.tell_counts
+        self.copies = rows[1 << 18 :][: ALIGNMENT * local * HIDDEN].view(ALIGNMENT * local, HIDDEN)
+        self.elastic_handle = self.elastic_dispatch()[3]
         self.name = ops.register(buffer)
         self.tensors = list(self.handle)
         for call in CALLS.values():  # memory that is new becomes known to all
@@ -102,6 +110,16 @@ class Rank:
         """Wait for a real GPU: a full queue would hold the host up."""
         if self._gpu is None:
             torch.cuda.synchronize()
+
+    def tell_counts(self) -> None:
+        """What ``notify`` leaves for a host that waits: rows as in the other calls, of all local experts alike."""
+        told = self.told.get(self.num_coming)
+        if told is None:
+            first, local = words.HOST_EXPERTS.value, EXPERTS // RANKS
+            told = self.told[self.num_coming] = self.counts[: first + local].copy()
+            told[words.HOST_DONE.value], told[words.HOST_CODE.value] = 1, 0
+            told[words.HOST_ROWS.value], told[first:] = self.num_coming, self.num_coming // local
+        self.counts[: len(told)] = told
 
     def get_dispatch_layout(self) -> Any:
         return self.buffer.get_dispatch_layout(self.ids, EXPERTS)
@@ -123,6 +141,16 @@ class Rank:
 
     def combine(self, weights: torch.Tensor | None = None, **events: Any) -> Any:
         return self.buffer.combine(self.y, self.handle, weights, **events)
+
+    def elastic_dispatch(self, **how: Any) -> Any:
+        arguments = {"num_experts": EXPERTS, "expert_alignment": ALIGNMENT, "do_expand": True, **how}
+        return self.elastic.dispatch(self.x, self.ids, self.weights, **arguments)
+
+    def elastic_cached_dispatch(self) -> Any:
+        return self.elastic.dispatch(self.x, handle=self.elastic_handle)
+
+    def elastic_combine(self) -> Any:
+        return self.elastic.combine(self.copies, self.elastic_handle)
 
     def low_latency_dispatch(self, **how: Any) -> Any:
         return self.buffer.low_latency_dispatch(self.x, self.ids, MOST, EXPERTS, **how)
@@ -160,6 +188,10 @@ CALLS: dict[str, Callable[[Rank], object]] = {
     "combine": Rank.combine,
     "combine, weights": lambda rank: rank.combine(rank.recv_weights),
     "combine, async_finish": lambda rank: rank.combine(async_finish=True),
+    "elastic, expert-major": Rank.elastic_dispatch,
+    "elastic, compact": lambda rank: rank.elastic_dispatch(do_expand=False),
+    "elastic, cached": Rank.elastic_cached_dispatch,
+    "elastic combine": Rank.elastic_combine,
     "low_latency_dispatch": Rank.low_latency_dispatch,
     "low_latency_combine": Rank.low_latency_combine,
     "low_latency_dispatch, hook": Rank.low_latency_dispatch_with_hook,
@@ -170,6 +202,15 @@ CALLS: dict[str, Callable[[Rank], object]] = {
     "ops.low_latency_dispatch": Rank.ops_low_latency_dispatch,
     "ops.low_latency_combine": Rank.ops_low_latency_combine,
 }
+
+
+def elastic_buffer(buffer: Buffer) -> ElasticBuffer:
+    """An ElasticBuffer over the runtime of a Buffer."""
+    elastic = object.__new__(ElasticBuffer)
+    elastic.runtime, elastic.rank, elastic.group_size = buffer.runtime, buffer.rank, buffer.group_size
+    elastic.num_max_tokens_per_rank, elastic.prefer_overlap_with_compute = MOST, True
+    elastic.allow_multiple_reduction, elastic._is_paranoid = True, False
+    return elastic
 
 
 @contextmanager

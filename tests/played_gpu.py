@@ -2,7 +2,7 @@
 
 The tensors lie in host memory. Streams, events, launches and the calls of the driver are stand-ins for what torch,
 Triton and CUDA do in C; the Python wrappers around these are the real ones of the installed torch and Triton. All
-kernels are done at once and write nothing.
+kernels are done at once and write nothing, unless somebody says what they do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import importlib.util
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -23,7 +23,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from tokenferry import Buffer, runtime_cuda
 from tokenferry.config import ALIGNMENT
 from tokenferry.construction import Wishes
-from tokenferry.dataplane.cuda import low_latency_programs, programs
+from tokenferry.dataplane.cuda import expert_major_programs, low_latency_programs, programs
 from tokenferry.dataplane.cuda.launch import Kernel
 from tokenferry.memory.direct import Regions
 from tokenferry.memory.driver import Allocation, Driver
@@ -41,11 +41,13 @@ class Gpu:
     Attributes:
         counts: how often the host asked for what, by name.
         log: the same in order, with what was asked: only while it is a list.
+        done: what kernels of a name do, if anything: called when one is launched.
     """
 
     def __init__(self) -> None:
         self.counts: defaultdict[str, int] = defaultdict(int)
         self.log: list[tuple[object, ...]] | None = None
+        self.done: dict[str, Callable[[], None]] = {}
         self.device = 0
         self.current = (0, 0, CUDA)
         self.capturing = False
@@ -55,6 +57,13 @@ class Gpu:
         self.counts[name] += 1
         if self.log is not None:
             self.log.append((name, *what))
+
+    def launch(self, kernel: str, *arguments: object) -> None:
+        self.counts["launch"] += 1
+        if self.log is not None:
+            self.log.append(("launch", kernel, *arguments))
+        if kernel in self.done:
+            self.done[kernel]()
 
     # What torch._C has in a build for CUDA.
 
@@ -210,7 +219,7 @@ def _launcher(gpu: Gpu, name: str) -> Any:
         """Whatever it looks at besides, such as sizes of scratch memory, is nothing."""
 
         def __init__(self) -> None:
-            self.launch = lambda *arguments: gpu.note("launch", name, *arguments)
+            self.launch = lambda *arguments: gpu.launch(name, *arguments)
 
         def __getattr__(self, name: str) -> int:
             if name.startswith("__"):
@@ -233,6 +242,8 @@ def played(allocations: Sequence[torch.Tensor] = ()) -> Iterator[Gpu]:
     compiled: Any = (
         programs._layout, programs._notify, programs._dispatch, programs._combine, programs._clear,
         low_latency_programs.dispatch, low_latency_programs.combine,
+        expert_major_programs._pack, expert_major_programs._sources,
+        expert_major_programs._pad, expert_major_programs._sum_copies,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         c_calls = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.host_path import CALLS, Cost, Rank, breakdown, cost, rank_on_a_gpu
+from tests.host_path import ALIGNMENT, CALLS, EXPERTS, RANKS, ROWS, Cost, Rank, breakdown, cost, rank_on_a_gpu
 from tests.played_gpu import raw
 from tokenferry import ArgumentError, EventHandle, EventOverlap
 from tokenferry.dataplane.cuda.launch import Variant, _below
@@ -17,12 +17,16 @@ from tokenferry.streams import CommStream
 
 MOST = {
     #                              Python   C  operators  allocations  events  identities  captures  launches
-    "get_dispatch_layout":            (35, 27,         4,           2,      4,          0,        0,        1),
-    "dispatch, num_worst_tokens":     (81, 72,         9,           5,      6,          2,        1,        2),
+    "get_dispatch_layout":            (31, 23,         4,           2,      4,          0,        0,        1),
+    "dispatch, num_worst_tokens":     (75, 70,         9,           5,      6,          2,        1,        2),
     "cached dispatch":                (36, 32,         1,           1,      4,          1,        1,        1),
     "combine":                        (38, 33,         1,           1,      4,          1,        1,        1),
     "combine, weights":               (44, 45,         2,           2,      4,          2,        1,        1),
     "combine, async_finish":          (48, 34,         1,           1,      5,          1,        1,        1),
+    "elastic, expert-major":         (112, 109,       24,           8,      8,          3,        2,        4),
+    "elastic, compact":              (110, 106,       24,           8,      8,          3,        2,        4),
+    "elastic, cached":                (93, 72,         4,           3,      4,          3,        1,        1),
+    "elastic combine":                (65, 58,         2,           2,      6,          1,        1,        2),
     "low_latency_dispatch":           (27, 38,         8,           3,      0,          0,        0,        1),
     "low_latency_combine":            (27, 36,         1,           1,      0,          0,        0,        1),
     "low_latency_dispatch, hook":     (40, 49,         9,           4,      0,          0,        2,        2),
@@ -145,6 +149,59 @@ def test_an_operation_on_comm_itself_waits_for_nothing(rank: Rank) -> None:
     with torch.cuda.stream(rank.buffer.get_comm_stream()), Log(rank) as log:
         rank.combine()
     assert log == COMBINE
+
+
+EXPANDED = ["layout", "pack", "notify", "dispatch"]
+
+
+def launches(rank: Rank, num_coming: int, **how: Any) -> list[str]:
+    """The kernels of an elastic dispatch that receives so many rows, and where its host has the counts."""
+    tell_counts, rank.num_coming = rank.gpu.done["notify"], num_coming
+    log = Log(rank)
+    try:
+        rank.gpu.done["dispatch"] = lambda: (tell_counts(), rank.gpu.done.pop("dispatch"))  # type: ignore[assignment]
+        rank.gpu.done["notify"] = lambda: None
+        with log as lines:
+            rows, _, weights, handle, _ = rank.elastic_dispatch(**how)
+    finally:
+        rank.gpu.done["notify"], rank.num_coming = tell_counts, ROWS
+        rank.gpu.done.pop("dispatch", None)
+    assert handle.num_recv_tokens == len(handle.recv_src_metadata) == len(handle.routes.recv_src_idx) == num_coming
+    assert handle.num_recv_tokens_per_expert_list == [-(-num_coming // 8 // ALIGNMENT) * ALIGNMENT] * 8
+    expands = how.get("do_expand", True)
+    assert len(rows) == len(weights) == (sum(handle.num_recv_tokens_per_expert_list) if expands else num_coming)
+    assert {line[2] for line in lines if line[0] == "launch"} == {"comm"}
+    return [str(line[1]) for line in lines if line[0] == "launch"]
+
+
+def test_an_elastic_dispatch_pulls_before_the_counts_are_there(rank: Rank) -> None:
+    rank.elastic_dispatch()
+    assert launches(rank, ROWS) == EXPANDED
+    assert launches(rank, ROWS, do_zero_padding=True) == [*EXPANDED, "pad"]
+
+
+def test_an_elastic_dispatch_pulls_again_for_want_of_room(rank: Rank) -> None:
+    rank.elastic_dispatch()
+    assert launches(rank, 2 * ROWS) == [*EXPANDED, "dispatch"]  # more rows, and more copies
+    assert launches(rank, 2 * ROWS) == EXPANDED
+    rank.elastic_dispatch(do_expand=False)
+    compact = ["layout", "notify", "dispatch", "sources"]
+    assert launches(rank, ROWS, do_expand=False) == compact
+    assert launches(rank, 2 * ROWS, do_expand=False) == [*compact, "dispatch", "sources"]
+
+
+def test_outputs_come_from_the_memory_of_comm_where_it_works_on_them(rank: Rank) -> None:
+    def streams(**how: Any) -> list[tuple[object, ...]]:
+        with Log(rank) as log:
+            rank.elastic_dispatch(**how)
+        return [line for line in log if line[0] in ("set stream", "record stream")]
+
+    assert streams() == []
+    stats = torch.zeros(EXPERTS // RANKS, dtype=torch.int32)
+    for how in ({"allocate_on_comm_stream": True}, {"cumulative_local_expert_recv_stats": stats}):
+        first, *recorded, last = streams(**how)
+        assert (first, last) == (("set stream", "comm"), ("set stream", "default"))
+        assert set(recorded) == {("record stream", "default")}
 
 
 def test_async_finish_returns_the_event_and_keeps_the_tensors(rank: Rank) -> None:

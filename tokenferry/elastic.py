@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from types import TracebackType
@@ -269,6 +270,10 @@ class ElasticBuffer:
             most = torch.cuda.get_device_properties(device).multi_processor_count
         return max(min(chosen + chosen % 2, most // 2 * 2), _FEWEST_SMS)
 
+    @functools.cached_property
+    def _usual_sms(self) -> int:
+        return self.get_theoretical_num_sms(1, 1)
+
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs that suffice: none here."""
         check_int("num_sms", num_sms, minimum=0)
@@ -353,7 +358,7 @@ class ElasticBuffer:
             previous_event: wait for this event instead of the current stream.
             previous_event_before_epilogue: another event to wait for.
             async_with_compute_stream: return an event instead of making the current stream wait.
-            allocate_on_comm_stream: accepted: outputs are always allocated there.
+            allocate_on_comm_stream: take the outputs from that stream's memory also where nothing else asks for it.
             handle: of an earlier dispatch: ``x`` goes the same ways, without new counts.
             do_handle_copy: keep a copy of ``topk_idx``, not the tensor itself.
             do_cpu_sync: wait for the counts, and give the outputs as many rows as come. By default so, unless there
@@ -389,7 +394,7 @@ class ElasticBuffer:
             given = _or(num_max_tokens_per_rank, self.num_max_tokens_per_rank)
             require(num_experts is not None, "num_experts", None, "the number of experts of all ranks")
             assert num_experts is not None
-            sms = check_int("num_sms", num_sms, minimum=0) or self.get_theoretical_num_sms(num_experts, 1)
+            sms = check_int("num_sms", num_sms, minimum=0) or self._usual_sms
             host_waits = do_cpu_sync is not False
             sizes = Sizes(num_experts, given, _or(expert_alignment, 1), do_expand, host_waits, do_zero_padding, sms)
         else:
@@ -398,8 +403,12 @@ class ElasticBuffer:
                 handle, topk_idx, num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync, do_expand
             )
         stats = cumulative_local_expert_recv_stats
-        with runtime.comm.turn(_event("previous_event", previous_event), async_with_compute_stream, True) as turn:
-            turn.wait(_event("previous_event_before_epilogue", previous_event_before_epilogue))
+        event = _event("previous_event", previous_event)
+        before = _event("previous_event_before_epilogue", previous_event_before_epilogue)
+        reads_what_came = stats is not None or use_tma_aligned_col_major_sf
+        on_comm = allocate_on_comm_stream or before is not None or reads_what_came
+        with runtime.comm.turn(event, async_with_compute_stream, on_comm) as turn:
+            turn.wait(before)
             party = runtime.party(sms)
             local = (num_experts if handle is None else handle.num_experts) or 0
             expert_major.check_stats(party, stats, local // self.group_size)
@@ -414,10 +423,13 @@ class ElasticBuffer:
                 scales = expert_major.column_major(scales)
             if stats is not None:
                 stats.add_(received.handle.num_unaligned_recv_tokens_per_expert)
-            outputs = received.x, scales, received.topk_idx, received.topk_weights
-            made = _tensors_of(received.handle)
-            read = (*(x if isinstance(x, tuple) else (x,)), topk_idx, topk_weights, stats)
-            done = turn.finish((*read, *made), outputs if handle is not None else (*outputs, *made))
+            if turn.is_plain:
+                done = turn.finish()
+            else:
+                outputs = received.x, scales, received.topk_idx, received.topk_weights
+                made = _tensors_of(received.handle)
+                read = (*(x if isinstance(x, tuple) else (x,)), topk_idx, topk_weights, stats)
+                done = turn.finish((*read, *made), outputs if handle is not None else (*outputs, *made))
         rows: _Rows = received.x if scales is None else (received.x, scales)
         return rows, received.topk_idx, received.topk_weights, received.handle, done
 
@@ -464,13 +476,19 @@ class ElasticBuffer:
         runtime = self._live_runtime()
         sms = check_int("num_sms", num_sms, minimum=0) or expert_major.check_ep_handle(handle).num_sms
         handle = expert_major.check_ep_handle(handle)
-        with runtime.comm.turn(_event("previous_event", previous_event), async_with_compute_stream, True) as turn:
-            turn.wait(_event("previous_event_before_epilogue", previous_event_before_epilogue))
+        event = _event("previous_event", previous_event)
+        before = _event("previous_event_before_epilogue", previous_event_before_epilogue)
+        on_comm = allocate_on_comm_stream or before is not None
+        with runtime.comm.turn(event, async_with_compute_stream, on_comm) as turn:
+            turn.wait(before)
             one_rounding = not self.allow_multiple_reduction
             combine = paranoid_elastic.combine if self._is_paranoid else expert_major.combine
             combined = combine(runtime.party(sms), x, handle, topk_weights, bias, one_rounding=one_rounding)
-            biases = bias if isinstance(bias, tuple) else (bias,)
-            done = turn.finish((x, topk_weights, *biases, *_tensors_of(handle)), combined)
+            if turn.is_plain:
+                done = turn.finish()
+            else:
+                biases = bias if isinstance(bias, tuple) else (bias,)
+                done = turn.finish((x, topk_weights, *biases, *_tensors_of(handle)), combined)
         return *combined, done
 
 

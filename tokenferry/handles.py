@@ -139,11 +139,11 @@ class EPHandle:
         num_recv_tokens: int,
         num_expanded_tokens: int,
         num_recv_tokens_per_expert_list: list[int],
+        psum_num_recv_tokens_per_scaleup_rank: torch.Tensor,
         psum_num_recv_tokens_per_expert: torch.Tensor,
         num_unaligned_recv_tokens_per_expert: torch.Tensor,
         recv_src_metadata: torch.Tensor,
         routes: DispatchHandle,
-        rank: int,
     ) -> None:
         self.do_expand = do_expand
         self.num_experts = num_experts
@@ -154,7 +154,7 @@ class EPHandle:
         self.num_recv_tokens = num_recv_tokens
         self.num_expanded_tokens = num_expanded_tokens
         self.num_recv_tokens_per_expert_list = num_recv_tokens_per_expert_list
-        self.psum_num_recv_tokens_per_scaleup_rank = routes.rank_prefix_matrix[:, rank].contiguous()
+        self.psum_num_recv_tokens_per_scaleup_rank = psum_num_recv_tokens_per_scaleup_rank
         self.psum_num_recv_tokens_per_expert = psum_num_recv_tokens_per_expert
         self.num_unaligned_recv_tokens_per_expert = num_unaligned_recv_tokens_per_expert
         self.recv_src_metadata = recv_src_metadata

@@ -165,7 +165,7 @@ class Recorder:
     def waited(self, kind: int, idle_ns: int, for_ranks: Mapping[int, int]) -> None:
         """Count one wait, and for how much of it each rank was missing, in nanoseconds."""
         with self._lock:
-            counts = self._of(kind)
+            counts = self._kinds.get(kind) or self._of(kind)
             counts.idle.add(idle_ns)
             for rank, nanoseconds in for_ranks.items():
                 counts.waits.setdefault(rank, _Tally()).add(nanoseconds)

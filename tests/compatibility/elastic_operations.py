@@ -270,7 +270,7 @@ def _allocate(call: Callable[..., tuple[Any, ...]]) -> Check:
     def check(at: At) -> str:
         result = call(at, allocate_on_comm_stream=True)
         same(result[0], call(at)[0], "x")
-        return IGNORED
+        return NOT_ON_CPU
 
     return check
 
@@ -282,7 +282,7 @@ for _method, _call in ((SEND, send), (SUM, add_up)):
     add("ElasticBuffer", _method, _name, _kinds, "waited for at the beginning, once", _events(_call, _name))
     _effect = "an event is returned; `.event` is None without"
     add("ElasticBuffer", _method, "async_with_compute_stream", "True", _effect, _async(_call))
-    _effect = "outputs always come from that stream's memory"
+    _effect = "outputs come from that stream's memory"
     add("ElasticBuffer", _method, "allocate_on_comm_stream", "True", _effect, _allocate(_call))
 forks("ElasticBuffer", SUM, ["config", "out"], lambda at, options: add_up(at, **options))
 

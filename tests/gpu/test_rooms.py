@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from tests.cases import Scenario
+from tests.cases import Scenario, filled_memory
+from tests.elastic_cases import Elastic, elastic_buffer
 from tests.gpu.test_dispatch_combine import SMALL, TIMEOUT, GpuPoolOf
 from tokenferry import Buffer
 
@@ -29,10 +30,51 @@ def _rooms(rank: int, num_ranks: int) -> list[bool]:
     return roomy
 
 
+def _elastic_rooms(rank: int, num_ranks: int, expand: bool, bulk: bool) -> list[bool]:
+    """Likewise, of dispatches that tell where rows are from."""
+    roomy = []
+    with elastic_buffer(dist.group.WORLD, device="cuda") as buffer:
+        plane = buffer.runtime.party().plane  # type: ignore[union-attr]
+        plane._target = plane._target._replace(can_bulk=plane._target.can_bulk and bulk)
+        for routing in ROUTINGS:
+            case = replace(STEADY, routing=routing, alignment=16)
+            elastic = Elastic(case, rank, num_ranks, expand=expand, device="cuda")
+            with filled_memory():
+                rows, ids, weights, handle, _ = elastic.dispatch(buffer, do_zero_padding=True)
+                roomy.append(rows.untyped_storage().nbytes() > rows.nbytes)
+                elastic.check_rows(rows, padded=True)
+                elastic.check_weights(weights, ids, padded=True)
+                elastic.check_handle(handle)
+                elastic.check_combine(buffer, handle, len(rows))
+                elastic.check_rows(buffer.dispatch(elastic.x, handle=handle)[0])
+        # As many rows, and more that align them.
+        elastic = Elastic(replace(case, alignment=128), rank, num_ranks, expand=expand, device="cuda")
+        for _ in range(2):
+            rows = elastic.dispatch(buffer, do_zero_padding=True)[0]
+            roomy.append(rows.untyped_storage().nbytes() > rows.nbytes)
+            elastic.check_rows(rows, padded=True)
+    return roomy
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("bulk", [True, False])
+@pytest.mark.parametrize("expand", [True, False])
+def test_rooms_of_elastic_dispatches(gpu_pool_of: GpuPoolOf, num_ranks: int, expand: bool, bulk: bool) -> None:
+    for roomy in gpu_pool_of(num_ranks).run(_elastic_rooms, expand, bulk):
+        check_roomy(roomy)
+        assert roomy[8] is not expand, "more expanded rows than room"
+        assert roomy[9]
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_rooms(gpu_pool_of: GpuPoolOf, num_ranks: int) -> None:
     for roomy in gpu_pool_of(num_ranks).run(_rooms):
-        assert not roomy[0]
-        assert roomy[1]
-        assert not roomy[6], "more rows than room: outputs of the right size"
-        assert roomy[7]
+        check_roomy(roomy)
+
+
+def check_roomy(roomy: list[bool]) -> None:
+    """What lies in memory for more, of the dispatches of ROUTINGS."""
+    assert not roomy[0]
+    assert roomy[1]
+    assert not roomy[6], "more rows than room: outputs of the right size"
+    assert roomy[7]

@@ -11,11 +11,12 @@ from tests import oracle
 from tests.cases import Case, generator, same
 from tests.elastic_oracle import expanded_sums, expected, slot_weights
 from tests.kernels.world import LIST_CAPACITY, Rank, Simulated, World
+from tokenferry.config import align_up
 from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, SendPlan
 from tokenferry.dataplane.cuda import expert_major_programs, programs
 from tokenferry.handles import DispatchHandle
 
-KERNELS = ("pack", "starts", "sources", "pad")
+KERNELS = ("pack", "sources", "pad")
 SPARE_TOKENS = 2
 
 
@@ -76,15 +77,14 @@ class ExpandedRank(Rank):
                 self.rank, self.given.topk_idx, self.packed, self.num_experts, self.world.target
             )
 
-    def starts(self) -> None:
-        """What goes between counts and pull."""
-        local = self.case.local_experts
-        self.bases = torch.full((self.num_ranks, local), -7, dtype=torch.int32)
-        self.pairs, self.ends = torch.full((2, local), -7, dtype=torch.int32).clone().unbind()
-        expert_major_programs.starts(
-            self.rank, self.world.context(self.rank)[0], self.bases, (self.pairs, self.ends), self.case.alignment,
-            self.rank, self.expand, self.world.target,
-        )  # fmt: skip
+    def make_tables(self) -> torch.Tensor:
+        local, ranks = self.case.local_experts, self.num_ranks
+        step, pairs = align_up(local, 4), align_up(ranks, 4)
+        bases = pairs + 2 * step
+        tables = torch.full((bases + ranks * local + 1,), -7, dtype=torch.int32)
+        self.rank_ends, self.pairs, self.ends = tables[:ranks], tables[pairs:][:local], tables[pairs + step :][:local]
+        self.bases = tables[bases:]
+        return tables
 
     def pull(self, num_rows: int, handle: DispatchHandle | None = None, signature: int = 42) -> None:
         plan = self._plan(0, handle) if handle else self.plan
@@ -110,11 +110,12 @@ class ExpandedRank(Rank):
         kind = OperationKind.CACHED_EXPANDED_DISPATCH if handle else OperationKind.EXPANDED_DISPATCH
         prefix = handle.rank_prefix_matrix if handle else self.prefix
         call = programs.dispatch_call(
-            plan, out_rows, signature, num_rows, LIST_CAPACITY, (self.world.stage, self.world.half), self.rank, kind,
-            1 << 40, self.world.target, self.num_sms,
+            plan, signature, LIST_CAPACITY, (self.world.stage, self.world.half), self.rank, kind, 1 << 40,
+            self.world.target, self.num_sms,
         )  # fmt: skip
         tensors = programs.dispatch_tensors(plan, self.out, self.sources, prefix, self.bases)
-        call.launch(self.rank, self.world.context(self.rank), tensors, places)
+        rows = num_rows, out_rows if self.expand else 0
+        call.launch(self.rank, self.world.context(self.rank), tensors, (*places, *rows))
         if not self.expand and handle is None:
             expert_major_programs.sources(self.rank, self.out, prefix, self.most, self.rank, self.world.target)
         elif self.expand:
@@ -205,6 +206,7 @@ class ExpandedRank(Rank):
         same(self.metadata[: want.num_tokens], metadata, "metadata")
         assert (self.metadata[want.num_tokens :] == -1).all()
         assert (self.sources[want.num_tokens :] == -1).all()
+        assert self.rank_ends.tolist() == want.psum_rank
         assert self.pairs.tolist() == want.pairs
         assert self.ends.tolist() == (want.psum_expanded if self.expand else want.psum_compact)
 
@@ -232,7 +234,6 @@ def run_ranks(world: World, ranks: list[ExpandedRank], worst: int, sum_dtype: to
         rank.layout()
         rank.pack()
         rank.notify(worst)
-        rank.starts()
         rank.pull(worst)
         first = rank.out
         rank.pull(worst, rank.handle(), signature=44)

@@ -22,6 +22,7 @@ from tests.kernels.test_expert_major import DIRECT
 from tests.kernels.world import LIST_CAPACITY, World
 from tokenferry import ElasticBuffer
 from tokenferry.dataplane.cuda import CudaDataPlane
+from tokenferry.dataplane.cuda.exchange import Rooms
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.kept import Kept
 from tokenferry.modes.inputs import Party
@@ -57,9 +58,11 @@ class Plane(CudaDataPlane):
             check=self._check, arm=lambda: None, counts=world.counts[rank], unread=world.counts[rank],
             wait_for_counts=self._counts,
         )  # fmt: skip
-        self._queue = SimpleNamespace(handle=rank, stream=None, start=lambda: None)  # type: ignore[assignment]
+        self._queue = SimpleNamespace(  # type: ignore[assignment]
+            handle=rank, stream=SimpleNamespace(query=None), start=lambda: None
+        )
         self._regions = SimpleNamespace(poll=lambda: False)  # type: ignore[assignment]
-        self._copies = deque()
+        self._copies, self.rooms = deque(), Rooms()
         self._state, self._sums = world.states[rank], world.sums[rank]
         self._context = world.context(rank)
         self._target, self._half = world.target, world.half
@@ -119,7 +122,6 @@ def test_public_calls(monkeypatch: Any, name: str, direct: str) -> None:
         table[0, :, 1] = world.base
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=None))
     barrier = threading.Barrier(2, action=world.run)
 
     def run(rank: int) -> None:

@@ -82,7 +82,6 @@ def test_no_room_is_reported_and_nothing_is_written_there(monkeypatch: Any) -> N
         rank.layout()
         rank.pack()
         rank.notify(20)
-        rank.starts()
         rank.num_expanded = max(rank.num_expanded, 0)
         rank.pull(20)
         guard.append(rank.num_expanded)
@@ -100,7 +99,6 @@ def test_copies_that_do_not_exist_are_reported(monkeypatch: Any, copy: int) -> N
         rank.layout()
         rank.pack()
         rank.notify(30)
-        rank.starts()
         rank.pull(30)
     world.run()
     ranks[0].metadata[1, 2] = copy

@@ -17,7 +17,7 @@ from tests.kernels.mutants import mutated_modules
 from tests.kernels.schedules import Scheduler, stop_at_deadlocks
 from tests.kernels.world import World
 from tokenferry.dataplane import Outputs
-from tokenferry.dataplane.cuda.kernels import dispatch, expert_major, words
+from tokenferry.dataplane.cuda.kernels import dispatch, expert_major, notify, words
 
 Modules = dict[str, ModuleType]
 
@@ -60,10 +60,8 @@ class Guards:
 
 def world_of(monkeypatch: Any, modules: Modules | None, direct: tuple[bool, ...] = (True,)) -> World:
     """Programs take turns only where they may wait, and memory is strong: faults here do not come from the order."""
-    modules = modules or {"dispatch": dispatch, "expert_major": expert_major}
-    world = World(
-        monkeypatch, 2, 0, direct=direct, stage_bytes=512, modules={"dispatch": modules["dispatch"]}, max_steps=20_000
-    )
+    modules = modules or {"dispatch": dispatch, "notify": notify, "expert_major": expert_major}
+    world = World(monkeypatch, 2, 0, direct=direct, stage_bytes=512, modules=modules, max_steps=20_000)
     world.simulator.switch = world.simulator.weak = 0.0
     world.simulator.random = Scheduler(0)
     stop_at_deadlocks(monkeypatch)
@@ -80,7 +78,6 @@ def begin(rank: ExpandedRank) -> None:
     rank.layout()
     rank.pack()
     rank.notify(WORST)
-    rank.starts()
     rank.pull(WORST)
 
 
@@ -297,8 +294,8 @@ class Mutant:
     scenario: str
 
     def modules(self) -> Modules:
-        copies = mutated_modules(expert_major, self.old, self.new, entries=(dispatch, expert_major))
-        return dict(zip(("dispatch", "expert_major"), copies, strict=True))
+        copies = mutated_modules(expert_major, self.old, self.new, entries=(dispatch, notify, expert_major))
+        return dict(zip(("dispatch", "notify", "expert_major"), copies, strict=True))
 
 
 @pytest.mark.slow

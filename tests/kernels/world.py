@@ -181,14 +181,18 @@ class Rank:
         self.send_head = torch.full((num_tokens, ranks), -7, dtype=torch.int32)
         self.plan = plan = self._plan(num_worst_tokens, None)
         columns = (plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
-        programs.notify(
-            self.rank, self.world.context(self.rank), self.world.counts[self.rank].data_ptr(), plan,
-            (self.send_head, self.prefix, self.channels),
-            tuple(self.world.place(self.rank, column) for column in columns), signature, self.case.local_experts,
-            LIST_CAPACITY, self.rank, OperationKind.DISPATCH, self.world.timeout,
-            num_worst_tokens == 0 and not pulls_meanwhile,
-            self.world.target,
+        call = programs.notify_call(
+            plan, signature, self.case.local_experts, LIST_CAPACITY, self.rank, OperationKind.DISPATCH,
+            self.world.timeout, num_worst_tokens == 0 and not pulls_meanwhile, self.world.target,
         )  # fmt: skip
+        heap, state, ready, _, status = self.world.context(self.rank)
+        context = heap, state, ready, status, self.world.counts[self.rank].data_ptr()
+        tensors = programs.notify_tensors(plan, self.send_head, self.prefix, self.channels, self.make_tables())
+        call.launch(self.rank, context, tensors, [self.world.place(self.rank, column) for column in columns])
+
+    def make_tables(self) -> torch.Tensor | None:
+        """What ``notify`` writes besides, for a plan that has experts."""
+        return None
 
     def pull(self, num_rows: int, handle: DispatchHandle | None = None, signature: int = 42) -> None:
         plan = self._plan(0, handle) if handle else self.plan
@@ -205,12 +209,12 @@ class Rank:
             places = (self.world.place(self.rank, plan.rows), self.world.place(self.rank, plan.scales), 0, 0)
         kind = OperationKind.CACHED_DISPATCH if handle else OperationKind.DISPATCH
         call = programs.dispatch_call(
-            plan, num_rows, signature, num_rows, LIST_CAPACITY, (self.world.stage, self.world.half), self.rank, kind,
-            self.world.timeout, self.world.target, self.num_sms,
+            plan, signature, LIST_CAPACITY, (self.world.stage, self.world.half), self.rank, kind, self.world.timeout,
+            self.world.target, self.num_sms,
         )  # fmt: skip
         prefix = handle.rank_prefix_matrix if handle else self.prefix
         tensors = programs.dispatch_tensors(plan, self.out, self.out.recv_src_idx, prefix)
-        call.launch(self.rank, self.world.context(self.rank), tensors, places)
+        call.launch(self.rank, self.world.context(self.rank), tensors, (*places, num_rows, 0))
         self.world.kept.append((plan, self.out))
 
     def handle(self) -> DispatchHandle:

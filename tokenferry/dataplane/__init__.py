@@ -187,9 +187,11 @@ class DispatchExchange(Protocol):
     send_head: torch.Tensor
     """int32 [T, R]; position of a token among those for the rank, or -1."""
     num_expanded_rows: int
-    """Expanded: rows that the outputs must have, a multiple of the alignment. Else 0."""
+    """Expanded: rows that the outputs must have, a multiple of the alignment where it is no guess. Else 0."""
+    rank_ends: torch.Tensor
+    """int32 [R]: rows received from ranks 0 to r. Only with ``plan.experts``, and without a handle."""
     num_pairs: torch.Tensor
-    """int32 [L]: (token, choice) pairs of each local expert. Only with ``plan.experts``, and without a handle."""
+    """int32 [L]: (token, choice) pairs of each local expert. Likewise."""
     expert_ends: torch.Tensor
     """int32 [L]: expanded, ``end_e``; else the running sum of pairs rounded up to the alignment. Likewise."""
 
@@ -198,7 +200,7 @@ class DispatchExchange(Protocol):
 
         Returns:
             True. With ``plan.may_guess`` False if more rows come than the outputs have: nothing was filled, and it is
-            to be called again, with outputs of ``num_rows`` rows, which is no guess any more.
+            to be called again, with outputs of ``num_rows`` and ``num_expanded_rows`` rows, no guesses any more.
         """
 
 

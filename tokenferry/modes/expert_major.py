@@ -14,28 +14,32 @@ E experts, L = E / R local experts, R ranks, M received rows, X expanded rows.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tokenferry.config import align_up
-from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ReducePlan, SendPlan
+from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, EPHandle
+from tokenferry.kept import Kept, kind_of, make
 from tokenferry.modes.inputs import (
     COMBINE_DTYPES,
     MAX_TOPK,
     Party,
     Rows,
+    are_packed,
     check_biases,
+    check_ids,
     check_num_experts,
     check_row_bytes,
     check_rows,
     check_topk_idx,
+    kinds_of_rows,
     packed,
     topk_idx_t,
 )
-from tokenferry.modes.intranode import _checksum, check_handle, empty_rows_like, signature_of
+from tokenferry.modes.intranode import _checksum, check_handle, empty_rows_like, fit, own_handle, signature_of
 from tokenferry.validation import check_int, check_tensor, describe, require
 
 _INT32 = (torch.int32,)
@@ -97,70 +101,119 @@ def dispatch(
     party: Party, x: object, topk_idx: object, topk_weights: object, sizes: Sizes, *, copy_topk: bool
 ) -> Received:
     """Dispatch with fresh counts; see :meth:`tokenferry.ElasticBuffer.dispatch`."""
-    rows = check_rows(party, x)
-    num_tokens = rows.x.size(0)
-    num_experts = check_num_experts(party, "num_experts", sizes.num_experts)
-    ids = check_topk_idx(party, topk_idx, num_tokens, num_experts)
-    num_topk = ids.size(1)
-    require(num_topk > 0, "topk_idx", "no choices", f"1 to {MAX_TOPK} choices a token")
-    sizes = check_sizes(party, num_tokens, num_topk, sizes)
-    weights = _weights(party, topk_weights, num_tokens, num_topk)
+    plane = party.plane
+    kind, rows, ids, weights = _given(party, x, topk_idx, topk_weights, sizes)
+    sizes, num_topk, worst, experts, signature, _, choices_are_packed = kind
     ids = ids.clone() if copy_topk else ids
-    counts = party.plane.layout(ids, num_experts, party.num_ranks)
-    worst, worst_expanded = (0, 0) if sizes.host_waits else worst_rows(party.num_ranks, num_topk, sizes)
-    plan = SendPlan(
-        *rows,
-        topk_idx=packed(ids),
-        topk_weights=weights,
-        is_token_in_rank=counts.is_token_in_rank,
-        num_tokens_per_rank=counts.num_tokens_per_rank,
-        num_tokens_per_expert=counts.num_tokens_per_expert,
-        num_worst_tokens=worst,
-        handle=None,
-        num_sms=party.num_sms,
-        experts=ExpertPlan(
-            num_local=num_experts // party.num_ranks,
-            num_max_tokens=sizes.num_max_tokens,
-            alignment=sizes.alignment,
-            expand=sizes.expand,
-            num_worst_rows=worst_expanded if sizes.expand else 0,
-            zero_padding=sizes.zero_padding,
+    counts = plane.layout(ids, sizes.num_experts, party.num_ranks)
+    per_rank, per_expert, member = counts
+    plan = make(
+        SendPlan,
+        (
+            *rows, packed(ids, choices_are_packed), weights, member, per_rank, per_expert, worst, None, party.num_sms,
+            experts, None, sizes.host_waits,
         ),
-    )
-    kind = OperationKind.EXPANDED_DISPATCH if sizes.expand else OperationKind.DISPATCH
-    signature = signature_of(kind, rows, num_topk, num_experts)._replace(num_max_tokens=sizes.num_max_tokens)
-    with party.plane.dispatch(signature, plan) as exchange:
-        outputs, received = _outputs(
-            party, rows, num_topk, exchange.num_rows, exchange.num_expanded_rows, sizes.expand
-        )
-        metadata = torch.empty((exchange.num_rows, num_topk + 2), dtype=torch.int32, device=party.device)
-        sources = torch.empty(exchange.num_rows, dtype=torch.int32, device=party.device)
-        exchange.pull(outputs._replace(recv_src_idx=sources, metadata=metadata))
-    listed = [-(-count // sizes.alignment) * sizes.alignment for count in exchange.num_received_per_expert]
+    )  # fmt: skip
+    with plane.dispatch(signature, plan) as exchange:
+        while True:
+            num_rows, num_copies = exchange.num_rows, exchange.num_expanded_rows
+            metadata = plane.empty_rows(num_rows, num_topk + 2, torch.int32)
+            sources = metadata.new_empty_strided((num_rows,), (1,), dtype=torch.int32)
+            received = _outputs(party, rows, num_topk, num_rows, num_copies, sizes.expand)
+            if exchange.pull(_for_plane(received, sources, metadata)):
+                break
+        if (exchange.num_rows, exchange.num_expanded_rows) != (num_rows, num_copies):
+            fit((metadata, sources), exchange.num_rows)
+            fit(received, exchange.num_expanded_rows if sizes.expand else exchange.num_rows)
+    alignment = sizes.alignment
     handle = EPHandle(
         do_expand=sizes.expand,
-        num_experts=num_experts,
-        expert_alignment=sizes.alignment,
+        num_experts=sizes.num_experts,
+        expert_alignment=alignment,
         num_max_tokens_per_rank=sizes.num_max_tokens,
         num_sms=sizes.num_sms,
         topk_idx=ids,
         num_recv_tokens=exchange.num_rows,
         num_expanded_tokens=exchange.num_expanded_rows,
-        num_recv_tokens_per_expert_list=listed,
+        num_recv_tokens_per_expert_list=[
+            -(-count // alignment) * alignment for count in exchange.num_received_per_expert
+        ],
+        psum_num_recv_tokens_per_scaleup_rank=exchange.rank_ends,
         psum_num_recv_tokens_per_expert=exchange.expert_ends,
         num_unaligned_recv_tokens_per_expert=exchange.num_pairs,
         recv_src_metadata=metadata,
-        routes=DispatchHandle(
-            rank_prefix_matrix=exchange.rank_prefix_matrix,
-            channel_prefix_matrix=exchange.channel_prefix_matrix,
-            recv_channel_prefix_matrix=exchange.recv_channel_prefix_matrix,
-            recv_src_idx=sources,
-            is_token_in_rank=counts.is_token_in_rank,
-            send_head=exchange.send_head,
-        ),
-        rank=party.rank,
+        routes=own_handle(party, exchange, sources, member),
     )
     return _received(received, topk_weights is not None, handle)
+
+
+class _Kind(NamedTuple):
+    """What dispatches have in common that are given tensors of equal kinds, and equal sizes."""
+
+    sizes: Sizes
+    num_topk: int
+    num_worst_rows: int
+    """0 if the host waits."""
+    experts: ExpertPlan
+    signature: Signature
+    rows_are_packed: bool
+    choices_are_packed: bool
+
+
+_kinds: Kept[_Kind] = Kept()
+_PLAIN = {int, bool}
+
+
+def _given(
+    party: Party, x: object, topk_idx: object, topk_weights: object, sizes: Sizes
+) -> tuple[_Kind, Rows, torch.Tensor, torch.Tensor]:
+    """What a dispatch is given, checked: its kind, rows, ids, and the weights that travel."""
+    kinds = kinds_of_rows(x)
+    top = (kind_of(topk_idx),) if topk_weights is None else (kind_of(topk_idx), kind_of(topk_weights))
+    types = tuple(map(type, sizes))
+    key = (party.num_ranks, party.device, sizes if _PLAIN.issuperset(types) else None, types, len(top), *top, *kinds)
+    kind = _kinds.get(key)
+    if kind is None:
+        are_known = None not in top and are_packed(top), None not in kinds and are_packed(kinds)
+        kind = _kinds.keep(key, _check(party, x, topk_idx, topk_weights, sizes, *are_known))
+    elif party.plane.values_at_hand:
+        check_ids(topk_idx, kind.sizes.num_experts)  # type: ignore[arg-type]
+    ids: torch.Tensor = topk_idx  # type: ignore[assignment]
+    data, scales = x if type(x) is tuple else (x, None)
+    rows_are_packed = kind.rows_are_packed
+    rows = make(Rows, (packed(data, rows_are_packed), None if scales is None else packed(scales, rows_are_packed)))
+    weights = _travelling(party, topk_weights, ids.shape, kind.choices_are_packed)
+    return kind, rows, ids, weights
+
+
+def _check(
+    party: Party,
+    x: object,
+    topk_idx: object,
+    topk_weights: object,
+    sizes: Sizes,
+    choices_are_packed: bool,
+    rows_are_packed: bool,
+) -> _Kind:
+    rows = check_rows(party, x)
+    num_tokens = rows.x.size(0)
+    num_experts = check_num_experts(party, "num_experts", sizes.num_experts)
+    num_topk = check_topk_idx(party, topk_idx, num_tokens, num_experts).size(1)
+    require(num_topk > 0, "topk_idx", "no choices", f"1 to {MAX_TOPK} choices a token")
+    sizes = check_sizes(party, num_tokens, num_topk, sizes)
+    _check_weights(party, topk_weights, num_tokens, num_topk)
+    worst, worst_expanded = (0, 0) if sizes.host_waits else worst_rows(party.num_ranks, num_topk, sizes)
+    experts = ExpertPlan(
+        num_local=num_experts // party.num_ranks,
+        num_max_tokens=sizes.num_max_tokens,
+        alignment=sizes.alignment,
+        expand=sizes.expand,
+        num_worst_rows=worst_expanded if sizes.expand else 0,
+        zero_padding=sizes.zero_padding,
+    )
+    operation = OperationKind.EXPANDED_DISPATCH if sizes.expand else OperationKind.DISPATCH
+    signature = signature_of(operation, rows, num_topk, num_experts)._replace(num_max_tokens=sizes.num_max_tokens)
+    return _Kind(sizes, num_topk, worst, experts, signature, rows_are_packed, choices_are_packed)
 
 
 def cached_dispatch(
@@ -178,7 +231,8 @@ def cached_dispatch(
         "handle.topk_idx", handle.topk_idx, shape=(num_tokens, None), dtypes=(topk_idx_t,), device=device
     )
     num_topk = ids.size(1)
-    weights = _weights(party, topk_weights, num_tokens, num_topk)
+    _check_weights(party, topk_weights, num_tokens, num_topk)
+    weights = _travelling(party, topk_weights, ids.shape, False)
     expanded = handle.num_expanded_tokens if handle.do_expand else 0
     metadata = ends = None
     if handle.do_expand:
@@ -210,39 +264,48 @@ def cached_dispatch(
     kind = OperationKind.CACHED_EXPANDED_DISPATCH if handle.do_expand else OperationKind.CACHED_DISPATCH
     signature = signature_of(kind, rows, num_topk, num_experts, handle=_checksum(party, routes))
     with party.plane.dispatch(signature, plan) as exchange:
-        outputs, received = _outputs(party, rows, num_topk, num_rows, expanded, handle.do_expand)
-        exchange.pull(outputs)
+        received = _outputs(party, rows, num_topk, num_rows, expanded, handle.do_expand)
+        exchange.pull(_for_plane(received, None, None))
     return _received(received, topk_weights is not None, handle)
 
 
-def _weights(party: Party, given: object, num_tokens: int, num_topk: int) -> torch.Tensor:
-    """The weights that travel; unset where the caller has none."""
-    if given is None:
-        return party.plane.empty_rows(num_tokens, num_topk, torch.float32)
-    shape = (num_tokens, num_topk)
-    return packed(check_tensor("topk_weights", given, shape=shape, dtypes=_FLOAT32, device=party.device))
+def _check_weights(party: Party, given: object, num_tokens: int, num_topk: int) -> None:
+    if given is not None:
+        check_tensor("topk_weights", given, shape=(num_tokens, num_topk), dtypes=_FLOAT32, device=party.device)
+
+
+def _travelling(party: Party, weights: Any, shape: torch.Size, are_packed: bool) -> torch.Tensor:
+    """The weights that travel, which are checked; unset where the caller has none."""
+    if weights is None:
+        return party.plane.empty_rows(shape[0], shape[1], torch.float32)
+    return packed(weights, are_packed)
 
 
 class _Outputs(NamedTuple):
-    """The caller's tensors under :class:`tokenferry.dataplane.Outputs`."""
+    """What the caller gets of :class:`tokenferry.dataplane.Outputs`."""
 
     x: torch.Tensor
     scales: torch.Tensor | None
     topk_idx: torch.Tensor | None
+    """None if expanded."""
     topk_weights: torch.Tensor
+    """Expanded, of one dimension."""
 
 
 def _outputs(
     party: Party, rows: Rows, num_topk: int, num_rows: int, num_expanded_rows: int, expand: bool
-) -> tuple[Outputs, _Outputs]:
-    """Unset tensors for the rows that come, as the data plane and as the caller sees them."""
+) -> _Outputs:
+    """Unset tensors for the rows that come."""
     x, scales = empty_rows_like(party, rows, num_expanded_rows if expand else num_rows)
     if expand:
-        flat = torch.empty(num_expanded_rows, dtype=torch.float32, device=party.device)
-        return Outputs(x, scales, None, flat.view(-1, 1), None), _Outputs(x, scales, None, flat)
+        return _Outputs(x, scales, None, x.new_empty_strided((num_expanded_rows,), (1,), dtype=torch.float32))
     ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
-    weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
-    return Outputs(x, scales, ids, weights, None), _Outputs(x, scales, ids, weights)
+    return _Outputs(x, scales, ids, party.plane.empty_rows(num_rows, num_topk, torch.float32))
+
+
+def _for_plane(received: _Outputs, sources: torch.Tensor | None, metadata: torch.Tensor | None) -> Outputs:
+    x, scales, ids, weights = received
+    return make(Outputs, (x, scales, ids, weights.view(-1, 1) if ids is None else weights, sources, metadata))
 
 
 def _received(outputs: _Outputs, has_weights: bool, handle: EPHandle) -> Received:
@@ -280,7 +343,8 @@ def check_beside_handle(
         ("expert_alignment", expert_alignment),
     ):
         known = getattr(handle, name)
-        require(given is None or given == known, name, given, f"None beside handle, or its {known}")
+        if given is not None and given != known:
+            raise ArgumentError(name, given, f"None beside handle, or its {known}")
     require(not do_cpu_sync, "do_cpu_sync", do_cpu_sync, "False or None beside handle: there is nothing to wait for")
     require(
         not do_expand or handle.do_expand, "do_expand", do_expand, "False: the rows of the handle are not expanded"
@@ -292,7 +356,8 @@ def _metadata(party: Party, handle: EPHandle, num_rows: int, num_topk: int | Non
     name = "handle.recv_src_metadata"
     width = None if num_topk is None else num_topk + 2
     given = check_tensor(name, handle.recv_src_metadata, shape=(num_rows, width), dtypes=_INT32, device=party.device)
-    require(given.size(1) >= 2, name, describe(given), "columns for two numbers and the copies")
+    if given.shape[1] < 2:
+        raise ArgumentError(name, describe(given), "columns for two numbers and the copies")
     metadata = given.contiguous()
     if party.plane.values_at_hand and metadata[:, 2:].numel():
         low, high = (int(bound) for bound in metadata[:, 2:].aminmax())
@@ -314,7 +379,7 @@ def combine(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum the rows of every token; see :meth:`tokenferry.ElasticBuffer.combine`."""
     routes = check_handle(party, handle.routes)
-    num_rows, num_tokens = routes.recv_src_idx.numel(), routes.is_token_in_rank.size(0)
+    num_rows, num_tokens = routes.recv_src_idx.shape[0], routes.is_token_in_rank.shape[0]
     rows = check_tensor("x", x, shape=(None, None), dtypes=COMBINE_DTYPES, device=party.device)
     check_row_bytes(rows)
     given, hidden = rows.shape

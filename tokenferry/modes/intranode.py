@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from tokenferry.config import align_up
-from tokenferry.dataplane import Layout, OperationKind, Outputs, ReducePlan, SendPlan, Signature
+from tokenferry.dataplane import DispatchExchange, Layout, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.dtypes import dtype_code
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, Handle
@@ -82,7 +82,7 @@ def layout(party: Party, topk_idx: torch.Tensor, num_experts: int) -> Layout:
 
 
 class _OwnHandle(DispatchHandle):
-    """A handle as :func:`dispatch` made it, of which the shapes are known. What is made of it is a plain one."""
+    """A handle as :func:`own_handle` made it, of which the shapes are known. What is made of it is a plain one."""
 
     fits: tuple[int, torch.device, torch.Size] | None = None
     """Ranks, device and shape of the caller's membership tensor."""
@@ -90,6 +90,22 @@ class _OwnHandle(DispatchHandle):
     def __reduce__(self) -> tuple[type[DispatchHandle], tuple[torch.Tensor, ...]]:
         """Copy and pickle as a plain handle: copies may end on another device."""
         return DispatchHandle, tuple(self)
+
+
+def own_handle(
+    party: Party, exchange: DispatchExchange, recv_src_idx: torch.Tensor, member: torch.Tensor
+) -> DispatchHandle:
+    """The handle of a dispatch, whose shapes need no look any more."""
+    handle = _OwnHandle(
+        rank_prefix_matrix=exchange.rank_prefix_matrix,
+        channel_prefix_matrix=exchange.channel_prefix_matrix,
+        recv_channel_prefix_matrix=exchange.recv_channel_prefix_matrix,
+        recv_src_idx=recv_src_idx,
+        is_token_in_rank=member,
+        send_head=exchange.send_head,
+    )
+    handle.fits = (party.num_ranks, party.device, member.shape)
+    return handle
 
 
 def check_handle(party: Party, handle: object) -> DispatchHandle:
@@ -160,7 +176,6 @@ def _checksum(party: Party, handle: DispatchHandle) -> int:
 def dispatch(party: Party, given: Inputs) -> Received:
     """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`."""
     rows, ids, weights, member = given.rows, given.topk_idx, given.topk_weights, given.is_token_in_rank
-    ranks, device = party.num_ranks, party.device
     num_topk = 0 if ids is None else ids.shape[1]
     plan = SendPlan(
         *rows,
@@ -187,18 +202,8 @@ def dispatch(party: Party, given: Inputs) -> Received:
             if exchange.pull(Outputs(recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx)):
                 break
         if exchange.num_rows != num_rows:
-            for output in (recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx):
-                if output is not None:
-                    output.resize_(exchange.num_rows, *output.shape[1:])
-    handle = _OwnHandle(
-        rank_prefix_matrix=exchange.rank_prefix_matrix,
-        channel_prefix_matrix=exchange.channel_prefix_matrix,
-        recv_channel_prefix_matrix=exchange.recv_channel_prefix_matrix,
-        recv_src_idx=recv_src_idx,
-        is_token_in_rank=member,
-        send_head=exchange.send_head,
-    )
-    handle.fits = (ranks, device, member.shape)
+            fit((recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx), exchange.num_rows)
+    handle = own_handle(party, exchange, recv_src_idx, member)
     aligned = [align_up(count, given.expert_alignment) for count in exchange.num_received_per_expert]
     return Received(recv_x, recv_scales, recv_ids, recv_weights, aligned, handle)
 
@@ -303,6 +308,13 @@ def empty_rows_like(party: Party, rows: Rows, num_rows: int) -> tuple[torch.Tens
     x, scales = rows
     recv_x = party.plane.empty_rows(num_rows, x.shape[1], x.dtype)
     return recv_x, None if scales is None else party.plane.empty_rows(num_rows, scales.shape[1], scales.dtype)
+
+
+def fit(outputs: Iterable[torch.Tensor | None], num_rows: int) -> None:
+    """Give outputs, which have no fewer, exactly so many rows, in the memory that they have."""
+    for output in outputs:
+        if output is not None:
+            output.resize_(num_rows, *output.shape[1:])
 
 
 def warm(

@@ -141,6 +141,7 @@ class Dispatch(Exchange):
             self.num_expanded_rows = plan.num_worst_rows
             return
         self._pairs = per_source[:, self._experts.start : self._experts.stop].long()
+        self.rank_ends = self.rank_prefix_matrix[:, self.rank].contiguous()
         self.num_pairs = self._pairs.sum(0, dtype=torch.int32)
         self.expert_ends = ends_of(self.num_pairs, plan.alignment, plan.expand)
         if plan.expand:

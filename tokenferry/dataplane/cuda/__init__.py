@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import torch
 
 from tokenferry.dataplane import (
-    ExpertPlan,
     HeldRows,
     Layout,
     LowLatencyCombinePlan,
@@ -37,7 +36,7 @@ from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
 from tokenferry.dataplane.cuda.rank import CudaRank, Queue
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle
-from tokenferry.kept import Kept
+from tokenferry.kept import Kept, make
 from tokenferry.memory.direct import Regions
 from tokenferry.memory.symm import SymmetricHeap
 
@@ -97,25 +96,20 @@ class CudaDataPlane(CudaRank):
     def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
         self.check()
-        ranks, num_tokens = num_ranks, topk_idx.size(0)
-        limit = self._sums.numel() - ranks
+        ranks, target = num_ranks, self._target
+        limit = self._sums.shape[0] - ranks
         if num_experts > limit:
             raise ArgumentError("num_experts", num_experts, f"at most {limit} on a GPU with {self.num_ranks} ranks")
         topk_idx = self._aligned(topk_idx)
         counts = self.empty(ranks + num_experts)
-        member = self.empty_rows(num_tokens, ranks, torch.bool)
+        member = self.empty_rows(topk_idx.shape[0], ranks, torch.bool)
+        if ranks != self.num_ranks:
+            target = target._replace(num_ranks=ranks)
         self._queue.start()
         programs.layout(
-            self._queue.handle,
-            topk_idx,
-            self._sums,
-            counts,
-            member,
-            self._state,
-            num_experts,
-            self._target._replace(num_ranks=ranks),
-        )
-        return Layout(counts[:ranks], counts[ranks:], member)
+            self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, target
+        )  # fmt: skip
+        return make(Layout, (counts[:ranks], counts[ranks:], member))
 
     def dispatch(self, signature: Signature, plan: SendPlan) -> CudaDispatch:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
@@ -129,9 +123,9 @@ class CudaDataPlane(CudaRank):
         rows = self._aligned(plan.rows)
         if rows is not plan.rows:
             plan = plan._replace(rows=rows)
-        if plan.experts is not None:
-            plan = self._with_experts(plan, plan.experts)
-        self._check_stage(programs.dispatch_record(plan))
+        if plan.experts is not None and plan.experts.metadata is not None:
+            metadata = self._aligned(plan.experts.metadata)
+            plan = plan._replace(experts=plan.experts._replace(metadata=metadata))
         self._follow_regions()
         exchange = CudaDispatch(self, signature, plan)
         if plan.handle is None:
@@ -145,15 +139,10 @@ class CudaDataPlane(CudaRank):
         assert handle is not None
         prefix, src_idx = handle.rank_prefix_matrix, handle.recv_src_idx
         num_rows = src_idx.shape[0]
-        key = signature, rows.shape, num_rows, num_sms
+        key = signature, rows.shape, num_sms
         call = self._calls.get(key)
         if call is None:
-            self._check_stage(programs.dispatch_record(plan))
-            call = programs.dispatch_call(
-                plan, 0, programs.number_of(signature), num_rows, self.heap.list_capacity, self._stage,
-                self.rank, signature.operation, self._timeout, self._target, self._num_programs(num_sms),
-            )  # fmt: skip
-            self._calls.keep(key, call)
+            call = self._calls.keep(key, self._dispatch_call(signature, plan))
         self._follow_regions()
         places = self._places(rows, scales)
         self._queue.start()
@@ -161,56 +150,77 @@ class CudaDataPlane(CudaRank):
         tensors = (
             rows, scales, None, None, outputs.rows, outputs.scales, None, None, src_idx, prefix, None, None,
         )  # fmt: skip
-        call.launch(self._queue.handle, self._context, tensors, (*places, 0, 0))
+        call.launch(self._queue.handle, self._context, tensors, (*places, 0, 0, num_rows, 0))
+
+    def _dispatch_call(self, signature: Signature, plan: SendPlan) -> Call:
+        self._check_stage(programs.dispatch_record(plan))
+        return programs.dispatch_call(
+            plan, programs.number_of(signature), self.heap.list_capacity, self._stage, self.rank,
+            signature.operation, self._timeout, self._target, self._num_programs(plan.num_sms),
+        )  # fmt: skip
 
     def _num_programs(self, num_sms: int) -> int:
         return min(num_sms or DEFAULT_NUM_SMS, self._most_programs)
 
     def notify(
-        self,
-        signature: Signature,
-        plan: SendPlan,
-        prefix: torch.Tensor,
-        channels: torch.Tensor,
-        send_head: torch.Tensor,
-        pulls_meanwhile: bool,
-    ) -> None:
+        self, signature: Signature, plan: SendPlan, tables: tuple[torch.Tensor, ...], pulls_meanwhile: bool
+    ) -> SendPlan:
         """Launch the exchange of counts.
 
-        ``pulls_meanwhile``: the pull is launched before the host looks at the counts, whatever they are.
+        Args:
+            signature: of the dispatch.
+            plan: of the dispatch.
+            tables: what it writes: ``send_head``, the prefix matrix, the channel matrices, the tables of the experts.
+            pulls_meanwhile: whether the pull is launched before the host looks at the counts, whatever they are.
+
+        Returns:
+            The plan as the pull wants it: ids packed where they say which rows copies are.
         """
-        assert plan.num_tokens_per_rank is not None
-        assert plan.num_tokens_per_expert is not None
-        num_local = plan.num_tokens_per_expert.numel() // self.num_ranks
-        limit = self._check_list(plan)
-        if num_local > words.MAX_LOCAL_EXPERTS:
-            raise ArgumentError(
-                "num_tokens_per_expert", f"{num_local} experts a rank", f"at most {words.MAX_LOCAL_EXPERTS}"
-            )
         host_reads = plan.num_worst_tokens == 0
+        host_waits = host_reads and not pulls_meanwhile
+        experts = plan.experts
+        shape = () if experts is None else (experts.num_local, experts.alignment, experts.expand)
+        key = "notify", signature, plan.rows.shape, plan.num_worst_tokens, host_waits, shape
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls.keep(key, self._notify_call(signature, plan, host_waits))
+        given = plan.topk_idx
+        if experts is not None and experts.expand:
+            assert given is not None
+            given = self._aligned(given)
+            plan = plan._replace(topk_idx=self.empty_rows(given.shape[0], given.shape[1], given.dtype))
+        places = self._send_places(plan)
+        host = self.status.unread
         if host_reads:
             self.status.arm()
+            host = self.status.counts
+        heap, state, ready, _, status = self._context
         self._queue.start()
-        programs.notify(
-            self._queue.handle,
-            self._context,
-            (self.status.counts if host_reads else self.status.unread).data_ptr(),
-            plan,
-            (send_head, prefix, channels),
-            self._send_places(plan),
-            programs.number_of(signature),
-            num_local,
-            limit,
-            self.rank,
-            signature.operation,
-            self._timeout,
-            host_reads and not pulls_meanwhile,
-            self._target,
-        )
+        if experts is not None and experts.expand:
+            assert given is not None
+            assert plan.topk_idx is not None
+            num_experts = experts.num_local * self.num_ranks
+            expert_major_programs.pack(self._queue.handle, given, plan.topk_idx, num_experts, self._target)
+        context = heap, state, ready, status, host.data_ptr()
+        call.launch(self._queue.handle, context, programs.notify_tensors(plan, *tables), places)
+        return plan
+
+    def _notify_call(self, signature: Signature, plan: SendPlan, host_waits: bool) -> Call:
+        assert plan.num_tokens_per_expert is not None
+        num_local = plan.num_tokens_per_expert.numel() // self.num_ranks
+        if num_local > words.MAX_LOCAL_EXPERTS:
+            allowed = f"at most {words.MAX_LOCAL_EXPERTS}"
+            raise ArgumentError("num_tokens_per_expert", f"{num_local} experts a rank", allowed)
+        self._check_stage(programs.dispatch_record(plan))
+        return programs.notify_call(
+            plan, programs.number_of(signature), num_local, self._check_list(plan), self.rank, signature.operation,
+            self._timeout, host_waits, self._target,
+        )  # fmt: skip
 
     def announce_part(self, signature: Signature, plan: SendPlan, part: PartPlan, table: torch.Tensor) -> None:
         """Launch what stands for the exchange of counts where no host waits; it fills the int32 [3, R] ``table``."""
         limit = self._check_list(plan)
+        self._check_stage(programs.dispatch_record(plan))
         self._queue.start()
         parts_programs.announce_part(
             self._queue.handle,
@@ -242,40 +252,10 @@ class CudaDataPlane(CudaRank):
         assert plan.num_tokens_per_expert is not None
         num_local = plan.num_tokens_per_expert.numel() // self.num_ranks
         try:
-            return self.status.wait_for_counts(num_local, torch.cuda.current_stream(self._device).query)
+            return self.status.wait_for_counts(num_local, self._queue.stream.query)
         except ArgumentError:
             self._forgive()
             raise
-
-    def _with_experts(self, plan: SendPlan, experts: ExpertPlan) -> SendPlan:
-        """The plan as its kernels want it: ids packed where they say which rows copies are."""
-        if experts.metadata is not None:
-            return plan._replace(experts=experts._replace(metadata=self._aligned(experts.metadata)))
-        if not experts.expand:
-            return plan
-        assert plan.topk_idx is not None
-        ids = self._aligned(plan.topk_idx)
-        packed = torch.empty_like(ids)
-        self._queue.start()
-        num_experts = experts.num_local * self.num_ranks
-        expert_major_programs.pack(self._queue.handle, ids, packed, num_experts, self._target)
-        return plan._replace(topk_idx=packed)
-
-    def lay_out_experts(
-        self, plan: ExpertPlan, bases: torch.Tensor, num_pairs: torch.Tensor, ends: torch.Tensor
-    ) -> None:
-        """Launch what tells where the rows of the experts begin and end, once the counts are there."""
-        self._queue.start()
-        expert_major_programs.starts(
-            self._queue.handle,
-            self._context[0],
-            bases,
-            (num_pairs, ends),
-            plan.alignment,
-            self.rank,
-            plan.expand,
-            self._target,
-        )
 
     def after_pull(self, plan: SendPlan, prefix: torch.Tensor, outputs: Outputs, ends: torch.Tensor) -> None:
         """Launch what a dispatch that tells where rows are from still has to write."""
@@ -308,13 +288,14 @@ class CudaDataPlane(CudaRank):
         cached = plan.handle is not None
         src_idx = plan.handle.recv_src_idx if plan.handle is not None else outputs.recv_src_idx
         places = self._send_places(plan) if cached else (0, 0, 0, 0)
-        call = programs.dispatch_call(
-            plan, outputs.rows.shape[0], programs.number_of(signature), num_rows, self.heap.list_capacity,
-            self._stage, self.rank, signature.operation, self._timeout, self._target,
-            self._num_programs(plan.num_sms),
-        )  # fmt: skip
+        num_expanded = outputs.rows.shape[0] if plan.experts is not None and plan.experts.expand else 0
+        ids_of_part = None if plan.part is None else (plan.part.expert_ids,)
+        key = "pull", signature, plan.rows.shape, plan.num_sms, cached, ids_of_part or 0
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls.keep(key, self._dispatch_call(signature, plan))
         tensors = programs.dispatch_tensors(plan, outputs, src_idx, prefix, bases)
-        call.launch(self._queue.handle, self._context, tensors, places)
+        call.launch(self._queue.handle, self._context, tensors, (*places, num_rows, num_expanded))
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
@@ -395,27 +376,27 @@ class CudaDataPlane(CudaRank):
         x = self._aligned(plan.columns[0])
         wide = plan.sum_dtype or x.dtype
         metadata = self._aligned(metadata)
+        sums = self.empty_rows(metadata.shape[0], x.shape[1], wide)
+        biases, whole = plan.biases, outs[0]
+        if wide != x.dtype:
+            biases = [bias.to(wide) for bias in biases]
+            whole = self.empty_rows(whole.shape[0], whole.shape[1], wide)
         self._queue.start()
-        with torch.cuda.stream(self._queue.stream):
-            sums = torch.empty((metadata.size(0), x.size(1)), dtype=wide, device=self._device)
-            expert_major_programs.sum_copies(
-                self._queue.handle,
-                x,
-                metadata,
-                sums,
-                plan.handle.rank_prefix_matrix,
-                (self._context[1], self._context[4]),
-                self.rank,
-                signature.operation,
-                self._target,
-            )
-            biases = [bias.to(wide) for bias in plan.biases]
-            whole = outs[0] if wide == x.dtype else torch.empty(outs[0].shape, dtype=wide, device=self._device)
-            columns = [sums, *plan.columns[1:]]
-            self.pull_reduce(
-                signature, plan._replace(columns=columns, biases=biases, metadata=None), [whole, *outs[1:]]
-            )
-            if whole is not outs[0]:
+        expert_major_programs.sum_copies(
+            self._queue.handle,
+            x,
+            metadata,
+            sums,
+            plan.handle.rank_prefix_matrix,
+            (self._context[1], self._context[4]),
+            self.rank,
+            signature.operation,
+            self._target,
+        )
+        summed = ReducePlan([sums, *plan.columns[1:]], biases, plan.handle, plan.num_sms)
+        self.pull_reduce(signature, summed, [whole, *outs[1:]])
+        if whole is not outs[0]:
+            with torch.cuda.stream(self._queue.stream):
                 outs[0].copy_(whole)
 
     def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tokenferry.dataplane import ExpertPlan, Outputs, SendPlan, Signature
+from tokenferry.dataplane import Outputs, SendPlan, Signature
 
 if TYPE_CHECKING:
     from tokenferry.dataplane.cuda import CudaDataPlane
@@ -17,7 +17,7 @@ _SLACK = 16
 
 
 class Rooms:
-    """How many rows dispatches of a kind are likely to receive, by those before them.
+    """How many rows dispatches of a kind are likely to receive, and to expand these to, by those before them.
 
     So outputs can be made, and the pull be launched, while the counts are still under way: no row waits for the host.
     It costs memory for 1/16 more rows while routing is steady, and a second launch where the guess was too low. What
@@ -25,19 +25,23 @@ class Rooms:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Signature, tuple[int, int]] = {}
+        self._known: dict[Signature, tuple[int, int, int]] = {}
 
-    def guess(self, signature: Signature, num_tokens: int) -> int:
-        """Rows to make room for; 0: nothing to go by, as the number of tokens is far from the last one."""
-        before, rows = self._known.get(signature, (0, 0))
+    def guess(self, signature: Signature, num_tokens: int) -> tuple[int, int]:
+        """Rows to make room for, and expanded ones, if they are (else 0).
+
+        (0, 0): nothing to go by, as the number of tokens is far from the last one.
+        """
+        before, rows, expanded = self._known.get(signature, (0, 0, 0))
         if 8 * abs(num_tokens - before) > before or rows == 0:
-            return 0
-        return -(-rows * (_SLACK + 1) // _SLACK)
+            return 0, 0
+        return -(-rows * (_SLACK + 1) // _SLACK), -(-expanded * (_SLACK + 1) // _SLACK)
 
-    def note(self, signature: Signature, num_tokens: int, num_rows: int) -> None:
+    def note(self, signature: Signature, num_tokens: int, num_rows: int, num_expanded: int) -> None:
         """Remember what came: at once where it is more than before, by and by where it is less."""
-        _, rows = self._known.get(signature, (0, 0))
-        self._known[signature] = num_tokens, max(num_rows, (rows + num_rows) // 2)
+        _, rows, expanded = self._known.get(signature, (0, 0, 0))
+        rows, expanded = max(num_rows, (rows + num_rows) // 2), max(num_expanded, (expanded + num_expanded) // 2)
+        self._known[signature] = num_tokens, rows, expanded
 
 
 class CudaDispatch:
@@ -48,33 +52,49 @@ class CudaDispatch:
         self._signature = signature
         self._plan = plan
         self._is_open = False
-        self.num_rows = 0
+        self.num_rows = self.num_expanded_rows = 0
         self.num_received_per_expert: list[int] = []
-        self.num_expanded_rows = 0
         self._guesses = False
         self._bases: torch.Tensor | None = None
-        self.num_pairs = self.expert_ends = plan.is_token_in_rank  # of no use before there are experts
+        self.rank_ends = self.num_pairs = self.expert_ends = plan.is_token_in_rank  # of no use but with experts
         handle = plan.handle
         if plan.part is not None:
             self.num_rows = plan.part.num_rows
             self.rank_prefix_matrix = plane.empty_table(3 * plane.num_ranks)
             self.send_head = self.channel_prefix_matrix = self.recv_channel_prefix_matrix = plane.empty(0)
-            return
-        if handle is not None:
+        elif handle is not None:
             self.num_rows = handle.recv_src_idx.shape[0]
             self.num_expanded_rows = 0 if plan.experts is None else plan.experts.num_worst_rows
             (
                 self.rank_prefix_matrix, self.channel_prefix_matrix, self.recv_channel_prefix_matrix, _, _,
                 self.send_head,
             ) = handle  # fmt: skip
-            return
-        num_tokens, ranks = plan.is_token_in_rank.shape
-        small = plane.empty(ranks * ranks + 2 * ranks + num_tokens * ranks)
-        of_ranks, first = (ranks, 1), ranks * ranks
+        else:
+            self._make_tables()
+
+    def _make_tables(self) -> None:
+        """Those of the handle and, behind them, those of the experts: see ``lay_out_experts``, which writes these."""
+        num_tokens, ranks = self._plan.is_token_in_rank.shape
+        experts = self._plan.experts
+        of_ranks, channels = (ranks, 1), ranks * ranks
+        heads = channels + 2 * ranks
+        end = heads + num_tokens * ranks
+        if experts is not None:
+            local = experts.num_local
+            rank_ends = -(-end // 4) * 4  # on 16 bytes, as all that follow
+            pairs, step = rank_ends + -(-ranks // 4) * 4, -(-local // 4) * 4
+            bases = pairs + 2 * step
+            end = bases + experts.expand * (ranks * local + 1)
+        small = self._plane.empty(end)
         self.rank_prefix_matrix = small.as_strided((ranks, ranks), (ranks, 1))
-        self.channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), first)
-        self.recv_channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), first + ranks)
-        self.send_head = small.as_strided((num_tokens, ranks), (ranks, 1), first + 2 * ranks)
+        self.channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), channels)
+        self.recv_channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), channels + ranks)
+        self.send_head = small.as_strided((num_tokens, ranks), (ranks, 1), heads)
+        if experts is not None:
+            self.rank_ends = small.as_strided((ranks,), (1,), rank_ends)
+            self.num_pairs = small.as_strided((local,), (1,), pairs)
+            self.expert_ends = small.as_strided((local,), (1,), pairs + step)
+            self._bases = small.as_strided((end - bases,), (1,), bases)
 
     def __enter__(self) -> CudaDispatch:
         return self
@@ -90,51 +110,36 @@ class CudaDispatch:
             self._plane.announce_part(self._signature, plan, plan.part, self.rank_prefix_matrix)
             self._is_open = True
             return
-        room = self._plane.rooms.guess(self._signature, plan.rows.shape[0]) if plan.may_guess else 0
-        self._guesses = room > 0
-        # The two channel matrices lie one behind the other.
-        self._plane.notify(
-            self._signature,
-            plan,
-            self.rank_prefix_matrix,
-            self.channel_prefix_matrix,
-            self.send_head,
-            self._guesses,
-        )
+        worst, experts = plan.num_worst_tokens, plan.experts
+        if worst:
+            self.num_rows, self.num_expanded_rows = worst, 0 if experts is None else experts.num_worst_rows
+        elif plan.may_guess:
+            self.num_rows, self.num_expanded_rows = self._plane.rooms.guess(self._signature, plan.rows.shape[0])
+            self._guesses = self.num_rows > 0
+        # The two channel matrices lie one behind the other, and so do the tables of the experts.
+        tables = (self.send_head, self.rank_prefix_matrix, self.channel_prefix_matrix, self.rank_ends)
+        self._plan = self._plane.notify(self._signature, plan, tables, self._guesses)
         self._is_open = True
-        if plan.num_worst_tokens or self._guesses:
-            self.num_rows = plan.num_worst_tokens or room
-            self._lay_out_experts(plan.experts)
+        if worst or self._guesses:
             return
         self._is_open = False  # if this raises, all ranks have stepped back, or the Buffer has failed
         self._wait_for_counts()
         self._is_open = True
         try:
             self._plane.check()  # what else was reported meanwhile
-            self._lay_out_experts(plan.experts)
         except BaseException:
             self.abandon()
             raise
 
     def _wait_for_counts(self) -> None:
-        plan = self._plan
-        self.num_rows, self.num_received_per_expert = self._plane.wait_for_counts(plan)
+        plan, experts = self._plan, self._plan.experts
+        self.num_rows, self.num_received_per_expert = counts = self._plane.wait_for_counts(plan)
+        if experts is not None and experts.expand:
+            alignment = experts.alignment
+            self.num_expanded_rows = sum([-(-count // alignment) for count in counts[1]]) * alignment
         if plan.may_guess:
-            self._plane.rooms.note(self._signature, plan.rows.shape[0], self.num_rows)
-
-    def _lay_out_experts(self, plan: ExpertPlan | None) -> None:
-        """Where the rows of the experts begin and end."""
-        if plan is None:
-            return
-        ranks, local = self._plan.is_token_in_rank.size(1), plan.num_local
-        step = -(-local // 4) * 4  # each begins on 16 bytes
-        small = self._plane.empty(2 * step + plan.expand * ranks * local)
-        self.num_pairs, self.expert_ends = small[:local], small[step : step + local]
-        self._bases = small[2 * step :]
-        self._plane.lay_out_experts(plan, self._bases, self.num_pairs, self.expert_ends)
-        if plan.expand:
-            aligned = (-(-count // plan.alignment) * plan.alignment for count in self.num_received_per_expert)
-            self.num_expanded_rows = plan.num_worst_rows or sum(aligned)
+            num_tokens = plan.rows.shape[0]
+            self._plane.rooms.note(self._signature, num_tokens, self.num_rows, self.num_expanded_rows)
 
     def pull(self, outputs: Outputs) -> bool:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
@@ -144,9 +149,9 @@ class CudaDispatch:
             self._plane.after_pull(self._plan, self.rank_prefix_matrix, outputs, self.expert_ends)
         if self._guesses:  # while the rows travel
             self._guesses = False
-            room = self.num_rows
+            room, expanded_room = self.num_rows, self.num_expanded_rows
             self._wait_for_counts()
-            self._is_open = self.num_rows > room
+            self._is_open = self.num_rows > room or self.num_expanded_rows > expanded_room
             self._plane.check()
         return not self._is_open
 

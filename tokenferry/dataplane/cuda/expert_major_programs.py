@@ -16,7 +16,6 @@ from tokenferry.dataplane.cuda.programs import Target, row_bytes
 _I8, _I32, _I64, _F32 = torch.uint8, torch.int32, torch.int64, torch.float32
 
 _PACK = Kernel(kernels.pack, (_I64, _I64, None, None, None))
-_STARTS = Kernel(kernels.starts, (_I64, _I32, _I32, _I32, None, None, None))
 _SOURCES = Kernel(kernels.sources, (_I32, _I32, _I32, _I64, None, None, None))
 _PAD = Kernel(kernels.pad, (_I32, _I32, _F32, _I32, None, None))
 _SUM_COPIES = {
@@ -56,26 +55,6 @@ def _pack(num_topk: int, num_experts: int, target: Target) -> Variant:
         BLOCK=max(1024 // topk_block, 1),
         TILE=max(_PACK_TILE // topk_block, 1),
     )
-
-
-def starts(
-    stream: int,
-    heap: int,
-    bases: torch.Tensor,
-    experts: tuple[torch.Tensor, torch.Tensor],
-    alignment: int,
-    rank: int,
-    expand: bool,
-    target: Target,
-) -> None:
-    """Launch ``starts``; ``experts``: the pairs, the ends."""
-    addresses = (heap, bases.data_ptr(), experts[0].data_ptr(), experts[1].data_ptr())
-    _starts(expand, target).launch(1, stream, (*addresses, experts[0].numel(), alignment, rank))
-
-
-@functools.cache
-def _starts(expand: bool, target: Target) -> Variant:
-    return _STARTS.variant(4, EXPAND=expand, R=target.num_ranks)
 
 
 def sources(

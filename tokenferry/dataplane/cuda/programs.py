@@ -29,7 +29,7 @@ _CONTEXT = (_I64, _I64, _I32, _I64, _I64)
 _LAYOUT = Kernel(layout_kernels.layout, (_I64, _I32, _I32, _I8, _I64, None, None))
 _NOTIFY = Kernel(
     notify_kernels.notify,
-    (_I64, _I64, _I32, _I64, _I64, _I8, _I32, _I32, _I32, _I32, _I32, *(None,) * 12),
+    (_I64, _I64, _I32, _I64, _I64, _I8, *(_I32,) * 6, *(None,) * 13),
 )
 _DISPATCH = Kernel(
     dispatch_kernels.dispatch,
@@ -107,10 +107,6 @@ def row_bytes(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.shape[1] * tensor.itemsize
 
 
-def _addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
 def _width(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.shape[1]
 
@@ -152,8 +148,11 @@ def layout(
     """Launch ``layout``."""
     num_tokens, num_topk = topk_idx.shape
     variant = _layout(num_topk, num_experts, target)
-    addresses = [tensor.data_ptr() for tensor in (topk_idx, sums, counts, member, state)]
-    variant.launch(_layout_programs(num_tokens), stream, (*addresses, num_tokens, num_experts))
+    arguments = (
+        topk_idx.data_ptr(), sums.data_ptr(), counts.data_ptr(), member.data_ptr(), state.data_ptr(), num_tokens,
+        num_experts,
+    )  # fmt: skip
+    variant.launch(_layout_programs(num_tokens), stream, arguments)
 
 
 @functools.cache
@@ -172,13 +171,8 @@ def _layout_programs(num_tokens: int) -> int:
     return min(max(-(-num_tokens // _TOKENS_PER_BLOCK), 1), 16)
 
 
-def notify(
-    stream: int,
-    context: tuple[int, ...],
-    host: int,
+def notify_call(
     plan: SendPlan,
-    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    places: Sequence[int],
     signature: int,
     num_local: int,
     list_capacity: int,
@@ -187,30 +181,46 @@ def notify(
     timeout: int,
     host_waits: bool,
     target: Target,
-) -> None:
-    """Launch ``notify``."""
-    heap, state, ready, _, status = context
-    send_head, prefix, channels = results
-    num_tokens = plan.rows.shape[0]
-    variant = _notify(host_waits, target)
+) -> Call:
+    """What a ``notify`` launches for plans of these shapes; its context ends with the words for the host."""
+    experts, alignment = plan.experts, 1 if plan.experts is None else plan.experts.alignment
+    numbers = (
+        signature, plan.rows.shape[0], plan.num_worst_tokens, num_local, alignment, list_capacity, rank, operation,
+        timeout,
+    )  # fmt: skip
+    variant = _notify(host_waits, target, experts is not None, experts is not None and experts.expand)
+    return Call(variant, target.num_ranks + 1, numbers)
+
+
+def notify_tensors(
+    plan: SendPlan,
+    send_head: torch.Tensor,
+    prefix: torch.Tensor,
+    channels: torch.Tensor,
+    tables: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The tensors of a ``notify``, in the order of its parameters; ``tables``: of the plan's experts."""
     given = (plan.is_token_in_rank, plan.num_tokens_per_rank, plan.num_tokens_per_expert)
-    addresses = _addresses((*given, send_head, prefix, channels))
-    numbers = (signature, num_tokens, plan.num_worst_tokens, num_local, list_capacity, rank, operation, timeout)
-    variant.launch(target.num_ranks + 1, stream, (heap, state, ready, status, host, *addresses, *places, *numbers))
+    return (*given, send_head, prefix, channels, tables)
 
 
 @functools.cache
-def _notify(host_waits: bool, target: Target) -> Variant:
+def _notify(host_waits: bool, target: Target, tables: bool = False, expand: bool = False) -> Variant:
     return _NOTIFY.variant(
-        8, HOST_WAITS=host_waits, NUM_COLUMNS=4, R=target.num_ranks, RB=_power_of_two(target.num_ranks), BLOCK=1024
+        8,
+        HOST_WAITS=host_waits,
+        TABLES=tables,
+        EXPAND=expand,
+        NUM_COLUMNS=4,
+        R=target.num_ranks,
+        RB=_power_of_two(target.num_ranks),
+        BLOCK=1024,
     )
 
 
 def dispatch_call(
     plan: SendPlan,
-    num_expanded: int,
     signature: int,
-    num_rows: int,
     list_capacity: int,
     stage: tuple[int, int],
     rank: int,
@@ -219,9 +229,9 @@ def dispatch_call(
     target: Target,
     num_sms: int,
 ) -> Call:
-    """What a ``dispatch`` launches, of whatever tensors of these shapes.
+    """What a ``dispatch`` launches for plans of these shapes.
 
-    ``num_expanded``: rows of its outputs, if they are expanded.
+    In front of its numbers come, behind the places, the rows of the outputs: those received; those expanded, or 0.
     """
     num_local = 0 if plan.num_tokens_per_expert is None else plan.num_tokens_per_expert.shape[0] // target.num_ranks
     first_expert, most, expands = rank * num_local, 0, False
@@ -243,11 +253,9 @@ def dispatch_call(
     numbers = (
         signature,
         plan.rows.shape[0],
-        num_rows,
         first_expert,
         num_local,
         most,
-        num_expanded if expands else 0,
         list_capacity,
         *stage,
         max(num_sms // 2, 1),
@@ -267,7 +275,7 @@ def dispatch_tensors(
 ) -> tuple[torch.Tensor | None, ...]:
     """The tensors of a ``dispatch``, in the order of its parameters.
 
-    Expanded, the plan's ids are packed, and ``bases`` are what ``starts`` wrote. Of a part, ``prefix`` is what
+    Expanded, the plan's ids are packed, and ``bases`` are those that ``notify`` wrote. Of a part, ``prefix`` is what
     ``announce_part`` wrote.
     """
     metadata = None

@@ -305,8 +305,8 @@ def move_rows(
 
 @gluon.jit(
     do_not_specialize=[
-        "place_rows", "place_scales", "place_ids", "place_weights", "signature", "num_tokens", "num_rows",
-        "first_expert", "num_local", "num_max_tokens", "num_expanded", "list_capacity", "stage", "half",
+        "place_rows", "place_scales", "place_ids", "place_weights", "num_rows", "num_expanded", "signature",
+        "num_tokens", "first_expert", "num_local", "num_max_tokens", "list_capacity", "stage", "half",
         "num_stagers", "rank", "operation", "timeout",
     ]
 )  # fmt: skip
@@ -332,13 +332,13 @@ def dispatch(
     place_scales: tl.int64,
     place_ids: tl.int64,
     place_weights: tl.int64,
+    num_rows: tl.int64,
+    num_expanded: tl.int64,
     signature: tl.int64,
     num_tokens: tl.int64,
-    num_rows: tl.int64,
     first_expert: tl.int32,
     num_local: tl.int32,
     num_max_tokens: tl.int64,
-    num_expanded: tl.int64,
     list_capacity: tl.int64,
     stage: tl.int64,
     half: tl.int64,
@@ -387,13 +387,16 @@ def dispatch(
         )  # fmt: skip
         staged = zero()
         received = zero().to(tl.int64)
+        expanded = zero().to(tl.int64)
         if going:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
             if not CACHED and not PLACED:
                 received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+                if EXPAND:
+                    expanded = tl.load(bases + R * num_local).to(tl.int64)
         elif tl.load(state + ALONE) == epoch:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
-        too_few = lacks_room(received, num_rows)
+        too_few = lacks_room(received, num_rows, expanded, num_expanded)
         num_rows = tl.maximum(num_rows, 0)
         received = tl.minimum(tl.maximum(received, 0), num_rows)
         if too_few:

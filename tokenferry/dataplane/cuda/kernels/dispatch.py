@@ -153,13 +153,14 @@ def rows_from(prefix, num_rows, rank, source, R: tl.constexpr, PLACED: tl.conste
 
 
 @triton.jit
-def lacks_room(received, num_rows):
+def lacks_room(received, num_rows, expanded, num_expanded):
     """Whether outputs of ``num_rows`` rows, made before the counts were known, cannot take those that come.
 
-    All programs of the kernel leave then, as if it had not been launched: the host, which knows by now, launches it
-    again. A negative number of rows: none are wanted, whatever comes.
+    Nor outputs of ``num_expanded`` rows those that these are expanded to. All programs of the kernel leave then, as
+    if it had not been launched: the host, which knows by now, launches it again. A negative number of rows: none are
+    wanted, whatever comes.
     """
-    return (num_rows >= 0) & (received > num_rows)
+    return (num_rows >= 0) & ((received > num_rows) | (expanded > num_expanded))
 
 
 @triton.jit
@@ -339,8 +340,8 @@ def agree(
 
 @triton.jit(
     do_not_specialize=[
-        "place_rows", "place_scales", "place_ids", "place_weights", "signature", "num_tokens", "num_rows",
-        "first_expert", "num_local", "num_max_tokens", "num_expanded", "list_capacity", "stage", "half",
+        "place_rows", "place_scales", "place_ids", "place_weights", "num_rows", "num_expanded", "signature",
+        "num_tokens", "first_expert", "num_local", "num_max_tokens", "list_capacity", "stage", "half",
         "num_stagers", "rank", "operation", "timeout",
     ]
 )  # fmt: skip
@@ -366,13 +367,13 @@ def dispatch(
     place_scales: tl.int64,
     place_ids: tl.int64,
     place_weights: tl.int64,
+    num_rows: tl.int64,
+    num_expanded: tl.int64,
     signature: tl.int64,
     num_tokens: tl.int64,
-    num_rows: tl.int64,
     first_expert: tl.int32,
     num_local: tl.int32,
     num_max_tokens: tl.int64,
-    num_expanded: tl.int64,
     list_capacity: tl.int64,
     stage: tl.int64,
     half: tl.int64,
@@ -394,7 +395,8 @@ def dispatch(
 ):
     """Rows, scales and choices into their final places. Not cached, the message went out with ``notify``.
 
-    ``num_rows``: of the outputs. If more come the kernel does nothing, and is launched again; -1: none are wanted.
+    ``num_rows``: of the outputs; ``num_expanded``: of those that are expanded. If more come the kernel does nothing,
+    and is launched again; -1: none are wanted.
 
     EXPAND: the ids are packed (see :mod:`.expert_major`), and rows, scales and weights go to their copies.
     PLACED: only what comes is written, where the table of :mod:`.parts` says, which is in the place of ``prefix``;
@@ -414,13 +416,16 @@ def dispatch(
         )  # fmt: skip
         staged = zero()
         received = zero().to(tl.int64)
+        expanded = zero().to(tl.int64)
         if going:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
             if not CACHED and not PLACED:
                 received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
+                if EXPAND:
+                    expanded = tl.load(bases + R * num_local).to(tl.int64)
         elif tl.load(state + ALONE) == epoch:
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
-        too_few = lacks_room(received, num_rows)
+        too_few = lacks_room(received, num_rows, expanded, num_expanded)
         num_rows = tl.maximum(num_rows, 0)
         received = tl.minimum(tl.maximum(received, 0), num_rows)
         if too_few:

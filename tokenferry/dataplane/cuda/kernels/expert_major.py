@@ -1,7 +1,7 @@
-"""What expanded rows need besides a dispatch and a combine. No communication in any of these.
+"""What rows that tell where they are from need besides a dispatch and a combine. No communication in any of these.
 
 ``pack``, at the source, before its choices travel: how many earlier choices of this source have the same expert.
-``starts``, at the receiver, once the counts are there: in which row the pairs of each source with each expert begin.
+``lay_out_experts``, at the receiver, as the end of ``notify``: where the pairs of each source with each expert begin.
 So the row of a copy is a sum of two numbers, wherever and whenever its token arrives::
 
     row of (source, t, k) = bases[source, expert] + earlier pairs of (source, expert),  e = choice k of t
@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.sync import report, zero
-from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, EPOCH, EXPERTS, EXPERTS_BYTES, NO_ROOM
+from tokenferry.dataplane.cuda.kernels.sync import message_word, report, zero
+from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, COUNTS, EPOCH, EXPERTS, EXPERTS_BYTES, NO_ROOM
 
 PACK_SHIFT = tl.constexpr(32)
 PACK_MASK = tl.constexpr((1 << 32) - 1)
@@ -133,20 +133,25 @@ def pack(
         seen += tl.histogram(expert, EB, mask=chosen)
 
 
-@triton.jit(do_not_specialize=["num_local", "alignment", "rank"])
-def starts(
-    heap,
-    bases,
-    num_pairs,
-    ends,
-    num_local: tl.int32,
-    alignment: tl.int32,
-    rank: tl.int32,
-    EXPAND: tl.constexpr,
-    R: tl.constexpr,
-):
-    """``bases``: int32 [R, L], if expanded; ``num_pairs``, ``ends``: int32 [L]. One program."""
+@triton.jit
+def lay_out_experts(
+    heap, tables, num_local, alignment, num_worst, rank, EXPAND: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """Write where the rows of sources and experts begin and end, once the counts are there; one program.
+
+    ``tables``, int32, each of them beginning on 16 bytes: [R] rows from the sources up to each; [L] pairs of the
+    local experts; [L] where their rows end. If expanded, then: [R, L] ``bases``, and behind these how many rows there
+    are in all, those that align experts among them; 0 where the outputs have as many as could be (``num_worst``).
+    """
     own = tl.load(heap + rank)
+    received = zero().to(tl.int64)
+    for source in range(R):
+        received += tl.load(message_word(own, source, COUNTS + rank))
+        tl.store(tables + source, received.to(tl.int32))
+    step = (num_local + 3) // 4 * 4
+    num_pairs = tables + (R + 3) // 4 * 4
+    ends = num_pairs + step
+    bases = ends + step
     running = zero()
     for first in range(0, num_local, 256):
         e = first + tl.arange(0, 256)
@@ -165,6 +170,8 @@ def starts(
                 tl.store(bases + source * num_local + e, start, mask=inside)
                 counts = (own + EXPERTS + source * EXPERTS_BYTES).to(tl.pointer_type(tl.int32))
                 start += tl.load(counts + e, mask=inside, other=0)
+    if EXPAND:
+        tl.store(bases + R * num_local, tl.where(num_worst > 0, 0, running))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_max_tokens", "rank"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tokenferry.dataplane.cuda.kernels.expert_major import lay_out_experts
 from tokenferry.dataplane.cuda.kernels.sync import (
     close_operation,
     message_word,
@@ -206,10 +207,12 @@ def step_back(state, status, code, operation, epoch):
 
 @triton.jit
 def listen(
-    heap, state, status, host, prefix, signature, num_local, list_capacity, rank, epoch, operation, timeout,
-    HOST_WAITS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
+    heap, state, status, host, prefix, tables, signature, num_worst, num_local, alignment, list_capacity, rank, epoch,
+    operation, timeout,
+    HOST_WAITS: tl.constexpr, TABLES: tl.constexpr, EXPAND: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
     """Wait for the messages of all ranks, and tell the host what they amount to."""
+    code = zero() + TIMED_OUT
     alive = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R)
     tl.store(host + HOST_CODE, TIMED_OUT)
     if alive:
@@ -223,12 +226,15 @@ def listen(
                 close_operation(heap, state, status, rank, epoch, 0, operation, timeout, R)
     tl.debug_barrier()
     tell_host(host + HOST_DONE, epoch)
+    if TABLES:
+        if code == 0:
+            lay_out_experts(heap, tables, num_local, alignment, num_worst, rank, EXPAND, R)
 
 
 @triton.jit(
     do_not_specialize=[
         "place_rows", "place_scales", "place_ids", "place_weights", "signature", "num_tokens", "num_worst",
-        "num_local", "list_capacity", "rank", "operation", "timeout",
+        "num_local", "alignment", "list_capacity", "rank", "operation", "timeout",
     ]
 )  # fmt: skip
 def notify(
@@ -243,6 +249,7 @@ def notify(
     send_head,
     prefix,
     channels,
+    tables,
     place_rows: tl.int64,
     place_scales: tl.int64,
     place_ids: tl.int64,
@@ -251,11 +258,14 @@ def notify(
     num_tokens: tl.int64,
     num_worst: tl.int64,
     num_local: tl.int32,
+    alignment: tl.int32,
     list_capacity: tl.int64,
     rank: tl.int32,
     operation: tl.int64,
     timeout: tl.int64,
     HOST_WAITS: tl.constexpr,
+    TABLES: tl.constexpr,
+    EXPAND: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     R: tl.constexpr,
     RB: tl.constexpr,
@@ -263,7 +273,8 @@ def notify(
 ):
     """Programs 0 to R - 1 each tell one rank; program R listens, and writes the matrices of the handle.
 
-    ``channels``: int32 [2, R]: rows that this rank sends to each rank, then zeros.
+    ``channels``: int32 [2, R]: rows that this rank sends to each rank, then zeros. With TABLES, ``tables`` are those
+    of :func:`.expert_major.lay_out_experts`; they are unset where the ranks step back.
     """
     pid = tl.program_id(0)
     epoch = tl.load(state + EPOCH) + 1
@@ -280,8 +291,8 @@ def notify(
             tl.store(channels + r, tl.load(per_rank + r, mask=r < R, other=0), mask=r < R)
             tl.store(channels + R + r, tl.zeros([RB], tl.int32), mask=r < R)
             listen(
-                heap, state, status, host, prefix, signature, num_local, list_capacity, rank, epoch, operation,
-                timeout, HOST_WAITS, R, RB,
+                heap, state, status, host, prefix, tables, signature, num_worst, num_local, alignment, list_capacity,
+                rank, epoch, operation, timeout, HOST_WAITS, TABLES, EXPAND, R, RB,
             )  # fmt: skip
     elif pid == R:
         tl.store(host + HOST_CODE, TIMED_OUT)
