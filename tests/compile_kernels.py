@@ -177,11 +177,11 @@ def combine(
         for count, of in ((ROWS, dtype), (TOKENS, sums or dtype))
     )
     call = programs.combine_call(
-        columns, outs, biases, 0, STAGE, 0, OperationKind.COMBINE, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
+        columns, outs, biases, STAGE, 0, OperationKind.COMBINE, TIMEOUT, programs.Target(ranks, bulk, 0), NUM_SMS,
         held is not None,
     )  # fmt: skip
     tensors = programs.combine_tensors(columns, outs, [outs[0]] * biases, handle_of(ranks), held)
-    call.launch(0, CONTEXT, tensors, (0, 0))
+    call.launch(0, CONTEXT, tensors, (0, 0, 0, TOKENS, ROWS))
 
 
 def part(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, bulk: bool = False) -> None:

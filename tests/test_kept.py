@@ -48,6 +48,13 @@ def dispatch(rank: Rank, *, x: Any = None, ids: Any = None, **given: Any) -> Any
     return rank.buffer.dispatch(x, topk_idx=ids, **arguments)
 
 
+def combine_rows(rank: Rank, count: int) -> Any:
+    """A combine as if so many rows had come."""
+    assert rank.handle is not None
+    handle = rank.handle._replace(recv_src_idx=rank.handle.recv_src_idx[:count])
+    return rank.buffer.combine(rank.y[:count], handle, rank.recv_weights[:count])
+
+
 def low_dispatch(
     rank: Rank, *, x: Any = None, ids: Any = None, most: Any = MOST, experts: Any = EXPERTS, **how: Any
 ) -> Any:
@@ -95,6 +102,9 @@ OTHERS: dict[str, Call] = {
         (rank.x.to(torch.float8_e4m3fn), rank.x[:, :4].int()), rank.handle
     ),
     "cached, fewer SMs": lambda rank: rank.buffer.dispatch(rank.x, rank.handle, config=Config(8)),
+    "combine, fewer rows": lambda rank: combine_rows(rank, 5),
+    "combine, one row": lambda rank: combine_rows(rank, 1),
+    "combine, no rows": lambda rank: combine_rows(rank, 0),
     "combine, other dtype": lambda rank: rank.buffer.combine(rank.y.half(), rank.handle),
     "combine, narrower": lambda rank: rank.buffer.combine(rank.y[:, :256], rank.handle),
     "combine, weights": lambda rank: rank.buffer.combine(rank.y, rank.handle, rank.recv_weights),
@@ -334,6 +344,15 @@ def test_what_is_kept_is_bounded_and_holds_no_tensor(rank: Rank) -> None:
         assert 0 < len(kept) <= MOST_KEPT
         for key, value in kept.items():
             assert not any(isinstance(part, torch.Tensor) for part in (*parts(key), *parts(value)))
+
+
+def test_combines_of_other_numbers_of_rows_are_not_prepared_anew(rank: Rank) -> None:
+    """As routing changes from step to step."""
+    plane: Any = rank.buffer.runtime._plane  # type: ignore[union-attr]
+    forget(rank)
+    for count in (ROWS, 5, 1, 0, 4):
+        combine_rows(rank, count)
+        assert len(intranode._combines) == len(plane._calls) == 1
 
 
 def test_kept_forgets_everything_when_it_is_full() -> None:

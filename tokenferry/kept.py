@@ -34,6 +34,16 @@ def kind_of(value: object) -> Kind | None:
         return None
 
 
+def row_kind_of(value: object) -> Kind | None:
+    """As :func:`kind_of`, but for how many rows there are: the first dimension."""
+    if type(value) is not _Tensor or value.layout is not _STRIDED:
+        return None
+    try:
+        return value.shape[1:], value.dtype, value.device, value.is_contiguous()
+    except RuntimeError:  # nested
+        return None
+
+
 class Kept(dict[tuple[Any, ...], _Preparation], Generic[_Preparation]):
     """Preparations by their keys: looked up with ``get``, a bounded number of them."""
 

@@ -164,11 +164,11 @@ class ExpandedRank(Rank):
         self.outs = [torch.full((num_tokens, c.size(1)), torch.nan, dtype=c.dtype) for c in columns]
         places = [self.world.place(self.rank, column) for column in columns]
         call = programs.combine_call(
-            columns, self.outs, 0, signature, (self.world.stage, self.world.half), self.rank, OperationKind.COMBINE,
+            columns, self.outs, 0, (self.world.stage, self.world.half), self.rank, OperationKind.COMBINE,
             1 << 40, self.world.target, self.num_sms,
         )  # fmt: skip
         tensors = programs.combine_tensors(columns, self.outs, [], handle)
-        call.launch(self.rank, self.world.context(self.rank), tensors, places)
+        call.launch(self.rank, self.world.context(self.rank), tensors, (*places, signature, num_tokens, num_rows))
         self.world.kept.append((rows, columns, handle))
 
     # What must have come.

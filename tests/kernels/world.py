@@ -235,11 +235,12 @@ class Rank:
         self.biases = [torch.randn(num_tokens, width).to(self.case.combine_dtype) for _ in range(num_biases)]
         places = [self.world.place(self.rank, column) for column in columns]
         call = programs.combine_call(
-            columns, self.outs, num_biases, signature, (self.world.stage, self.world.half), self.rank,
+            columns, self.outs, num_biases, (self.world.stage, self.world.half), self.rank,
             OperationKind.COMBINE, self.world.timeout, self.world.target, self.num_sms,
         )  # fmt: skip
         tensors = programs.combine_tensors(columns, self.outs, self.biases, handle)
-        call.launch(self.rank, self.world.context(self.rank), tensors, (places[0], places[1] if weights else 0))
+        numbers = places[0], places[1] if weights else 0, signature, num_tokens, num_rows
+        call.launch(self.rank, self.world.context(self.rank), tensors, numbers)
         self.world.kept.append((columns, handle))
 
     def _randn(self, peer: int, width: int) -> torch.Tensor:

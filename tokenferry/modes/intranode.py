@@ -22,7 +22,7 @@ from tokenferry.dataplane import DispatchExchange, Layout, OperationKind, Output
 from tokenferry.dtypes import dtype_code
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, Handle
-from tokenferry.kept import Kept, Kind, kind_of, make
+from tokenferry.kept import Kept, Kind, kind_of, make, row_kind_of
 from tokenferry.modes.inputs import (
     COMBINE_DTYPES,
     Inputs,
@@ -252,14 +252,14 @@ def combine(
     plane, _, _, device, num_sms, _ = party
     known = check_handle(party, handle)
     num_rows, num_tokens = known.recv_src_idx.shape[0], known.is_token_in_rank.shape[0]
-    kinds = (kind_of(x),) if topk_weights is None else (kind_of(x), kind_of(topk_weights))
-    key = (device, num_rows, *kinds)
+    kinds = (row_kind_of(x),) if topk_weights is None else (row_kind_of(x), row_kind_of(topk_weights))
+    key = (device, *kinds)
     kind = _combines.get(key)
-    if kind is None:
+    if kind is None or x.shape[0] != num_rows or (topk_weights is not None and topk_weights.shape[0] != num_rows):
         columns = check_columns(party, x, topk_weights, num_rows)
         kind = _combines.keep(key, _kind_of_columns(columns, kinds))
     else:
-        is_packed = kind.are_packed
+        is_packed = kind.are_packed and num_rows > 1
         columns = [packed(x, is_packed)]
         if topk_weights is not None:
             columns.append(packed(topk_weights, is_packed))

@@ -309,21 +309,23 @@ class CudaDataPlane(CudaRank):
         held = None if held_rows is None else self._held_tables(handle, held_rows)
         out, rows = outs[0], columns[0]
         num_topk = columns[1].shape[1] if len(columns) > 1 else 0
-        shapes = out.shape[0], out.dtype, rows.shape, rows.dtype, num_topk
-        key = (signature, *shapes, len(biases), held is None, num_sms)
+        num_rows, width = rows.shape
+        key = (signature, width, rows.dtype, out.dtype, num_topk, len(biases), held is None, num_sms)
         call = self._calls.get(key)
         if call is None:
             self._check_stage(programs.combine_record(columns) * self.num_ranks)
             call = programs.combine_call(
-                columns, outs, len(biases), programs.number_of(signature), self._stage, self.rank,
-                signature.operation, self._timeout, self._target, self._num_programs(num_sms), held is not None,
+                columns, outs, len(biases), self._stage, self.rank, signature.operation, self._timeout,
+                self._target, self._num_programs(num_sms), held is not None,
             )  # fmt: skip
             self._calls.keep(key, call)
         self._follow_regions()
         places = self._places(*columns)
         self._queue.start()
         tensors = programs.combine_tensors(columns, outs, biases, handle, held)
-        call.launch(self._queue.handle, self._context, tensors, places if len(places) > 1 else (places[0], 0))
+        place_rows, place_weights = places if len(places) > 1 else (places[0], 0)
+        numbers = place_rows, place_weights, programs.number_of(signature), out.shape[0], num_rows
+        call.launch(self._queue.handle, self._context, tensors, numbers)
 
     def _held_tables(self, handle: DispatchHandle, held: HeldRows) -> programs.HeldTables:
         """The routes of a combine of held rows, once the device gets there."""

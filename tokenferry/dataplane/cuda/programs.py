@@ -337,7 +337,6 @@ def combine_call(
     columns: Sequence[torch.Tensor],
     outs: Sequence[torch.Tensor],
     num_biases: int,
-    signature: int,
     stage: tuple[int, int],
     rank: int,
     operation: int,
@@ -346,10 +345,13 @@ def combine_call(
     num_sms: int,
     held: bool = False,
 ) -> Call:
-    """What a ``combine`` launches, of whatever tensors of these shapes."""
+    """What a ``combine`` launches, of however many rows of these widths.
+
+    Behind the two places come the signature and how many tokens and rows there are.
+    """
     rows, num_topk = columns[0], 0 if len(columns) == 1 else columns[1].shape[1]
     variant = _combine((rows.dtype, outs[0].dtype), rows.shape[1], num_topk, num_biases, target, held)
-    numbers = (signature, outs[0].shape[0], rows.shape[0], *stage, max(num_sms // 2, 1), rank, operation, timeout)
+    numbers = (*stage, max(num_sms // 2, 1), rank, operation, timeout)
     return Call(variant, max(num_sms, 2), numbers)
 
 
