@@ -45,6 +45,11 @@ class SessionPool(RankPool):
 PoolOf = Callable[[int], RankPool]
 
 
+def slow(*values: Any) -> Iterator[Any]:
+    """Further cases of a test, which only ``-m slow`` runs."""
+    return (pytest.param(value, marks=pytest.mark.slow) for value in values)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is slow, unless markers are asked for (``-m slow``), and begin with what takes longest."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
