@@ -1,18 +1,20 @@
-"""Compile the kernels for one architecture, without a GPU: ``python -m tests.compile_kernels 90 FOLDER``.
+"""Compile the kernels for one architecture, without a GPU: ``python -m tests.compile_kernels 90 FOLDER NAME ...``.
 
-The variants are those that :mod:`tokenferry.dataplane.cuda.programs` would launch. For each launch in ``LAUNCHES``
+The variants are those that :mod:`tokenferry.dataplane.cuda.programs` would launch. For each name of ``LAUNCHES``
 the folder receives ``NAME.ptx`` and ``NAME.json``: what ptxas says about it, and how many variants there are after
 other values of its integers. A process of its own, since compilers may abort.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -359,7 +361,7 @@ def _count_variants(kernel: Any) -> int:
 
 
 def _ptxas(ptx: str, capability: int) -> str:
-    """What ptxas tells of a kernel."""
+    """What ptxas tells of a kernel that Triton found in its cache."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -371,24 +373,27 @@ def _ptxas(ptx: str, capability: int) -> str:
 
 def compile_one(queue: Callable[[], None], capability: int) -> tuple[str, dict[str, int]]:
     """PTX and figures of the kernel that ``queue`` launches."""
-    recorder = _Recorder()
-    with mock.patch.object(launch.Kernel, "variant", lambda *a, **k: recorder.compile(*a, **k)), torch.device("meta"):
+    recorder, log = _Recorder(), io.StringIO()
+    with (
+        mock.patch.object(launch.Kernel, "variant", lambda *a, **k: recorder.compile(*a, **k)),
+        torch.device("meta"),
+        redirect_stdout(log),
+    ):
         queue()
     (compiled,) = recorder.compiled
     ptx = compiled.asm["ptx"]
-    said = _ptxas(ptx, capability)
+    said = log.getvalue() or _ptxas(ptx, capability)
     patterns = {"registers": r"Used (\d+) registers", "stack": r"(\d+) bytes stack", "spills": r"(\d+) bytes spill s"}
     found = {name: int(number) for name, pattern in patterns.items() for number in re.findall(pattern, said)}
     return ptx, found | {"variants": recorder.num_variants, "dynamic_shared": compiled.metadata.shared}
 
 
 def main(arguments: Sequence[str]) -> None:
-    capability, folder = int(arguments[0]), Path(arguments[1])
+    capability, folder, names = int(arguments[0]), Path(arguments[1]), arguments[2:]
     triton.runtime.driver.set_active(_Driver(capability))
-    for name, queue in LAUNCHES.items():
-        if capability < 90 and name.startswith("bulk"):
-            continue
-        ptx, found = compile_one(queue, capability)
+    triton.knobs.nvidia.dump_ptxas_log = True
+    for name in names:
+        ptx, found = compile_one(LAUNCHES[name], capability)
         (folder / f"{name}.ptx").write_text(ptx)
         (folder / f"{name}.json").write_text(json.dumps(found))
 

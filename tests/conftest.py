@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,11 @@ class SessionPool(RankPool):
 PoolOf = Callable[[int], RankPool]
 
 
+def slow(*values: Any) -> Iterator[Any]:
+    """Further cases of a test, which only ``-m slow`` runs."""
+    return (pytest.param(value, marks=pytest.mark.slow) for value in values)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is slow, unless markers are asked for (``-m slow``), and begin with what takes longest."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
@@ -51,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if item not in slow]
         config.hook.pytest_deselected(items=slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays to the end: a collection of garbage need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def session_pools(begin: Callable[[int, int], None] | None = None) -> Iterator[PoolOf]:

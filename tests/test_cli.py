@@ -9,12 +9,21 @@ from tokenferry.cli import COMMANDS, main
 from tokenferry.version import __version__
 
 
-def test_module_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tokenferry", "--version"], capture_output=True, text=True, check=False
-    )
+def test_module_runs_and_imports_no_command() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "tokenferry", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert done.stdout.strip() == f"tokenferry {__version__}"
+    assert done.stdout.startswith("usage: tokenferry")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"torch", "tokenferry", "tokenferry.cli"} <= imported
+    assert not [name for name in imported if name.startswith(("tokenferry.cli.", "matplotlib"))]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.strip() == f"tokenferry {__version__}"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,14 +48,3 @@ def test_wrong_command_is_an_argument_error(arguments: list[str], capsys: pytest
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: tokenferry" in capsys.readouterr().err
-
-
-def test_commands_are_imported_only_when_they_run() -> None:
-    code = (
-        "import sys, tokenferry.cli as cli\n"
-        "try: cli.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print([name for name in sys.modules if name.startswith('tokenferry.cli.')], 'matplotlib' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[] False"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tests.cases import TIMEOUT, Case, Scenario
 from tests.clients import MOST, SERVING, Site
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.elastic_cases import elastic_buffer
 from tests.low_latency_cases import make_buffer
 from tests.test_elastic_clients import CLIENTS as ELASTIC
@@ -62,7 +62,7 @@ def run_clients(rank: int, num_ranks: int, size: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SETS)
-@pytest.mark.parametrize("size", PARTS)
+@pytest.mark.parametrize("size", [1, 3, 6, *slow(2)])
 def test_sequences_of_calls(pool_of: PoolOf, size: int, kind: str) -> None:
     pool_of(6).run(run_clients, size, kind)
 

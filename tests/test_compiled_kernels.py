@@ -6,16 +6,30 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CAPABILITIES = (80, 90, pytest.param(100, marks=pytest.mark.slow))
+CAPABILITIES = (80, 90, 100)
 """Compute capabilities, times ten."""
 NAMES = tuple(pytest.importorskip("tests.compile_kernels").LAUNCHES)
 REMOTE = tuple(name for name in NAMES if not name.startswith("local"))
+ALIKE = {
+    "dispatch 2 ranks", "dispatch expanded", "dispatch part without choices", "combine bf16 2 ranks", "combine fp16",
+    "low latency dispatch bf16", "low latency combine many tokens",
+    "bulk dispatch", "bulk dispatch expanded", "bulk dispatch part",
+}  # fmt: skip
+"""Launches of kernels that others launch too, with more in them: slow."""
+OLDER = {
+    *(name for name in NAMES if name.startswith("local")),
+    "layout", "notify", "dispatch fp8", "dispatch expanded fp8", "dispatch part", "announce part",
+    "combine bf16 biases", "combine held wide",
+    "low latency dispatch fp8", "low latency dispatch receive", "low latency combine exact",
+}  # fmt: skip
+"""What is not slow on sm_80: one launch of each kernel; on sm_90 only those of low latency, which differ there."""
 pytestmark = pytest.mark.timeout(1500)  # the first tests wait for all compilers, which share two cores with others
 MOST_SPILLED = 128
 """Bytes: divisions of 64-bit integers are calls, around which a few registers are saved."""
@@ -28,10 +42,10 @@ BARRIER = re.compile(r"bar(rier)?\.(cta\.)?sync")
 class Compiled:
     """The kernels of one architecture, once their process has made them."""
 
-    def __init__(self, capability: int, folder: Path) -> None:
+    def __init__(self, capability: int, names: set[str], folder: Path) -> None:
         self.folder = folder
         self._output = folder / "output"
-        command = [sys.executable, "-m", "tests.compile_kernels", str(capability), str(folder)]
+        command = [sys.executable, "-m", "tests.compile_kernels", str(capability), str(folder), *names]
         with self._output.open("w") as output:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
 
@@ -43,8 +57,6 @@ class Compiled:
         self._process.wait()
 
     def ptx(self, name: str) -> str:
-        if not (self.folder / f"{name}.ptx").exists():
-            pytest.skip("not on this architecture")
         return (self.folder / f"{name}.ptx").read_text()
 
     def figures(self, name: str) -> dict[str, int]:
@@ -56,17 +68,47 @@ class Compiled:
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One process for each architecture that tests ask for, all at work."""
     calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
-    wanted = sorted({call.params["compiled"] for call in calls if call is not None})
-    compiled = {capability: Compiled(capability, tmp_path_factory.mktemp("ptx")) for capability in wanted}
+    wanted: dict[int, set[str]] = {}
+    for call in calls:
+        if call is not None:
+            wanted.setdefault(call.params["compiled"], set()).add(call.params["name"])
+    compiled = {
+        capability: Compiled(capability, wanted[capability], tmp_path_factory.mktemp("ptx"))
+        for capability in sorted(wanted)
+    }
     yield compiled
     for process in compiled.values():
         process.end()
 
 
-@pytest.fixture(scope="module", params=CAPABILITIES, ids="sm_{}".format)
+@pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest, processes: dict[int, Compiled]) -> Compiled:
     processes[request.param].wait()
     return processes[request.param]
+
+
+def is_slow(capability: int, name: str) -> bool:
+    newer = name not in OLDER or name.startswith("low latency")
+    return name in ALIKE or not {80: name in OLDER, 90: newer, 100: False}[capability]
+
+
+def each(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrises with an architecture and one of these launches."""
+    names = tuple(names)
+    cases = [
+        pytest.param(
+            capability, name, id=f"sm_{capability}-{name}", marks=[pytest.mark.slow] * is_slow(capability, name)
+        )
+        for capability in CAPABILITIES
+        for name in names
+        if capability >= 90 or not name.startswith("bulk")
+    ]
+    return pytest.mark.parametrize(("compiled", "name"), cases, indirect=["compiled"])
+
+
+def test_launches_that_are_told_apart_are_there() -> None:
+    assert set(NAMES) >= ALIKE | OLDER
+    assert not ALIKE & OLDER
 
 
 def instructions(ptx: str) -> list[str]:
@@ -81,12 +123,12 @@ def accesses(ptx: str) -> set[str]:
     return {f"{name}{width}" for name, width in re.findall(r"\b(ld|st)\.global((?:\.v\d)?\.b\d+)\b", ptx)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each(NAMES)
 def test_one_variant_serves_all_values(compiled: Compiled, name: str) -> None:
     assert compiled.figures(name)["variants"] == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each(NAMES)
 def test_registers_suffice(compiled: Compiled, name: str) -> None:
     figures = compiled.figures(name)
     assert figures["spills"] <= MOST_SPILLED
@@ -94,7 +136,7 @@ def test_registers_suffice(compiled: Compiled, name: str) -> None:
     assert ".local" not in compiled.ptx(name)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("dispatch", "combine", "local sum"))])
+@each(name for name in NAMES if name.startswith(("dispatch", "combine", "local sum")))
 def test_rows_move_by_16_bytes(compiled: Compiled, name: str) -> None:
     found = accesses(compiled.ptx(name))
     if "16 bytes" in name:  # fewer words than threads
@@ -104,20 +146,20 @@ def test_rows_move_by_16_bytes(compiled: Compiled, name: str) -> None:
     assert not found & {"ld.b8", "st.b8", "ld.b16", "st.b16", "ld.v2.b16", "st.v2.b16"}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("bulk")])
+@each(name for name in NAMES if name.startswith("bulk"))
 def test_rows_move_by_the_bulk_copy_engine(compiled: Compiled, name: str) -> None:
     assert "cp.async.bulk" in compiled.ptx(name)
     assert "fence.proxy.async" in compiled.ptx(name)
 
 
-@pytest.mark.parametrize("name", [name for name in REMOTE if name != "layout"])
+@each(name for name in REMOTE if name != "layout")
 def test_peers_are_waited_for_and_signalled_at_system_scope(compiled: Compiled, name: str) -> None:
     ptx = compiled.ptx(name)
     assert re.search(r"ld\.(global\.sys\.acquire|acquire\.sys\.global)\.b64", ptx)
     assert re.search(r"atom\.global\.sys\.release\.exch\.b64|st\.release\.sys", ptx)
 
 
-@pytest.mark.parametrize("name", REMOTE)
+@each(REMOTE)
 def test_no_other_thread_is_between_a_barrier_and_a_release(compiled: Compiled, name: str) -> None:
     """From a release back to the last barrier in the text, nobody but the releasing thread (by its predicate) stores.
 
@@ -136,7 +178,7 @@ def test_no_other_thread_is_between_a_barrier_and_a_release(compiled: Compiled, 
     assert num_releases
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("low latency")])
+@each(name for name in NAMES if name.startswith("low latency"))
 def test_polls_are_not_cloned_into_loops_over_rows(compiled: Compiled, name: str) -> None:
     """The compiler copies inline assembly to wherever its result is used."""
     assert compiled.ptx(name).count("ld.acquire.sys.global.b64") <= 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.cases import BIASES, COMBINE_DTYPES, ROUTINGS, SCALE_LAYOUTS, X_LAYOUTS, Case, check_case
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -30,7 +30,7 @@ def test_numbers_of_tokens(pool_of: PoolOf, tokens: tuple[int, ...], routing: st
     run(pool_of, 3, Case(tokens=tokens, routing=routing, spare_rows=1))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3, 4])
+@pytest.mark.parametrize("num_ranks", [4, *slow(1, 3)])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_routings(pool_of: PoolOf, routing: str, num_ranks: int) -> None:
     run(pool_of, num_ranks, Case(tokens=(13, 6, 21), routing=routing, num_topk=5, local_experts=3, bias="one"))
@@ -78,7 +78,7 @@ def test_strides_of_rows(pool_of: PoolOf, layout: str, tokens: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.int32], ids=str)
-@pytest.mark.parametrize("columns", [1, 2, 56])
+@pytest.mark.parametrize("columns", [1, 56, *slow(2)])
 @pytest.mark.parametrize("layout", SCALE_LAYOUTS)
 @pytest.mark.parametrize("tokens", [(12, 5), (1, 0)])
 def test_scales(
@@ -123,7 +123,7 @@ def test_biases_of_tokens_sent_nowhere_or_everywhere(pool_of: PoolOf, routing: s
     run(pool_of, 4, Case(tokens=(5, 18, 1, 9), routing=routing, bias=bias, num_topk=8))
 
 
-@pytest.mark.parametrize("num_nvl_bytes", [128, 4096, 65536, 1 << 20])
+@pytest.mark.parametrize("num_nvl_bytes", [128, 65536, *slow(4096, 1 << 20)])
 @pytest.mark.parametrize("routing", ["random", "all", "one_rank", "second_half", "others"])
 def test_small_stages(pool_of: PoolOf, num_nvl_bytes: int, routing: str) -> None:
     """Hundreds of kilobytes through stages of 64 KB and up: many rounds, odd tokens at the end."""

@@ -29,18 +29,9 @@ from tokenferry.waits import analyse, find_slow, wait_report
 MS = 1_000_000
 
 
-def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tokenferry", "doctor", *words],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | variables,
-    )
-
-
 def test_doctor_from_the_command_line() -> None:
-    done = run("--json", "--ranks", "2", "--seconds", "0.5")
+    command = [sys.executable, "-m", "tokenferry", "doctor", "--json", "--ranks", "2", "--seconds", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     assert told["broken"] == 0
@@ -51,14 +42,16 @@ def test_doctor_from_the_command_line() -> None:
     assert areas >= {"versions", "machine", "shared memory", "limits", "carriers", "GPUs"}
 
 
-def test_broken_setting_is_exit_code_1() -> None:
-    done = run("--no-self-test", TOKENFERRY_TIMEOUT="soon", GLOO_SOCKET_IFNAME="nowhere0")
-    assert done.returncode == 1, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+def test_broken_setting_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TOKENFERRY_TIMEOUT", "soon")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    assert cli.main(["doctor", "--no-self-test"]) == 1
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
     broken = [line for line in lines if line.startswith("broken")]
     assert len(broken) == 2
-    assert "TOKENFERRY_TIMEOUT" in done.stdout
-    assert "nowhere0" in done.stdout
+    assert "TOKENFERRY_TIMEOUT" in shown
+    assert "nowhere0" in shown
     assert lines[-1].startswith("2 broken")
 
 
@@ -189,13 +182,13 @@ def _fail(rank: int, num_ranks: int, device: str, seconds: float) -> None:
     raise AssertionError("made up")
 
 
-def test_live_names_and_draws_the_slow_rank(tmp_path: Path) -> None:
+def test_live_names_and_draws_the_slow_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--live", "--ranks", "3", "--slow", "2", "--delay", "150", "--seconds", "1.5", "--output", str(tmp_path))
-    done = run(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Rank 2 is slow" in done.stdout
-    assert "Rank 0 is slow" not in done.stdout
-    assert "Rank 1 is slow" not in done.stdout
+    assert cli.main(["doctor", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "Rank 2 is slow" in shown
+    assert "Rank 0 is slow" not in shown
+    assert "Rank 1 is slow" not in shown
     picture = (tmp_path / "waits.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.faults import names, names_left
 from tokenferry.errors import BufferStateError, HeapError, PeerTimeoutError
 from tokenferry.memory import heap as heap_module
 from tokenferry.memory import waiting
@@ -302,12 +303,11 @@ def test_child_that_outlives_its_parent_does_not_hide_its_death(pool_of: Any) ->
 
 
 def test_segment_that_is_too_large_leaves_nothing_behind() -> None:
-    before = set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
+    before = names()
     for size in (1 << 60, 1 << 63, 1 << 70):
         with pytest.raises(HeapError, match="cannot map"):
             Segment.create(size)
-    if Path("/dev/shm").exists():
-        assert not {name for name in set(os.listdir("/dev/shm")) - before if str(name).startswith("tokenferry-")}
+    assert not names_left(before)
 
 
 def test_time_while_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

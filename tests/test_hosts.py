@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tests import network
 from tests.cases import Case
+from tests.conftest import slow
 from tests.faults import After, Blames, Claims, Delays, Holdings, Seen, Within, fault
 from tests.internode_cases import LAYOUTS, NodeScenario, check_nodes
 from tokenferry import Buffer, PeerLostError, PeerTimeoutError
@@ -48,7 +49,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("layout", [pytest.param("2x2", marks=pytest.mark.slow), "3x2", "2x4"])
+@pytest.mark.parametrize("layout", ["3x2", *slow("2x2", "2x4")])
 def test_hosts(layout: str) -> None:
     with hosts_of(layout) as (_, pool):
         for case in CASES:

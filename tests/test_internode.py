@@ -23,14 +23,29 @@ def test_layouts(pool_of: PoolOf, layout: str) -> None:
     run(pool_of, layout, Case(tokens=(9, 30, 0, 17), num_topk=4, bias="two", spare_rows=3))
 
 
-@pytest.mark.parametrize("layout", ["2x2", "3x2 mixed"])
-@pytest.mark.parametrize("routing", ["duplicates", "sparse", "nothing", "one_rank", "own", "others", "all"])
+@pytest.mark.parametrize(
+    ("layout", "routing"),
+    [
+        *(("2x2", routing) for routing in ("duplicates", "sparse", "nothing", "one_rank", "own", "others", "all")),
+        *(("3x2 mixed", routing) for routing in ("sparse", "others")),
+        *(
+            pytest.param("3x2 mixed", routing, marks=pytest.mark.slow)
+            for routing in ("duplicates", "nothing", "one_rank", "own", "all")
+        ),
+    ],
+)
 def test_routings(pool_of: PoolOf, layout: str, routing: str) -> None:
     run(pool_of, layout, Case(tokens=(20, 3, 11), routing=routing, num_topk=5, bias="one"), chunk=4)
 
 
-@pytest.mark.parametrize("layout", ["2x1", "2x2 alternating", "3x2"])
-@pytest.mark.parametrize("chunk", [2, 6, 1000])
+@pytest.mark.parametrize(
+    ("layout", "chunk"),
+    [
+        *((layout, chunk) for layout in ("2x1", "2x2 alternating") for chunk in (2, 6, 1000)),
+        ("3x2", 6),
+        *(pytest.param("3x2", chunk, marks=pytest.mark.slow) for chunk in (2, 1000)),
+    ],
+)
 def test_chunks(pool_of: PoolOf, layout: str, chunk: int) -> None:
     run(pool_of, layout, Case(tokens=(31, 0, 8, 1), num_topk=3), chunk)
 

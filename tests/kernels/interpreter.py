@@ -84,6 +84,7 @@ def install() -> None:
         _compute_once()
         _remember_shapes_and_constants()
         _skip_questions()
+        _know_types_at_once()
         _rewrite_once()
         _ask_programs()
         _repair_numbers()
@@ -207,7 +208,26 @@ def _skip_questions() -> None:
                     return left, self.splat(right, left.type.shape) if left.type.is_block() else right
         return stock_check(self, left, right, *args, **kwargs)
 
-    TritonSemantic.binary_op_type_checking_impl = check
+    stock_broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast(self, left, right):
+        return (left, right) if left.shape is right.shape else stock_broadcast(self, left, right)
+
+    TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value = check, broadcast
+
+
+def _know_types_at_once() -> None:
+    """What is asked of every operand is answered by its type where that suffices."""
+    stock_unwrap, stock_equal = tl.core._unwrap_if_constexpr, tl.dtype.__eq__
+    plain = {int, bool, float, str, type(None), tl.tensor, tl.dtype, tl.block_type, tl.pointer_type}
+
+    def unwrap(value):
+        return value if type(value) in plain else stock_unwrap(value)
+
+    def equal(self, other):
+        return self is other or stock_equal(self, other)
+
+    tl.core._unwrap_if_constexpr, tl.dtype.__eq__ = unwrap, equal
 
 
 def _rewrite_once() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.cases import Case
+from tests.conftest import slow
 from tests.kernels.world import Rank, World
 
 SMALL = Case(tokens=(5, 9, 3), row_bytes=64, num_topk=3, local_experts=2, combine_bytes=64, bias="one")
@@ -42,15 +43,21 @@ def run_pair(world: World, case: Case, num_worst_tokens: int = 0, num_sms: int =
     return ranks
 
 
-@pytest.mark.parametrize("direct", DIRECT)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "direct"),
+    [
+        pytest.param(name, direct, marks=[] if direct == "mixed" or name == "small" else pytest.mark.slow)
+        for name in CASES
+        for direct in DIRECT
+    ],
+)
 def test_every_rank_gets_what_it_must(monkeypatch: Any, name: str, direct: str) -> None:
     for seed, num_ranks in ((0, 2), (1, 3)):
         world = World(monkeypatch, num_ranks, seed, direct=DIRECT[direct])
         run_pair(world, CASES[name])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *slow(2, 3)])
 def test_rounds_through_a_small_stage(monkeypatch: Any, seed: int) -> None:
     world = World(monkeypatch, 3, seed, direct=(False, True, False), stage_bytes=1024)
     run_pair(world, SMALL, num_worst_tokens=40 if seed % 2 else 0)
