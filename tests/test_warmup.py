@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 from tests.cases import Case, Scenario
 from tests.conftest import PoolOf
+from tests.host_path import EXPERTS, HIDDEN, TOPK, rank_on_a_gpu
 from tests.internode_cases import LAYOUTS, NodeScenario
 from tokenferry import Buffer
+from tokenferry.dataplane.cuda import programs
 
 CASE = Case(
     tokens=(9, 0, 30),
@@ -84,3 +86,24 @@ def test_what_is_used_was_made_ready(pool_of: PoolOf, layout: str) -> None:
     ranks = len(LAYOUTS[layout]) if layout else 2
     # Between nodes ranks of a node tell each other what they know in dispatches of their own.
     assert set(pool_of(ranks).run(_operations, layout)) == {(4 if layout == "2x2" else 2, 2)}
+
+
+def test_kernels_made_ready_are_those_that_are_launched() -> None:
+    """On a GPU, which is played: nothing is compiled, or found in a cache of files, later."""
+    kernels = programs._layout, programs._notify, programs._dispatch, programs._combine
+    with rank_on_a_gpu() as rank:
+        for kernel in kernels:
+            kernel.cache_clear()
+        plane: Any = rank.buffer.runtime.party().plane  # type: ignore[union-attr]
+        plane._calls.clear()
+        rank.buffer._all_gather = lambda value: None  # type: ignore[method-assign,assignment]
+        rank.buffer.warmup(HIDDEN, TOPK, EXPERTS)
+        ready = [kernel.cache_info().misses for kernel in kernels]
+        assert min(ready) > 0
+        rank.buffer.get_dispatch_layout(rank.ids, EXPERTS)
+        handle = rank.dispatch()[4]
+        rank.buffer.dispatch(rank.x, handle)
+        rank.buffer.combine(rank.y, handle)
+        rank.buffer.combine(rank.y, handle, rank.recv_weights)
+        assert [kernel.cache_info().misses for kernel in kernels] == ready
+        assert all(kernel.cache_info().hits > 0 for kernel in kernels)

@@ -205,7 +205,7 @@ def notify_tensors(
 
 
 @functools.cache
-def _notify(host_waits: bool, target: Target, tables: bool = False, expand: bool = False) -> Variant:
+def _notify(host_waits: bool, target: Target, tables: bool, expand: bool) -> Variant:
     return _NOTIFY.variant(
         8,
         HOST_WAITS=host_waits,
@@ -293,8 +293,8 @@ def _dispatch(
     scale_bytes: int,
     num_topk: int,
     target: Target,
-    expand: bool = False,
-    placed: bool = False,
+    expand: bool,
+    placed: bool,
 ) -> Variant:
     """The variant by the bulk-copy engine, unless a few rows do not fit shared memory."""
     slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk, expand)
@@ -441,13 +441,13 @@ def warm(
     """
     held = any(plan.part is not None for plan in plans)
     for host_waits in (True, False):
-        _notify(host_waits, target)
+        _notify(host_waits, target, False, False)
     _clear(target)
     for plan in plans:
         if plan.topk_idx is not None:
             _layout(plan.topk_idx.size(1), num_experts, target._replace(num_ranks=plan.is_token_in_rank.size(1)))
         widths = row_bytes(plan.rows), row_bytes(plan.scales), _width(plan.topk_idx)
-        _dispatch(plan.handle is not None, *widths, target, placed=plan.part is not None)
+        _dispatch(plan.handle is not None, *widths, target, False, plan.part is not None)
     for columns in reduces:
         dtype, num_topk = columns[0].dtype, columns[1].size(1) if len(columns) > 1 else 0
         for sums in {dtype, torch.promote_types(dtype, torch.float32)} if held else {dtype}:
