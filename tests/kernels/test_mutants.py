@@ -302,7 +302,6 @@ WRITE_MESSAGES = """        for step in range(R):
             write_message(
                 heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
             )  # fmt: skip
-        tl.debug_barrier()
 """
 SIGNAL_MESSAGES = "        signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, 1), R)\n"
 SIGNAL_LIST = "        tl.debug_barrier()\n        signal(word(base, PUBLISHED + rank * LINE), progress(epoch, 1))\n"

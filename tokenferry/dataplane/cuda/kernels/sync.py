@@ -265,7 +265,11 @@ def signal(flag, value):
 
 @triton.jit
 def signal_all(heap, offset, value, R: tl.constexpr):
-    """As ``signal``, to the word at ``offset`` in the heaps of all ranks: a posted store each, by as many threads."""
+    """Let all ranks see ``value`` at ``offset`` in their heaps, and before it all that this program stored till now.
+
+    A posted store each, by as many threads: so the program meets first.
+    """
+    tl.debug_barrier()
     if INTERPRET:
         for peer in range(R):
             signal(word(tl.load(heap + peer), offset), value)
@@ -441,7 +445,6 @@ def publish_all(
             write_message(
                 heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
             )  # fmt: skip
-        tl.debug_barrier()
         signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, 1), R)
 
 
@@ -477,7 +480,6 @@ def report_mismatches(heap, status, rank, signature, operation, epoch, R: tl.con
 @triton.jit
 def release_all(heap, rank, epoch, step, R: tl.constexpr):
     """Tell every owner how far this rank is with its rows."""
-    tl.debug_barrier()
     signal_all(heap, RELEASED + rank * LINE, progress(epoch, step), R)
 
 
