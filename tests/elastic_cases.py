@@ -46,7 +46,7 @@ class Elastic:
             "do_expand": self.expand,
             "do_cpu_sync": self.cpu_sync,
         }
-        return buffer.dispatch(self.x, **(arguments | options))
+        return buffer.dispatch(options.pop("x", self.x), **(arguments | options))
 
     def check_rows(self, recv_x: Any, *, padded: bool = False, column_major: bool = False) -> None:
         """Received rows and scales as far as they are defined, bit for bit; ``padded``: zeros between experts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -349,6 +349,27 @@ def _mutable(rank: int, num_ranks: int) -> None:
 
 def test_handles_are_mutable(pool_of: PoolOf) -> None:
     pool_of(2).run(_mutable)
+
+
+class Quantised(NamedTuple):
+    """As what a framework's own quantisation returns."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+
+
+def _named_tuples(rank: int, num_ranks: int) -> None:
+    with elastic_buffer(dist.group.WORLD) as buffer:
+        for expand in (False, True):
+            case = Elastic(CASES["fp8"], rank, num_ranks, expand=expand)
+            handle = case.dispatch(buffer)[3]
+            quantised = Quantised(*case.x)
+            case.check_rows(case.dispatch(buffer, x=quantised)[0])
+            case.check_rows(buffer.dispatch(quantised, handle=handle)[0])
+
+
+def test_rows_and_scales_in_a_named_tuple(pool_of: PoolOf) -> None:
+    pool_of(2).run(_named_tuples)
 
 
 def _beside_a_buffer(rank: int, num_ranks: int) -> None:

@@ -292,18 +292,18 @@ class Mutant:
         return dict(zip(ALL_MODULES, copies, strict=True))
 
 
-WAIT_RELEASED_BEFORE = (
-    "if wait_all(state, status, released, progress(epoch - 1, ALL), rank, operation, epoch, timeout, False, R):"
-)
-WRITE_MESSAGES = """        for step in range(R):
-            reader = (rank + step) % R
-            if held is not None:
-                write_held(heap, rank, reader, held, R)
-            write_message(
+WRITE_MESSAGE = """            write_message(
                 heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
             )  # fmt: skip
 """
-SIGNAL_MESSAGES = "        signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, 1), R)\n"
+SIGNAL_MESSAGE = """            if at_once == 0:
+                tl.debug_barrier()
+                signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))
+"""
+SIGNAL_MESSAGES = """    if at_once:
+        signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, 1), R)
+"""
+MESSAGES_FIRST = SIGNAL_MESSAGES + "    alive = True\n    for step"
 SIGNAL_LIST = "        tl.debug_barrier()\n        signal(word(base, PUBLISHED + rank * LINE), progress(epoch, 1))\n"
 WAIT_FOR_READERS = "if (staged == 0) & (tl.load(state + FAILED) == 0):"
 LISTEN = "alive = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R)"
@@ -326,10 +326,13 @@ MUTANTS = {
         sync, "agreed(acquire(flag) >= value)", "agreed(acquire(flag) == value)", "staged", 2
     ),
     # The message.
-    "message over an unread one": Mutant(sync, WAIT_RELEASED_BEFORE, "if True:", "unread, cached"),
-    "message after its flag": Mutant(
-        sync, WRITE_MESSAGES + SIGNAL_MESSAGES, SIGNAL_MESSAGES + WRITE_MESSAGES, "direct"
+    "message over an unread one": Mutant(
+        sync, "before = progress(epoch - 1, ALL)", "before = progress(epoch * 0, 0)", "unread, cached"
     ),
+    "message after its flag": Mutant(
+        sync, WRITE_MESSAGE + SIGNAL_MESSAGE, SIGNAL_MESSAGE + WRITE_MESSAGE, "three ranks"
+    ),
+    "messages after their flags": Mutant(sync, "    alive = True\n    for step", MESSAGES_FIRST, "direct"),
     "nobody waits for messages": Mutant(sync, "progress(epoch, step), rank", "0, rank", "direct"),
     "messages of the previous epoch": Mutant(
         sync, "progress(epoch, step), rank", "progress(epoch - 1, step), rank", "direct"

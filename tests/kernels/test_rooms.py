@@ -261,22 +261,23 @@ def test_ranks_that_disagree_step_back(monkeypatch: Any) -> None:
 
 def test_guesses() -> None:
     rooms = Rooms()
-    signature = cast(Signature, "a kind")
+    kind = cast(Signature, "a signature"), 16
 
     def note(num_tokens: int, received: int, expanded: int = 0) -> None:
-        rooms.note(signature, num_tokens, received, expanded)
+        rooms.note(kind, num_tokens, received, expanded)
 
-    assert rooms.guess(signature, 100) == (0, 0)
+    assert rooms.guess(kind, 100) == (0, 0)
     note(100, 160, 320)
-    assert rooms.guess(signature, 100) == (170, 340)
-    assert rooms.guess(signature, 112) == (170, 340)
-    assert rooms.guess(signature, 113) == (0, 0)
-    assert rooms.guess(signature, 87) == (0, 0)
-    assert rooms.guess(cast(Signature, "another kind"), 100) == (0, 0)
+    assert rooms.guess(kind, 100) == (170, 340)
+    assert rooms.guess(kind, 112) == (170, 340)
+    assert rooms.guess(kind, 113) == (0, 0)
+    assert rooms.guess(kind, 87) == (0, 0)
+    assert rooms.guess((cast(Signature, "another"), 16), 100) == (0, 0)
+    assert rooms.guess((kind[0], 128), 100) == (0, 0)
     note(100, 100, 640)
-    assert rooms.guess(signature, 100) == (139, 680)  # of 130, and of more than before
+    assert rooms.guess(kind, 100) == (139, 680)  # of 130, and of more than before
     note(0, 1000)
-    assert rooms.guess(signature, 0) == (1063, 340)
+    assert rooms.guess(kind, 0) == (1063, 340)
     for _ in range(11):
         note(0, 0)
-    assert rooms.guess(signature, 0) == (0, 0)
+    assert rooms.guess(kind, 0) == (0, 0)

@@ -278,8 +278,8 @@ MUTANTS = {
     "sum for longest": Mutant(sync, LONGEST, LONGEST.replace("max", "add"), one_counts),
     "time begins with the last to come": Mutant(
         sync,
-        "polls = zero()\n                if counts",
-        "begun = now()\n                if counts",
+        "polls = zero()\n            if counts",
+        "begun = now()\n            if counts",
         all_are_waited_for_at_a_time,
     ),
     "another rank is blamed": Mutant(

@@ -179,7 +179,7 @@ def _given(
     elif party.plane.values_at_hand:
         check_ids(topk_idx, kind.sizes.num_experts)  # type: ignore[arg-type]
     ids: torch.Tensor = topk_idx  # type: ignore[assignment]
-    data, scales = x if type(x) is tuple else (x, None)
+    data, scales = x if isinstance(x, tuple) else (x, None)
     rows_are_packed = kind.rows_are_packed
     rows = make(Rows, (packed(data, rows_are_packed), None if scales is None else packed(scales, rows_are_packed)))
     weights = _travelling(party, topk_weights, ids.shape, kind.choices_are_packed)

@@ -19,29 +19,31 @@ _SLACK = 16
 class Rooms:
     """How many rows dispatches of a kind are likely to receive, and to expand these to, by those before them.
 
+    A kind: a signature, and the alignment of expanded rows.
+
     So outputs can be made, and the pull be launched, while the counts are still under way: no row waits for the host.
     It costs memory for 1/16 more rows while routing is steady, and a second launch where the guess was too low. What
     a rank guesses is its own affair.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Signature, tuple[int, int, int]] = {}
+        self._known: dict[tuple[Signature, int], tuple[int, int, int]] = {}
 
-    def guess(self, signature: Signature, num_tokens: int) -> tuple[int, int]:
+    def guess(self, kind: tuple[Signature, int], num_tokens: int) -> tuple[int, int]:
         """Rows to make room for, and expanded ones, if they are (else 0).
 
         (0, 0): nothing to go by, as the number of tokens is far from the last one.
         """
-        before, rows, expanded = self._known.get(signature, (0, 0, 0))
+        before, rows, expanded = self._known.get(kind, (0, 0, 0))
         if 8 * abs(num_tokens - before) > before or rows == 0:
             return 0, 0
         return -(-rows * (_SLACK + 1) // _SLACK), -(-expanded * (_SLACK + 1) // _SLACK)
 
-    def note(self, signature: Signature, num_tokens: int, num_rows: int, num_expanded: int) -> None:
+    def note(self, kind: tuple[Signature, int], num_tokens: int, num_rows: int, num_expanded: int) -> None:
         """Remember what came: at once where it is more than before, by and by where it is less."""
-        _, rows, expanded = self._known.get(signature, (0, 0, 0))
+        _, rows, expanded = self._known.get(kind, (0, 0, 0))
         rows, expanded = max(num_rows, (rows + num_rows) // 2), max(num_expanded, (expanded + num_expanded) // 2)
-        self._known[signature] = num_tokens, rows, expanded
+        self._known[kind] = num_tokens, rows, expanded
 
 
 class CudaDispatch:
@@ -50,6 +52,7 @@ class CudaDispatch:
     def __init__(self, plane: CudaDataPlane, signature: Signature, plan: SendPlan) -> None:
         self._plane = plane
         self._signature = signature
+        self._kind = signature, 1 if plan.experts is None else plan.experts.alignment
         self._plan = plan
         self._is_open = False
         self.num_rows = self.num_expanded_rows = 0
@@ -114,7 +117,7 @@ class CudaDispatch:
         if worst:
             self.num_rows, self.num_expanded_rows = worst, 0 if experts is None else experts.num_worst_rows
         elif plan.may_guess:
-            self.num_rows, self.num_expanded_rows = self._plane.rooms.guess(self._signature, plan.rows.shape[0])
+            self.num_rows, self.num_expanded_rows = self._plane.rooms.guess(self._kind, plan.rows.shape[0])
             self._guesses = self.num_rows > 0
         # The two channel matrices lie one behind the other, and so do the tables of the experts.
         tables = (self.send_head, self.rank_prefix_matrix, self.channel_prefix_matrix, self.rank_ends)
@@ -139,21 +142,22 @@ class CudaDispatch:
             self.num_expanded_rows = sum([-(-count // alignment) for count in counts[1]]) * alignment
         if plan.may_guess:
             num_tokens = plan.rows.shape[0]
-            self._plane.rooms.note(self._signature, num_tokens, self.num_rows, self.num_expanded_rows)
+            self._plane.rooms.note(self._kind, num_tokens, self.num_rows, self.num_expanded_rows)
 
     def pull(self, outputs: Outputs) -> bool:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
         self._is_open = False
         self._plane.pull(self._signature, self._plan, self.rank_prefix_matrix, outputs, self.num_rows, self._bases)
-        if self._plan.experts is not None and (outputs.rows.shape[0] or outputs.metadata is not None):
-            self._plane.after_pull(self._plan, self.rank_prefix_matrix, outputs, self.expert_ends)
         if self._guesses:  # while the rows travel
             self._guesses = False
             room, expanded_room = self.num_rows, self.num_expanded_rows
             self._wait_for_counts()
             self._is_open = self.num_rows > room or self.num_expanded_rows > expanded_room
             self._plane.check()
-        return not self._is_open
+        is_done = not self._is_open
+        if is_done and self._plan.experts is not None and (outputs.rows.shape[0] or outputs.metadata is not None):
+            self._plane.after_pull(self._plan, self.rank_prefix_matrix, outputs, self.expert_ends)
+        return is_done
 
     def abandon(self) -> None:
         """After an error on this host alone: take part in what was announced, and receive nothing."""

@@ -180,7 +180,7 @@ def wait_ranks(
                 on = on & (gone == 0)
                 several = tl.sum((behind | gone).to(tl.int32)) > 1
                 late = agreed(time >= deadline + tl.where(several, timeout * 7 // 2, 0))
-                if tl.atomic_add(state + FAILED, 0, sem="relaxed", scope="gpu") != 0:
+                if agreed(tl.load(state + FAILED, volatile=True) != 0):
                     late = polls != 0
                     own = zero()
             else:
@@ -390,9 +390,9 @@ def arrivals(
             bits = tl.reduce(tl.where(on & (seen >= goals), tl.full([RB], 1, tl.int64) << r, 0), 0, either)
             tl.debug_barrier()
             tl.atomic_xchg(state + VERDICTS + slot, (epoch << 32) | bits, sem="release", scope="gpu")
-        verdict = tl.atomic_add(state + VERDICTS + slot, 0, sem="acquire", scope="gpu")
-        while ((verdict >> 32) ^ epoch) & 0xFFFFFFFF != 0:
-            verdict = tl.atomic_add(state + VERDICTS + slot, 0, sem="acquire", scope="gpu")
+        verdict = acquire(state + VERDICTS + slot)
+        while agreed(((verdict >> 32) ^ epoch) & 0xFFFFFFFF == 0) == 0:
+            verdict = acquire(state + VERDICTS + slot)
         there = (r < R) & (((verdict >> r) & 1) != 0)
         seen = tl.load(flags + r, mask=there, other=0)
     else:

@@ -1,8 +1,9 @@
 """Waiting and signalling between GPUs, and the steps that every operation shares. All scalar code: plain Triton
 kernels and Gluon kernels call the same functions.
 
-Whoever signals first calls ``tl.debug_barrier()``: a release orders only what its own thread has seen, and the
-compiler puts no barrier before it. Every wait ends at a deadline of the device's clock, in nanoseconds.
+Before a signal the program meets: a release orders only what its own thread has seen, and the compiler puts no
+barrier before it. What programs wait for, every thread loads for itself, and all must agree. Every wait ends at a
+deadline of the device's clock, in nanoseconds.
 
 Waits are counted in the rank's own memory, by one program each: how long a rank was missing. Where the first look
 finds that all is there, no clock is read and nothing is written.
@@ -228,21 +229,23 @@ def wait_for_missing(state, status, flags, value, rank, operation, epoch, timeou
     missing = zero()
     for peer in range(R):
         missing = missing | (1 << peer)
-    missing = still_missing(missing, flags, value, R)
+    if counts:
+        missing = still_missing(missing, flags, value, R)
     polls = zero()
     late = polls != 0
     deadline = zero().to(tl.int64)
     while (missing != 0) & (late == 0):
         polls += 1
-        if counts | (polls % 64 == 0):  # one by one: who comes when
+        still = missing
+        if agreed(acquire_all(flags, R) >= value):
+            still = zero()
+        elif counts | (polls % 64 == 0):  # one by one: who comes when
             still = still_missing(missing, flags, value, R)
-            if still != missing:
-                polls = zero()
-                if counts:
-                    count_waits_for(missing ^ still, state, operation, rank, now() - begun, R)
+        if still != missing:
+            polls = zero()
+            if counts:
+                count_waits_for(missing ^ still, state, operation, rank, now() - begun, R)
             missing = still
-        elif agreed(acquire_all(flags, R) >= value):
-            missing = zero()
         if (polls != 0) & (polls % 64 == 0):
             time = now()
             deadline = tl.where(polls == 64, time + timeout, deadline)
@@ -433,18 +436,27 @@ def publish_all(
 ):  # fmt: skip
     """The message and its flag for every rank: the first step of an operation whose counts are known.
 
-    ``held``: None, or the table of what is told besides.
+    ``held``: None, or the table of what is told besides. While a reader is still at the operation before, those that
+    are not are told one by one: they shall not take this rank for the one that is missing.
     """
     staged = must_stage(ready, places, NUM_COLUMNS, R)
-    released = tl.load(heap + rank) + RELEASED
-    if wait_all(state, status, released, progress(epoch - 1, ALL), rank, operation, epoch, timeout, False, R):
-        for step in range(R):
-            reader = (rank + step) % R
+    before = progress(epoch - 1, ALL)
+    at_once = agreed(acquire_all(tl.load(heap + rank) + RELEASED, R) >= before)
+    alive = True
+    for step in range(R):
+        reader = (rank + step) % R
+        if alive & (at_once == 0):
+            alive = wait_released(heap, state, status, rank, reader, before, operation, epoch, timeout)
+        if alive:
             if held is not None:
                 write_held(heap, rank, reader, held, R)
             write_message(
                 heap, rank, reader, signature, num_tokens, num_rows, 0, 0, staged, places, NUM_COLUMNS
             )  # fmt: skip
+            if at_once == 0:
+                tl.debug_barrier()
+                signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))
+    if at_once:
         signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, 1), R)
 
 
