@@ -187,7 +187,7 @@ def test_an_elastic_dispatch_pulls_again_for_want_of_room(rank: Rank) -> None:
     rank.elastic_dispatch(do_expand=False)
     compact = ["layout", "notify", "dispatch", "sources"]
     assert launches(rank, ROWS, do_expand=False) == compact
-    assert launches(rank, 2 * ROWS, do_expand=False) == [*compact, "dispatch", "sources"]
+    assert launches(rank, 2 * ROWS, do_expand=False) == [*compact[:-1], "dispatch", "sources"]
 
 
 def test_outputs_come_from_the_memory_of_comm_where_it_works_on_them(rank: Rank) -> None:
