@@ -187,7 +187,7 @@ WAIT_FOR_WEIGHTS = """there = wait_at_least(
                 FOR_WEIGHTS if COUNTS else None,
             )  # fmt: skip
 """
-NEW_VERDICT = "((verdict >> 32) ^ epoch) & 0xFFFFFFFF != 0"
+NEW_VERDICT = "agreed(((verdict >> 32) ^ epoch) & 0xFFFFFFFF == 0) == 0"
 FIRST_DECIDES = "    if SHRINK:\n        if index == 0:\n"
 UNMASKED = "            on = unmasked(state, R, RB, SHRINK, THREADS)\n"
 VERDICT_WAITS = """            seen = wait_ranks(
@@ -233,7 +233,7 @@ MUTANTS = {
     "one flag is not waited for": Mutant(
         shared, "    on = r < R\n    first", "    on = r < R - 1\n    first", "once"
     ),
-    "polls relaxed": Mutant(shared, 'pointers, 0, sem="acquire"', 'pointers, 0, sem="relaxed"', "once"),
+    "polls relaxed": Mutant(sync, 'flag, 0, sem="acquire"', 'flag, 0, sem="relaxed"', "once"),
     "signature is not looked at": Mutant(shared, "theirs != signature", "theirs != theirs", "refused"),
     "signature is not sent": Mutant(dispatch, SIGN, "", "once"),
     # Weights.
@@ -242,7 +242,7 @@ MUTANTS = {
         combine, WAIT_FOR_WEIGHTS, WAIT_FOR_WEIGHTS.replace("epoch", "(epoch - 2)"), "there and back"
     ),
     "weights have no barrier": Mutant(combine, "    tl.debug_barrier()\n    value", "    value", "there and back"),
-    "weights seen relaxed": Mutant(sync, 'flag, 0, sem="acquire"', 'flag, 0, sem="relaxed"', "there and back", 2),
+    "weights seen relaxed": Mutant(sync, 'flag, 0, sem="acquire"', 'flag, 0, sem="relaxed"', "there and back"),
     "choices without weight count": Mutant(combine, " & (weight != SKIP)", "", "there and back"),
     # Slots and epochs.
     "one slot": Mutant(dispatch, "slot = epoch % DEPTH", "slot = epoch * 0", "in flight"),
