@@ -359,7 +359,7 @@ MUTANTS = {
     "counting does not release": Mutant(sync, '"acq_rel"', '"acquire"', "staged"),
     "counting does not acquire": Mutant(sync, '"acq_rel"', '"release"', "direct"),
     "ended by the last but one": Mutant(
-        sync, "tl.num_programs(0).to(tl.int64))", "tl.num_programs(0).to(tl.int64) - 1)", "one way"
+        sync, "is_last(state + ARRIVED, programs)", "is_last(state + ARRIVED, programs - 1)", "one way"
     ),
     "counter stays": Mutant(sync, "tl.store(counter, 0)", "tl.store(counter, tl.where(total > 1, 1, 0))", "direct"),
     "release before the reads": Mutant(
