@@ -78,9 +78,9 @@ def at_once(*given: Any, **options: Any) -> None:
     check(first, second)
 
 
-def dispatches_ahead(*given: Any) -> None:
+def dispatches_ahead(*given: Any, **options: Any) -> None:
     """The next dispatch is sent before one is received."""
-    first, second, third = calls_of(*given, SECOND, TINY, THIRD)
+    first, second, third = calls_of(*given, SECOND, TINY, THIRD, **options)
     first.dispatch(hook=True)
     second.dispatch(hook=True)
     first.receive()
@@ -137,6 +137,8 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "at once": at_once,
     "at once, exact": lambda *given: at_once(*given, exact=True),
     "dispatches ahead": dispatches_ahead,
+    # Some programs have rows to push, and no choices.
+    "dispatches ahead, many programs": lambda *given: dispatches_ahead(*given, most_programs=8),
     "combine ahead": combine_ahead,
     "combine ahead, exact": lambda *given: combine_ahead(*given, exact=True),
     "in flight": in_flight,
@@ -204,7 +206,7 @@ MUTANTS = {
     "credit for the operation before": Mutant(shared, SENT_TO, SENT_TO + " - 2", "dispatches ahead"),
     "counts without credit": Mutant(dispatch, FIRST_CREDIT + LACKS, ALL + LACKS, "dispatches ahead"),
     "choices without credit": Mutant(dispatch, CREDIT + "    place", ALL + "    place", "dispatches ahead"),
-    "rows without credit": Mutant(dispatch, CREDIT + "    e =", ALL + "    e =", "dispatches ahead"),
+    "rows without credit": Mutant(dispatch, CREDIT + "    e =", ALL + "    e =", "dispatches ahead, many programs"),
     "weights without credit": Mutant(combine, FIRST_CREDIT + LACKS + SIGN, ALL + LACKS + SIGN, "combine ahead"),
     "exact rows without credit": Mutant(combine, CREDIT + "    if has", ALL + "    if has", "combine ahead, exact"),
     "credit of a masked rank": Mutant(
