@@ -47,7 +47,9 @@ def _elastic_rooms(rank: int, num_ranks: int, expand: bool, bulk: bool) -> list[
                 elastic.check_handle(handle)
                 elastic.check_combine(buffer, handle, len(rows))
                 elastic.check_rows(buffer.dispatch(elastic.x, handle=handle)[0])
-        # As many rows, and more that align them.
+        # As many rows, and more that align them, as if the ones before had been aligned so.
+        if expand:
+            plane.rooms._known = {(kind[0], 128): known for kind, known in plane.rooms._known.items()}
         elastic = Elastic(replace(case, alignment=128), rank, num_ranks, expand=expand, device="cuda")
         for _ in range(2):
             rows = elastic.dispatch(buffer, do_zero_padding=True)[0]

@@ -19,7 +19,7 @@ _SLACK = 16
 class Rooms:
     """How many rows dispatches of a kind are likely to receive, and to expand these to, by those before them.
 
-    A kind: a signature, and the alignment of expanded rows.
+    A kind: a signature, and the alignment of expanded rows (else 1).
 
     So outputs can be made, and the pull be launched, while the counts are still under way: no row waits for the host.
     It costs memory for 1/16 more rows while routing is steady, and a second launch where the guess was too low. What
@@ -52,7 +52,8 @@ class CudaDispatch:
     def __init__(self, plane: CudaDataPlane, signature: Signature, plan: SendPlan) -> None:
         self._plane = plane
         self._signature = signature
-        self._kind = signature, 1 if plan.experts is None else plan.experts.alignment
+        experts = plan.experts
+        self._kind = signature, 1 if experts is None or not experts.expand else experts.alignment
         self._plan = plan
         self._is_open = False
         self.num_rows = self.num_expanded_rows = 0
