@@ -59,6 +59,7 @@ class _Kind(NamedTuple):
     """What operations on rows of equal kinds have in common."""
 
     num_rows: int
+    """Not looked at by combines, whose kinds are of any number."""
     width: int
     dtype: torch.dtype
     beside: int
@@ -278,7 +279,7 @@ def combine(
 def _kind_of_columns(columns: list[torch.Tensor], kinds: Iterable[Kind | None]) -> _Kind:
     rows, num_topk = columns[0], columns[1].shape[1] if len(columns) > 1 else 0
     signature = signature_of(OperationKind.COMBINE, Rows(rows, None), num_topk)
-    return _Kind(rows.shape[0], rows.shape[1], rows.dtype, num_topk, signature, are_packed(kinds))
+    return _Kind(0, rows.shape[1], rows.dtype, num_topk, signature, are_packed(kinds))
 
 
 def signature_of(
