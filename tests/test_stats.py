@@ -23,7 +23,9 @@ from tokenferry import Buffer, BufferStateError, MismatchError, PeerTimeoutError
 from tokenferry.memory import waiting
 from tokenferry.stats import Recorder, Waits
 
-LATE = 0.15
+LATE = 0.3
+# Who waits for it may itself come late: at most this much of it, as busy as the machine may be.
+MOSTLY = 0.5 * LATE * 1e9
 MS = 1_000_000
 
 
@@ -154,14 +156,14 @@ def test_late_rank_is_who_is_waited_for(pool_of: PoolOf, late: int) -> None:
     waited = pool_of(3).run(_one_late, late, "", 3)
     for rank in range(3):
         if rank != late:
-            assert waited[rank][late] > 0.8 * 3 * LATE * 1e9, waited
+            assert waited[rank][late] > 3 * MOSTLY, waited
     assert sum(waited[late]) < min(waited[rank][late] for rank in range(3) if rank != late), waited
 
 
 def test_late_node_is_who_is_waited_for_on_the_rail(pool_of: PoolOf) -> None:
     waited = pool_of(4).run(_one_late, 3, "2x2", 2)
     for rank in (1, 2):  # on its rail, and on its node
-        assert waited[rank][3] > 0.8 * 2 * LATE * 1e9, waited
+        assert waited[rank][3] > 2 * MOSTLY, waited
         assert waited[rank][3] == max(waited[rank]), waited
 
 
@@ -179,12 +181,13 @@ def _low_latency(rank: int, num_ranks: int) -> None:
         for peer in set(range(num_ranks)) - {rank}:
             rows = sum(source == peer for expert in scenario.rows for source, _ in expert)
             assert received.peers[peer].bytes_read == 16 * len(scenario.all_ids[peer]) + 256 * rows
+        dist.barrier()
         if rank == 0:
             time.sleep(LATE)
         scenario.check_combine(scenario.combine(buffer, result))
         combine = buffer.stats().of("low_latency_combine")
         if rank:
-            assert combine.peers[0].waits.longest_ns > 0.8 * LATE * 1e9
+            assert combine.peers[0].waits.longest_ns > MOSTLY
         assert combine.count == 1
         for peer in set(range(num_ranks)) - {rank}:
             mine = int(((scenario.ids >= 0) & (scenario.ids // case.local_experts == peer)).sum())
