@@ -29,6 +29,7 @@ from tests.low_latency_cases import Case as LowLatencyCase
 from tokenferry.dataplane.cuda.kernels import (
     combine,
     dispatch,
+    flags,
     layout,
     low_latency,
     low_latency_combine,
@@ -42,7 +43,7 @@ from tokenferry.dataplane.cuda.status import Status
 from tokenferry.errors import HeapError, TokenferryError
 
 ENTRIES = (layout, notify, dispatch, combine, sync, rounds)
-LOW_ENTRIES = (low_latency_dispatch, low_latency_combine, sync, low_latency)
+LOW_ENTRIES = (low_latency_dispatch, low_latency_combine, flags, low_latency)
 TIMEOUT = 1500
 """Steps."""
 ARENA, GUARD = 4096, 1 << 16

@@ -17,8 +17,8 @@ from tests.kernels.test_low_latency import TINY, Calls, Paces, world_of
 from tests.low_latency_cases import FORMATS, Case, Scenario
 from tokenferry.buffer_low_latency import _hook
 from tokenferry.dataplane.cpu.fp8 import pack_ue8m0, quantise
+from tokenferry.dataplane.cuda.kernels import flags, words
 from tokenferry.dataplane.cuda.kernels import low_latency as shared
-from tokenferry.dataplane.cuda.kernels import sync, words
 from tokenferry.dataplane.cuda.status import Status
 from tokenferry.errors import BufferStateError, MismatchError, PeerTimeoutError
 from tokenferry.streams import NoStream
@@ -31,7 +31,7 @@ TIMEOUT = 1500
 def timed_world(monkeypatch: Any, num_ranks: int, seed: int, case: Case, **options: Any) -> LowLatencyWorld:
     """One whose clock runs, and whose programs are all as fast."""
     world = world_of(monkeypatch, num_ranks, seed, case, **{"slots": 4, "timeout": TIMEOUT, **options})
-    world.simulator.let_time_pass(monkeypatch, sync, shared)
+    world.simulator.let_time_pass(monkeypatch, flags, shared)
     world.simulator.random = random.Random(seed)
     return world
 

@@ -24,10 +24,10 @@ from tests.kernels.test_low_latency import (
 )
 from tests.low_latency_cases import Case
 from tokenferry.dataplane.cuda import low_latency as host
+from tokenferry.dataplane.cuda.kernels import flags, words
 from tokenferry.dataplane.cuda.kernels import low_latency as shared
 from tokenferry.dataplane.cuda.kernels import low_latency_combine as combine
 from tokenferry.dataplane.cuda.kernels import low_latency_dispatch as dispatch
-from tokenferry.dataplane.cuda.kernels import sync, words
 
 Modules = dict[str, ModuleType]
 
@@ -235,7 +235,7 @@ MUTANTS = {
     "one flag is not waited for": Mutant(
         shared, "    on = r < R\n    first", "    on = r < R - 1\n    first", "once"
     ),
-    "polls relaxed": Mutant(sync, 'flag, 0, sem="acquire"', 'flag, 0, sem="relaxed"', "once"),
+    "polls relaxed": Mutant(flags, 'flag, 0, sem="acquire"', 'flag, 0, sem="relaxed"', "once"),
     "signature is not looked at": Mutant(shared, "theirs != signature", "theirs != theirs", "refused"),
     "signature is not sent": Mutant(dispatch, SIGN, "", "once"),
     # Weights.
@@ -244,7 +244,7 @@ MUTANTS = {
         combine, WAIT_FOR_WEIGHTS, WAIT_FOR_WEIGHTS.replace("epoch", "(epoch - 2)"), "there and back"
     ),
     "weights have no barrier": Mutant(combine, "    tl.debug_barrier()\n    value", "    value", "there and back"),
-    "weights seen relaxed": Mutant(sync, 'flag, 0, sem="acquire"', 'flag, 0, sem="relaxed"', "there and back"),
+    "weights seen relaxed": Mutant(flags, 'flag, 0, sem="acquire"', 'flag, 0, sem="relaxed"', "there and back"),
     "choices without weight count": Mutant(combine, " & (weight != SKIP)", "", "there and back"),
     # Slots and epochs.
     "one slot": Mutant(dispatch, "slot = epoch % DEPTH", "slot = epoch * 0", "in flight"),

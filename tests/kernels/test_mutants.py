@@ -19,7 +19,7 @@ from tests.kernels.mutants import mutated_modules
 from tests.kernels.schedules import Scheduler, put_to_sleep, stop_at_deadlocks
 from tests.kernels.world import ALL_MODULES, Rank, World
 from tokenferry.dataplane.cuda import programs
-from tokenferry.dataplane.cuda.kernels import combine, dispatch, layout, notify, rounds, sync, words
+from tokenferry.dataplane.cuda.kernels import combine, dispatch, flags, layout, notify, rounds, sync, words
 from tokenferry.dataplane.cuda.status import Status
 from tokenferry.errors import HeapError
 
@@ -318,12 +318,12 @@ HOST_DONE = "tl.debug_barrier()\n    tell_host(host + HOST_DONE, epoch)"
 
 MUTANTS = {
     # Waiting and signalling.
-    "signal relaxed": Mutant(sync, 'xchg(flag, value, sem="release"', 'xchg(flag, value, sem="relaxed"', "staged"),
-    "wait relaxed": Mutant(sync, 'sem="acquire"', 'sem="relaxed"', "staged"),
-    "wait for any step": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "epoch << EPOCH_SHIFT", "staged"),
-    "wait for any epoch": Mutant(sync, "(epoch << EPOCH_SHIFT) | step", "step", "direct"),
+    "signal relaxed": Mutant(flags, 'xchg(flag, value, sem="release"', 'xchg(flag, value, sem="relaxed"', "staged"),
+    "wait relaxed": Mutant(flags, 'sem="acquire"', 'sem="relaxed"', "staged"),
+    "wait for any step": Mutant(flags, "(epoch << EPOCH_SHIFT) | step", "epoch << EPOCH_SHIFT", "staged"),
+    "wait for any epoch": Mutant(flags, "(epoch << EPOCH_SHIFT) | step", "step", "direct"),
     "wait for just this step": Mutant(
-        sync, "agreed(acquire(flag) >= value)", "agreed(acquire(flag) == value)", "staged", 2
+        flags, "agreed(acquire(flag) >= value)", "agreed(acquire(flag) == value)", "staged", 2
     ),
     # The message.
     "message over an unread one": Mutant(
@@ -337,10 +337,12 @@ MUTANTS = {
     "messages of the previous epoch": Mutant(
         sync, "progress(epoch, step), rank", "progress(epoch - 1, step), rank", "direct"
     ),
-    "one message is not waited for": Mutant(sync, "in range(1, R):", "in range(1, R - 1):", "direct"),
-    "whoever comes ends the wait": Mutant(sync, "missing = missing ^ (1 << peer)", "missing = zero()", "three ranks"),
+    "one message is not waited for": Mutant(flags, "in range(1, R):", "in range(1, R - 1):", "direct"),
+    "whoever comes ends the wait": Mutant(
+        flags, "missing = missing ^ (1 << peer)", "missing = zero()", "three ranks"
+    ),
     "all have come when one has": Mutant(
-        sync, "            missing = still\n", "            missing = still & 1\n", "three ranks"
+        flags, "            missing = still\n", "            missing = still & 1\n", "three ranks"
     ),
     "list over an unread one": Mutant(notify, "progress(epoch - 1, ALL)", "0", "unread"),
     "list after its flag": Mutant(notify, LIST + SIGNAL_LIST, SIGNAL_LIST + LIST, "dispatches"),
@@ -351,7 +353,7 @@ MUTANTS = {
     ),
     "no barrier after the counts": Mutant(notify, "    " + HOST_DONE, HOST_DONE.partition("\n")[2], "counted"),
     "counts relaxed": Mutant(
-        sync, 'xchg(address, value, sem="release"', 'xchg(address, value, sem="relaxed"', "counted"
+        flags, 'xchg(address, value, sem="release"', 'xchg(address, value, sem="relaxed"', "counted"
     ),
     # The end of an operation.
     "no barrier before counting": Mutant(sync, "    tl.debug_barrier()\n    last", "    last", "staged"),

@@ -26,22 +26,22 @@ from tokenferry.dataplane import OperationKind
 from tokenferry.dataplane.cuda.kernels import (
     combine,
     dispatch,
+    flags,
     layout,
     low_latency,
     low_latency_combine,
     low_latency_dispatch,
     notify,
-    sync,
     words,
 )
-from tokenferry.dataplane.cuda.kernels.sync import signal, wait_all, wait_at_least
+from tokenferry.dataplane.cuda.kernels.flags import signal, wait_all, wait_at_least
 from tokenferry.dataplane.cuda.waits import DeviceWaits
 from tokenferry.stats import Recorder, Waits
 
 LATE = 400
 """Steps."""
-ENTRIES = (layout, notify, dispatch, combine, sync)
-LOW_ENTRIES = (low_latency_dispatch, low_latency_combine, sync, low_latency)
+ENTRIES = (layout, notify, dispatch, combine, flags)
+LOW_ENTRIES = (low_latency_dispatch, low_latency_combine, flags, low_latency)
 KIND = OperationKind.COMBINE.value
 FOR_EVER = tl.constexpr(1 << 40)
 
@@ -73,7 +73,7 @@ def toys(monkeypatch: Any, module: ModuleType) -> Simulator:
     return simulator
 
 
-def one_counts(monkeypatch: Any, modules: Modules = (sync,)) -> None:
+def one_counts(monkeypatch: Any, modules: Modules = (flags,)) -> None:
     """Three programs wait for two values of a word, for the first one longer."""
     simulator = toys(monkeypatch, modules[-1])
     state, flag = torch.zeros(words.STATE_WORDS, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
@@ -86,15 +86,15 @@ def one_counts(monkeypatch: Any, modules: Modules = (sync,)) -> None:
     assert 1.5 * LATE < waits.longest_ns < 2.5 * LATE < waits.total_ns < 4 * LATE
 
 
-def all_are_waited_for_at_a_time(monkeypatch: Any, modules: Modules = (sync,)) -> None:
+def all_are_waited_for_at_a_time(monkeypatch: Any, modules: Modules = (flags,)) -> None:
     """Of three programs one counts; rank 1 comes at once, rank 0, itself, comes last."""
     simulator = toys(monkeypatch, modules[-1])
     state = torch.zeros(words.STATE_WORDS, dtype=torch.int64)
-    flags = torch.zeros(4, words.LINE_BYTES // 8, dtype=torch.int64)
-    flags[1] = 7
-    simulator.launch(9, wait_for_three, (3,), state, flags.data_ptr())
+    arrivals = torch.zeros(4, words.LINE_BYTES // 8, dtype=torch.int64)
+    arrivals[1] = 7
+    simulator.launch(9, wait_for_three, (3,), state, arrivals.data_ptr())
     for rank, delay in ((2, LATE), (0, 2 * LATE)):
-        simulator.launch(rank, tell, (1,), flags[rank], 7, delay=delay)
+        simulator.launch(rank, tell, (1,), arrivals[rank], 7, delay=delay)
     simulator.run()
     found = DeviceWaits(state, 3, 4).read()[KIND]
     assert found.keys() == {2}
@@ -203,7 +203,7 @@ def test_late_rank_of_a_part(monkeypatch: Any) -> None:
     world = World(monkeypatch, 2, 0, max_steps=10**6)
     simulate_parts(monkeypatch, world)
     world.simulator.random = random.Random(0)
-    world.simulator.let_time_pass(monkeypatch, sync)
+    world.simulator.let_time_pass(monkeypatch, flags)
     late_launches(monkeypatch, world.simulator, 0, "announce_part")
     parts = Parts(world, Load(tokens=((2, 1),), chunks=((2, 2),)), num_sms=2)
     parts.dispatch(0, 0)
@@ -215,14 +215,14 @@ def test_late_rank_of_a_part(monkeypatch: Any) -> None:
 
 
 def test_who_never_comes_is_counted(monkeypatch: Any) -> None:
-    simulator = toys(monkeypatch, sync)
+    simulator = toys(monkeypatch, flags)
     state, status = (
         torch.zeros(words.STATE_WORDS, dtype=torch.int64),
         torch.zeros(words.STATUS_WORDS, dtype=torch.int64),
     )
-    flags = torch.zeros(2, words.LINE_BYTES // 8, dtype=torch.int64)
-    flags[0] = 7
-    simulator.launch(0, wait_in_vain, (1,), state, status, flags.data_ptr(), LATE)
+    arrivals = torch.zeros(2, words.LINE_BYTES // 8, dtype=torch.int64)
+    arrivals[0] = 7
+    simulator.launch(0, wait_in_vain, (1,), state, status, arrivals.data_ptr(), LATE)
     simulator.run()
     assert status[words.CODE.value] == words.TIMED_OUT.value
     assert status[words.DETAIL.value :][:2].tolist() == [0, 1]
@@ -244,7 +244,7 @@ def test_nothing_is_read_or_written_where_nobody_waits(monkeypatch: Any) -> None
         reads.append(1)
         return tl.program_id(0).to(tl.int64) * 0
 
-    monkeypatch.setattr(sync, "now", now)
+    monkeypatch.setattr(flags, "now", now)
     monkeypatch.setattr(low_latency, "now", now)
     world = World(monkeypatch, 1, 0)
     rank = Rank(world, Case(tokens=(5,), row_bytes=16, num_topk=2, local_experts=2, combine_bytes=16, seed=1), 0)
@@ -273,20 +273,20 @@ CLAIM = 'if tl.atomic_max(claim, value, sem="relaxed", scope="gpu") < value:'
 LAST = "counts = tl.program_id(0) == tl.num_programs(0) - 1"
 LONGEST = "tl.atomic_max(at + 2 * WAIT_WORDS"
 MUTANTS = {
-    "claims are ignored": Mutant(sync, CLAIM, "if True:", one_counts),
-    "claims are not made": Mutant(sync, CLAIM, "if tl.load(claim) < value:", one_counts),
-    "sum for longest": Mutant(sync, LONGEST, LONGEST.replace("max", "add"), one_counts),
+    "claims are ignored": Mutant(flags, CLAIM, "if True:", one_counts),
+    "claims are not made": Mutant(flags, CLAIM, "if tl.load(claim) < value:", one_counts),
+    "sum for longest": Mutant(flags, LONGEST, LONGEST.replace("max", "add"), one_counts),
     "time begins with the last to come": Mutant(
-        sync,
+        flags,
         "polls = zero()\n            if counts",
         "begun = now()\n            if counts",
         all_are_waited_for_at_a_time,
     ),
     "another rank is blamed": Mutant(
-        sync, "operation * RANKS + peer", "operation * RANKS + peer * 0", all_are_waited_for_at_a_time
+        flags, "operation * RANKS + peer", "operation * RANKS + peer * 0", all_are_waited_for_at_a_time
     ),
     "it waits for itself": Mutant(
-        sync, "if (((peers >> peer) & 1) != 0) & (peer != rank):", "if ((peers >> peer) & 1) != 0:",
+        flags, "if (((peers >> peer) & 1) != 0) & (peer != rank):", "if ((peers >> peer) & 1) != 0:",
         all_are_waited_for_at_a_time,
     ),
     "every program counts": Mutant(dispatch, LAST, "counts = tl.program_id(0) >= 0", high_throughput),
@@ -298,7 +298,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     mutant = MUTANTS[name]
-    entries = {high_throughput: ENTRIES, low: LOW_ENTRIES}.get(mutant.scenario, (sync,))
+    entries = {high_throughput: ENTRIES, low: LOW_ENTRIES}.get(mutant.scenario, (flags,))
     modules = mutated_modules(mutant.module, mutant.old, mutant.new, entries=entries)
     with pytest.raises((AssertionError, KeyError)):
         mutant.scenario(monkeypatch, modules)

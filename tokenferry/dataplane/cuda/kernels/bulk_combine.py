@@ -33,6 +33,7 @@ from tokenferry.dataplane.cuda.kernels.combine import (
     rows_of_reader,
 )
 from tokenferry.dataplane.cuda.kernels.dispatch import agree
+from tokenferry.dataplane.cuda.kernels.flags import message_word, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
     publish_round,
@@ -41,7 +42,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_half,
     wait_for_round,
 )
-from tokenferry.dataplane.cuda.kernels.sync import finish, message_word, zero
+from tokenferry.dataplane.cuda.kernels.sync import finish
 from tokenferry.dataplane.cuda.kernels.words import EPOCH, FAILED, STAGED
 
 EXTRA_BYTES = 16384

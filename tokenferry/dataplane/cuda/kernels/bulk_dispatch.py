@@ -31,13 +31,14 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
 )
 from tokenferry.dataplane.cuda.kernels.bulk_columns import blame, complain, copy_out, copy_window, fill_tail
 from tokenferry.dataplane.cuda.kernels.dispatch import agree, lacks_room, range_of_source, staged_rounds
+from tokenferry.dataplane.cuda.kernels.flags import message_word, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
     publish_round,
     release_round,
     rounds_of,
     wait_for_half,
 )
-from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report_bad_peer, zero
+from tokenferry.dataplane.cuda.kernels.sync import column_address, finish
 from tokenferry.dataplane.cuda.kernels.words import (
     ALONE,
     BAD_HANDLE,

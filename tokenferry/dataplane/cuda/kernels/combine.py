@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.dispatch import agree, copy_rows, rows_from
+from tokenferry.dataplane.cuda.kernels.flags import message_word, report, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
     lower_bound,
@@ -16,7 +17,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_half,
     wait_for_round,
 )
-from tokenferry.dataplane.cuda.kernels.sync import column_address, finish, message_word, report, report_bad_peer, zero
+from tokenferry.dataplane.cuda.kernels.sync import column_address, finish
 from tokenferry.dataplane.cuda.kernels.words import (
     BAD_HANDLE,
     EPOCH,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.expert_major import choose_copies, copy_to_copies, weigh_copies
+from tokenferry.dataplane.cuda.kernels.flags import message_word, report, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
     lower_bound,
@@ -20,13 +21,9 @@ from tokenferry.dataplane.cuda.kernels.sync import (
     column_address,
     finish,
     first_mismatch,
-    message_word,
     publish_all,
-    report,
-    report_bad_peer,
     report_mismatches,
     wait_all_published,
-    zero,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
     ALONE,

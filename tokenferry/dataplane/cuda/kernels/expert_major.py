@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.sync import message_word, report, zero
+from tokenferry.dataplane.cuda.kernels.flags import message_word, report, zero
 from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, COUNTS, EPOCH, EXPERTS, EXPERTS_BYTES, NO_ROOM
 
 PACK_SHIFT = tl.constexpr(32)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.sync import INTERPRET, acquire, agreed, now, report, zero
+from tokenferry.dataplane.cuda.kernels.flags import INTERPRET, acquire, agreed, now, report, zero
 from tokenferry.dataplane.cuda.kernels.words import (
     DETAIL,
     FAILED,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tokenferry.dataplane.cuda.kernels.flags import report, wait_at_least, zero
 from tokenferry.dataplane.cuda.kernels.low_latency import (
     TOKEN_BITS,
     TOKEN_MASK,
@@ -36,7 +37,6 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     split,
     words_of,
 )
-from tokenferry.dataplane.cuda.kernels.sync import report, wait_at_least, zero
 from tokenferry.dataplane.cuda.kernels.words import (
     BAD_EXPERT,
     FOR_WEIGHTS,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tokenferry.dataplane.cuda.kernels.flags import report, zero
 from tokenferry.dataplane.cuda.kernels.low_latency import (
     arrivals,
     begin,
@@ -35,7 +36,6 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     source_of,
     split,
 )
-from tokenferry.dataplane.cuda.kernels.sync import report, zero
 from tokenferry.dataplane.cuda.kernels.words import BAD_EXPERT, CROWDED, PUSH_EPOCH
 
 GROUP = tl.constexpr(128)

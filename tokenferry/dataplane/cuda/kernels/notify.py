@@ -6,19 +6,21 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.expert_major import lay_out_experts
-from tokenferry.dataplane.cuda.kernels.sync import (
-    close_operation,
+from tokenferry.dataplane.cuda.kernels.flags import (
     message_word,
-    must_stage,
     progress,
     report,
     signal,
     tell_host,
+    word,
+    zero,
+)
+from tokenferry.dataplane.cuda.kernels.sync import (
+    close_operation,
+    must_stage,
     wait_all_published,
     wait_released,
-    word,
     write_message,
-    zero,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
     ALL,

@@ -20,19 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tokenferry.dataplane.cuda.kernels.flags import message_word, progress, report, signal, word, zero
 from tokenferry.dataplane.cuda.kernels.notify import compare, send_list, step_back
 from tokenferry.dataplane.cuda.kernels.rounds import tokens_of
 from tokenferry.dataplane.cuda.kernels.sync import (
-    message_word,
     must_stage,
-    progress,
-    report,
-    signal,
     wait_all_published,
     wait_released,
-    word,
     write_message,
-    zero,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
     ALL,

@@ -11,15 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.sync import (
-    is_last,
-    message_word,
-    progress,
-    release_all,
-    signal_all,
-    wait_published,
-    wait_released,
-)
+from tokenferry.dataplane.cuda.kernels.flags import message_word, progress, signal_all
+from tokenferry.dataplane.cuda.kernels.sync import is_last, release_all, wait_published, wait_released
 from tokenferry.dataplane.cuda.kernels.words import (
     FOR_RELEASE,
     LINE,
