@@ -13,10 +13,15 @@ from tokenferry import Buffer, DispatchHandle, EventOverlap, ops
 
 
 class ThroughOperators:
-    """Looks like a Buffer to :mod:`tests.cases`, and calls operators wherever there is one."""
+    """Looks like a Buffer to :mod:`tests.cases`, and calls operators wherever there is one.
 
-    def __init__(self, buffer: Buffer) -> None:
-        self.buffer = buffer
+    Args:
+        buffer: below.
+        operators: where they are: :mod:`tokenferry.ops`, or torch's own, which its dispatcher calls.
+    """
+
+    def __init__(self, buffer: Buffer, operators: Any = ops) -> None:
+        self.buffer, self.operators = buffer, operators
         self.name = ops.register(buffer)
 
     def __getattr__(self, name: str) -> Any:
@@ -25,12 +30,16 @@ class ThroughOperators:
     def dispatch(self, x: Any, handle: Any = None, **given: Any) -> tuple[Any, ...]:
         data, scales = x if isinstance(x, tuple) else (x, None)
         if handle is not None:
-            return (_joined(ops.cached_dispatch(data, list(handle), self.name, scales)), *[None] * 4, EventOverlap())
+            return (
+                _joined(self.operators.cached_dispatch(data, list(handle), self.name, scales)),
+                *[None] * 4,
+                EventOverlap(),
+            )
         if given.get("topk_idx") is None:
             return self.buffer.dispatch(x, **given)
         num_experts = given["num_tokens_per_expert"].numel()
         worst, alignment = given.get("num_worst_tokens", 0), given.get("expert_alignment", 1)
-        rows, ids, weights, counts, *others = ops.dispatch(
+        rows, ids, weights, counts, *others = self.operators.dispatch(
             data, given["topk_idx"], given["topk_weights"], self.name, num_experts, worst, alignment, scales
         )
         num = len(DispatchHandle._fields)
@@ -39,18 +48,20 @@ class ThroughOperators:
 
     def combine(self, x: Any, handle: Any, topk_weights: Any = None, bias: Any = None) -> tuple[Any, ...]:
         bias_0, bias_1 = Buffer._unpack_bias(bias)
-        combined, *weights = ops.combine(x, list(handle), self.name, topk_weights, bias_0, bias_1)
+        combined, *weights = self.operators.combine(x, list(handle), self.name, topk_weights, bias_0, bias_1)
         return combined, weights[0] if weights else None, EventOverlap()
 
     def low_latency_dispatch(self, *args: Any, **given: Any) -> tuple[Any, ...]:
         x, ids, most, num_experts = args
-        rows, scales, count, *handle = ops.low_latency_dispatch(x, ids, self.name, most, num_experts, **given)
+        rows, scales, count, *handle = self.operators.low_latency_dispatch(
+            x, ids, self.name, most, num_experts, **given
+        )
         received = (rows, scales) if scales.size(2) else rows
         return received, count, (*handle, most, x.size(1), num_experts), EventOverlap(), None
 
     def low_latency_combine(self, x: Any, ids: Any, weights: Any, handle: Any) -> tuple[Any, ...]:
         *tables, most, _, num_experts = handle
-        combined = ops.low_latency_combine(x, ids, weights, tables, self.name, most, num_experts)
+        combined = self.operators.low_latency_combine(x, ids, weights, tables, self.name, most, num_experts)
         return combined, EventOverlap(), None
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import gc
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import cases, low_latency_cases, operator_cost
 from tests.cases import Case, Scenario
@@ -15,6 +21,7 @@ from tests.conftest import PoolOf
 from tests.operators import ThroughOperators, draw
 from tokenferry import ArgumentError, Buffer, BufferStateError, Config, ops
 from tokenferry.nn import functional
+from tokenferry.ops import library
 
 CASES = [
     Case(tokens=(33, 0, 7), num_topk=4, local_experts=3, spare_rows=5, bias="two"),
@@ -31,8 +38,8 @@ CASES = [
 def check_cases(rank: int, num_ranks: int, device: str = "cpu", timeout: float = cases.TIMEOUT) -> None:
     unset = cases.poisoned_memory if device == "cpu" else cases.filled_memory
     with Buffer(dist.group.WORLD, timeout=timeout, device=device) as buffer:
-        for case in CASES:
-            scenario, seen = Scenario(case, rank, num_ranks, device), ThroughOperators(buffer)
+        for case, operators in itertools.product(CASES, (ops, torch.ops.tokenferry)):
+            scenario, seen = Scenario(case, rank, num_ranks, device), ThroughOperators(buffer, operators)
             scenario.check_all(seen)
             with unset():
                 worst = scenario.num_rows[rank] + 2
@@ -52,8 +59,8 @@ def test_high_throughput_as_the_oracle_says(pool_of: PoolOf, num_ranks: int) -> 
 
 def check_low_latency(rank: int, num_ranks: int) -> None:
     with low_latency_cases.make_buffer() as buffer, cases.poisoned_memory():
-        seen = ThroughOperators(buffer)
         for number, kind in enumerate(low_latency_cases.FORMATS):
+            seen = ThroughOperators(buffer, (ops, torch.ops.tokenferry)[number % 2])
             case = low_latency_cases.Case(tokens=(5, 3, 0), spare=1, hidden=256, format=kind, seed=number)
             scenario = low_latency_cases.Scenario(case, rank, num_ranks)
             result = scenario.dispatch(seen)
@@ -88,12 +95,80 @@ def check_operators(rank: int, num_ranks: int) -> None:
         check(ops.low_latency_combine, every[:3], slabs, ids, weights.detach(), tables, name, 8, 4)
 
 
-def check(operator: Any, kinds: tuple[str, ...], *args: Any, **given: Any) -> None:
+def check(function: Callable[..., Any], kinds: tuple[str, ...], *args: Any, **given: Any) -> None:
+    operator = getattr(torch.ops.tokenferry, function.__name__).default
+    assert operator in ops.OPERATORS
     torch.library.opcheck(operator, args, given, test_utils=kinds)
 
 
 def test_opcheck(pool_of: PoolOf) -> None:
     pool_of(2).run(check_operators)
+
+
+def _traced(call: Callable[[torch.Tensor], Any], x: torch.Tensor) -> None:
+    torch.jit.trace(call, x, check_trace=False)
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+class _Functions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {})
+
+
+class _Dispatches(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {})
+
+
+def _within(mode: Any, call: Callable[..., Any], *args: Any) -> None:
+    with mode:
+        call(*args)
+
+
+SEEN: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
+    "a compiler": lambda call, x: torch.compile(call, backend="eager", fullgraph=True)(x),
+    "a mode of dispatch": lambda call, x: _within(_Dispatches(), call, x),
+    "a mode of functions": lambda call, x: _within(_Functions(), call, x),
+    "a device as a default": lambda call, x: _within(torch.device("cpu"), call, x),
+    "a graph that is drawn": lambda call, x: make_fx(call)(x),
+    "a trace": _traced,
+    "a transform": lambda call, x: torch.func.vjp(call, x),
+    "a derivative in forward mode": lambda call, x: torch.func.jvp(call, (x,), (x,)),
+    "a subclass": lambda call, x: call(x.as_subclass(_Subclass)),
+    "a subclass behind": lambda call, x: call(x, [], x.as_subclass(_Subclass)),
+    "a subclass by name": lambda call, x: call(x, other=x.as_subclass(_Subclass)),
+    "another device": lambda call, x: call(x.to("meta")),
+}
+UNSEEN: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
+    "nobody": lambda call, x: call(x),
+    "autograd": lambda call, x: call(x.requires_grad_()),
+    "inference mode": lambda call, x: _within(torch.inference_mode(), call, x),
+    "a parameter": lambda call, x: call(torch.nn.Parameter(x), [x], "name", None, 3, other=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", [*SEEN, *UNSEEN])
+def test_the_dispatcher_is_left_out_only_where_nothing_else_sees_the_call(name: str) -> None:
+    reached = []
+
+    def operator(x: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
+        reached.append("operator")
+        return x * 2
+
+    def differentiable(keys: None, x: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
+        assert keys is None
+        reached.append("kernel")
+        return x * 2
+
+    operator._schema = SimpleNamespace(name="tests::double")  # type: ignore[attr-defined]
+    call = library.function_of(operator, differentiable)  # type: ignore[arg-type]
+    assert call.__name__ == "double"
+    (SEEN | UNSEEN)[name](call, torch.ones(3))
+    assert set(reached) == {"operator" if name in SEEN else "kernel"}
 
 
 def check_names(rank: int, num_ranks: int) -> None:

@@ -29,7 +29,7 @@ def save_operators(context: Any, operator: Any, *args: Any, **given: Any) -> Che
 
 
 def recompute_dispatch(context: Any, operator: Any, *args: Any, **given: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator is ops.combine else CheckpointPolicy.MUST_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator is ops.OPERATORS[2] else CheckpointPolicy.MUST_RECOMPUTE
 
 
 POLICIES: dict[str, dict[str, Any]] = {

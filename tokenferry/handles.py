@@ -42,6 +42,12 @@ class DispatchHandle(NamedTuple):
         return self.recv_src_idx
 
 
+class OperatorHandle(DispatchHandle):
+    """A handle as operators have it: a dispatch along it zeroes the rows past the last received one."""
+
+    __slots__ = ()
+
+
 class InternodeHandle(NamedTuple):
     """The handle of a dispatch between nodes: ten tensors, never mutated, usable any number of times.
 

@@ -6,11 +6,19 @@ key has all that the checks and the preparation look at; a call that differs in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # then nothing is known again
+    TensorGuards = None  # type: ignore[assignment, misc]
+
 MOST_KEPT = 1024
+_MOST_GUARDS = 4
+"""For a key: what tensors are to torch depends on inference mode and on being below autograd."""
 
 _Preparation = TypeVar("_Preparation")
 _Tensor = torch.Tensor
@@ -54,3 +62,35 @@ class Kept(dict[tuple[Any, ...], _Preparation], Generic[_Preparation]):
                 self.clear()
             self[key] = preparation
         return preparation
+
+
+class Alike(Kept[list[Any]]):
+    """Groups of tensors that passed checks: others like them, but for numbers of rows, are known by one call.
+
+    It looks at what :func:`kind_of` does, and at strides.
+    """
+
+    def has(self, key: tuple[Any, ...], tensors: Sequence[object]) -> bool:
+        """Whether these, of which there are as many, are like some that were added with that key."""
+        for guards in self.get(key, ()):  # noqa: SIM110 (half a microsecond)
+            if guards.check(*tensors):
+                return True
+        return False
+
+    def add(self, key: tuple[Any, ...], tensors: Sequence[torch.Tensor], any_rows: Sequence[bool]) -> None:
+        """Know such tensors again.
+
+        Args:
+            key: what else the checks look at.
+            tensors: contiguous.
+            any_rows: which of them may have any number of rows.
+        """
+        if TensorGuards is None or None in map(kind_of, tensors):
+            return
+        known = self.get(key) or self.keep(key, [])
+        if len(known) < _MOST_GUARDS:
+            sizes: Any = [list(tensor.shape) for tensor in tensors]
+            for size, free in zip(sizes, any_rows, strict=True):
+                size[0] = None if free else size[0]
+            strides: Any = [list(tensor.stride()) for tensor in tensors]
+            known.append(TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides))

@@ -356,8 +356,11 @@ class DataPlane(Protocol):
     def dispatch(self, signature: Signature, plan: SendPlan) -> AbstractContextManager[DispatchExchange]:
         """Publish the rows and agree on the counts; the caller allocates and calls ``pull`` inside."""
 
-    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
-        """Fill the outputs by a dispatch of nothing but rows along ``plan.handle``, which says how many come."""
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs, zero_unused: bool) -> None:
+        """Fill the outputs by a dispatch of nothing but rows along ``plan.handle``, which says how many come.
+
+        Rows past the last one are zeroed, if so wanted.
+        """
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """Publish the rows and write, for every column, the sums over ranks, [T, width].

@@ -21,8 +21,8 @@ from tokenferry.config import align_up
 from tokenferry.dataplane import DispatchExchange, Layout, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.dtypes import dtype_code
 from tokenferry.errors import ArgumentError
-from tokenferry.handles import DispatchHandle, Handle
-from tokenferry.kept import Kept, Kind, kind_of, make, row_kind_of
+from tokenferry.handles import DispatchHandle, Handle, OperatorHandle
+from tokenferry.kept import Alike, Kept, Kind, make, row_kind_of
 from tokenferry.modes.inputs import (
     COMBINE_DTYPES,
     Inputs,
@@ -72,7 +72,7 @@ class _Kind(NamedTuple):
 
 _cached: Kept[_Kind] = Kept()
 _combines: Kept[_Kind] = Kept()
-_handles: Kept[bool] = Kept()
+_handles = Alike()
 
 
 def layout(party: Party, topk_idx: torch.Tensor, num_experts: int) -> Layout:
@@ -125,21 +125,23 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
         given = f"{len(handle)} elements" if isinstance(handle, (tuple, list)) else type(handle).__name__
         raise ArgumentError("handle", given, f"the {len(_HANDLE_NAMES)} tensors that dispatch returned")
     ranks, device = party.num_ranks, party.device
-    key = (ranks, device, *map(kind_of, handle))
-    if key in _handles:
-        return handle if type(handle) is DispatchHandle else DispatchHandle._make(handle)
-    shapes = ((ranks, ranks), (ranks, None), (ranks, None), (None,), (None, ranks), (None, ranks))
-    elements = []
-    for name, value, shape, dtypes in zip(_HANDLE_NAMES, handle, shapes, _HANDLE_DTYPES, strict=True):
-        element = check_tensor(name, value, shape=shape, dtypes=dtypes, device=device)
-        elements.append(element if element.is_contiguous() else element.contiguous())
-    checked = DispatchHandle(*elements)
+    key = (ranks, device)
+    checked: DispatchHandle
+    if _handles.has(key, handle):
+        checked = handle if type(handle) is DispatchHandle else make(DispatchHandle, handle)
+    else:
+        shapes = ((ranks, ranks), (ranks, None), (ranks, None), (None,), (None, ranks), (None, ranks))
+        elements = []
+        for name, value, shape, dtypes in zip(_HANDLE_NAMES, handle, shapes, _HANDLE_DTYPES, strict=True):
+            element = check_tensor(name, value, shape=shape, dtypes=dtypes, device=device)
+            elements.append(element if element.is_contiguous() else element.contiguous())
+        checked = DispatchHandle(*elements)
+        if all(given is element for given, element in zip(handle, checked, strict=True)):  # nothing had to be copied
+            _handles.add(key, checked, [shape[0] is None for shape in shapes])
     num_tokens, num_heads = checked.is_token_in_rank.shape[0], checked.send_head.shape[0]
     if num_heads != num_tokens:
         allowed = f"{num_tokens}, as in is_token_in_rank"
         raise ArgumentError("handle.send_head", f"{num_heads} rows", allowed)
-    if all(given is element for given, element in zip(handle, checked, strict=True)):  # nothing had to be copied
-        _handles.keep(key, True)
     return checked
 
 
@@ -235,7 +237,8 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     num_rows = known.recv_src_idx.shape[0]
     recv_x = plane.empty_rows(num_rows, width, dtype)
     recv_scales = None if scales is None else plane.empty_rows(num_rows, beside, scales.dtype)
-    plane.dispatch_along(signature, plan, make(Outputs, (recv_x, recv_scales, None, None, None, None)))
+    outputs = make(Outputs, (recv_x, recv_scales, None, None, None, None))
+    plane.dispatch_along(signature, plan, outputs, type(handle) is OperatorHandle)
     return make(Received, (recv_x, recv_scales, None, None, None, None))
 
 

@@ -18,9 +18,20 @@ import torch.nn.functional as F
 from tokenferry.buffer import Buffer
 from tokenferry.config import Config
 from tokenferry.errors import ArgumentError
-from tokenferry.handles import DispatchHandle, Handle, InternodeHandle, make_handle
+from tokenferry.handles import DispatchHandle, Handle, InternodeHandle, OperatorHandle
+from tokenferry.kept import make
 from tokenferry.modes.inputs import COMBINE_DTYPES, ROW_ALIGNMENT
-from tokenferry.ops.library import apply, define, is_differentiated, is_forward_mode, is_plain, opaque, run, run_below
+from tokenferry.ops.library import (
+    apply,
+    define,
+    function_of,
+    is_differentiated,
+    is_forward_mode,
+    is_plain,
+    opaque,
+    run,
+    run_below,
+)
 from tokenferry.ops.registry import buffer_of
 from tokenferry.topology import Topology
 
@@ -79,7 +90,8 @@ def _cached_dispatch(
     config = Config(num_sms) if num_sms else None
     received = owner.dispatch(x if x_scales is None else (x, x_scales), known, config=config)[0]
     rows = received if isinstance(received, tuple) else (received,)
-    _clear_unused(owner, rows, known)
+    if type(known) is not OperatorHandle:
+        _clear_unused(owner, rows, known)
     return list(rows)
 
 
@@ -98,11 +110,13 @@ def _combine(
     return [combined] if weights is None else [combined, weights]
 
 
-def _known(handle: _Tensors) -> Handle:
-    if len(handle) not in _LENGTHS:
-        allowed = f"the {_LENGTHS[0]} tensors (between nodes {_LENGTHS[1]}) that dispatch returned"
-        raise ArgumentError("handle", f"{len(handle)} tensors", allowed)
-    return make_handle(handle)
+def _known(handle: _Tensors) -> OperatorHandle | InternodeHandle:
+    if len(handle) == _LENGTHS[0]:
+        return make(OperatorHandle, handle)
+    if len(handle) == _LENGTHS[1]:
+        return make(InternodeHandle, handle)
+    allowed = f"the {_LENGTHS[0]} tensors (between nodes {_LENGTHS[1]}) that dispatch returned"
+    raise ArgumentError("handle", f"{len(handle)} tensors", allowed)
 
 
 def _clear_unused(owner: Buffer, outputs: tuple[torch.Tensor, ...], handle: Handle) -> None:
@@ -201,7 +215,7 @@ class _Dispatch(torch.autograd.Function):
         rest: tuple[Any, ...],
         kernel: Callable[..., Any] | None,
     ) -> Any:
-        rows, ids, weights, counts, *others = run_below(dispatch, kernel, x, topk_idx, topk_weights, *rest)
+        rows, ids, weights, counts, *others = run_below(DISPATCH, kernel, x, topk_idx, topk_weights, *rest)
         return rows, weights, (ids, counts, *others)
 
     @staticmethod
@@ -244,7 +258,7 @@ class _CachedDispatch(torch.autograd.Function):
     def forward(
         x: torch.Tensor, handle: _Tensors, buffer: str, num_sms: int, kernel: Callable[..., Any] | None
     ) -> Any:
-        (rows,) = run_below(cached_dispatch, kernel, x, handle, buffer, None, num_sms)
+        (rows,) = run_below(CACHED_DISPATCH, kernel, x, handle, buffer, None, num_sms)
         return rows
 
     @staticmethod
@@ -277,7 +291,7 @@ class _Combine(torch.autograd.Function):
         num_sms: int,
         kernel: Callable[..., Any] | None,
     ) -> tuple[torch.Tensor, ...]:
-        return tuple(run_below(combine, kernel, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms))
+        return tuple(run_below(COMBINE, kernel, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -330,7 +344,7 @@ def _check_differentiable(x: torch.Tensor) -> None:
 
 
 def _dispatch_differentiable(
-    keys: torch.DispatchKeySet,
+    keys: torch.DispatchKeySet | None,
     x: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -344,14 +358,14 @@ def _dispatch_differentiable(
     rest = (buffer, num_experts, num_worst_tokens, expert_alignment, x_scales, num_sms)
     _check_differentiable(x)
     if not is_differentiated(x, topk_weights):
-        return run(keys, dispatch, _dispatch, x, topk_idx, topk_weights, *rest)
+        return run(keys, DISPATCH, _dispatch, x, topk_idx, topk_weights, *rest)
     kernel = _dispatch if is_plain(keys) else None
     rows, weights, (ids, *others) = apply(_Dispatch, x, topk_weights, topk_idx, rest, kernel)
     return [rows, ids, weights, *others]
 
 
 def _cached_dispatch_differentiable(
-    keys: torch.DispatchKeySet,
+    keys: torch.DispatchKeySet | None,
     x: torch.Tensor,
     handle: _Tensors,
     buffer: str,
@@ -360,12 +374,12 @@ def _cached_dispatch_differentiable(
 ) -> Any:
     _check_differentiable(x)
     if x_scales is not None or not is_differentiated(x):
-        return run(keys, cached_dispatch, _cached_dispatch, x, handle, buffer, x_scales, num_sms)
+        return run(keys, CACHED_DISPATCH, _cached_dispatch, x, handle, buffer, x_scales, num_sms)
     return [apply(_CachedDispatch, x, handle, buffer, num_sms, _cached_dispatch if is_plain(keys) else None)]
 
 
 def _combine_differentiable(
-    keys: torch.DispatchKeySet,
+    keys: torch.DispatchKeySet | None,
     x: torch.Tensor,
     handle: _Tensors,
     buffer: str,
@@ -375,12 +389,12 @@ def _combine_differentiable(
     num_sms: int = 0,
 ) -> Any:
     if not is_differentiated(x, topk_weights, bias_0, bias_1):
-        return run(keys, combine, _combine, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms)
+        return run(keys, COMBINE, _combine, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms)
     kernel = _combine if is_plain(keys) else None
     return list(apply(_Combine, x, topk_weights, bias_0, bias_1, handle, buffer, num_sms, kernel))
 
 
-dispatch = define(
+DISPATCH = define(
     "dispatch",
     "(Tensor x, Tensor topk_idx, Tensor topk_weights, str buffer, int num_experts, int num_worst_tokens=0, "
     "int expert_alignment=1, Tensor? x_scales=None, int num_sms=0) -> Tensor[]",
@@ -388,14 +402,14 @@ dispatch = define(
     _dispatch_shapes,
     _dispatch_differentiable,
 )
-cached_dispatch = define(
+CACHED_DISPATCH = define(
     "cached_dispatch",
     "(Tensor x, Tensor[] handle, str buffer, Tensor? x_scales=None, int num_sms=0) -> Tensor[]",
     _cached_dispatch,
     _cached_dispatch_shapes,
     _cached_dispatch_differentiable,
 )
-combine = define(
+COMBINE = define(
     "combine",
     "(Tensor x, Tensor[] handle, str buffer, Tensor? topk_weights=None, Tensor? bias_0=None, Tensor? bias_1=None, "
     "int num_sms=0) -> Tensor[]",
@@ -403,3 +417,7 @@ combine = define(
     _combine_shapes,
     _combine_differentiable,
 )
+
+dispatch = function_of(DISPATCH, _dispatch_differentiable)
+cached_dispatch = function_of(CACHED_DISPATCH, _cached_dispatch_differentiable)
+combine = function_of(COMBINE, _combine_differentiable)

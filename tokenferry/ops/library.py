@@ -56,6 +56,44 @@ def define(
     return operator
 
 
+_EAGER = {torch.Tensor, torch.nn.Parameter, list, tuple, str, int, bool, type(None)}
+"""Types of arguments that nothing but the operator's own kernel looks into."""
+
+
+def function_of(operator: torch._ops.OpOverload, differentiable: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator as a function of Python, which calls its kernel without torch's dispatcher where that may be.
+
+    That is: no compiler, tracer, mode, transform, subclass or other kind of device sees the call. The dispatcher
+    alone takes longer than the operator's own part.
+
+    Args:
+        operator: called everywhere else.
+        differentiable: as in :func:`define`; called without keys.
+    """
+
+    def function(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._is_tracing()
+            or not isinstance(x, torch.Tensor)
+            or x.is_meta
+        ):
+            return operator(x, *args, **kwargs)
+        for given in (x, *args, *kwargs.values()):
+            if type(given) not in _EAGER:
+                return operator(x, *args, **kwargs)
+        return differentiable(None, x, *args, **kwargs)
+
+    function.__name__ = function.__qualname__ = operator._schema.name.partition("::")[2]
+    function.__doc__ = (
+        f"``torch.ops.{operator}``, called eagerly without the dispatcher where nothing else would see it."
+    )
+    return function
+
+
 def is_forward_mode() -> bool:
     """Whether derivatives are taken in forward mode, of any tensor."""
     return forward_ad._current_level >= 0
@@ -93,8 +131,10 @@ _plain: dict[int, bool] = {}
 """Of the sets of keys that came."""
 
 
-def is_plain(keys: torch.DispatchKeySet) -> bool:
-    """Whether the kernel is all that is left to do below autograd."""
+def is_plain(keys: torch.DispatchKeySet | None) -> bool:
+    """Whether the kernel is all that is left to do below autograd; without keys, it is known to be."""
+    if keys is None:
+        return True
     given = keys.raw_repr()
     found = _plain.get(given)
     if found is None:
@@ -102,17 +142,19 @@ def is_plain(keys: torch.DispatchKeySet) -> bool:
     return found
 
 
-def run(keys: torch.DispatchKeySet, operator: torch._ops.OpOverload, kernel: Callable[..., Any], *args: Any) -> Any:
+def run(
+    keys: torch.DispatchKeySet | None, operator: torch._ops.OpOverload, kernel: Callable[..., Any], *args: Any
+) -> Any:
     """Run an operator that is not differentiated, for its autograd kernel, which got ``keys``.
 
     Args:
-        keys: of the call.
+        keys: of the call, if it came through the dispatcher.
         operator: the operator.
         kernel: of it; called right away where the dispatcher would come to nothing else, which costs it some
             microseconds.
         args: of the operator, all of them.
     """
-    if is_plain(keys):
+    if keys is None or is_plain(keys):
         return kernel(*args)
     if not torch.compiler.is_compiling():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)

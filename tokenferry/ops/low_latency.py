@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tokenferry.modes.low_latency import GROUP
-from tokenferry.ops.library import apply, define, is_differentiated, run, run_below
+from tokenferry.ops.library import apply, define, function_of, is_differentiated, run, run_below
 from tokenferry.ops.registry import buffer_of
 
 
@@ -109,21 +109,40 @@ class _NoGradient(torch.autograd.Function):
     jvp = backward
 
 
-def _dispatch_differentiable(keys: torch.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
+def _dispatch_differentiable(
+    keys: torch.DispatchKeySet | None,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    buffer: str,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    use_fp8: bool = True,
+    round_scale: bool = False,
+    use_ue8m0: bool = False,
+) -> Any:
+    rest = (topk_idx, buffer, num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0)
     if not is_differentiated(x):
-        return run(keys, low_latency_dispatch, _dispatch, x, *rest)
-    return list(apply(_NoGradient, low_latency_dispatch, x, *rest))
+        return run(keys, DISPATCH, _dispatch, x, *rest)
+    return list(apply(_NoGradient, DISPATCH, x, *rest))
 
 
 def _combine_differentiable(
-    keys: torch.DispatchKeySet, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *rest: Any
+    keys: torch.DispatchKeySet | None,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    handle: Sequence[torch.Tensor],
+    buffer: str,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
 ) -> Any:
+    rest = (topk_idx, topk_weights, handle, buffer, num_max_dispatch_tokens_per_rank, num_experts)
     if not is_differentiated(x, topk_weights):
-        return run(keys, low_latency_combine, _combine, x, topk_idx, topk_weights, *rest)
-    return apply(_NoGradient, low_latency_combine, x, topk_idx, topk_weights, *rest)
+        return run(keys, COMBINE, _combine, x, *rest)
+    return apply(_NoGradient, COMBINE, x, *rest)
 
 
-low_latency_dispatch = define(
+DISPATCH = define(
     "low_latency_dispatch",
     "(Tensor x, Tensor topk_idx, str buffer, int num_max_dispatch_tokens_per_rank, int num_experts, "
     "bool use_fp8=True, bool round_scale=False, bool use_ue8m0=False) -> Tensor[]",
@@ -131,7 +150,7 @@ low_latency_dispatch = define(
     _dispatch_shapes,
     _dispatch_differentiable,
 )
-low_latency_combine = define(
+COMBINE = define(
     "low_latency_combine",
     "(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor[] handle, str buffer, "
     "int num_max_dispatch_tokens_per_rank, int num_experts) -> Tensor",
@@ -139,3 +158,5 @@ low_latency_combine = define(
     _combine_shapes,
     _combine_differentiable,
 )
+low_latency_dispatch = function_of(DISPATCH, _dispatch_differentiable)
+low_latency_combine = function_of(COMBINE, _combine_differentiable)

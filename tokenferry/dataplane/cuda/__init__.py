@@ -132,7 +132,7 @@ class CudaDataPlane(CudaRank):
             exchange.notify()
         return exchange
 
-    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs, zero_unused: bool) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch_along`."""
         self.check()
         rows, scales, handle, num_sms = self._aligned(plan.rows), plan.scales, plan.handle, plan.num_sms
@@ -150,7 +150,7 @@ class CudaDataPlane(CudaRank):
         tensors = (
             rows, scales, None, None, outputs.rows, outputs.scales, None, None, src_idx, prefix, None, None,
         )  # fmt: skip
-        call.launch(self._queue.handle, self._context, tensors, (*places, 0, 0, num_rows, 0))
+        call.launch(self._queue.handle, self._context, tensors, (*places, 0, 0, num_rows, int(zero_unused)))
 
     def _dispatch_call(self, signature: Signature, plan: SendPlan) -> Call:
         self._check_stage(programs.dispatch_record(plan))

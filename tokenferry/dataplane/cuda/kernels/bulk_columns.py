@@ -89,6 +89,16 @@ def blame(status, operation, epoch, source, tid):
 
 
 @gluon.jit
+def zero_tail(rows, start, end, worker, workers, tid, BYTES: gl.constexpr, W: gl.constexpr):
+    """Zero the rows past the last received one, of BYTES each."""
+    for row in range(start + worker, end, workers):
+        for first in range(0, BYTES // 4, 32 * W):
+            word = first + tid
+            there = rows + row * BYTES + word.to(gl.int64) * 4
+            gl.store(there.to(gl.pointer_type(gl.int32)), tid * 0, mask=word < BYTES // 4)
+
+
+@gluon.jit
 def fill_tail(
     out_ids, out_weights, src_idx, metadata, start, end, worker, workers, tid, EXPAND: gl.constexpr, K: gl.constexpr,
     W: gl.constexpr,

@@ -29,8 +29,15 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     wait_stores,
     wait_stores_read,
 )
-from tokenferry.dataplane.cuda.kernels.bulk_columns import blame, complain, copy_out, copy_window, fill_tail
-from tokenferry.dataplane.cuda.kernels.dispatch import agree, lacks_room, range_of_source, staged_rounds
+from tokenferry.dataplane.cuda.kernels.bulk_columns import (
+    blame,
+    complain,
+    copy_out,
+    copy_window,
+    fill_tail,
+    zero_tail,
+)
+from tokenferry.dataplane.cuda.kernels.dispatch import agree, lacks_room, range_of_source, rows_from, staged_rounds
 from tokenferry.dataplane.cuda.kernels.flags import message_word, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
     publish_round,
@@ -447,6 +454,12 @@ def dispatch(
                     out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, tid, EXPAND, K, W
                 )
             if going:
+                if CACHED and not EXPAND and not PLACED:
+                    if num_expanded != 0:
+                        _, last = rows_from(prefix, num_rows, rank, R - 1, R, False)
+                        zero_tail(out_x.to(tl.int64), last, num_rows, worker, workers, tid, ROW, W)
+                        if SCALES > 0:
+                            zero_tail(out_scales.to(tl.int64), last, num_rows, worker, workers, tid, SCALES, W)
                 by_rounds = staged_rounds(heap, rank, half // RECORD, list_capacity, R)
                 alive = True
                 for this in range(tl.maximum(by_rounds, 1)):

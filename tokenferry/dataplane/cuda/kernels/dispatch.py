@@ -137,6 +137,17 @@ def fill_tail(
 
 
 @triton.jit
+def zero_tail(rows, start, end, worker, workers, WORDS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Zero the rows past the last received one, of 4-byte words; their address is divisible by ALIGN."""
+    for row in range(start + worker, end, workers):
+        there = (rows.to(tl.int64) + row * (WORDS * 4)).to(tl.pointer_type(tl.int32))
+        there = tl.multiple_of(there, ALIGN)
+        for first in tl.static_range(0, WORDS, BLOCK):
+            word = first + tl.arange(0, BLOCK)
+            tl.store(there + word, tl.zeros([BLOCK], tl.int32), mask=word < WORDS)
+
+
+@triton.jit
 def rows_from(prefix, num_rows, rank, source, R: tl.constexpr, PLACED: tl.constexpr):
     """Where a rank's rows from a source start and end, within the rows that there are, whatever the handle says."""
     if PLACED:
@@ -393,7 +404,8 @@ def dispatch(
     """Rows, scales and choices into their final places. Not cached, the message went out with ``notify``.
 
     ``num_rows``: of the outputs; ``num_expanded``: of those that are expanded. If more come the kernel does nothing,
-    and is launched again; -1: none are wanted.
+    and is launched again; -1: none are wanted. CACHED and not EXPAND, there is nothing to expand: if it is not 0, the
+    rows past the last one that comes are zeroed.
 
     EXPAND: the ids are packed (see :mod:`.expert_major`), and rows, scales and weights go to their copies.
     PLACED: only what comes is written, where the table of :mod:`.parts` says, which is in the place of ``prefix``;
@@ -442,6 +454,12 @@ def dispatch(
                     out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, EXPAND, K, KB, RT
                 )
             if going:
+                if CACHED and not EXPAND and not PLACED:
+                    if num_expanded != 0:
+                        _, last = rows_from(prefix, num_rows, rank, R - 1, R, False)
+                        zero_tail(out_x, last, num_rows, worker, workers, WORDS, 16, BLOCK)
+                        if SCALE_WORDS > 0:
+                            zero_tail(out_scales, last, num_rows, worker, workers, SCALE_WORDS, 4, SMALL)
                 by_rounds = staged_rounds(heap, rank, half // RECORD, list_capacity, R)
                 alive = True
                 for this in range(tl.maximum(by_rounds, 1)):
