@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tests.host_path import EXPERTS, MOST, ROWS, TOKENS, Rank, rank_on_a_gpu
 from tokenferry import ArgumentError, BufferStateError, Config
 from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.handles import DispatchHandle
 from tokenferry.kept import MOST_KEPT, Kept, kind_of
 from tokenferry.modes import inputs, intranode, low_latency
 
@@ -344,6 +346,47 @@ def test_what_is_kept_is_bounded_and_holds_no_tensor(rank: Rank) -> None:
         assert 0 < len(kept) <= MOST_KEPT
         for key, value in kept.items():
             assert not any(isinstance(part, torch.Tensor) for part in (*parts(key), *parts(value)))
+
+
+def combine_along(rank: Rank, handle: list[Any]) -> Any:
+    return rank.buffer.combine(rank.y, handle)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("element", range(6))
+def test_handles_of_tensors_are_known_while_they_fit(rank: Rank, element: int) -> None:
+    forget(rank)
+    name = f"handle.{DispatchHandle._fields[element]}"
+    good = [tensor.clone() for tensor in rank.tensors]
+    wanted = launches(rank, lambda rank: combine_along(rank, good))
+    ((guards,),) = intranode._handles.values()
+    assert guards.check(*good)
+
+    def fails(other: Any, match: str = name) -> None:
+        with pytest.raises(ArgumentError, match=re.escape(match)):
+            combine_along(rank, [*good[:element], other, *good[element + 1 :]])
+
+    tensor = good[element]
+    for other in (tensor.to(torch.int64), tensor.to("meta"), tensor[None], tensor.to_sparse(), None, "tensor"):
+        fails(other)
+    if element in (0, 4, 5):
+        fails(tensor[:, 1:])
+        fails(tensor[1:], name if element != 4 else "handle.send_head")
+        transposed = [*good[:element], columns(tensor), *good[element + 1 :]]
+        assert launches(rank, lambda rank: combine_along(rank, transposed)) == wanted
+    tensor.resize_(*tensor.shape, 1)
+    fails(tensor)
+    tensor.resize_(rank.tensors[element].shape)
+    assert launches(rank, lambda rank: combine_along(rank, good)) == wanted
+    assert list(intranode._handles.values()) == [[guards]]
+
+
+def test_handles_are_known_in_inference_mode(rank: Rank) -> None:
+    forget(rank)
+    for modes in range(1, 7):
+        with torch.inference_mode(modes > 1):
+            combine_along(rank, rank.tensors)
+        (known,) = intranode._handles.values()
+        assert len(known) == min(modes, 2)
 
 
 def test_combines_of_other_numbers_of_rows_are_not_prepared_anew(rank: Rank) -> None:

@@ -10,6 +10,7 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from tests.cases import Case
+from tests.conftest import slow
 from tests.kernels import bulk_emulator
 from tests.kernels.expert_world import ExpandedRank, run_ranks, simulate
 from tests.kernels.test_expert_major import CASES, DIRECT
@@ -55,6 +56,27 @@ def test_compact(monkeypatch: Any) -> None:
         rank.check_dispatch()
 
 
+def along_a_handle(monkeypatch: Any, module: ModuleType | None = None) -> None:
+    """Twice, and once the rows past the last one are zeroed."""
+    world = world_of(monkeypatch, 1, "mixed", 1 << 9, module)
+    ranks = [Rank(world, CASES["fp8"], rank, num_sms=3) for rank in range(2)]
+    for rank in ranks:
+        rank.layout()
+        rank.notify(30)
+        rank.pull(30)
+    outs = [rank.out for rank in ranks]
+    for zeros in (True, False):
+        for rank, rank.out in zip(ranks, outs, strict=True):
+            rank.pull(30, rank.handle(), signature=44, zeros=zeros)
+        world.run()
+        for rank in ranks:
+            rank.check_dispatch(cached=True, zeros=zeros)
+
+
+def test_along_a_handle(monkeypatch: Any) -> None:
+    along_a_handle(monkeypatch)
+
+
 def many_rows(monkeypatch: Any, seed: int, module: ModuleType | None = None) -> None:
     """More rows for each warp than its ring has slots."""
     slots = 4 * 128 * 5
@@ -87,6 +109,29 @@ ENGINE = {
     "the phase before": ("parity ^ 1, parity)\n            use_at", "parity, parity)\n            use_at"),
     "the end before all is written": ("                wait_stores(tid)\n        if not", "        if not"),
 }
+
+
+TAILS = {
+    "the first of them stays": ("zero_tail(out_x.to(tl.int64), last, ", "zero_tail(out_x.to(tl.int64), last + 1, "),
+    "those of scales stay": (
+        "zero_tail(out_scales.to(tl.int64), last, ",
+        "zero_tail(out_scales.to(tl.int64), num_rows, ",
+    ),
+    "always": ("if num_expanded != 0:", "if num_expanded >= 0:"),
+    "never": ("if num_expanded != 0:", "if num_expanded < 0:"),
+    "of the first program": ("last, num_rows, worker, workers, tid, ROW", "last, num_rows, 0, workers, tid, ROW"),
+    "by the last of another rank": (
+        "rows_from(prefix, num_rows, rank, R - 1",
+        "rows_from(prefix, num_rows, 1 - rank, R - 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["never", *slow(*(name for name in TAILS if name != "never"))])
+def test_fault_in_the_zeros_past_the_last_row_is_found(monkeypatch: Any, name: str) -> None:
+    module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_dispatch, *TAILS[name])
+    with pytest.raises((AssertionError, InterpreterError)):
+        along_a_handle(monkeypatch, module)
 
 
 @pytest.mark.parametrize("name", COPIES)

@@ -62,7 +62,7 @@ def operations(
     again: bool = False,
     combines: bool = False,
 ) -> None:
-    """A dispatch, perhaps one along its handle, perhaps a combine."""
+    """A dispatch, perhaps two along its handle, of which the first zeroes what it does not use, perhaps a combine."""
     world = world_of(monkeypatch, modules, direct, num_ranks)
     ranks = [Rank(world, case, rank, num_sms=3) for rank in range(num_ranks)]
     worst = max(ranks[0].num_rows) + 5
@@ -72,21 +72,21 @@ def operations(
         rank.notify(worst)
         rank.pull(worst)
         first = rank.out
-        if again:
-            rank.pull(worst, rank.handle(), signature=44)
-        outs.append((first, rank.out))
+        seen = [first]
+        for zeros in (True, False) if again else ():
+            rank.pull(worst, rank.handle(), signature=44, zeros=zeros)
+            seen.append(rank.out)
+        outs.append(seen)
         rank.out = first
         if combines:
             rank.combine(rank.handle())
     world.run()
-    for rank, (first, second) in zip(ranks, outs, strict=True):
-        rank.out = first
+    for rank, (rank.out, *others) in zip(ranks, outs, strict=True):
         rank.check_dispatch()
         if combines:
             rank.check_combine()
-        if again:
-            rank.out = second
-            rank.check_dispatch(cached=True)
+        for zeros, rank.out in zip((True, False), others, strict=False):
+            rank.check_dispatch(cached=True, zeros=zeros)
     assert codes(world) == [0] * num_ranks
 
 
@@ -327,6 +327,20 @@ MUTANTS = {
     "list of another source": Mutant(
         dispatch, "LISTS + source * list_capacity", "LISTS + rank * list_capacity", "direct"
     ),
+    "the first unused row stays": Mutant(dispatch, "zero_tail(out_x, last,", "zero_tail(out_x, last + 1,", "again"),
+    "unused scales stay": Mutant(dispatch, "zero_tail(out_scales, last,", "zero_tail(out_scales, num_rows,", "again"),
+    "unused rows are zeroed unasked": Mutant(dispatch, "if num_expanded != 0:", "if num_expanded >= 0:", "again"),
+    "unused rows are not zeroed": Mutant(dispatch, "if num_expanded != 0:", "if num_expanded < 0:", "again"),
+    "unused rows of one program": Mutant(
+        dispatch,
+        "range(start + worker, end, workers):\n        there",
+        "range(start, end, 99):\n        there",
+        "again",
+    ),
+    "unused rows of another rank": Mutant(
+        dispatch, "rows_from(prefix, num_rows, rank, R - 1", "rows_from(prefix, num_rows, 1 - rank, R - 1", "again"
+    ),
+    "unused rows as far as a block": Mutant(dispatch, "mask=word < WORDS)", "mask=word < 1)", "again"),
     "handle's list from the start": Mutant(dispatch, "return src_idx + start", "return src_idx", "again"),
     "round ends late": Mutant(dispatch, "lower_bound(tokens, low, count, first + per_round)", "count", "staged"),
     "round begins at 0": Mutant(

@@ -194,7 +194,9 @@ class Rank:
         """What ``notify`` writes besides, for a plan that has experts."""
         return None
 
-    def pull(self, num_rows: int, handle: DispatchHandle | None = None, signature: int = 42) -> None:
+    def pull(
+        self, num_rows: int, handle: DispatchHandle | None = None, signature: int = 42, *, zeros: bool = False
+    ) -> None:
         plan = self._plan(0, handle) if handle else self.plan
         num_topk = 0 if handle else self.given.topk_idx.size(1)
         self.out = Outputs(
@@ -214,7 +216,7 @@ class Rank:
         )  # fmt: skip
         prefix = handle.rank_prefix_matrix if handle else self.prefix
         tensors = programs.dispatch_tensors(plan, self.out, self.out.recv_src_idx, prefix)
-        call.launch(self.rank, self.world.context(self.rank), tensors, (*places, num_rows, 0))
+        call.launch(self.rank, self.world.context(self.rank), tensors, (*places, num_rows, int(zeros)))
         self.world.kept.append((plan, self.out))
 
     def handle(self) -> DispatchHandle:
@@ -260,12 +262,14 @@ class Rank:
         first = words.HOST_EXPERTS.value
         assert counts[first : first + self.case.local_experts].tolist() == self.wanted.num_per_expert
 
-    def check_dispatch(self, *, cached: bool = False) -> None:
+    def check_dispatch(self, *, cached: bool = False, zeros: bool = False) -> None:
         count, out = self.num_rows[self.rank], self.out
         same(out.rows[:count], self.wanted.x.view(torch.uint8), "rows")
         if out.scales is not None:
             same(out.scales[:count], self.wanted.scales.contiguous().view(torch.uint8), "scales")
         if cached:
+            for rows in (out.rows, out.scales):
+                assert rows is None or (rows[count:] == (0 if zeros else 0xAB)).all(), "rows past the last one"
             return
         same(out.topk_idx[:count], self.wanted.topk_idx, "ids")
         same(out.topk_weights[:count], self.wanted.topk_weights, "weights")
