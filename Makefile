@@ -23,7 +23,8 @@ $(READY): requirements-dev.txt pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(PIP_INSTALL) --no-compile -r requirements-dev.txt
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # pip would do it on one core; some files are of other Pythons
+	# pip would do it on one core; some files are of other Pythons.
+	$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|pip|setuptools|fontTools|mypyc?|_inductor/codegen)/' $(VENV)/lib || true
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $(READY)
 

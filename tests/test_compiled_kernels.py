@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -18,24 +19,30 @@ CAPABILITIES = (80, 90, 100)
 NAMES = tuple(pytest.importorskip("tests.compile_kernels").LAUNCHES)
 REMOTE = tuple(name for name in NAMES if not name.startswith("local"))
 ALIKE = {
-    "dispatch 2 ranks", "dispatch expanded", "dispatch part without choices", "combine bf16 2 ranks", "combine fp16",
-    "low latency dispatch bf16", "low latency combine many tokens",
-    "bulk dispatch", "bulk dispatch expanded", "bulk dispatch part",
+    "dispatch 2 ranks", "dispatch 8 ranks", "dispatch without choices", "dispatch expanded",
+    "dispatch expanded cached", "dispatch expanded 32", "dispatch part without choices",
+    "combine bf16 2 ranks", "combine bf16", "combine fp16", "combine fp32",
+    "low latency dispatch bf16", "low latency dispatch 32", "low latency combine many tokens",
+    "low latency combine 32",
+    "bulk dispatch", "bulk dispatch expanded", "bulk dispatch expanded cached", "bulk dispatch part",
+    "bulk combine fp32",
 }  # fmt: skip
 """Launches of kernels that others launch too, with more in them: slow."""
 OLDER = {
     *(name for name in NAMES if name.startswith("local")),
     "layout", "notify", "dispatch fp8", "dispatch expanded fp8", "dispatch part", "announce part",
     "combine bf16 biases", "combine held wide",
-    "low latency dispatch fp8", "low latency dispatch receive", "low latency combine exact",
+    "low latency dispatch fp8", "low latency combine exact",
 }  # fmt: skip
-"""What is not slow on sm_80: one launch of each kernel; on sm_90 only those of low latency, which differ there."""
+"""What is not slow on sm_80: one launch of each kernel; the others are not slow on sm_90."""
 pytestmark = pytest.mark.timeout(1500)  # the first tests wait for all compilers, which share two cores with others
 MOST_SPILLED = 128
 """Bytes: divisions of 64-bit integers are calls, around which a few registers are saved."""
 
 ACCESS = re.compile(r"(@%p\d+ )?(st\.global|ld\.global\.v\d)\.\S+")
 RELEASE = re.compile(r"(@%?\w+ )?(atom\.\S*(release|acq_rel)|st\.release)")
+ACQUIRE = re.compile(r"(@%?\w+ )?ld\.acquire")
+MEETING = re.compile(r"bar(rier)?\.")
 BARRIER = re.compile(r"bar(rier)?\.(cta\.)?sync")
 
 
@@ -88,8 +95,7 @@ def compiled(request: pytest.FixtureRequest, processes: dict[int, Compiled]) -> 
 
 
 def is_slow(capability: int, name: str) -> bool:
-    newer = name not in OLDER or name.startswith("low latency")
-    return name in ALIKE or not {80: name in OLDER, 90: newer, 100: False}[capability]
+    return name in ALIKE or not {80: name in OLDER, 90: name not in OLDER, 100: False}[capability]
 
 
 def each(names: Iterable[str]) -> pytest.MarkDecorator:
@@ -157,6 +163,15 @@ def test_peers_are_waited_for_and_signalled_at_system_scope(compiled: Compiled, 
     ptx = compiled.ptx(name)
     assert re.search(r"ld\.(global\.sys\.acquire|acquire\.sys\.global)\.b64", ptx)
     assert re.search(r"atom\.global\.sys\.release\.exch\.b64|st\.release\.sys", ptx)
+
+
+@each(name for name in REMOTE if not name.startswith("low latency") and name != "layout")
+def test_threads_agree_on_what_each_has_seen(compiled: Compiled, name: str) -> None:
+    """Every thread loads a flag for itself; the next barrier is the one at which all ask whether all saw it."""
+    met = [line for line in instructions(compiled.ptx(name)) if ACQUIRE.match(line) or MEETING.match(line)]
+    after = [there for here, there in itertools.pairwise(met) if ACQUIRE.match(here)]
+    assert after
+    assert all(".red.and.pred" in there for there in after)
 
 
 @each(REMOTE)

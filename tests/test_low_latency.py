@@ -221,7 +221,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @settings(
     phases=(Phase.generate, Phase.shrink),
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
