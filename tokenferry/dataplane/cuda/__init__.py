@@ -31,7 +31,7 @@ from tokenferry.dataplane import (
 from tokenferry.dataplane.cuda import expert_major_programs, parts_programs, programs
 from tokenferry.dataplane.cuda.exchange import CudaDispatch, Rooms
 from tokenferry.dataplane.cuda.kernels import words
-from tokenferry.dataplane.cuda.launch import Call
+from tokenferry.dataplane.cuda.launch import Call, Placed
 from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
 from tokenferry.dataplane.cuda.rank import CudaRank, Queue
 from tokenferry.errors import ArgumentError
@@ -109,7 +109,9 @@ class CudaDataPlane(CudaRank):
         programs.layout(
             self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, target
         )  # fmt: skip
-        return make(Layout, (counts[:ranks], counts[ranks:], member))
+        return make(
+            Layout, (counts.as_strided((ranks,), (1,)), counts.as_strided((num_experts,), (1,), ranks), member)
+        )
 
     def dispatch(self, signature: Signature, plan: SendPlan) -> CudaDispatch:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""
@@ -163,7 +165,7 @@ class CudaDataPlane(CudaRank):
         return min(num_sms or DEFAULT_NUM_SMS, self._most_programs)
 
     def notify(
-        self, signature: Signature, plan: SendPlan, tables: tuple[torch.Tensor, ...], pulls_meanwhile: bool
+        self, signature: Signature, plan: SendPlan, tables: Sequence[Placed | None], pulls_meanwhile: bool
     ) -> SendPlan:
         """Launch the exchange of counts.
 
@@ -274,10 +276,10 @@ class CudaDataPlane(CudaRank):
         self,
         signature: Signature,
         plan: SendPlan,
-        prefix: torch.Tensor,
+        prefix: Placed,
         outputs: Outputs,
         num_rows: int,
-        bases: torch.Tensor | None = None,
+        bases: Placed | None = None,
     ) -> None:
         """Launch the pull of a dispatch."""
         self._queue.start()

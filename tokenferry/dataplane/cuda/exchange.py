@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenferry.dataplane import Outputs, SendPlan, Signature
+from tokenferry.dataplane.cuda.launch import Address, Placed
 
 if TYPE_CHECKING:
     from tokenferry.dataplane.cuda import CudaDataPlane
@@ -49,6 +50,15 @@ class Rooms:
 class CudaDispatch:
     """See :class:`tokenferry.dataplane.DispatchExchange`. Of a part, the device alone knows what comes."""
 
+    _prefix: Placed
+    _bases: Address | None = None
+    _small: torch.Tensor | None = None
+    """Memory of all tables, until tensors are made of them."""
+    _places: tuple[int, int, int, int]
+    """Where, in its elements, they begin: channel matrices, heads, ends of ranks, pairs of experts."""
+    _tables: tuple[Address, ...]
+    """What ``notify`` writes: heads, the prefix matrix, the channel matrices, those of the experts."""
+
     def __init__(self, plane: CudaDataPlane, signature: Signature, plan: SendPlan) -> None:
         self._plane = plane
         self._signature = signature
@@ -59,12 +69,11 @@ class CudaDispatch:
         self.num_rows = self.num_expanded_rows = 0
         self.num_received_per_expert: list[int] = []
         self._guesses = False
-        self._bases: torch.Tensor | None = None
         self.rank_ends = self.num_pairs = self.expert_ends = plan.is_token_in_rank  # of no use but with experts
         handle = plan.handle
         if plan.part is not None:
             self.num_rows = plan.part.num_rows
-            self.rank_prefix_matrix = plane.empty_table(3 * plane.num_ranks)
+            self.rank_prefix_matrix = self._prefix = plane.empty_table(3 * plane.num_ranks)
             self.send_head = self.channel_prefix_matrix = self.recv_channel_prefix_matrix = plane.empty(0)
         elif handle is not None:
             self.num_rows = handle.recv_src_idx.shape[0]
@@ -73,32 +82,51 @@ class CudaDispatch:
                 self.rank_prefix_matrix, self.channel_prefix_matrix, self.recv_channel_prefix_matrix, _, _,
                 self.send_head,
             ) = handle  # fmt: skip
+            self._prefix = self.rank_prefix_matrix
         else:
             self._make_tables()
 
     def _make_tables(self) -> None:
-        """Those of the handle and, behind them, those of the experts: see ``lay_out_experts``, which writes these."""
+        """Those of the handle and, behind them, those of the experts: see ``lay_out_experts``, which writes these.
+
+        The device gets their addresses; tensors are made of them while it works, by :meth:`_see_tables`.
+        """
         num_tokens, ranks = self._plan.is_token_in_rank.shape
         experts = self._plan.experts
-        of_ranks, channels = (ranks, 1), ranks * ranks
+        channels = ranks * ranks
         heads = channels + 2 * ranks
-        end = heads + num_tokens * ranks
+        rank_ends = -(-(heads + num_tokens * ranks) // 4) * 4  # on 16 bytes, as all that follow
+        pairs = end = rank_ends + -(-ranks // 4) * 4
         if experts is not None:
-            local = experts.num_local
-            rank_ends = -(-end // 4) * 4  # on 16 bytes, as all that follow
-            pairs, step = rank_ends + -(-ranks // 4) * 4, -(-local // 4) * 4
-            bases = pairs + 2 * step
-            end = bases + experts.expand * (ranks * local + 1)
-        small = self._plane.empty(end)
-        self.rank_prefix_matrix = small.as_strided((ranks, ranks), (ranks, 1))
+            bases = pairs + 2 * (-(-experts.num_local // 4) * 4)
+            end = bases + experts.expand * (ranks * experts.num_local + 1)
+        self._small, self._places = self._plane.empty(end), (channels, heads, rank_ends, pairs)
+        base = self._small.data_ptr()
+        self._prefix = Address(base)
+        if experts is not None:
+            self._bases = Address(base + 4 * bases)
+        # The two channel matrices lie one behind the other, and so do the tables of the experts.
+        self._tables = (
+            Address(base + 4 * heads), self._prefix, Address(base + 4 * channels), Address(base + 4 * rank_ends)
+        )  # fmt: skip
+
+    def _see_tables(self) -> None:
+        """Make tensors of what :meth:`_make_tables` has laid out."""
+        small, self._small = self._small, None
+        if small is None:
+            return
+        channels, heads, rank_ends, pairs = self._places
+        num_tokens, ranks = self._plan.is_token_in_rank.shape
+        of_ranks, experts = (ranks, 1), self._plan.experts
+        self._prefix = self.rank_prefix_matrix = small.as_strided((ranks, ranks), (ranks, 1))
         self.channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), channels)
         self.recv_channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), channels + ranks)
         self.send_head = small.as_strided((num_tokens, ranks), (ranks, 1), heads)
         if experts is not None:
+            local = experts.num_local
             self.rank_ends = small.as_strided((ranks,), (1,), rank_ends)
             self.num_pairs = small.as_strided((local,), (1,), pairs)
-            self.expert_ends = small.as_strided((local,), (1,), pairs + step)
-            self._bases = small.as_strided((end - bases,), (1,), bases)
+            self.expert_ends = small.as_strided((local,), (1,), pairs + -(-local // 4) * 4)
 
     def __enter__(self) -> CudaDispatch:
         return self
@@ -120,9 +148,7 @@ class CudaDispatch:
         elif plan.may_guess:
             self.num_rows, self.num_expanded_rows = self._plane.rooms.guess(self._kind, plan.rows.shape[0])
             self._guesses = self.num_rows > 0
-        # The two channel matrices lie one behind the other, and so do the tables of the experts.
-        tables = (self.send_head, self.rank_prefix_matrix, self.channel_prefix_matrix, self.rank_ends)
-        self._plan = self._plane.notify(self._signature, plan, tables, self._guesses)
+        self._plan = self._plane.notify(self._signature, plan, self._tables, self._guesses)
         self._is_open = True
         if worst or self._guesses:
             return
@@ -148,7 +174,8 @@ class CudaDispatch:
     def pull(self, outputs: Outputs) -> bool:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
         self._is_open = False
-        self._plane.pull(self._signature, self._plan, self.rank_prefix_matrix, outputs, self.num_rows, self._bases)
+        self._plane.pull(self._signature, self._plan, self._prefix, outputs, self.num_rows, self._bases)
+        self._see_tables()
         if self._guesses:  # while the rows travel
             self._guesses = False
             room, expanded_room = self.num_rows, self.num_expanded_rows
@@ -170,5 +197,5 @@ class CudaDispatch:
             columns = (nothing, self._plan.scales, self._plan.topk_idx, self._plan.topk_weights)
             self._is_open = False
             self._plane.pull(
-                self._signature, self._plan, self.rank_prefix_matrix, Outputs(*columns, none, none), -1, self._bases
+                self._signature, self._plan, self._prefix, Outputs(*columns, none, none), -1, self._bases
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -30,6 +30,15 @@ class Variant(NamedTuple):
         run(grid, 1, 1, stream, *leading, *arguments, *constants)
 
 
+class Address(int):
+    """Stands for a tensor where only its address counts: a view would take ten times as long to make."""
+
+    data_ptr = int.__int__
+
+
+Placed: TypeAlias = torch.Tensor | Address
+
+
 class Call(NamedTuple):
     """A variant, and what its launches have in common."""
 
@@ -41,7 +50,7 @@ class Call(NamedTuple):
         self,
         stream: int,
         context: Sequence[int],
-        tensors: Sequence[torch.Tensor | None],
+        tensors: Sequence[Placed | None],
         places: Sequence[int],
     ) -> None:
         """Queue it, for a kernel whose parameters come in this order, the numbers last."""

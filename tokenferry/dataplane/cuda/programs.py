@@ -19,7 +19,7 @@ from tokenferry.dataplane.cuda.kernels import dispatch as dispatch_kernels
 from tokenferry.dataplane.cuda.kernels import layout as layout_kernels
 from tokenferry.dataplane.cuda.kernels import notify as notify_kernels
 from tokenferry.dataplane.cuda.kernels.bulk import SHARED_BYTES
-from tokenferry.dataplane.cuda.launch import Call, Kernel, Variant
+from tokenferry.dataplane.cuda.launch import Call, Kernel, Placed, Variant
 from tokenferry.handles import DispatchHandle
 
 _I8, _I32, _I64, _F32 = torch.uint8, torch.int32, torch.int64, torch.float32
@@ -194,11 +194,11 @@ def notify_call(
 
 def notify_tensors(
     plan: SendPlan,
-    send_head: torch.Tensor,
-    prefix: torch.Tensor,
-    channels: torch.Tensor,
-    tables: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, ...]:
+    send_head: Placed | None,
+    prefix: Placed | None,
+    channels: Placed | None,
+    tables: Placed | None = None,
+) -> tuple[Placed | None, ...]:
     """The tensors of a ``notify``, in the order of its parameters; ``tables``: of the plan's experts."""
     given = (plan.is_token_in_rank, plan.num_tokens_per_rank, plan.num_tokens_per_expert)
     return (*given, send_head, prefix, channels, tables)
@@ -270,9 +270,9 @@ def dispatch_tensors(
     plan: SendPlan,
     outputs: Outputs,
     src_idx: torch.Tensor | None,
-    prefix: torch.Tensor,
-    bases: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, ...]:
+    prefix: Placed,
+    bases: Placed | None = None,
+) -> tuple[Placed | None, ...]:
     """The tensors of a ``dispatch``, in the order of its parameters.
 
     Expanded, the plan's ids are packed, and ``bases`` are those that ``notify`` wrote. Of a part, ``prefix`` is what
