@@ -42,7 +42,7 @@ from tokenferry.dataplane.cuda.kernels import (
 from tokenferry.dataplane.cuda.status import Status
 from tokenferry.errors import HeapError, TokenferryError
 
-ENTRIES = (layout, notify, dispatch, combine, sync, rounds)
+ENTRIES = (layout, notify, dispatch, combine, flags, rounds)
 LOW_ENTRIES = (low_latency_dispatch, low_latency_combine, flags, low_latency)
 TIMEOUT = 1500
 """Steps."""
