@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.host_path import EXPERTS, MOST, ROWS, TOKENS, Rank, rank_on_a_gpu
+from tests.host_path import EXPERTS, MOST, RANKS, ROWS, TOKENS, Rank, rank_on_a_gpu
 from tokenferry import ArgumentError, BufferStateError, Config
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.handles import DispatchHandle
@@ -366,7 +366,16 @@ def test_handles_of_tensors_are_known_while_they_fit(rank: Rank, element: int) -
             combine_along(rank, [*good[:element], other, *good[element + 1 :]])
 
     tensor = good[element]
-    for other in (tensor.to(torch.int64), tensor.to("meta"), tensor[None], tensor.to_sparse(), None, "tensor"):
+    nested = torch.nested.nested_tensor([tensor.flatten()[:1]] * 2, dtype=torch.float32)
+    for other in (
+        tensor.to(torch.int64),
+        tensor.to("meta"),
+        tensor[None],
+        tensor.to_sparse(),
+        nested,
+        None,
+        "tensor",
+    ):
         fails(other)
     if element in (0, 4, 5):
         fails(tensor[:, 1:])
@@ -380,6 +389,41 @@ def test_handles_of_tensors_are_known_while_they_fit(rank: Rank, element: int) -
     assert list(intranode._handles.values()) == [[guards]]
 
 
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_few_rows_do_not_tell_how_many_lie(rank: Rank, num_rows: int) -> None:
+    """Columns of a wider table are contiguous while they have a row at most; of more they are to be copied."""
+    forget(rank)
+    assert rank.handle is not None
+    table = torch.stack([rank.handle.recv_src_idx] * 2, 1)
+    assert table[:num_rows, 0].is_contiguous()
+    party: Any = rank.buffer.runtime.party()  # type: ignore[union-attr]
+    for count in (num_rows, ROWS):
+        given = [*rank.tensors[:3], table[:count, 0], *rank.tensors[4:]]
+        found = intranode.check_handle(party, given).recv_src_idx
+        assert found.is_contiguous()
+        assert torch.equal(found, rank.handle.recv_src_idx[:count])
+    assert not intranode._handles
+
+
+def test_of_handles_that_differ_the_last_are_known(rank: Rank) -> None:
+    forget(rank)
+    party: Any = rank.buffer.runtime.party()  # type: ignore[union-attr]
+
+    def with_channels(one: torch.Tensor, other: torch.Tensor) -> list[torch.Tensor]:
+        given = [rank.tensors[0], one, other, *rank.tensors[3:]]
+        intranode.check_handle(party, given)
+        return given
+
+    same = torch.zeros(RANKS, 1, dtype=torch.int32)
+    with_channels(same, same)
+    assert not intranode._handles, "guards do not take the same tensor twice"
+    for num_channels in range(1, 9):
+        last = with_channels(*torch.zeros(2, RANKS, num_channels, dtype=torch.int32).unbind())
+    (known,) = intranode._handles.values()
+    assert len(known) == 4
+    assert [guards.check(*last) for guards in known] == [False, False, False, True]
+
+
 def test_handles_are_known_in_inference_mode(rank: Rank) -> None:
     forget(rank)
     for modes in range(1, 7):
@@ -387,6 +431,14 @@ def test_handles_are_known_in_inference_mode(rank: Rank) -> None:
             combine_along(rank, rank.tensors)
         (known,) = intranode._handles.values()
         assert len(known) == min(modes, 2)
+
+
+def test_only_operators_ask_for_zeros_past_the_last_row(rank: Rank) -> None:
+    plain, asked = (
+        [part for (line,) in [launches(rank, call)[0]] for part in line]
+        for call in (Rank.cached_dispatch, Rank.ops_cached_dispatch)
+    )
+    assert [pair for pair in zip(plain, asked, strict=True) if pair[0] != pair[1]] == [(0, 1)]
 
 
 def test_combines_of_other_numbers_of_rows_are_not_prepared_anew(rank: Rank) -> None:

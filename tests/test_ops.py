@@ -128,8 +128,25 @@ def _within(mode: Any, call: Callable[..., Any], *args: Any) -> None:
         call(*args)
 
 
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, call: Callable[..., Any]) -> torch.Tensor:
+        ctx.call = call
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.call(grad), None
+
+
+def batched(call: Callable[..., Any], x: torch.Tensor) -> None:
+    """By the older of torch's two ways, of which the tensors alone know."""
+    doubled = _Doubled.apply(x.requires_grad_(), call)
+    torch.autograd.grad(doubled, x, torch.ones(2, 3), is_grads_batched=True)
+
+
 SEEN: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
-    "a compiler": lambda call, x: torch.compile(call, backend="eager", fullgraph=True)(x),
+    "a compiler": lambda call, x: torch.compile(lambda x: call(x), backend="eager", fullgraph=True)(x),
     "a mode of dispatch": lambda call, x: _within(_Dispatches(), call, x),
     "a mode of functions": lambda call, x: _within(_Functions(), call, x),
     "a device as a default": lambda call, x: _within(torch.device("cpu"), call, x),
@@ -137,8 +154,11 @@ SEEN: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
     "a trace": _traced,
     "a transform": lambda call, x: torch.func.vjp(call, x),
     "a derivative in forward mode": lambda call, x: torch.func.jvp(call, (x,), (x,)),
+    "a batch of gradients": lambda call, x: batched(call, x),
+    "tensors that stand for functions": lambda call, x: call(torch._to_functional_tensor(x)),
     "a subclass": lambda call, x: call(x.as_subclass(_Subclass)),
     "a subclass behind": lambda call, x: call(x, [], x.as_subclass(_Subclass)),
+    "a subclass in a list": lambda call, x: call(x, [x, x.as_subclass(_Subclass)]),
     "a subclass by name": lambda call, x: call(x, other=x.as_subclass(_Subclass)),
     "another device": lambda call, x: call(x.to("meta")),
 }
@@ -147,7 +167,37 @@ UNSEEN: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
     "autograd": lambda call, x: call(x.requires_grad_()),
     "inference mode": lambda call, x: _within(torch.inference_mode(), call, x),
     "a parameter": lambda call, x: call(torch.nn.Parameter(x), [x], "name", None, 3, other=True),
+    "autocast": lambda call, x: _within(torch.autocast("cpu"), call, x),
+    "no gradients": lambda call, x: _within(torch.no_grad(), call, x),
 }
+
+
+def test_functions_are_not_compiled_where_they_run() -> None:
+    """Called outside a graph, by what compilers look into, they are no graph of their own."""
+    graphs: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(module.code)
+        return module.forward
+
+    call = function(lambda x: x * 2, lambda keys, x: x * 2)
+
+    @torch.compiler.disable(recursive=False)
+    def between(x: torch.Tensor) -> torch.Tensor:
+        return call(x)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: between(x.sin()).cos(), backend=backend)(torch.ones(3))
+    torch._dynamo.reset()
+    assert len(graphs) == 2
+    assert "sin" in graphs[0]
+    assert "cos" in graphs[1]
+
+
+def function(operator: Callable[..., Any], differentiable: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of what stands for an operator, ``tests::double``."""
+    operator._schema = SimpleNamespace(name="tests::double")  # type: ignore[attr-defined]
+    return library.function_of(operator, differentiable)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -164,8 +214,7 @@ def test_the_dispatcher_is_left_out_only_where_nothing_else_sees_the_call(name: 
         reached.append("kernel")
         return x * 2
 
-    operator._schema = SimpleNamespace(name="tests::double")  # type: ignore[attr-defined]
-    call = library.function_of(operator, differentiable)  # type: ignore[arg-type]
+    call = function(operator, differentiable)
     assert call.__name__ == "double"
     (SEEN | UNSEEN)[name](call, torch.ones(3))
     assert set(reached) == {"operator" if name in SEEN else "kernel"}
@@ -212,11 +261,17 @@ def check_wrong_arguments(rank: int, num_ranks: int) -> None:
         for call in (ops.cached_dispatch, ops.combine):
             with pytest.raises(ArgumentError, match="handle: got 5 tensors; allowed: the 6 tensors"):
                 call(rows, handle[1:], name)
+            with pytest.raises(ArgumentError, match="handle: got NoneType; allowed: the 6 tensors"):
+                call(rows, None, name)
+            with pytest.raises(TypeError, match=rf"^{call.__name__}\(\) missing 1 required .* 'buffer'"):
+                call(rows, handle)
         with pytest.raises(ArgumentError, match="topk_idx: got the value 4; allowed: expert ids from 0 to 3"):
             ops.dispatch(x, ids + 4 * (ids == 0), weights, name, 4)
         small = x.to(torch.float8_e4m3fn).repeat(1, 2).requires_grad_()
         for call, given in ((ops.dispatch, (ids, weights, name, 4)), (ops.cached_dispatch, (handle, name))):
             with pytest.raises(ArgumentError, match=r"x: got torch.float8_e4m3fn rows that require a gradient"):
+                call(small, *given)
+            with torch.inference_mode():
                 call(small, *given)
         with pytest.raises(ArgumentError, match=r"config: got int; allowed: a tokenferry\.Config"):
             functional.dispatch(buffer, x, ids, weights, 4, config=5)

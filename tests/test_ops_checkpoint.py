@@ -29,7 +29,11 @@ def save_operators(context: Any, operator: Any, *args: Any, **given: Any) -> Che
 
 
 def recompute_dispatch(context: Any, operator: Any, *args: Any, **given: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator is ops.OPERATORS[2] else CheckpointPolicy.MUST_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if operator is torch.ops.tokenferry.combine.default
+        else CheckpointPolicy.MUST_RECOMPUTE
+    )
 
 
 POLICIES: dict[str, dict[str, Any]] = {

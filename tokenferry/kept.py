@@ -72,25 +72,33 @@ class Alike(Kept[list[Any]]):
 
     def has(self, key: tuple[Any, ...], tensors: Sequence[object]) -> bool:
         """Whether these, of which there are as many, are like some that were added with that key."""
-        for guards in self.get(key, ()):  # noqa: SIM110 (half a microsecond)
+        known = self.get(key)
+        if known is None:
+            return False
+        for tensor in tensors:
+            if type(tensor) is not _Tensor or tensor.is_nested:  # of which guards must not be asked for strides
+                return False
+        for guards in known:  # noqa: SIM110 (half a microsecond)
             if guards.check(*tensors):
                 return True
         return False
 
     def add(self, key: tuple[Any, ...], tensors: Sequence[torch.Tensor], any_rows: Sequence[bool]) -> None:
-        """Know such tensors again.
+        """Know such tensors again, instead of some that were added long before.
 
         Args:
             key: what else the checks look at.
-            tensors: contiguous.
+            tensors: contiguous; nothing is known of them if they have too few elements to tell in what order.
             any_rows: which of them may have any number of rows.
         """
         if TensorGuards is None or None in map(kind_of, tensors):
             return
-        known = self.get(key) or self.keep(key, [])
-        if len(known) < _MOST_GUARDS:
-            sizes: Any = [list(tensor.shape) for tensor in tensors]
-            for size, free in zip(sizes, any_rows, strict=True):
-                size[0] = None if free else size[0]
-            strides: Any = [list(tensor.stride()) for tensor in tensors]
-            known.append(TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides))
+        sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+        strides: Any = [[*size[1:], 1] for size in sizes]
+        for size, free in zip(sizes, any_rows, strict=True):
+            size[0] = None if free else size[0]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        if guards.check(*tensors):
+            known = self.get(key) or self.keep(key, [])
+            known.append(guards)
+            del known[:-_MOST_GUARDS]

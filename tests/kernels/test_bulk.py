@@ -18,6 +18,8 @@ from tests.kernels.world import Rank, Simulated, World
 from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.kernels import bulk_columns, bulk_dispatch
 
+WIDE = Case(tokens=(3, 2), num_topk=2, row_bytes=1040, combine_bytes=16, scales=torch.float32, scale_columns=3)
+"""Rows of more words than threads that zero them."""
 SMALL = Case(tokens=(5, 6), num_topk=3, alignment=2, row_bytes=16, combine_bytes=16)
 
 
@@ -58,8 +60,8 @@ def test_compact(monkeypatch: Any) -> None:
 
 def along_a_handle(monkeypatch: Any, module: ModuleType | None = None) -> None:
     """Twice, and once the rows past the last one are zeroed."""
-    world = world_of(monkeypatch, 1, "mixed", 1 << 9, module)
-    ranks = [Rank(world, CASES["fp8"], rank, num_sms=3) for rank in range(2)]
+    world = world_of(monkeypatch, 1, "mixed", 1 << 13, module)
+    ranks = [Rank(world, WIDE, rank, num_sms=3) for rank in range(2)]
     for rank in ranks:
         rank.layout()
         rank.notify(30)
@@ -113,10 +115,8 @@ ENGINE = {
 
 TAILS = {
     "the first of them stays": ("zero_tail(out_x.to(tl.int64), last, ", "zero_tail(out_x.to(tl.int64), last + 1, "),
-    "those of scales stay": (
-        "zero_tail(out_scales.to(tl.int64), last, ",
-        "zero_tail(out_scales.to(tl.int64), num_rows, ",
-    ),
+    "those of scales stay": ("out_scales.to(tl.int64), last, num", "out_scales.to(tl.int64), num_rows, num"),
+    "one word a thread": ("range(0, BYTES // SIZE, 32 * W)", "range(0, 1, 32 * W)"),
     "always": ("if num_expanded != 0:", "if num_expanded >= 0:"),
     "never": ("if num_expanded != 0:", "if num_expanded < 0:"),
     "of the first program": ("last, num_rows, worker, workers, tid, ROW", "last, num_rows, 0, workers, tid, ROW"),
@@ -129,7 +129,8 @@ TAILS = {
 
 @pytest.mark.parametrize("name", ["never", *slow(*(name for name in TAILS if name != "never"))])
 def test_fault_in_the_zeros_past_the_last_row_is_found(monkeypatch: Any, name: str) -> None:
-    module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_dispatch, *TAILS[name])
+    source = bulk_columns if name == "one word a thread" else bulk_dispatch
+    module = bulk_emulator.mutated_bulk_module("bulk_dispatch", source, *TAILS[name])
     with pytest.raises((AssertionError, InterpreterError)):
         along_a_handle(monkeypatch, module)
 

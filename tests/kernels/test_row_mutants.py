@@ -218,6 +218,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "direct": operations,
     "staged": lambda *given: operations(*given, SCALES, "staged"),
     "again": lambda *given: operations(*given, SCALES, "mixed", again=True),
+    "again, wide": lambda *given: operations(*given, replace(ONE_WAY, row_bytes=4112), again=True),
     "combine": lambda *given: operations(*given, combines=True),
     "combine staged": lambda *given: operations(*given, SCALES, "staged", combines=True),
     "combine mixed": lambda *given: operations(*given, FLOATS, "mixed", num_ranks=3, combines=True),
@@ -340,7 +341,12 @@ MUTANTS = {
     "unused rows of another rank": Mutant(
         dispatch, "rows_from(prefix, num_rows, rank, R - 1", "rows_from(prefix, num_rows, 1 - rank, R - 1", "again"
     ),
-    "unused rows as far as a block": Mutant(dispatch, "mask=word < WORDS)", "mask=word < 1)", "again"),
+    "unused rows as far as a block": Mutant(
+        dispatch,
+        "tl.static_range(0, WORDS, BLOCK):\n            word = first",
+        "range(1):\n            word = first",
+        "again, wide",
+    ),
     "handle's list from the start": Mutant(dispatch, "return src_idx + start", "return src_idx", "again"),
     "round ends late": Mutant(dispatch, "lower_bound(tokens, low, count, first + per_round)", "count", "staged"),
     "round begins at 0": Mutant(

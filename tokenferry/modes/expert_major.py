@@ -104,6 +104,8 @@ def dispatch(
     plane = party.plane
     kind, rows, ids, weights = _given(party, x, topk_idx, topk_weights, sizes)
     sizes, num_topk, worst, experts, signature, _, choices_are_packed = kind
+    # The copy is made while the device works, in memory that no earlier part of the operation may still use.
+    kept = plane.empty_rows(ids.shape[0], ids.shape[1], ids.dtype) if copy_topk else ids
     counts = plane.layout(ids, sizes.num_experts, party.num_ranks)
     per_rank, per_expert, member = counts
     plan = make(
@@ -131,7 +133,7 @@ def dispatch(
         expert_alignment=alignment,
         num_max_tokens_per_rank=sizes.num_max_tokens,
         num_sms=sizes.num_sms,
-        topk_idx=ids.clone() if copy_topk else ids,
+        topk_idx=kept.copy_(ids) if copy_topk else ids,
         num_recv_tokens=exchange.num_rows,
         num_expanded_tokens=exchange.num_expanded_rows,
         num_recv_tokens_per_expert_list=[

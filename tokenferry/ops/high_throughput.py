@@ -111,12 +111,14 @@ def _combine(
 
 
 def _known(handle: _Tensors) -> OperatorHandle | InternodeHandle:
-    if len(handle) == _LENGTHS[0]:
-        return make(OperatorHandle, handle)
-    if len(handle) == _LENGTHS[1]:
-        return make(InternodeHandle, handle)
+    if isinstance(handle, (list, tuple)):
+        if len(handle) == _LENGTHS[0]:
+            return make(OperatorHandle, handle)
+        if len(handle) == _LENGTHS[1]:
+            return make(InternodeHandle, handle)
     allowed = f"the {_LENGTHS[0]} tensors (between nodes {_LENGTHS[1]}) that dispatch returned"
-    raise ArgumentError("handle", f"{len(handle)} tensors", allowed)
+    given = f"{len(handle)} tensors" if isinstance(handle, (list, tuple)) else type(handle).__name__
+    raise ArgumentError("handle", given, allowed)
 
 
 def _clear_unused(owner: Buffer, outputs: tuple[torch.Tensor, ...], handle: Handle) -> None:
@@ -338,7 +340,7 @@ def _as_rows(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _check_differentiable(x: torch.Tensor) -> None:
-    if x.requires_grad and x.dtype not in COMBINE_DTYPES:
+    if x.requires_grad and x.dtype not in COMBINE_DTYPES and not torch.is_inference_mode_enabled():
         given = f"{x.dtype} rows that require a gradient"
         raise ArgumentError("x", given, "a dtype that combine takes, or x.detach()")
 

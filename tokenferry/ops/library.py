@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from operator import or_
 from typing import Any, TypeVar
 
 import torch
@@ -56,14 +58,24 @@ def define(
     return operator
 
 
-_EAGER = {torch.Tensor, torch.nn.Parameter, list, tuple, str, int, bool, type(None)}
-"""Types of arguments that nothing but the operator's own kernel looks into."""
+_Key = torch._C.DispatchKey
+_EAGER_KEYS = functools.reduce(
+    or_,
+    (
+        torch._C.DispatchKeySet(key).raw_repr()
+        for key in (
+            _Key.CPU, _Key.CUDA, _Key.ADInplaceOrView, _Key.AutogradCPU, _Key.AutogradCUDA, _Key.AutocastCPU,
+            _Key.AutocastCUDA,
+        )
+    ),
+)  # fmt: skip
+"""What the dispatcher may find in a tensor and yet come to nothing but the operator's own kernels."""
 
 
 def function_of(operator: torch._ops.OpOverload, differentiable: Callable[..., Any]) -> Callable[..., Any]:
     """The operator as a function of Python, which calls its kernel without torch's dispatcher where that may be.
 
-    That is: no compiler, tracer, mode, transform, subclass or other kind of device sees the call. The dispatcher
+    That is: no compiler, tracer, mode, transform, subclass or other kind of tensor sees the call. The dispatcher
     alone takes longer than the operator's own part.
 
     Args:
@@ -71,27 +83,32 @@ def function_of(operator: torch._ops.OpOverload, differentiable: Callable[..., A
         differentiable: as in :func:`define`; called without keys.
     """
 
-    def function(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
         if (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
             or torch._C._are_functorch_transforms_active()
             or torch._C._is_tracing()
-            or not isinstance(x, torch.Tensor)
-            or x.is_meta
         ):
-            return operator(x, *args, **kwargs)
-        for given in (x, *args, *kwargs.values()):
-            if type(given) not in _EAGER:
-                return operator(x, *args, **kwargs)
-        return differentiable(None, x, *args, **kwargs)
+            return operator(*args, **kwargs)
+        for given in (*args, *kwargs.values()):
+            kind = type(given)
+            if kind is torch.Tensor or kind is torch.nn.Parameter:
+                if torch._C._dispatch_keys(given).raw_repr() & ~_EAGER_KEYS:
+                    return operator(*args, **kwargs)
+            elif isinstance(given, (list, tuple)):
+                for element in given:
+                    if type(element) is not torch.Tensor:
+                        return operator(*args, **kwargs)
+            elif isinstance(given, torch.Tensor):
+                return operator(*args, **kwargs)
+        return differentiable(None, *args, **kwargs)
 
-    function.__name__ = function.__qualname__ = operator._schema.name.partition("::")[2]
-    function.__doc__ = (
-        f"``torch.ops.{operator}``, called eagerly without the dispatcher where nothing else would see it."
-    )
-    return function
+    name = operator._schema.name.partition("::")[2]
+    function.__name__ = function.__qualname__ = differentiable.__qualname__ = name
+    function.__doc__ = f"``torch.ops.{operator}``; eagerly, without torch's dispatcher."
+    return opaque(function)
 
 
 def is_forward_mode() -> bool:

@@ -89,13 +89,14 @@ def blame(status, operation, epoch, source, tid):
 
 
 @gluon.jit
-def zero_tail(rows, start, end, worker, workers, tid, BYTES: gl.constexpr, W: gl.constexpr):
-    """Zero the rows past the last received one, of BYTES each."""
+def zero_tail(rows, start, end, worker, workers, tid, BYTES: gl.constexpr, W: gl.constexpr, WORD: gl.constexpr):
+    """Zero the rows past the last received one, of BYTES each, by words of a type that divides these."""
+    SIZE: gl.constexpr = WORD.primitive_bitwidth // 8
     for row in range(start + worker, end, workers):
-        for first in range(0, BYTES // 4, 32 * W):
+        for first in range(0, BYTES // SIZE, 32 * W):
             word = first + tid
-            there = rows + row * BYTES + word.to(gl.int64) * 4
-            gl.store(there.to(gl.pointer_type(gl.int32)), tid * 0, mask=word < BYTES // 4)
+            there = rows + row * BYTES + word.to(gl.int64) * SIZE
+            gl.store(there.to(gl.pointer_type(WORD)), (tid * 0).to(WORD), mask=word < BYTES // SIZE)
 
 
 @gluon.jit

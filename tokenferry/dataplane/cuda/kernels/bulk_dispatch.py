@@ -454,12 +454,6 @@ def dispatch(
                     out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, tid, EXPAND, K, W
                 )
             if going:
-                if CACHED and not EXPAND and not PLACED:
-                    if num_expanded != 0:
-                        _, last = rows_from(prefix, num_rows, rank, R - 1, R, False)
-                        zero_tail(out_x.to(tl.int64), last, num_rows, worker, workers, tid, ROW, W)
-                        if SCALES > 0:
-                            zero_tail(out_scales.to(tl.int64), last, num_rows, worker, workers, tid, SCALES, W)
                 by_rounds = staged_rounds(heap, rank, half // RECORD, list_capacity, R)
                 alive = True
                 for this in range(tl.maximum(by_rounds, 1)):
@@ -492,6 +486,14 @@ def dispatch(
                             complain(status, operation, epoch, crowded, tid, BAD_HANDLE if CACHED else NO_ROOM)
                         if alive & (this < by_rounds):
                             release_round(heap, state, rank, this, epoch, workers, R)
+                if CACHED and not EXPAND and not PLACED:
+                    if num_expanded != 0:
+                        _, last = rows_from(prefix, num_rows, rank, R - 1, R, False)
+                        zero_tail(out_x.to(tl.int64), last, num_rows, worker, workers, tid, ROW, W, gl.int64)
+                        if SCALES > 0:
+                            zero_tail(
+                                out_scales.to(tl.int64), last, num_rows, worker, workers, tid, SCALES, W, gl.int32
+                            )
                 wait_stores(tid)
         if not too_few:
             finish(heap, state, status, rank, epoch, staged, operation, timeout, R)

@@ -454,12 +454,6 @@ def dispatch(
                     out_ids, out_weights, src_idx, metadata, received, num_rows, worker, workers, EXPAND, K, KB, RT
                 )
             if going:
-                if CACHED and not EXPAND and not PLACED:
-                    if num_expanded != 0:
-                        _, last = rows_from(prefix, num_rows, rank, R - 1, R, False)
-                        zero_tail(out_x, last, num_rows, worker, workers, WORDS, 16, BLOCK)
-                        if SCALE_WORDS > 0:
-                            zero_tail(out_scales, last, num_rows, worker, workers, SCALE_WORDS, 4, SMALL)
                 by_rounds = staged_rounds(heap, rank, half // RECORD, list_capacity, R)
                 alive = True
                 for this in range(tl.maximum(by_rounds, 1)):
@@ -474,5 +468,11 @@ def dispatch(
                             )  # fmt: skip
                     if alive & (this < by_rounds):
                         release_round(heap, state, rank, this, epoch, workers, R)
+                if CACHED and not EXPAND and not PLACED:
+                    if num_expanded != 0:
+                        _, last = rows_from(prefix, num_rows, rank, R - 1, R, False)
+                        zero_tail(out_x, last, num_rows, worker, workers, WORDS, 16, BLOCK)
+                        if SCALE_WORDS > 0:
+                            zero_tail(out_scales, last, num_rows, worker, workers, SCALE_WORDS, 4, SMALL)
         if not too_few:
             finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
