@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,19 @@ PoolOf = Callable[[int], RankPool]
 
 def slow(*values: Any) -> Iterator[Any]:
     """Further cases of a test, which only ``-m slow`` runs."""
-    return (pytest.param(value, marks=pytest.mark.slow) for value in values)
+    return (
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow) for value in values
+    )
+
+
+def but_slow(values: Iterable[Any], *others: Any) -> list[Any]:
+    """The cases of a test, of which some are slow: those that show little that the rest does not."""
+    values = list(values)
+    assert set(others) <= set(values), "cases that there are not"
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[pytest.mark.slow] * (value in others))
+        for value in values
+    ]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import slow
 from tests.oracle import membership
 from tokenferry.cli import main
 from tokenferry.cli.bench_baseline import expert_major
@@ -118,7 +119,10 @@ def test_plot_is_a_picture(directory: Path) -> None:
 
 @pytest.mark.parametrize(
     "sweep",
-    [["--tokens", "8"], ["--tokens", "8", "--num-nvl-bytes", "64K", "1M"], ["--tokens", "8", "--no-baseline"]],
+    [
+        ["--tokens", "8", "--num-nvl-bytes", "64K", "1M"],
+        *slow(["--tokens", "8"], ["--tokens", "8", "--no-baseline"]),
+    ],
 )
 def test_other_plots(sweep: list[str], tmp_path: Path) -> None:
     assert main(["bench", *SMALL, *sweep, "--modes", "dispatch", "combine", "--output", str(tmp_path)]) == 0
@@ -362,7 +366,7 @@ def test_disagreement_is_an_error() -> None:
             check_agreement(a_case(), 0, ones, other)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp16", "fp8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", *slow("fp32", "fp16")])
 def test_contenders_agree(dtype: str, pool_of: Callable[[int], RankPool]) -> None:
     for mode in (*MODES, *EXTRA_MODES):
         case = a_case(mode=mode, dtype=dtype, ranks=2)

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.conftest import slow
 from tests.test_bench import SMALL, a_case
 from tokenferry import Buffer
 from tokenferry.cli import bench_cuda, bench_cuda_cases, main
@@ -402,7 +403,9 @@ def test_cuda_clock_times_between_events(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 0 < stretch.host < 1
 
 
-@pytest.mark.parametrize(("tokens", "sms"), [((8,), (8,)), ((8, 64), (8,)), ((8,), (8, 24)), ((8, 4096), (8, 16))])
+@pytest.mark.parametrize(
+    ("tokens", "sms"), [((8,), (8,)), ((8, 4096), (8, 16)), *slow(((8, 64), (8,)), ((8,), (8, 24)))]
+)
 def test_cuda_plot_of_results_by_hand(tokens: tuple[int, ...], sms: tuple[int, ...], tmp_path: Path) -> None:
     found = {f"{name}_seconds": 1e-4 for name in ("median", "fastest", "slowest")}
     cases = [

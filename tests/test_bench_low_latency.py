@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.conftest import slow
 from tests.test_bench import LOW_LATENCY
 from tests.test_bench_cuda import FakeClock, a_device
 from tokenferry import Buffer
@@ -487,8 +488,13 @@ def test_low_latency_needs_a_gpu_on_cuda(monkeypatch: pytest.MonkeyPatch, capsys
     assert "--device" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("tokens", [(8,), (1, 2, 4)])
-@pytest.mark.parametrize("names", [(OURS,), (OURS, BASELINE, DEEPEP)])
+@pytest.mark.parametrize(
+    ("names", "tokens"),
+    [
+        ((OURS,), (8,)), ((OURS, BASELINE, DEEPEP), (1, 2, 4)),
+        *slow(((OURS,), (1, 2, 4)), ((OURS, BASELINE, DEEPEP), (8,))),
+    ],
+)  # fmt: skip
 def test_plot_of_results_by_hand(names: tuple[str, ...], tokens: tuple[int, ...], tmp_path: Path) -> None:
     found = {f"{name}_seconds": 1e-5 for name in ("median", "p10", "p90")}
     operations = {operation: {"chained": found, "graph": found} for operation in ("dispatch", "combine", "pair")}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tokenferry.compat
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SIZES: dict[str, dict[str, int]] = {
@@ -43,7 +43,9 @@ def run(rank: int, num_ranks: int, name: str, sizes: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-@pytest.mark.parametrize(("name", "num_ranks"), [*((name, 2) for name in SIZES), ("decode", 1), ("overlap", 3)])
+@pytest.mark.parametrize(
+    ("name", "num_ranks"), [*((name, 2) for name in SIZES), *slow(("decode", 1), ("overlap", 3))]
+)
 def test_runs(pool_of: PoolOf, name: str, num_ranks: int) -> None:
     first, *others = pool_of(num_ranks).run(run, name, SIZES[name])
     assert first.splitlines()[-1].startswith(f"{num_ranks} ranks"), first

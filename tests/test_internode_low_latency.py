@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, but_slow, slow
 from tests.internode_cases import LAYOUTS
 from tests.internode_low_latency_cases import NodeScenario, check_nodes, make_buffer
 from tests.low_latency_cases import FORMATS, ROUTINGS, Case, check_case
 from tokenferry import BufferStateError, MismatchError, PeerError
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x2", "3x2", "3x1"))
 def test_layouts(pool_of: PoolOf, layout: str) -> None:
     cases = [Case(tokens=(4, 0, 7, 1), spare=2, format=name, num_topk=4) for name in FORMATS]
     pool_of(len(LAYOUTS[layout])).run(check_nodes, layout, cases)
@@ -28,7 +28,7 @@ def test_routings(pool_of: PoolOf) -> None:
     pool_of(4).run(check_nodes, "2x2", [Case(tokens=(6, 3), routing=routing) for routing in ROUTINGS])
 
 
-@pytest.mark.parametrize("hidden", [8, 136, 2048])
+@pytest.mark.parametrize("hidden", [8, 136, *slow(2048)])
 def test_shapes(pool_of: PoolOf, hidden: int) -> None:
     cases = [Case(tokens=(5, 9), hidden=hidden, num_topk=num_topk, local_experts=3) for num_topk in (1, 9, 32)]
     pool_of(6).run(check_nodes, "3x2 mixed", cases)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tests import oracle
 from tests.cases import ROUTINGS, TIMEOUT, Case, choices, same
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tokenferry import Buffer
 
 
@@ -34,7 +34,7 @@ def _layouts(rank: int, num_ranks: int, cases: list[Case]) -> None:
             _check_layout(buffer, choices(case, rank, num_ranks), num_ranks * case.local_experts)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+@pytest.mark.parametrize("num_ranks", [3, *slow(1, 8)])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_layout(pool_of: PoolOf, num_ranks: int, routing: str) -> None:
     cases = [

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import tokenferry
+from tests.conftest import slow
 
 HIDDEN, TOPK, EXPERTS_PER_RANK = 512, 4, 8
 PAGE = 4096
@@ -41,7 +42,7 @@ def heap_bytes(rank: int, num_ranks: int, tokens: int, ceiling: int) -> int:
         return buffer.runtime.allocated_bytes()
 
 
-@pytest.mark.parametrize("ceiling", [256 << 10, 8 << 20, 64 << 20])
+@pytest.mark.parametrize("ceiling", [256 << 10, 64 << 20, *slow(8 << 20)])
 @pytest.mark.parametrize("tokens", [500, 4000, pytest.param(40000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_heap_follows_the_formula(num_ranks: int, tokens: int, ceiling: int, pool_of: Any) -> None:

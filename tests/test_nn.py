@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tokenferry import ArgumentError, Buffer
 from tokenferry.nn import ExpertParallelMoE
 from tokenferry.nn.functional import combine, dispatch
@@ -120,7 +120,7 @@ def gradcheck_layer(rank: int, num_ranks: int) -> None:
         assert gradcheck(function, [value.requires_grad_() for value in inputs])
 
 
-@pytest.mark.parametrize("check", [gradcheck_dispatch, gradcheck_combine, gradcheck_layer])
+@pytest.mark.parametrize("check", [gradcheck_layer, *slow(gradcheck_dispatch, gradcheck_combine)])
 def test_gradcheck_in_float64(pool_of: PoolOf, check: Callable[..., None]) -> None:
     pool_of(2).run(check)
 
@@ -181,7 +181,7 @@ def layer_equals_dense(rank: int, num_ranks: int, dtype_name: str, tokens: list[
     assert layer.tokens_sent.tolist() == member.any(1).sum(0).tolist()
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", *slow("float32")])
 @pytest.mark.parametrize("tokens", [[9], [5, 7], [0, 6], [3, 0, 8, 1], [0, 0, 1, 0]], ids=str)
 def test_layer_equals_its_dense_twin(pool_of: PoolOf, tokens: list[int], dtype: str) -> None:
     """Ranks bring no token, or get none: one token with three choices leaves one rank of four without rows."""

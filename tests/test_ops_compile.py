@@ -63,7 +63,7 @@ def check_layer(rank: int, num_ranks: int, backend: str, num_worst_tokens: int) 
     [
         pytest.param("aot_eager", 0, marks=pytest.mark.slow),
         ("aot_eager", 40),
-        pytest.param("inductor", 0, marks=needs_compiler),
+        pytest.param("inductor", 0, marks=[needs_compiler, pytest.mark.slow]),
         pytest.param("inductor", 40, marks=[needs_compiler, pytest.mark.slow]),
     ],
 )

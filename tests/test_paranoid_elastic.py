@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import TIMEOUT, Case
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.elastic_cases import Elastic, elastic_buffer
 from tests.test_paranoid import check_found, flipped, paranoid, told_of
 from tokenferry import Buffer, CorruptionError, HeapError, TokenferryError
@@ -45,7 +45,7 @@ def _check(rank: int, num_ranks: int, case: Case, multiple: bool, num_bytes: int
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_ranks", [3, *slow(1)])
 def test_every_kind_of_call_gives_what_the_oracle_says(pool_of: PoolOf, num_ranks: int, name: str) -> None:
     proofs = pool_of(num_ranks).run(_check, CASES[name], num_ranks == 1, 0)
     assert proofs == [2 * 6 + 2 * 10] * num_ranks  # one for every dispatch and every combine

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tests.cases import Case, Scenario, named_segments, segments, wait_for
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.internode_cases import NodeScenario
 from tests.low_latency_cases import Case as QuickCase
 from tests.low_latency_cases import Scenario as QuickScenario
@@ -63,7 +63,7 @@ def _go_on_without(rank: int, num_ranks: int, victims: list[int]) -> tuple[int, 
         return buffer.rank, took
 
 
-@pytest.mark.parametrize(("num_ranks", "victims"), [(3, [1]), (4, [0, 2]), (2, [0])])
+@pytest.mark.parametrize(("num_ranks", "victims"), [(3, [1]), (4, [0, 2]), *slow((2, [0]))])
 def test_survivors_go_on(num_ranks: int, victims: list[int]) -> None:
     with RankPool(num_ranks, 1) as pool, pytest.raises(RankError) as caught:
         pool.run(_go_on_without, victims)

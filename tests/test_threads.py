@@ -21,7 +21,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.cases import TIMEOUT, Case, Scenario, segments, wait_for
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.internode_cases import LAYOUTS
 from tests.low_latency_cases import Case as QuickCase
 from tests.low_latency_cases import Scenario as QuickScenario
@@ -172,7 +172,7 @@ def _destroyed_in_a_wait(rank: int, num_ranks: int, kind: str, times: int) -> li
     return told
 
 
-@pytest.mark.parametrize("kind", ["dispatch", "low latency", "hook", "nodes", "nodes, low latency"])
+@pytest.mark.parametrize("kind", ["dispatch", "low latency", "hook", *slow("nodes", "nodes, low latency")])
 def test_destroying_a_buffer_that_waits_raises_there(pool_of: PoolOf, kind: str) -> None:
     told, _ = pool_of(2).run(_destroyed_in_a_wait, kind, 6 if "nodes" in kind else 15)
     assert told

@@ -10,7 +10,7 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from tests.cases import Case
-from tests.conftest import slow
+from tests.conftest import but_slow
 from tests.kernels import bulk_emulator
 from tests.kernels.expert_world import ExpandedRank, run_ranks, simulate
 from tests.kernels.test_expert_major import CASES, DIRECT
@@ -41,7 +41,10 @@ def run(monkeypatch: Any, case: Case, seed: int, direct: str, module: ModuleType
     assert [world.code(rank) for rank in range(2)] == [0, 0]
 
 
-@pytest.mark.parametrize(("name", "direct"), [("plain", "direct"), ("fp8", "staged"), ("sparse", "mixed")])
+@pytest.mark.parametrize(
+    ("name", "direct"),
+    [("plain", "direct"), ("fp8", "staged"), pytest.param("sparse", "mixed", marks=pytest.mark.slow)],
+)
 def test_expanded(monkeypatch: Any, name: str, direct: str) -> None:
     run(monkeypatch, CASES[name], len(name), direct)
 
@@ -127,7 +130,7 @@ TAILS = {
 }
 
 
-@pytest.mark.parametrize("name", ["never", *slow(*(name for name in TAILS if name != "never"))])
+@pytest.mark.parametrize("name", but_slow(TAILS, *(name for name in TAILS if name != "never")))
 def test_fault_in_the_zeros_past_the_last_row_is_found(monkeypatch: Any, name: str) -> None:
     source = bulk_columns if name == "one word a thread" else bulk_dispatch
     module = bulk_emulator.mutated_bulk_module("bulk_dispatch", source, *TAILS[name])
@@ -135,7 +138,7 @@ def test_fault_in_the_zeros_past_the_last_row_is_found(monkeypatch: Any, name: s
         along_a_handle(monkeypatch, module)
 
 
-@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize("name", but_slow(COPIES, "another row", "sources before"))
 def test_fault_in_copies_is_found(monkeypatch: Any, name: str) -> None:
     module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_columns, *COPIES[name])
     with pytest.raises((AssertionError, InterpreterError)):

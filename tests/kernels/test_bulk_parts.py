@@ -9,6 +9,7 @@ import pytest
 import torch
 from triton.runtime.errors import InterpreterError
 
+from tests.conftest import but_slow
 from tests.kernels import bulk_emulator
 from tests.kernels.parts_world import Load, Parts, run_all, simulate
 from tests.kernels.test_exchange import SMALL, run_pair
@@ -43,7 +44,11 @@ def world_of(
 
 @pytest.mark.parametrize(
     ("name", "direct", "stage_bytes"),
-    [("scales", "mixed", 512), ("wide sums", "staged", 256), ("three ranks", "direct", 512)],
+    [
+        ("scales", "mixed", 512),
+        pytest.param("wide sums", "staged", 256, marks=pytest.mark.slow),
+        ("three ranks", "direct", 512),
+    ],
 )
 def test_all_parts(monkeypatch: Any, name: str, direct: str, stage_bytes: int) -> None:
     num_ranks, load = LOADS[name]
@@ -62,7 +67,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", but_slow(FAULTS, "the tail is filled"))
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_dispatch, *FAULTS[name])
     several = Parts(world_of(monkeypatch, 2, 1, "direct", 512, module), LOADS["scales"][1], num_sms=2)

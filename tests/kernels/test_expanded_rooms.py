@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.cases import Case, same
+from tests.conftest import but_slow
 from tests.kernels import bulk_emulator, mutants
 from tests.kernels.expert_world import ExpandedRank, simulate
 from tests.kernels.simulator import Deadlock
@@ -72,7 +73,13 @@ ROOMS = {
 }
 
 
-@pytest.mark.parametrize(("name", "direct"), [*zip(ROOMS, [*DIRECT] * 2, strict=True)])
+@pytest.mark.parametrize(
+    ("name", "direct"),
+    [
+        pytest.param(name, direct, marks=[pytest.mark.slow] * (name in ("exact", "too few rows")))
+        for name, direct in zip(ROOMS, [*DIRECT] * 2, strict=True)
+    ],
+)
 def test_every_room_ends_in_the_same_rows(monkeypatch: Any, name: str, direct: str) -> None:
     world = World(monkeypatch, 2, len(name), direct=DIRECT[direct], stage_bytes=1 << 10, max_steps=200_000)
     simulate(monkeypatch, world)
@@ -108,7 +115,9 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize(
+    "name", but_slow(MUTANTS, "a full room of copies is too small", "no total", "rows of the sources before")
+)
 def test_mutants_are_found(monkeypatch: Any, name: str) -> None:
     entries = {"dispatch": dispatch, "notify": notify, "expert_major": expert_major}
     modules = dict(zip(entries, mutants.mutated_modules(*MUTANTS[name], entries=entries.values()), strict=True))
@@ -118,7 +127,9 @@ def test_mutants_are_found(monkeypatch: Any, name: str) -> None:
         run_rooms(world, CASE, [(1, -1), (-1, 0)])
 
 
-@pytest.mark.parametrize(("old", "new"), [(TOTAL, "pass"), ("if not too_few:\n", "if epoch > 0:\n")])
+@pytest.mark.parametrize(
+    ("old", "new"), [(TOTAL, "pass"), pytest.param("if not too_few:\n", "if epoch > 0:\n", marks=pytest.mark.slow)]
+)
 def test_mutants_of_bulk_copies_are_found(monkeypatch: Any, old: str, new: str) -> None:
     module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_dispatch, old, new)
     world = bulk_world(monkeypatch, 3, "direct", 1 << 10, module)

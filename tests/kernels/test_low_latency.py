@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from tests import low_latency_oracle as oracle
+from tests.conftest import but_slow
 from tests.kernels import simulator
 from tests.kernels.low_latency_world import LowLatencyWorld, known_expert_rows
 from tests.kernels.schedules import Scheduler, Sleeps, put_to_sleep
@@ -147,7 +148,9 @@ class Calls:
             scenario.check_combine(answer, ids, by_rank=not self.exact)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", but_slow(CASES, "one rank", "three ranks", "eight choices", "rounded scales", "many experts")
+)
 def test_every_rank_gets_what_it_must(monkeypatch: Any, name: str) -> None:
     num_ranks, case = CASES[name]
     seed = list(CASES).index(name)
@@ -171,7 +174,7 @@ def test_ranks_whose_parts_have_other_sizes(monkeypatch: Any) -> None:
     calls.check()
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", but_slow(ROUTINGS, "random", "sparse", "one_expert", "own"))
 def test_routings(monkeypatch: Any, routing: str) -> None:
     seed = ROUTINGS.index(routing)
     case = Case(tokens=(2, 3), hidden=8, routing=routing, seed=seed)

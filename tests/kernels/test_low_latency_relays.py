@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import but_slow, slow
 from tests.internode_cases import LAYOUTS
 from tests.kernels.low_latency_world import LowLatencyWorld, known_expert_rows, poisoned
 from tests.kernels.mutants import mutated_module
@@ -160,7 +161,12 @@ def run(node: Node) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "node"),
-    [("2x1", 1), ("2x2", 0), ("2x2 alternating", 1), ("3x2 mixed", 0), ("3x2 mixed", 2), ("3x1", 2)],
+    but_slow(
+        [("2x1", 1), ("2x2", 0), ("2x2 alternating", 1), ("3x2 mixed", 0), ("3x2 mixed", 2), ("3x1", 2)],
+        ("2x1", 1),
+        ("2x2", 0),
+        ("3x2 mixed", 0),
+    ),
 )
 def test_layouts(monkeypatch: Any, layout: str, node: int) -> None:
     run(Node(monkeypatch, CASE, layout, node, seed=len(layout)))
@@ -172,7 +178,7 @@ def test_formats(monkeypatch: Any, name: str) -> None:
     run(Node(monkeypatch, case, "2x2 alternating", 0, seed=1))
 
 
-@pytest.mark.parametrize("routing", ["duplicates", "nothing", "own", "one_expert"])
+@pytest.mark.parametrize("routing", ["duplicates", "nothing", *slow("own", "one_expert")])
 def test_routings(monkeypatch: Any, routing: str) -> None:
     case = Case(tokens=(3, 2), hidden=8, num_topk=2, routing=routing, seed=2)
     run(Node(monkeypatch, case, "2x2", 1, seed=2))
@@ -200,7 +206,9 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", but_slow(FAULTS, "counts of one source", "sources in order of relays", "tokens of the relay")
+)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     module = mutated_module(low_latency_dispatch, *FAULTS[name])
     node = Node(monkeypatch, replace(CASE, tokens=(3, 2, 4, 1)), "2x2", 1, seed=3, dispatch=module)

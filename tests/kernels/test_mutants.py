@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tests.cases import Case
+from tests.conftest import but_slow
 from tests.kernels import simulator
 from tests.kernels.mutants import mutated_modules
 from tests.kernels.schedules import Scheduler, put_to_sleep, stop_at_deadlocks
@@ -425,20 +426,26 @@ def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     assert any(finds(monkeypatch, MUTANTS[name], seed) for seed in range(32))
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario",
+    but_slow(SCENARIOS, "direct", "mixed, one way", "many rounds", "alternating", "refused, no host waits"),
+)
 def test_right_protocol_passes(monkeypatch: Any, scenario: str) -> None:
     SCENARIOS[scenario](monkeypatch, 1)
 
 
-@pytest.mark.parametrize(
-    "direct", ["mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in DIRECT if name != "mixed")]
-)
+@pytest.mark.parametrize("direct", but_slow(DIRECT, *(name for name in DIRECT if name != "mixed")))
 def test_repeated_operations(monkeypatch: Any, direct: str) -> None:
     repeated(monkeypatch, 0, direct=direct, length=3, stage_bytes=1024, num_sms=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direct", DIRECT)
+def test_repeated_operations_of_three_ranks(monkeypatch: Any, direct: str) -> None:
     repeated(monkeypatch, 1, direct=direct, num_ranks=3, num_sms=5)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", but_slow(range(3), 1, 2))
 def test_no_program_steps_back_alone_unnoticed(monkeypatch: Any, seed: int) -> None:
     """One program of every combine, another one in turn, finds a signature that nobody sent."""
     differs = "(theirs != signature)"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import but_slow
 from tests.kernels.mutants import mutated_module
 from tests.kernels.parts_world import Load, Parts, PartsPlane, run_all, simulate
 from tests.kernels.test_low_latency_faults import status_of
@@ -57,11 +58,11 @@ def untouched(outputs: Outputs, first: int = 0) -> None:
     ("name", "direct", "stage_bytes"),
     [
         ("plain", "direct", 512),
-        ("plain", "staged", 512),
+        pytest.param("plain", "staged", 512, marks=pytest.mark.slow),
         ("scales", "mixed", 512),
         ("no choices", "mixed", 256),
         ("wide sums", "staged", 256),
-        ("wide sums", "direct", 512),
+        pytest.param("wide sums", "direct", 512, marks=pytest.mark.slow),
         ("one rank", "staged", 512),
     ],
 )
@@ -238,7 +239,7 @@ def finds(monkeypatch: Any, name: str, seed: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", but_slow(MUTANTS, "message over an unread one", "first token of another"))
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     assert any(finds(monkeypatch, name, seed) for seed in SEEDS)
 

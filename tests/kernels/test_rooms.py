@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.cases import Case, same
+from tests.conftest import but_slow
 from tests.kernels import mutants
 from tests.kernels.simulator import Deadlock
 from tests.kernels.test_elastic_plane import CPU, Plane
@@ -68,7 +69,7 @@ def run_rooms(world: World, rooms: list[int]) -> list[Rank]:
     return ranks
 
 
-@pytest.mark.parametrize("direct", ["staged", "mixed"])
+@pytest.mark.parametrize("direct", but_slow(["staged", "mixed"], "staged"))
 def test_every_room_ends_in_the_same_rows(monkeypatch: Any, direct: str) -> None:
     world = World(monkeypatch, 3, 1, direct=DIRECT[direct], stage_bytes=2048)
     for rooms in ([0, 2, EXACT], [-1, 0, 3], [-20, EXACT, -1]):
@@ -83,7 +84,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", but_slow(MUTANTS, "all rows fit any room"))
 def test_mutants_are_found(monkeypatch: Any, name: str) -> None:
     module = mutants.mutated_module(dispatch_kernels, *MUTANTS[name])
     world = World(monkeypatch, 2, 3, modules={"dispatch": module}, max_steps=9_000)
