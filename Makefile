@@ -8,6 +8,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Files are compiled when they are first imported, which is fewer than there are; and only once, also where a shell says otherwise.
+export PYTHONDONTWRITEBYTECODE =
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test lint types unit slow bench lines clean
@@ -23,8 +25,6 @@ $(READY): requirements-dev.txt pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(PIP_INSTALL) --no-compile -r requirements-dev.txt
-	# pip would do it on one core; some files are of other Pythons.
-	$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|pip|setuptools|fontTools|mypyc?|_inductor/codegen)/' $(VENV)/lib || true
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
