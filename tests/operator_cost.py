@@ -1,4 +1,4 @@
-"""Host time that an operator adds to the call of the Buffer below it: ``python -m tests.operator_cost``.
+"""Host time that an eager operator adds to the call of the Buffer below it: ``python -m tests.operator_cost``.
 
 The Buffer does nothing here, so that what remains is the operator. A figure is the mean of 25 calls, the smallest of
 many such: what the machine does besides only adds.
@@ -94,16 +94,17 @@ def measure(rounds: int = 1500) -> dict[str, tuple[float, float, float]]:
     ids, weights = torch.zeros(TOKENS, CHOICES, dtype=torch.int64), torch.zeros(TOKENS, CHOICES)
     x, rows, slabs = torch.zeros(TOKENS, HIDDEN), buffer.rows.clone(), buffer.slabs.clone()
     calls: dict[str, tuple[Callable[[torch.Tensor], object], torch.Tensor]] = {
-        "tokenferry::dispatch": (lambda x: ops.dispatch(x, ids, weights, name, EXPERTS), x),
-        "tokenferry::cached_dispatch": (lambda x: ops.cached_dispatch(x, handle, name), x),
-        "tokenferry::combine": (lambda x: ops.combine(x, handle, name), rows),
+        "ops.dispatch": (lambda x: ops.dispatch(x, ids, weights, name, EXPERTS), x),
+        "ops.cached_dispatch": (lambda x: ops.cached_dispatch(x, handle, name), x),
+        "ops.combine": (lambda x: ops.combine(x, handle, name), rows),
+        "torch.ops.tokenferry.combine": (lambda x: torch.ops.tokenferry.combine(x, handle, name), rows),
         "nn.functional.dispatch": (lambda x: functional.dispatch(buffer, x, ids, weights, EXPERTS), x),
         "nn.functional.combine": (lambda x: functional.combine(buffer, x, buffer.handle), rows),
-        "tokenferry::low_latency_dispatch": (
+        "ops.low_latency_dispatch": (
             lambda x: ops.low_latency_dispatch(x, ids, name, SLOTS, EXPERTS, False),
             x.bfloat16(),
         ),
-        "tokenferry::low_latency_combine": (
+        "ops.low_latency_combine": (
             lambda x: ops.low_latency_combine(x, ids, weights, list(low_latency[:2]), name, SLOTS, EXPERTS),
             slabs,
         ),

@@ -305,5 +305,5 @@ def test_low_latency_has_no_gradient(pool_of: PoolOf) -> None:
 def test_cost_is_measured() -> None:
     """What prints the table of docs/operators.md runs; its figures are not judged here."""
     figures = operator_cost.measure(rounds=1)
-    assert len(figures) == 8
+    assert len(figures) == 9
     assert all(0 < inference < 1e5 for inference, _, _ in figures.values())

@@ -169,7 +169,8 @@ class Outputs(NamedTuple):
 class DispatchExchange(Protocol):
     """A dispatch in progress: all ranks have agreed, rows have not moved yet.
 
-    The tensors are for the new handle. With a handle they are not read, and may be its own.
+    The tensors are for the new handle, and there once ``pull`` was called. With a handle they are not read, and may
+    be its own.
     """
 
     num_rows: int
