@@ -66,7 +66,8 @@ def test_traffic_counts_both_directions() -> None:
     ]
 
 
-@pytest.mark.parametrize("num_ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4)), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_any_number_of_ranks_trains_the_same_model(pool_of: PoolOf, num_ranks: int) -> None:
     """Three sequences on four ranks: one rank has no tokens."""
     corpus = Corpus(SMALL)

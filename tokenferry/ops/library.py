@@ -58,8 +58,9 @@ def define(
     return operator
 
 
+_VALUES = {str, int, bool, type(None)}
 _Key = torch._C.DispatchKey
-_EAGER_KEYS = functools.reduce(
+_SEEN_KEYS = ~functools.reduce(
     or_,
     (
         torch._C.DispatchKeySet(key).raw_repr()
@@ -69,7 +70,7 @@ _EAGER_KEYS = functools.reduce(
         )
     ),
 )  # fmt: skip
-"""What the dispatcher may find in a tensor and yet come to nothing but the operator's own kernels."""
+"""What the dispatcher would find in a tensor, besides what comes to nothing but the operator's own kernels."""
 
 
 def function_of(operator: torch._ops.OpOverload, differentiable: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,6 +83,7 @@ def function_of(operator: torch._ops.OpOverload, differentiable: Callable[..., A
         operator: called everywhere else.
         differentiable: as in :func:`define`; called without keys.
     """
+    tensor, parameter, keys_of = torch.Tensor, torch.nn.Parameter, torch._C._dispatch_keys
 
     def function(*args: Any, **kwargs: Any) -> Any:
         if (
@@ -94,14 +96,16 @@ def function_of(operator: torch._ops.OpOverload, differentiable: Callable[..., A
             return operator(*args, **kwargs)
         for given in (*args, *kwargs.values()):
             kind = type(given)
-            if kind is torch.Tensor or kind is torch.nn.Parameter:
-                if torch._C._dispatch_keys(given).raw_repr() & ~_EAGER_KEYS:
+            if kind in _VALUES:
+                continue
+            if kind is tensor or kind is parameter:
+                if keys_of(given).raw_repr() & _SEEN_KEYS:
                     return operator(*args, **kwargs)
             elif isinstance(given, (list, tuple)):
                 for element in given:
-                    if type(element) is not torch.Tensor:
+                    if type(element) is not tensor:
                         return operator(*args, **kwargs)
-            elif isinstance(given, torch.Tensor):
+            else:
                 return operator(*args, **kwargs)
         return differentiable(None, *args, **kwargs)
 
