@@ -228,6 +228,7 @@ def test_distribution_resolves_every_spelling(site: Path) -> None:
     assert Version(result["version"]).local == f"tokenferry.{tokenferry.__version__}"
 
 
+@pytest.mark.slow
 def test_install_beside_the_distribution_does_nothing(site: Path) -> None:
     program = "import sys, tokenferry.compat as c; before = list(sys.meta_path); c.install(); import deep_ep; "
     done = run(program + "assert sys.meta_path == before; print(deep_ep.__file__)", site)

@@ -80,7 +80,7 @@ def test_strides_of_rows(pool_of: PoolOf, layout: str, tokens: tuple[int, ...]) 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.int32], ids=str)
 @pytest.mark.parametrize("columns", [1, 56, *slow(2)])
 @pytest.mark.parametrize("layout", SCALE_LAYOUTS)
-@pytest.mark.parametrize("tokens", [(12, 5), (1, 0)])
+@pytest.mark.parametrize("tokens", [(12, 5), *slow(((1, 0),))])
 def test_scales(
     pool_of: PoolOf, scale_dtype: torch.dtype, columns: int, layout: str, tokens: tuple[int, ...]
 ) -> None:

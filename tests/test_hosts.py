@@ -118,6 +118,7 @@ def test_cut_link(claims: Claims) -> None:
     check_cut(claims, "2x2", 1)
 
 
+@pytest.mark.slow
 @fault(
     "the link of a node is cut",
     on=["three nodes on hosts of their own"],

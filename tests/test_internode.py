@@ -51,12 +51,12 @@ def test_chunks(pool_of: PoolOf, layout: str, chunk: int) -> None:
     run(pool_of, layout, Case(tokens=(31, 0, 8, 1), num_topk=3), chunk)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, *slow(torch.float16, torch.float64)], ids=str)
 def test_row_dtypes(pool_of: PoolOf, dtype: torch.dtype) -> None:
     run(pool_of, "2x2", Case(tokens=(9, 30), dtype=dtype), chunk=8)
 
 
-@pytest.mark.parametrize("scales", [torch.float32, torch.int32], ids=str)
+@pytest.mark.parametrize("scales", [torch.float32, *slow(torch.int32)], ids=str)
 def test_scales(pool_of: PoolOf, scales: torch.dtype) -> None:
     case = Case(tokens=(12, 5, 0, 3), dtype=E4M3, scales=scales, scale_columns=3, scale_layout="columns", alignment=8)
     run(pool_of, "2x2", case, chunk=4)

@@ -228,7 +228,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @settings(
     phases=(Phase.generate, Phase.shrink),
-    max_examples=25,
+    max_examples=18,
     deadline=None,
     derandomize=True,
     database=None,
