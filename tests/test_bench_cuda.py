@@ -282,6 +282,7 @@ def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert named in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_gpus")
 def test_between_nodes(tmp_path: Path) -> None:
     modes = ["dispatch", "combine", "pair"]

@@ -62,7 +62,7 @@ def run_clients(rank: int, num_ranks: int, size: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SETS)
-@pytest.mark.parametrize("size", [1, 3, *slow(2, 6)])
+@pytest.mark.parametrize("size", [3, *slow(1, 2, 6)])
 def test_sequences_of_calls(pool_of: PoolOf, size: int, kind: str) -> None:
     pool_of(6).run(run_clients, size, kind)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import slow
 from tokenferry.cli import main, plan_check, plan_plot
 from tokenferry.cli.plan_model import LOW_LATENCY, MODES, Operation, predict
 from tokenferry.cli.plan_routing import Machine, Shape
@@ -190,7 +191,7 @@ def test_wrong_numbers_raise_from_python() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("over", ["ranks", "tokens"])
+@pytest.mark.parametrize("over", ["ranks", *slow("tokens")])
 def test_picture(mode: str, over: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "plan.png"

@@ -33,6 +33,7 @@ MINUTE = 55.0
 """Of a soak, in seconds, beside shorter ones."""
 
 
+@pytest.mark.slow
 def test_short_soak_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tokenferry", "soak", "--minutes", "0.03", "--ranks", "2", "--seed", "3"]
     picture = tmp_path / "soak.png"

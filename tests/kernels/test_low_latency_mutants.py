@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import but_slow
 from tests.kernels.mutants import mutated_module, mutated_modules
 from tests.kernels.schedules import stop_at_deadlocks
 from tests.kernels.test_low_latency import (
@@ -329,7 +330,20 @@ def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     check_right_protocol(mutant.scenario, seed)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario",
+    but_slow(
+        SCENARIOS,
+        "once",
+        "once, shrinking",
+        "at once",
+        "dispatches ahead",
+        "combine ahead",
+        "unlike",
+        "crowded",
+        "other sizes",
+    ),
+)
 def test_right_protocol_passes(scenario: str) -> None:
     for seed in range(2):
         check_right_protocol(scenario, seed)

@@ -239,7 +239,18 @@ def finds(monkeypatch: Any, name: str, seed: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", but_slow(MUTANTS, "message over an unread one", "first token of another"))
+@pytest.mark.parametrize(
+    "name",
+    but_slow(
+        MUTANTS,
+        "message over an unread one",
+        "first token of another",
+        "the tail is filled",
+        "any number fits",
+        "held rows of another",
+        "starts stay",
+    ),
+)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     assert any(finds(monkeypatch, name, seed) for seed in SEEDS)
 
