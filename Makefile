@@ -17,7 +17,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo    train a small MoE language model on four CPU ranks"
 	@echo "make test    lint, types and tests"
-	@echo "make slow    the long stress tests, most faults put into kernels and models, sm_100, most of sm_80"
+	@echo "make slow    the long stress tests, most faults put into kernels and models, sm_100, most of sm_80, further cases"
 	@echo "make bench   time dispatch and combine against torch.distributed (ARGS=... are passed on)"
 	@echo "make clean   remove the environment and what runs leave behind"
 

@@ -47,19 +47,19 @@ PoolOf = Callable[[int], RankPool]
 
 def slow(*values: Any) -> Iterator[Any]:
     """Further cases of a test, which only ``-m slow`` runs."""
-    return (
-        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow) for value in values
-    )
+    return (_case(value, True) for value in values)
+
+
+def _case(value: Any, is_slow: bool) -> Any:
+    """A tuple stands for several arguments."""
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[pytest.mark.slow] * is_slow)
 
 
 def but_slow(values: Iterable[Any], *others: Any) -> list[Any]:
     """The cases of a test, of which some are slow: those that show little that the rest does not."""
     values = list(values)
     assert set(others) <= set(values), "cases that there are not"
-    return [
-        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[pytest.mark.slow] * (value in others))
-        for value in values
-    ]
+    return [_case(value, value in others) for value in values]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from tests.cases import Case
-from tests.conftest import but_slow
+from tests.conftest import but_slow, slow
 from tests.kernels import bulk_emulator
 from tests.kernels.expert_world import ExpandedRank, run_ranks, simulate
 from tests.kernels.test_expert_major import CASES, DIRECT
@@ -43,7 +43,7 @@ def run(monkeypatch: Any, case: Case, seed: int, direct: str, module: ModuleType
 
 @pytest.mark.parametrize(
     ("name", "direct"),
-    [("plain", "direct"), ("fp8", "staged"), pytest.param("sparse", "mixed", marks=pytest.mark.slow)],
+    [("plain", "direct"), ("fp8", "staged"), *slow(("sparse", "mixed"))],
 )
 def test_expanded(monkeypatch: Any, name: str, direct: str) -> None:
     run(monkeypatch, CASES[name], len(name), direct)

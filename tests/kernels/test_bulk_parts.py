@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton.runtime.errors import InterpreterError
 
-from tests.conftest import but_slow
+from tests.conftest import but_slow, slow
 from tests.kernels import bulk_emulator
 from tests.kernels.parts_world import Load, Parts, run_all, simulate
 from tests.kernels.test_exchange import SMALL, run_pair
@@ -46,7 +46,7 @@ def world_of(
     ("name", "direct", "stage_bytes"),
     [
         ("scales", "mixed", 512),
-        pytest.param("wide sums", "staged", 256, marks=pytest.mark.slow),
+        *slow(("wide sums", "staged", 256)),
         ("three ranks", "direct", 512),
     ],
 )

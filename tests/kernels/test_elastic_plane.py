@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.cases import Case
+from tests.conftest import slow
 from tests.elastic_cases import Elastic
 from tests.kernels.expert_world import simulate
 from tests.kernels.test_expert_major import DIRECT
@@ -112,9 +113,9 @@ def elastic_buffer(world: World, rank: int, wait: Any, *, multiple: bool) -> Ela
     ("name", "direct"),
     [
         ("expanded", "mixed"),
-        pytest.param("expanded worst", "direct", marks=pytest.mark.slow),
+        *slow(("expanded worst", "direct")),
         ("compact", "staged"),
-        pytest.param("compact worst", "mixed", marks=pytest.mark.slow),
+        *slow(("compact worst", "mixed")),
         ("fp8", "direct"),
     ],
 )

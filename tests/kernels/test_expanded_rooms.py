@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.cases import Case, same
-from tests.conftest import but_slow
+from tests.conftest import but_slow, slow
 from tests.kernels import bulk_emulator, mutants
 from tests.kernels.expert_world import ExpandedRank, simulate
 from tests.kernels.simulator import Deadlock
@@ -127,9 +127,7 @@ def test_mutants_are_found(monkeypatch: Any, name: str) -> None:
         run_rooms(world, CASE, [(1, -1), (-1, 0)])
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [(TOTAL, "pass"), pytest.param("if not too_few:\n", "if epoch > 0:\n", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("old", "new"), [(TOTAL, "pass"), *slow(("if not too_few:\n", "if epoch > 0:\n"))])
 def test_mutants_of_bulk_copies_are_found(monkeypatch: Any, old: str, new: str) -> None:
     module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_dispatch, old, new)
     world = bulk_world(monkeypatch, 3, "direct", 1 << 10, module)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import but_slow
+from tests.conftest import but_slow, slow
 from tests.kernels.mutants import mutated_module
 from tests.kernels.parts_world import Load, Parts, PartsPlane, run_all, simulate
 from tests.kernels.test_low_latency_faults import status_of
@@ -58,11 +58,11 @@ def untouched(outputs: Outputs, first: int = 0) -> None:
     ("name", "direct", "stage_bytes"),
     [
         ("plain", "direct", 512),
-        pytest.param("plain", "staged", 512, marks=pytest.mark.slow),
+        *slow(("plain", "staged", 512)),
         ("scales", "mixed", 512),
         ("no choices", "mixed", 256),
         ("wide sums", "staged", 256),
-        pytest.param("wide sums", "direct", 512, marks=pytest.mark.slow),
+        *slow(("wide sums", "direct", 512)),
         ("one rank", "staged", 512),
     ],
 )
