@@ -8,8 +8,8 @@ From the root of the repository, without torch's caching of memory, which would 
     compute-sanitizer --target-processes all --tool memcheck --error-exitcode 1 python3 -m tests.gpu.sanitize nodes
 
 One process with one rank on GPU 0 pulls all rows from itself, and pushes all to itself: nothing passes through the
-stage. ``nodes`` and ``stage`` need two GPUs, for two ranks in processes of their own. The last line but one names the
-kernels that were launched.
+stage. ``nodes`` and ``stage`` have two ranks in processes of their own, each with a GPU, or both with time slices of one,
+without MPS. The last line but one names the kernels that were launched.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from tests.gpu import test_elastic, test_internode
+from tests.gpu.conftest import take_node
 from tests.gpu.test_dispatch_combine import FAMILIES, SMALL, check_cases
 from tests.gpu.test_internode_low_latency import CASES as NODE_CASES
 from tests.gpu.test_low_latency import ODD, check_shapes
@@ -129,7 +130,7 @@ def launched() -> Iterator[set[str]]:
 
 def run(rank: int, num_ranks: int, names: list[str]) -> set[str]:
     """Run checks on a rank; returns the kernels."""
-    torch.cuda.set_device(rank)
+    take_node(rank, num_ranks, over_network=torch.cuda.device_count() < 2)
     with launched() as kernels:
         for name in names:
             CHECKS[name][1](rank, num_ranks)
@@ -153,6 +154,7 @@ def main() -> None:
         dist.destroy_process_group()
     together = [name for name in chosen if CHECKS[name][0] == 2]
     if together:
+        os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         with RankPool(2, 1) as pool:
             kernels |= set().union(*pool.run(run, together))
     known = all_kernels()
