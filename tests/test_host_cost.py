@@ -60,7 +60,7 @@ class IdlePlane:
         self.given += [signature, plan]
         yield self._exchange
 
-    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs, zero_unused: bool) -> None:
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
         self.given += [signature, plan, outputs]
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:

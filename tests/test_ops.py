@@ -180,7 +180,7 @@ def test_functions_are_not_compiled_where_they_run() -> None:
         graphs.append(module.code)
         return module.forward
 
-    call = function(lambda x: x * 2, lambda keys, x: x * 2)
+    call = function(lambda x: x * 2, lambda keys, x: x * 2, lambda x: x * 2)
 
     @torch.compiler.disable(recursive=False)
     def between(x: torch.Tensor) -> torch.Tensor:
@@ -194,10 +194,12 @@ def test_functions_are_not_compiled_where_they_run() -> None:
     assert "cos" in graphs[1]
 
 
-def function(operator: Callable[..., Any], differentiable: Callable[..., Any]) -> Callable[..., Any]:
+def function(
+    operator: Callable[..., Any], differentiable: Callable[..., Any], kernel: Callable[..., Any]
+) -> Callable[..., Any]:
     """A function of what stands for an operator, ``tests::double``."""
     operator._schema = SimpleNamespace(name="tests::double")  # type: ignore[attr-defined]
-    return library.function_of(operator, differentiable)  # type: ignore[arg-type]
+    return library.function_of(operator, differentiable, kernel)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -211,13 +213,18 @@ def test_the_dispatcher_is_left_out_only_where_nothing_else_sees_the_call(name: 
 
     def differentiable(keys: None, x: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
         assert keys is None
+        reached.append("differentiable")
+        return x * 2
+
+    def kernel(x: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
         reached.append("kernel")
         return x * 2
 
-    call = function(operator, differentiable)
+    call = function(operator, differentiable, kernel)
     assert call.__name__ == "double"
     (SEEN | UNSEEN)[name](call, torch.ones(3))
-    assert set(reached) == {"operator" if name in SEEN else "kernel"}
+    expected = "differentiable" if name in ("autograd", "a parameter") else "kernel"
+    assert set(reached) == {"operator" if name in SEEN else expected}
 
 
 def check_names(rank: int, num_ranks: int) -> None:

@@ -57,7 +57,7 @@ class MetaPlane:
             pull=self._pull,
         )
 
-    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs, zero_unused: bool) -> None:
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
         self.given += [signature, plan, outputs]
 
     def _pull(self, outputs: Outputs) -> bool:

@@ -48,6 +48,12 @@ class OperatorHandle(DispatchHandle):
     __slots__ = ()
 
 
+class OperatorRows(int):
+    """``num_worst_tokens`` as operators have it: rows that nothing arrives in are zeroed, inside a node."""
+
+    __slots__ = ()
+
+
 class InternodeHandle(NamedTuple):
     """The handle of a dispatch between nodes: ten tensors, never mutated, usable any number of times.
 

@@ -83,20 +83,24 @@ class Alike(Kept[list[Any]]):
                 return True
         return False
 
-    def add(self, key: tuple[Any, ...], tensors: Sequence[torch.Tensor], any_rows: Sequence[bool]) -> None:
+    def add(self, key: tuple[Any, ...], tensors: Sequence[torch.Tensor], any_rows: Sequence[bool] | None) -> None:
         """Know such tensors again, instead of some that were added long before.
 
         Args:
             key: what else the checks look at.
             tensors: contiguous; nothing is known of them if they have too few elements to tell in what order.
-            any_rows: which of them may have any number of rows.
+            any_rows: which of them may have any number of rows. None: all may have any sizes and strides, but as
+                many dimensions.
         """
         if TensorGuards is None or None in map(kind_of, tensors):
             return
         sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: Any = [[*size[1:], 1] for size in sizes]
-        for size, free in zip(sizes, any_rows, strict=True):
-            size[0] = None if free else size[0]
+        if any_rows is None:
+            sizes = strides = [[None] * len(size) for size in sizes]
+        else:
+            for size, free in zip(sizes, any_rows, strict=True):
+                size[0] = None if free else size[0]
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         if guards.check(*tensors):
             known = self.get(key) or self.keep(key, [])

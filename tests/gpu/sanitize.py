@@ -8,8 +8,8 @@ From the root of the repository, without torch's caching of memory, which would 
     compute-sanitizer --target-processes all --tool memcheck --error-exitcode 1 python3 -m tests.gpu.sanitize nodes
 
 One process with one rank on GPU 0 pulls all rows from itself, and pushes all to itself: nothing passes through the
-stage. ``nodes`` and ``stage`` have two ranks in processes of their own, each with a GPU, or both with time slices of one,
-without MPS. The last line but one names the kernels that were launched.
+stage. ``nodes`` and ``stage`` have two ranks in processes of their own, each with a GPU, or both with time slices of
+one, without MPS. The last line but one names the kernels that were launched.
 """
 
 from __future__ import annotations

@@ -141,6 +141,8 @@ class SendPlan(NamedTuple):
     """Not None: only the columns and ``recv_src_idx`` of rows that come are written, nothing past them."""
     may_guess: bool = False
     """Whether the outputs may be made before the counts are known, with more rows than come; see ``pull``."""
+    zero_unused: bool = False
+    """Whether the rows and scales past the last received row become zeros; not of parts, and not expanded."""
 
 
 class Outputs(NamedTuple):
@@ -357,11 +359,8 @@ class DataPlane(Protocol):
     def dispatch(self, signature: Signature, plan: SendPlan) -> AbstractContextManager[DispatchExchange]:
         """Publish the rows and agree on the counts; the caller allocates and calls ``pull`` inside."""
 
-    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs, zero_unused: bool) -> None:
-        """Fill the outputs by a dispatch of nothing but rows along ``plan.handle``, which says how many come.
-
-        Rows past the last one are zeroed, if so wanted.
-        """
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
+        """Fill the outputs by a dispatch of nothing but rows along ``plan.handle``, which says how many come."""
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """Publish the rows and write, for every column, the sums over ranks, [T, width].

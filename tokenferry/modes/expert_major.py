@@ -112,7 +112,7 @@ def dispatch(
         SendPlan,
         (
             *rows, packed(ids, choices_are_packed), weights, member, per_rank, per_expert, worst, None, party.num_sms,
-            experts, None, sizes.host_waits,
+            experts, None, sizes.host_waits, False,
         ),
     )  # fmt: skip
     with plane.dispatch(signature, plan) as exchange:

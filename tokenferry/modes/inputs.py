@@ -13,6 +13,7 @@ import torch
 
 from tokenferry.dataplane import DataPlane
 from tokenferry.errors import ArgumentError
+from tokenferry.handles import OperatorRows
 from tokenferry.kept import Kept, Kind, kind_of, make
 from tokenferry.modes.nodes import Nodes
 from tokenferry.validation import check_int, check_tensor, describe, require
@@ -67,7 +68,7 @@ class Rows(NamedTuple):
     """[T, S], contiguous."""
 
 
-_inputs: Kept[tuple[int, int, int, bool, bool]] = Kept()
+_inputs: Kept[tuple[int, bool, bool]] = Kept()
 """Experts, alignment, worst case; whether rows, and choices, are packed."""
 
 
@@ -157,7 +158,9 @@ def check_inputs(
     kinds = kinds_of_rows(x)
     # Two different numbers stand for what is not there.
     top = 0 if topk_idx is None else kind_of(topk_idx), 1 if topk_weights is None else kind_of(topk_weights)
-    sizes = (expert_alignment, num_worst_tokens) if type(expert_alignment) is type(num_worst_tokens) is int else None
+    worst = num_worst_tokens
+    are_sizes = type(expert_alignment) is int and (type(worst) is int or type(worst) is OperatorRows)
+    sizes = (expert_alignment, worst) if are_sizes else None
     counts = kind_of(per_rank), kind_of(member), kind_of(per_expert)
     key = (party.num_ranks, party.device, sizes, *counts, *top, *kinds)
     known = _inputs.get(key)
@@ -166,12 +169,12 @@ def check_inputs(
             party, x, per_rank, member, per_expert, topk_idx, topk_weights, expert_alignment, num_worst_tokens
         )
         is_packed = are_packed(kinds), topk_idx is not None and are_packed(top)  # type: ignore[arg-type]
-        _inputs.keep(key, (given.num_experts, given.expert_alignment, given.num_worst_tokens, *is_packed))
-        return given
+        _inputs.keep(key, (given.num_experts, *is_packed))
+        return given._replace(num_worst_tokens=worst) if type(worst) is OperatorRows else given
     assert per_rank is not None
     assert member is not None
     assert per_expert is not None
-    num_experts, expert_alignment, num_worst_tokens, rows_are_packed, top_is_packed = known
+    num_experts, rows_are_packed, top_is_packed = known
     if party.plane.values_at_hand:
         _check_counts(per_rank, member)
     data, scales = x if type(x) is tuple else (x, None)
@@ -181,9 +184,7 @@ def check_inputs(
         if party.plane.values_at_hand:
             check_ids(topk_idx, num_experts)
         ids, weights = packed(topk_idx, top_is_packed), packed(topk_weights, top_is_packed)
-    return make(
-        Inputs, (rows, ids, weights, member, per_rank, per_expert, num_experts, expert_alignment, num_worst_tokens)
-    )
+    return make(Inputs, (rows, ids, weights, member, per_rank, per_expert, num_experts, expert_alignment, worst))
 
 
 def _check_counts(per_rank: torch.Tensor, member: torch.Tensor) -> None:

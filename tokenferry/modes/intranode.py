@@ -21,7 +21,7 @@ from tokenferry.config import align_up
 from tokenferry.dataplane import DispatchExchange, Layout, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.dtypes import dtype_code
 from tokenferry.errors import ArgumentError
-from tokenferry.handles import DispatchHandle, Handle, OperatorHandle
+from tokenferry.handles import DispatchHandle, Handle, OperatorHandle, OperatorRows
 from tokenferry.kept import Alike, Kept, Kind, make, row_kind_of
 from tokenferry.modes.inputs import (
     COMBINE_DTYPES,
@@ -128,7 +128,7 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
     key = (ranks, device)
     checked: DispatchHandle
     if _handles.has(key, handle):
-        checked = handle if type(handle) is DispatchHandle else make(DispatchHandle, handle)
+        checked = handle if isinstance(handle, DispatchHandle) else make(DispatchHandle, handle)
     else:
         shapes = ((ranks, ranks), (ranks, None), (ranks, None), (None,), (None, ranks), (None, ranks))
         elements = []
@@ -180,18 +180,11 @@ def dispatch(party: Party, given: Inputs) -> Received:
     """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`."""
     rows, ids, weights, member = given.rows, given.topk_idx, given.topk_weights, given.is_token_in_rank
     num_topk = 0 if ids is None else ids.shape[1]
-    plan = SendPlan(
-        *rows,
-        topk_idx=ids,
-        topk_weights=weights,
-        is_token_in_rank=member,
-        num_tokens_per_rank=given.num_tokens_per_rank,
-        num_tokens_per_expert=given.num_tokens_per_expert,
-        num_worst_tokens=given.num_worst_tokens,
-        handle=None,
-        num_sms=party.num_sms,
-        may_guess=given.num_worst_tokens == 0,
-    )
+    worst = int(given.num_worst_tokens)  # others than plain ones are slow arguments
+    may_guess = worst == 0
+    zero_unused = not may_guess and type(given.num_worst_tokens) is OperatorRows
+    counts, how = (given.num_tokens_per_rank, given.num_tokens_per_expert), (may_guess, zero_unused)
+    plan = make(SendPlan, (*rows, ids, weights, member, *counts, worst, None, party.num_sms, None, None, *how))
     signature = signature_of(OperationKind.DISPATCH, rows, num_topk, given.num_experts)
     with party.plane.dispatch(signature, plan) as exchange:
         while True:
@@ -233,12 +226,15 @@ def cached_dispatch(party: Party, x: object, handle: object) -> Received:
     if plane.values_at_hand:
         signature = signature._replace(handle=_checksum(party, known))
     data, scales = rows
-    plan = make(SendPlan, (data, scales, None, None, member, None, None, 0, known, num_sms, None, None, False))
+    zero_unused = type(handle) is OperatorHandle
+    plan = make(
+        SendPlan, (data, scales, None, None, member, None, None, 0, known, num_sms, None, None, False, zero_unused)
+    )
     num_rows = known.recv_src_idx.shape[0]
     recv_x = plane.empty_rows(num_rows, width, dtype)
     recv_scales = None if scales is None else plane.empty_rows(num_rows, beside, scales.dtype)
     outputs = make(Outputs, (recv_x, recv_scales, None, None, None, None))
-    plane.dispatch_along(signature, plan, outputs, type(handle) is OperatorHandle)
+    plane.dispatch_along(signature, plan, outputs)
     return make(Received, (recv_x, recv_scales, None, None, None, None))
 
 

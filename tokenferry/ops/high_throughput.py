@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tokenferry.buffer import Buffer
 from tokenferry.config import Config
 from tokenferry.errors import ArgumentError
-from tokenferry.handles import DispatchHandle, Handle, InternodeHandle, OperatorHandle
+from tokenferry.handles import DispatchHandle, Handle, InternodeHandle, OperatorHandle, OperatorRows
 from tokenferry.kept import make
 from tokenferry.modes.inputs import COMBINE_DTYPES, ROW_ALIGNMENT
 from tokenferry.ops.library import (
@@ -67,7 +67,8 @@ def _dispatch(
         topk_idx,
         topk_weights,
         expert_alignment,
-        num_worst_tokens,
+        # Unset memory may hold NaN, and a zero gradient times NaN is NaN in the weights that touch unused rows.
+        OperatorRows(num_worst_tokens) if type(num_worst_tokens) is int else num_worst_tokens,
         Config(num_sms) if num_sms else None,
     )
     assert ids is not None
@@ -75,9 +76,10 @@ def _dispatch(
     assert handle is not None
     rows = received if isinstance(received, tuple) else (received,)
     if num_worst_tokens:
-        # Unset memory may hold NaN, and a zero gradient times NaN is NaN in the weights that touch these rows.
-        _clear_unused(owner, rows, handle)
-        per_local_expert = x.new_empty(0, dtype=torch.int64)  # on the device: CUDA graphs take nothing on the host
+        if type(handle) is InternodeHandle:
+            _clear_unused(owner, rows, handle)
+        # On the device: CUDA graphs take nothing on the host. (This method takes half of what ``new_empty`` does.)
+        per_local_expert = x.new_empty_strided((0,), (1,), dtype=torch.int64)
     else:
         per_local_expert = torch.tensor(counts, dtype=torch.int64, device="cpu")
     return [rows[0], ids, weights, per_local_expert, *handle, *rows[1:]]
@@ -420,6 +422,6 @@ COMBINE = define(
     _combine_differentiable,
 )
 
-dispatch = function_of(DISPATCH, _dispatch_differentiable)
-cached_dispatch = function_of(CACHED_DISPATCH, _cached_dispatch_differentiable)
-combine = function_of(COMBINE, _combine_differentiable)
+dispatch = function_of(DISPATCH, _dispatch_differentiable, _dispatch)
+cached_dispatch = function_of(CACHED_DISPATCH, _cached_dispatch_differentiable, _cached_dispatch)
+combine = function_of(COMBINE, _combine_differentiable, _combine)

@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from tokenferry.kept import Alike
+
 _library = torch.library.Library("tokenferry", "DEF")  # type: ignore[no-untyped-call]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -73,7 +75,32 @@ _SEEN_KEYS = ~functools.reduce(
 """What the dispatcher would find in a tensor, besides what comes to nothing but the operator's own kernels."""
 
 
-def function_of(operator: torch._ops.OpOverload, differentiable: Callable[..., Any]) -> Callable[..., Any]:
+class _Plain:
+    """Tensors of which the dispatcher would find nothing else than the operator's own kernels.
+
+    Their dispatch keys tell. To look at those takes some microseconds for each tensor, so tensors like others before
+    are known by one call.
+    """
+
+    def __init__(self) -> None:
+        self._known = Alike()
+
+    def needs_gradients(self, tensors: list[torch.Tensor]) -> bool | None:
+        """Whether one of them requires a gradient; None if they are not plain."""
+        for needs in (False, True):
+            if self._known.has((len(tensors), needs), tensors):
+                return needs
+        for given in tensors:
+            if torch._C._dispatch_keys(given).raw_repr() & _SEEN_KEYS:
+                return None
+        needs = any(given.requires_grad for given in tensors)
+        self._known.add((len(tensors), needs), tensors, None)
+        return needs
+
+
+def function_of(
+    operator: torch._ops.OpOverload, differentiable: Callable[..., Any], kernel: Callable[..., Any]
+) -> Callable[..., Any]:
     """The operator as a function of Python, which calls its kernel without torch's dispatcher where that may be.
 
     That is: no compiler, tracer, mode, transform, subclass or other kind of tensor sees the call. The dispatcher
@@ -81,9 +108,11 @@ def function_of(operator: torch._ops.OpOverload, differentiable: Callable[..., A
 
     Args:
         operator: called everywhere else.
-        differentiable: as in :func:`define`; called without keys.
+        differentiable: as in :func:`define`; called without keys where an input may need a gradient.
+        kernel: as in :func:`define`; called where none does.
     """
-    tensor, parameter, keys_of = torch.Tensor, torch.nn.Parameter, torch._C._dispatch_keys
+    tensor, parameter = torch.Tensor, torch.nn.Parameter
+    plain = _Plain()
 
     def function(*args: Any, **kwargs: Any) -> Any:
         if (
@@ -94,23 +123,28 @@ def function_of(operator: torch._ops.OpOverload, differentiable: Callable[..., A
             or torch._C._is_tracing()
         ):
             return operator(*args, **kwargs)
-        for given in (*args, *kwargs.values()):
+        tensors = []
+        for given in (*args, *kwargs.values()) if kwargs else args:
             kind = type(given)
-            if kind in _VALUES:
-                continue
             if kind is tensor or kind is parameter:
-                if keys_of(given).raw_repr() & _SEEN_KEYS:
-                    return operator(*args, **kwargs)
-            elif isinstance(given, (list, tuple)):
+                tensors.append(given)
+            elif kind in _VALUES:
+                continue
+            elif kind is list or kind is tuple or isinstance(given, (list, tuple)):
                 for element in given:
                     if type(element) is not tensor:
                         return operator(*args, **kwargs)
             else:
                 return operator(*args, **kwargs)
-        return differentiable(None, *args, **kwargs)
+        needs_gradients = plain.needs_gradients(tensors)
+        if needs_gradients is None:
+            return operator(*args, **kwargs)
+        if needs_gradients or forward_ad._current_level >= 0:
+            return differentiable(None, *args, **kwargs)
+        return kernel(*args, **kwargs)
 
     name = operator._schema.name.partition("::")[2]
-    function.__name__ = function.__qualname__ = differentiable.__qualname__ = name
+    function.__name__ = function.__qualname__ = differentiable.__qualname__ = kernel.__qualname__ = name
     function.__doc__ = f"``torch.ops.{operator}``; eagerly, without torch's dispatcher."
     return opaque(function)
 
@@ -175,8 +209,9 @@ def run(
             microseconds.
         args: of the operator, all of them.
     """
-    if keys is None or is_plain(keys):
+    if is_plain(keys):
         return kernel(*args)
+    assert keys is not None
     if not torch.compiler.is_compiling():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
     with _kept():

@@ -158,5 +158,5 @@ COMBINE = define(
     _combine_shapes,
     _combine_differentiable,
 )
-low_latency_dispatch = function_of(DISPATCH, _dispatch_differentiable)
-low_latency_combine = function_of(COMBINE, _combine_differentiable)
+low_latency_dispatch = function_of(DISPATCH, _dispatch_differentiable, _dispatch)
+low_latency_combine = function_of(COMBINE, _combine_differentiable, _combine)

@@ -76,14 +76,10 @@ class CpuDataPlane:
             exchange.agree()
             yield exchange
 
-    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs, zero_unused: bool) -> None:
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch_along`."""
         with self.dispatch(signature, plan) as exchange:
             exchange.pull(outputs)
-        if zero_unused:
-            assert plan.handle is not None
-            filled = [rows for rows in outputs[:2] if rows is not None]
-            self.clear_unused(filled, plan.handle.recv_src_idx)
 
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""

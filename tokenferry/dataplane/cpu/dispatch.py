@@ -187,6 +187,10 @@ class Dispatch(Exchange):
         self.drive()
         if self._copies is not None:
             self._copies.finish()
+        if self._plan.zero_unused:
+            for rows in (outputs.rows, outputs.scales):
+                if rows is not None:
+                    rows[ends[-1] :].view(torch.uint8).zero_()
         if part is not None:
             part.starts.copy_(torch.tensor(self._filled, device=_CPU))
         return True

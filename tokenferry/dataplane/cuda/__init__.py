@@ -134,7 +134,7 @@ class CudaDataPlane(CudaRank):
             exchange.notify()
         return exchange
 
-    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs, zero_unused: bool) -> None:
+    def dispatch_along(self, signature: Signature, plan: SendPlan, outputs: Outputs) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch_along`."""
         self.check()
         rows, scales, handle, num_sms = self._aligned(plan.rows), plan.scales, plan.handle, plan.num_sms
@@ -152,7 +152,7 @@ class CudaDataPlane(CudaRank):
         tensors = (
             rows, scales, None, None, outputs.rows, outputs.scales, None, None, src_idx, prefix, None, None,
         )  # fmt: skip
-        call.launch(self._queue.handle, self._context, tensors, (*places, 0, 0, num_rows, int(zero_unused)))
+        call.launch(self._queue.handle, self._context, tensors, (*places, 0, 0, num_rows, int(plan.zero_unused)))
 
     def _dispatch_call(self, signature: Signature, plan: SendPlan) -> Call:
         self._check_stage(programs.dispatch_record(plan))
@@ -290,7 +290,9 @@ class CudaDataPlane(CudaRank):
         cached = plan.handle is not None
         src_idx = plan.handle.recv_src_idx if plan.handle is not None else outputs.recv_src_idx
         places = self._send_places(plan) if cached else (0, 0, 0, 0)
-        num_expanded = outputs.rows.shape[0] if plan.experts is not None and plan.experts.expand else 0
+        num_expanded = int(plan.zero_unused)
+        if plan.experts is not None and plan.experts.expand:
+            num_expanded = outputs.rows.shape[0]
         ids_of_part = None if plan.part is None else (plan.part.expert_ids,)
         key = "pull", signature, plan.rows.shape, plan.num_sms, cached, ids_of_part or 0
         call = self._calls.get(key)

@@ -486,7 +486,7 @@ def dispatch(
                             complain(status, operation, epoch, crowded, tid, BAD_HANDLE if CACHED else NO_ROOM)
                         if alive & (this < by_rounds):
                             release_round(heap, state, rank, this, epoch, workers, R)
-                if CACHED and not EXPAND and not PLACED:
+                if not EXPAND and not PLACED:
                     if num_expanded != 0:
                         _, last = rows_from(prefix, num_rows, rank, R - 1, R, False)
                         zero_tail(out_x.to(tl.int64), last, num_rows, worker, workers, tid, ROW, W, gl.int64)

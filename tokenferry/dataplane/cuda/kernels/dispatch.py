@@ -404,8 +404,8 @@ def dispatch(
     """Rows, scales and choices into their final places. Not cached, the message went out with ``notify``.
 
     ``num_rows``: of the outputs; ``num_expanded``: of those that are expanded. If more come the kernel does nothing,
-    and is launched again; -1: none are wanted. CACHED and not EXPAND, there is nothing to expand: if it is not 0, the
-    rows past the last one that comes are zeroed.
+    and is launched again; -1: none are wanted. Not EXPAND, there is nothing to expand: if ``num_expanded`` is not 0,
+    the rows past the last one that comes are zeroed.
 
     EXPAND: the ids are packed (see :mod:`.expert_major`), and rows, scales and weights go to their copies.
     PLACED: only what comes is written, where the table of :mod:`.parts` says, which is in the place of ``prefix``;
@@ -468,7 +468,7 @@ def dispatch(
                             )  # fmt: skip
                     if alive & (this < by_rounds):
                         release_round(heap, state, rank, this, epoch, workers, R)
-                if CACHED and not EXPAND and not PLACED:
+                if not EXPAND and not PLACED:
                     if num_expanded != 0:
                         _, last = rows_from(prefix, num_rows, rank, R - 1, R, False)
                         zero_tail(out_x, last, num_rows, worker, workers, WORDS, 16, BLOCK)
