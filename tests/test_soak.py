@@ -23,7 +23,7 @@ from tokenferry.cli import soak_graphs, soak_ranks
 from tokenferry.cli.ranks import RankError
 from tokenferry.cli.soak_faults import DURING, expected
 from tokenferry.cli.soak_ranks import Look, Report, Settings, layouts_of, soak
-from tokenferry.cli.soak_world import FLOATS, World, random_shape, rows, same
+from tokenferry.cli.soak_world import FLOATS, Chance, World, random_shape, rows, same
 from tokenferry.dataplane.cpu import combine as cpu_combine
 from tokenferry.dataplane.cpu import dispatch as cpu_dispatch
 from tokenferry.dataplane.cpu import low_latency as cpu_low_latency
@@ -109,6 +109,7 @@ def _with_a_wrong_copy(rank: int, num_ranks: int) -> None:
 
     with (
         mock.patch.object(soak_ranks, "_ELASTIC_SHARE", 1.0),
+        mock.patch.object(soak_ranks, "_PARANOID_SHARE", 0.0),  # which finds it first
         mock.patch.object(CopyMap, "finish", spoiling) if rank == 0 else nullcontext(),
     ):
         soak(rank, num_ranks, Settings(30.0, 5, "cpu", 60))
@@ -168,7 +169,7 @@ def test_mistakes_are_found(pool_of: PoolOf, what: str, complaint: str) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_reference_is_that_of_the_oracle(seed: int) -> None:
-    chance = random.Random(seed)
+    chance = Chance(seed)
     shape = random_shape(chance, 3, 20)
     inputs = None
     for rank in range(3):
@@ -256,3 +257,13 @@ def test_named_segments_are_those_of_tokenferry(tmp_path: Path) -> None:
         assert command.named_segments() == {"tokenferry-1"}
     with mock.patch.object(command, "_SHARED_MEMORY", tmp_path / "none"):
         assert command.named_segments() == set()
+
+
+@pytest.mark.parametrize("kinds", [0, 2])
+def test_kinds_of_shapes_are_few_where_asked_for(kinds: int) -> None:
+    chance = Chance(1)
+    chance.kinds = kinds
+    shapes = [random_shape(chance, 3, 20) for _ in range(60)]
+    seen = {(s.dtype, s.row_bytes, s.num_scales, s.num_topk, s.local_experts) for s in shapes}
+    assert len(seen) == 2 if kinds else len(seen) > 20
+    assert len({s.tokens for s in shapes}) > 20

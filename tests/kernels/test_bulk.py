@@ -62,13 +62,16 @@ def test_compact(monkeypatch: Any) -> None:
 
 
 def along_a_handle(monkeypatch: Any, module: ModuleType | None = None) -> None:
-    """Twice, and once the rows past the last one are zeroed."""
+    """Twice, behind the dispatch it is of; the rows past the last one are zeroed there, and once here."""
     world = world_of(monkeypatch, 1, "mixed", 1 << 13, module)
     ranks = [Rank(world, WIDE, rank, num_sms=3) for rank in range(2)]
     for rank in ranks:
         rank.layout()
         rank.notify(30)
-        rank.pull(30)
+        rank.pull(30, zeros=True)
+    world.run()
+    for rank in ranks:
+        rank.check_dispatch(zeros=True)
     outs = [rank.out for rank in ranks]
     for zeros in (True, False):
         for rank, rank.out in zip(ranks, outs, strict=True):
@@ -122,6 +125,10 @@ TAILS = {
     "one word a thread": ("range(0, BYTES // SIZE, 32 * W)", "range(0, 1, 32 * W)"),
     "always": ("if num_expanded != 0:", "if num_expanded >= 0:"),
     "never": ("if num_expanded != 0:", "if num_expanded < 0:"),
+    "along handles only": (
+        "if not EXPAND and not PLACED:\n                    if num",
+        "if CACHED:\n                    if num",
+    ),
     "of the first program": ("last, num_rows, worker, workers, tid, ROW", "last, num_rows, 0, workers, tid, ROW"),
     "by the last of another rank": (
         "rows_from(prefix, num_rows, rank, R - 1",

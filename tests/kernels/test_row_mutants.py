@@ -62,7 +62,10 @@ def operations(
     again: bool = False,
     combines: bool = False,
 ) -> None:
-    """A dispatch, perhaps two along its handle, of which the first zeroes what it does not use, perhaps a combine."""
+    """A dispatch, perhaps two along its handle, perhaps a combine.
+
+    If there are two, the dispatch and the first of them zero what they do not use.
+    """
     world = world_of(monkeypatch, modules, direct, num_ranks)
     ranks = [Rank(world, case, rank, num_sms=3) for rank in range(num_ranks)]
     worst = max(ranks[0].num_rows) + 5
@@ -70,7 +73,7 @@ def operations(
     for rank in ranks:
         rank.layout()
         rank.notify(worst)
-        rank.pull(worst)
+        rank.pull(worst, zeros=again)
         first = rank.out
         seen = [first]
         for zeros in (True, False) if again else ():
@@ -82,7 +85,7 @@ def operations(
             rank.combine(rank.handle())
     world.run()
     for rank, (rank.out, *others) in zip(ranks, outs, strict=True):
-        rank.check_dispatch()
+        rank.check_dispatch(zeros=again)
         if combines:
             rank.check_combine()
         for zeros, rank.out in zip((True, False), others, strict=False):

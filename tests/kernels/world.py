@@ -267,9 +267,9 @@ class Rank:
         same(out.rows[:count], self.wanted.x.view(torch.uint8), "rows")
         if out.scales is not None:
             same(out.scales[:count], self.wanted.scales.contiguous().view(torch.uint8), "scales")
+        for rows in (out.rows, out.scales):
+            assert rows is None or (rows[count:] == (0 if zeros else 0xAB)).all(), "rows past the last one"
         if cached:
-            for rows in (out.rows, out.scales):
-                assert rows is None or (rows[count:] == (0 if zeros else 0xAB)).all(), "rows past the last one"
             return
         same(out.topk_idx[:count], self.wanted.topk_idx, "ids")
         same(out.topk_weights[:count], self.wanted.topk_weights, "weights")

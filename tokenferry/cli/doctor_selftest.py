@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from tokenferry.cli.doctor_checks import Finding, Level
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.cli.soak_faults import Bench
 from tokenferry.cli.soak_low_latency import MOST_EXPERTS, MOST_HIDDEN, MOST_TOKENS, Flight
-from tokenferry.cli.soak_world import Shape, World, rows, same
+from tokenferry.cli.soak_world import Chance, Shape, World, rows, same
 
 _TIMEOUT = 100.0
 """On GPUs the first operations compile."""
@@ -51,7 +50,7 @@ def _work(rank: int, num_ranks: int, device_type: str, seconds: float) -> Outcom
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     hint = Buffer.get_low_latency_rdma_size_hint(MOST_TOKENS, MOST_HIDDEN, num_ranks, MOST_EXPERTS * num_ranks)
-    chance = random.Random(0)
+    chance = Chance(0)
     layout = (0,) * num_ranks
     fastest = float("inf")
     count = 0

@@ -9,7 +9,7 @@ Legend of dims: T tokens of a rank, K choices, M received rows, X expanded rows,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -138,24 +138,28 @@ class Elastic:
             bits = got.contiguous().view(torch.uint8).cpu()
             same("expanded rows", bits[at], sent.contiguous().view(torch.uint8)[row])
 
-    def _values(self, world: World, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _values(self, world: World, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
         """[T, H] of every rank, fresh."""
-        common = self.bench.common
-        seed, row_bytes = common.getrandbits(40), 16 * common.choice([1, 2, 3, 64])
+        kind = self.bench.common.kind()
+        seed, dtype, row_bytes = (
+            self.bench.common.getrandbits(40),
+            kind.choice(dtypes),
+            16 * kind.choice([1, 2, 3, 64]),
+        )
         return [
             rows(dtype, count, row_bytes, torch.Generator().manual_seed(seed * 64 + source))
             for source, count in enumerate(world.shape.tokens)
         ]
 
     def _cached(self, kept: _Kept) -> None:
-        values = self._values(kept.world, self.bench.common.choice([*FLOATS, torch.uint8]))
+        values = self._values(kept.world, [*FLOATS, torch.uint8])
         mine = values[self.bench.rank].to(self.bench.device)
         recv_x = self.buffer.dispatch(mine, handle=kept.handle)[0]
         self._check_rows(kept, recv_x, (kept.world.received(values), None))
 
     def _combine(self, kept: _Kept) -> None:
         bench, world = self.bench, kept.world
-        values = self._values(world, bench.common.choice(FLOATS))
+        values = self._values(world, FLOATS)
         mine = world.expert_rows(values)
         x = mine.new_full((kept.num_rows, mine.size(1)), 7)
         if kept.handle.do_expand:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.buffer import Buffer
-from tokenferry.cli.soak_world import World, random_shape, same_rows
+from tokenferry.cli.soak_world import Chance, World, random_shape, same_rows
 from tokenferry.errors import (
     ArgumentError,
     CapacityError,
@@ -43,7 +43,7 @@ class Bench:
     layout: tuple[int, ...]
     exact: bool
     device: torch.device
-    common: random.Random
+    common: Chance
     own: random.Random
 
     def dispatch(self, world: World, buffer: Buffer | None = None, **options: Any) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ class Replays:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         shape = random_shape(bench.common, bench.num_ranks, _MOST_TOKENS)
-        self.shape = replace(shape, dtype=bench.common.choice(FLOATS), num_scales=0)
+        self.shape = replace(shape, dtype=bench.common.kind().choice(FLOATS), num_scales=0)
         self.worst = max(1, sum(shape.tokens))
         mine = World(self.shape, bench.rank).mine
         self.x, self.ids, self.weights = (part.to(bench.device) for part in (mine.x, mine.ids, mine.weights))

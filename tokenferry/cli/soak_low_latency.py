@@ -39,12 +39,13 @@ class Flight:
         common = bench.common
         shape = random_shape(common, bench.num_ranks, MOST_TOKENS)
         tokens = tuple(min(count, MOST_TOKENS) for count in shape.tokens)
-        experts, hidden = common.randrange(1, MOST_EXPERTS + 1), 128 * common.randrange(1, MOST_HIDDEN // 128 + 1)
+        kind = common.kind()
+        experts, hidden = kind.randrange(1, MOST_EXPERTS + 1), 128 * kind.randrange(1, MOST_HIDDEN // 128 + 1)
         shape = type(shape)(
             tokens, torch.bfloat16, 2 * hidden, 0, min(shape.num_topk, 4), experts, shape.sparse, shape.seed
         )
         self.bench, self.world, self.hidden = bench, World(shape, bench.rank), hidden
-        self.format = common.choice(_FORMATS)
+        self.format = kind.choice(_FORMATS)
         self.is_fp8 = self.format[0]
         is_one_sum = bench.device.type == "cpu" and max(bench.layout) == 0  # else ranks or nodes sum on their own
         self.is_exact = not self.is_fp8 and is_one_sum

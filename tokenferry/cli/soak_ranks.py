@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from tokenferry.cli import soak_graphs
 from tokenferry.cli.soak_elastic import Elastic
 from tokenferry.cli.soak_faults import AFTERWARDS, DURING, Bench, expect
 from tokenferry.cli.soak_low_latency import MOST_EXPERTS, MOST_HIDDEN, MOST_TOKENS, burst
-from tokenferry.cli.soak_world import FLOATS, World, factor_of, random_shape, rows, same, same_rows
+from tokenferry.cli.soak_world import FLOATS, Chance, World, factor_of, random_shape, rows, same, same_rows
 from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.nn import functional
 
@@ -41,6 +41,8 @@ _PARANOID_SHARE = 0.15
 """Of Buffers."""
 _ELASTIC_SHARE = 0.3
 """Of Buffers on one node, that have an ElasticBuffer beside them."""
+_KINDS = 3
+"""Of shapes and dtypes on GPUs; see :class:`tokenferry.cli.soak_world.Chance`."""
 _LOOK_EVERY = 6
 """Operations between two looks at the clock, which all ranks take together."""
 
@@ -113,12 +115,13 @@ class _Soak:
     def __init__(self, rank: int, num_ranks: int, settings: Settings) -> None:
         self.settings = settings
         self.rank, self.num_ranks = rank, num_ranks
-        self.common = random.Random(settings.seed)
+        self.common = Chance(settings.seed)
         self.own = random.Random(settings.seed * 1009 + rank + 1)
         self.device = torch.device(settings.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
+            self.common.kinds = _KINDS
         self.alive: list[tuple[tuple[int, ...], World, Any]] = []
         """Layout, world and handle of earlier dispatches."""
         self.report = Report()
@@ -278,23 +281,29 @@ class _Soak:
         while len(self.alive) > _MOST_ALIVE:
             self.alive.pop(common.randrange(len(self.alive)))
 
-    def _values(self, world: World, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _values(
+        self, world: World, kind: random.Random, dtypes: Sequence[torch.dtype] = FLOATS
+    ) -> list[torch.Tensor]:
         """[T, H] of every rank, fresh."""
-        seed, row_bytes = self.common.getrandbits(40), 16 * self.common.choice([1, 2, 3, 64, 225])
+        seed, dtype, row_bytes = (
+            self.common.getrandbits(40),
+            kind.choice(dtypes),
+            16 * kind.choice([1, 2, 3, 64, 225]),
+        )
         return [
             rows(dtype, count, row_bytes, torch.Generator().manual_seed(seed * 64 + source))
             for source, count in enumerate(world.shape.tokens)
         ]
 
     def _cached(self, bench: Bench, world: World, handle: Any) -> None:
-        values = self._values(world, self.common.choice([*FLOATS, torch.uint8]))
+        values = self._values(world, self.common.kind(), [*FLOATS, torch.uint8])
         got = bench.buffer.dispatch(values[self.rank].to(self.device), handle=handle)[0]
         same_rows(got[: world.num_received[self.rank]], (world.received(values), None))
 
     def _operators(self, bench: Bench) -> None:
         """There and back through operators, and backward, which is the same."""
         shape = random_shape(self.common, self.num_ranks, self.settings.most_tokens)
-        world = World(replace(shape, dtype=self.common.choice(FLOATS), num_scales=0), self.rank)
+        world = World(replace(shape, dtype=self.common.kind().choice(FLOATS), num_scales=0), self.rank)
         self.what = f"operators on {world.shape}"
         mine, nodes = world.mine, list(bench.layout)
         x = mine.x.to(self.device).requires_grad_()
@@ -310,9 +319,9 @@ class _Soak:
         self.report.ways["steps through operators"] += 1
 
     def _combine(self, bench: Bench, world: World, handle: Any) -> None:
-        common, mine = self.common, world.mine
-        values = self._values(world, common.choice(FLOATS))
-        num_biases, has_weights = common.choice([0, 0, 1, 2]), common.random() < 0.5
+        common, kind, mine = self.common, self.common.kind(), world.mine
+        values = self._values(world, kind)
+        num_biases, has_weights = kind.choice([0, 0, 1, 2]), kind.random() < 0.5
         made = torch.Generator().manual_seed(common.getrandbits(40) + self.rank)
         biases = [torch.randn(values[self.rank].shape, generator=made).to(values[0].dtype) for _ in range(num_biases)]
         x = world.expert_rows(values)

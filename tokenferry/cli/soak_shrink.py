@@ -15,6 +15,7 @@ from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.cli.soak_faults import Bench, expect, expected
 from tokenferry.cli.soak_low_latency import burst
 from tokenferry.cli.soak_ranks import TIMEOUT, Settings, segments
+from tokenferry.cli.soak_world import Chance
 from tokenferry.errors import PeerLostError
 
 _MOST_KILLED = 3
@@ -51,7 +52,7 @@ def outlive(rank: int, num_ranks: int, seed: int, victims: list[int]) -> None:
     Raises:
         AssertionError: a result is wrong, or an error was not what it should be.
     """
-    common, own = random.Random(seed), random.Random(seed * 1009 + rank)
+    common, own = Chance(seed), random.Random(seed * 1009 + rank)
     device = torch.device("cpu")
     left = list(range(num_ranks))
     with Buffer(dist.group.WORLD, low_latency_mode=True, timeout=TIMEOUT, device=device, node="one") as buffer:

@@ -33,17 +33,29 @@ class Shape:
     seed: int
 
 
-def random_shape(chance: random.Random, num_ranks: int, most_tokens: int) -> Shape:
+class Chance(random.Random):
+    """What all ranks draw alike."""
+
+    kinds = 0
+    """Of what kernels are compiled for, which takes seconds: so many are drawn from. 0: no limit."""
+
+    def kind(self) -> random.Random:
+        """To draw from what kernels are compiled for."""
+        return random.Random(self.randrange(self.kinds)) if self.kinds else self
+
+
+def random_shape(chance: Chance, num_ranks: int, most_tokens: int) -> Shape:
     """Any shape, small ones more often than large ones."""
-    dtype = chance.choice([*FLOATS, *_OPAQUE])
-    width = chance.choice([1, 3, 8, 64, 225, 448])
+    kind = chance.kind()
+    dtype = kind.choice([*FLOATS, *_OPAQUE])
+    width = kind.choice([1, 3, 8, 64, 225, 448])
     return Shape(
         tokens=tuple(chance.choice([0, 1, chance.randrange(40), most_tokens]) for _ in range(num_ranks)),
         dtype=dtype,
         row_bytes=16 * width,
-        num_scales=chance.choice([0, 1, 7]) if dtype in _OPAQUE else 0,
-        num_topk=chance.choice([1, 2, 6, 8]),
-        local_experts=chance.choice([1, 3, 16]),
+        num_scales=kind.choice([0, 1, 7]) if dtype in _OPAQUE else 0,
+        num_topk=kind.choice([1, 2, 6, 8]),
+        local_experts=kind.choice([1, 3, 16]),
         sparse=chance.choice([0.0, 0.0, 0.3, 0.9, 1.0]),
         seed=chance.getrandbits(40),
     )
