@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,10 +35,16 @@ CASES = [
 ]
 
 
-def check_cases(rank: int, num_ranks: int, device: str = "cpu", timeout: float = cases.TIMEOUT) -> None:
+def check_cases(
+    rank: int,
+    num_ranks: int,
+    device: str = "cpu",
+    timeout: float = cases.TIMEOUT,
+    chosen: Sequence[cases.Case] = CASES,
+) -> None:
     unset = cases.poisoned_memory if device == "cpu" else cases.filled_memory
     with Buffer(dist.group.WORLD, timeout=timeout, device=device) as buffer:
-        for case, operators in itertools.product(CASES, (ops, torch.ops.tokenferry)):
+        for case, operators in itertools.product(chosen, (ops, torch.ops.tokenferry)):
             scenario, seen = Scenario(case, rank, num_ranks, device), ThroughOperators(buffer, operators)
             scenario.check_all(seen)
             with unset():
@@ -222,6 +228,11 @@ def test_the_dispatcher_is_left_out_only_where_nothing_else_sees_the_call(name: 
 
     call = function(operator, differentiable, kernel)
     assert call.__name__ == "double"
+    for known in (torch.ones(3), torch.ones(3).requires_grad_()):
+        call(known)
+        call(known, [known], known)
+    assert set(reached) == {"kernel", "differentiable"}
+    reached.clear()
     (SEEN | UNSEEN)[name](call, torch.ones(3))
     expected = "differentiable" if name in ("autograd", "a parameter") else "kernel"
     assert set(reached) == {"operator" if name in SEEN else expected}

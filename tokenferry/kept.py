@@ -83,26 +83,35 @@ class Alike(Kept[list[Any]]):
                 return True
         return False
 
-    def add(self, key: tuple[Any, ...], tensors: Sequence[torch.Tensor], any_rows: Sequence[bool] | None) -> None:
+    def add(self, key: tuple[Any, ...], tensors: Sequence[torch.Tensor], any_rows: Sequence[bool]) -> None:
         """Know such tensors again, instead of some that were added long before.
 
         Args:
             key: what else the checks look at.
             tensors: contiguous; nothing is known of them if they have too few elements to tell in what order.
-            any_rows: which of them may have any number of rows. None: all may have any sizes and strides, but as
-                many dimensions.
+            any_rows: which of them may have any number of rows.
         """
         if TensorGuards is None or None in map(kind_of, tensors):
             return
         sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: Any = [[*size[1:], 1] for size in sizes]
-        if any_rows is None:
-            sizes = strides = [[None] * len(size) for size in sizes]
-        else:
-            for size, free in zip(sizes, any_rows, strict=True):
-                size[0] = None if free else size[0]
+        for size, free in zip(sizes, any_rows, strict=True):
+            size[0] = None if free else size[0]
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         if guards.check(*tensors):
             known = self.get(key) or self.keep(key, [])
             known.append(guards)
             del known[:-_MOST_GUARDS]
+
+
+def guards_of_any_size(tensors: Sequence[torch.Tensor]) -> Any:
+    """Guards whose ``check`` tells whether as many tensors are like these, but for sizes and strides.
+
+    It looks at what :func:`kind_of` does, at the number of dimensions, at gradients, and at dispatch keys. Not to be
+    asked about nested tensors. None if nothing can be known of these again.
+    """
+    if TensorGuards is None or None in map(kind_of, tensors):
+        return None
+    free: list[Any] = [[None] * tensor.dim() for tensor in tensors]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=free, dynamic_dims_strides=free)
+    return guards if guards.check(*tensors) else None

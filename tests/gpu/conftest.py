@@ -11,10 +11,13 @@ Only torch, triton, numpy and pytest are needed.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -24,8 +27,8 @@ from tests.conftest import PoolOf, session_pools
 from tokenferry.cli.bench_cuda import MPS_CONTROL, sharing_gpus
 from tokenferry.cli.ranks import RankPool
 
-MOST_SECONDS, MOST_SECONDS_SLOW = 240, 1800
-"""That a test may take: one that hangs fails, and the others go on."""
+MOST_SECONDS, MOST_SECONDS_SLOW = 180, 1800
+"""That a test may take: one that hangs fails and tells where its ranks are, and the others go on."""
 _DEFAULT_RANKS = 2
 _BY_NODE = {"direct", "over_network"}
 """Fixtures that put ranks on two nodes, each of which has one GPU."""
@@ -44,7 +47,7 @@ def most_ranks(item: pytest.Item) -> int:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU there is nothing to test here; mark what needs MPS."""
     num_gpus = torch.cuda.device_count()
     for item in items:
@@ -53,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if num_gpus == 0:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
             continue
+        if config.pluginmanager.hasplugin("timeout"):
+            item.add_marker(pytest.mark.timeout(0))  # ``deadline`` knows the ranks
         if most_ranks(item) > _places(num_gpus, getattr(item, "fixturenames", ())):
             item.add_marker("shares_gpus")
             if shutil.which(MPS_CONTROL) is None:
@@ -66,13 +71,13 @@ def _places(num_gpus: int, fixtures: object) -> int:
 
 @pytest.fixture(autouse=True)
 def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Ends a test that hangs, where pytest-timeout is not there to do it; the next test gets new ranks."""
-    if request.config.pluginmanager.hasplugin("timeout"):
-        yield
-        return
+    """Ends a test that hangs, and has its ranks write down where they are; the next test gets new ones."""
     seconds = MOST_SECONDS_SLOW if request.node.get_closest_marker("slow") else MOST_SECONDS
 
     def expire(*_: object) -> None:
+        for rank in multiprocessing.active_children():
+            os.kill(rank.pid or 0, signal.SIGUSR1)
+            time.sleep(0.3)  # one after the other
         raise TimeoutError(f"not done after {seconds} s")
 
     previous = signal.signal(signal.SIGALRM, expire)
@@ -111,12 +116,14 @@ def gpu_pool_of(sharing: bool) -> Iterator[PoolOf]:
 
 def take_device(rank: int, num_ranks: int) -> None:
     """Give this rank its GPU."""
+    faulthandler.register(signal.SIGUSR1)
     torch.cuda.set_device(rank % torch.cuda.device_count())
 
 
 def take_node(rank: int, num_ranks: int, over_network: bool) -> None:
     """Give this rank the GPU of its node, one of two; NCCL is told whether they are hosts."""
     node = rank * 2 // num_ranks
+    faulthandler.register(signal.SIGUSR1)
     torch.cuda.set_device(node % torch.cuda.device_count())
     if over_network:
         os.environ["NCCL_HOSTID"] = f"node-{node}"

@@ -12,7 +12,8 @@ from tests.elastic_cases import Elastic, elastic_buffer
 from tests.gpu.test_dispatch_combine import SMALL, TIMEOUT, GpuPoolOf
 from tokenferry import Buffer
 
-STEADY = replace(SMALL, tokens=(64, 70))
+STEADY = replace(SMALL, tokens=(64, 70), num_topk=4)
+"""With as many choices as ranks, so that all of them get more where everything goes to all."""
 ROUTINGS = ("random", "random", "own", "own", "own", "own", "all", "all")
 
 

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from tokenferry.kept import Alike
+from tokenferry.kept import guards_of_any_size
 
 _library = torch.library.Library("tokenferry", "DEF")  # type: ignore[no-untyped-call]
 
@@ -79,23 +79,33 @@ class _Plain:
     """Tensors of which the dispatcher would find nothing else than the operator's own kernels.
 
     Their dispatch keys tell. To look at those takes some microseconds for each tensor, so tensors like others before
-    are known by one call.
+    are known by one call of torch's guards.
+
+    Attributes:
+        known: guards, and whether one of their tensors requires a gradient, by the number of tensors.
     """
 
     def __init__(self) -> None:
-        self._known = Alike()
+        self.known: dict[int, list[tuple[Any, bool]]] = {}
 
-    def needs_gradients(self, tensors: list[torch.Tensor]) -> bool | None:
+    def learn(self, tensors: list[torch.Tensor]) -> bool | None:
         """Whether one of them requires a gradient; None if they are not plain."""
-        for needs in (False, True):
-            if self._known.has((len(tensors), needs), tensors):
-                return needs
+        if torch.compiler.is_compiling():
+            return None
         for given in tensors:
             if torch._C._dispatch_keys(given).raw_repr() & _SEEN_KEYS:
                 return None
         needs = any(given.requires_grad for given in tensors)
-        self._known.add((len(tensors), needs), tensors, None)
+        guards = guards_of_any_size(tensors)
+        if guards is not None:
+            known = self.known.setdefault(len(tensors), [])
+            known.append((guards, needs))
+            del known[:-_MOST_KNOWN]
         return needs
+
+
+_MOST_KNOWN = 8
+"""Kinds of as many tensors."""
 
 
 def function_of(
@@ -111,12 +121,13 @@ def function_of(
         differentiable: as in :func:`define`; called without keys where an input may need a gradient.
         kernel: as in :func:`define`; called where none does.
     """
-    tensor, parameter = torch.Tensor, torch.nn.Parameter
+    tensor, parameter, nothing = torch.Tensor, torch.nn.Parameter, ()
     plain = _Plain()
+    known = plain.known
 
     def function(*args: Any, **kwargs: Any) -> Any:
         if (
-            torch.compiler.is_compiling()
+            torch.compiler.is_dynamo_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
             or torch._C._are_functorch_transforms_active()
@@ -127,6 +138,8 @@ def function_of(
         for given in (*args, *kwargs.values()) if kwargs else args:
             kind = type(given)
             if kind is tensor or kind is parameter:
+                if given.is_nested:  # guards must not be asked for its strides
+                    return operator(*args, **kwargs)
                 tensors.append(given)
             elif kind in _VALUES:
                 continue
@@ -136,10 +149,15 @@ def function_of(
                         return operator(*args, **kwargs)
             else:
                 return operator(*args, **kwargs)
-        needs_gradients = plain.needs_gradients(tensors)
-        if needs_gradients is None:
-            return operator(*args, **kwargs)
-        if needs_gradients or forward_ad._current_level >= 0:
+        needs: bool | None
+        for guards, needs in known.get(len(tensors), nothing):  # noqa: B007
+            if guards.check(*tensors):
+                break
+        else:
+            needs = plain.learn(tensors)
+            if needs is None:
+                return operator(*args, **kwargs)
+        if needs or forward_ad._current_level >= 0:
             return differentiable(None, *args, **kwargs)
         return kernel(*args, **kwargs)
 

@@ -15,7 +15,7 @@ from tokenferry.validation import require
 _ATTRIBUTE = "operator_name"
 """Of a Buffer that has a name."""
 
-_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
+_buffers: dict[str, weakref.ref[Buffer]] = {}
 _numbers = itertools.count()
 
 
@@ -43,13 +43,18 @@ def register(buffer: Buffer, name: str | None = None) -> str:
         require(name is None or name == known, "name", repr(name), f"{known!r}, the name of this Buffer")
         return str(known)
     if name is None:
-        name = next(free for free in map("buffer-{}".format, _numbers) if free not in _buffers)
+        name = next(free for free in map("buffer-{}".format, _numbers) if _find(free) is None)
     require(re.fullmatch(r"[\w.-]+", name) is not None, "name", repr(name), "letters, digits, '.', '-' and '_'")
-    owner = _buffers.get(name)
+    owner = _find(name)
     require(owner is None or owner.runtime is None, "name", repr(name), "a name that no other live Buffer has")
     setattr(buffer, _ATTRIBUTE, name)
-    _buffers[name] = buffer
+    _buffers[name] = weakref.ref(buffer, lambda gone: _buffers.pop(name) if _buffers.get(name) is gone else None)
     return name
+
+
+def _find(name: str) -> Buffer | None:
+    reference = _buffers.get(name)
+    return None if reference is None else reference()
 
 
 def name_of(buffer: Buffer) -> str:
@@ -72,7 +77,8 @@ def buffer_of(name: str) -> Buffer:
     Raises:
         BufferStateError: there is none, or it is gone.
     """
-    buffer = _buffers.get(name)
+    reference = _buffers.get(name)
+    buffer = None if reference is None else reference()
     if buffer is None:
         raise BufferStateError(f"no Buffer is known as {name!r}: tokenferry.ops.register(buffer) returns its name")
     return buffer
