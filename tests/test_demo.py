@@ -99,6 +99,7 @@ def with_gradients_of_experts_doubled(rank: int, num_ranks: int, settings: Setti
         demo_train.make_layer = make_layer
 
 
+@pytest.mark.slow
 def test_a_wrong_scale_of_gradients_is_found(pool_of: PoolOf) -> None:
     twin = train_dense(SMALL, Corpus(SMALL), 1)
     (report, _) = pool_of(2).run(with_gradients_of_experts_doubled, SMALL, twin)

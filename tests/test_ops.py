@@ -107,6 +107,7 @@ def check(function: Callable[..., Any], kinds: tuple[str, ...], *args: Any, **gi
     torch.library.opcheck(operator, args, given, test_utils=kinds)
 
 
+@pytest.mark.slow
 def test_opcheck(pool_of: PoolOf) -> None:
     pool_of(2).run(check_operators)
 

@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 from torch.autograd import gradcheck, gradgradcheck
 
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.operators import draw, recorded_calls
 from tests.test_nn import ROUTES, TOKENS, gather
 from tests.test_nn import draw as draw_whole
@@ -119,7 +119,7 @@ def second_derivatives(rank: int, num_ranks: int) -> None:
             assert gradgradcheck(lambda value, function=function: function(value).pow(3), (value,))
 
 
-@pytest.mark.parametrize("check", [against_dense, finite_differences, second_derivatives])
+@pytest.mark.parametrize("check", [against_dense, finite_differences, *slow(second_derivatives)])
 def test_in_float64(pool_of: PoolOf, check: Callable[..., None]) -> None:
     pool_of(2).run(check)
 

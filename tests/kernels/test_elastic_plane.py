@@ -116,7 +116,7 @@ def elastic_buffer(world: World, rank: int, wait: Any, *, multiple: bool) -> Ela
         *slow(("expanded worst", "direct")),
         ("compact", "staged"),
         *slow(("compact worst", "mixed")),
-        ("fp8", "direct"),
+        *slow(("fp8", "direct")),
     ],
 )
 def test_public_calls(monkeypatch: Any, name: str, direct: str) -> None:

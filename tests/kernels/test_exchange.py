@@ -57,7 +57,7 @@ def test_every_rank_gets_what_it_must(monkeypatch: Any, name: str, direct: str) 
         run_pair(world, CASES[name])
 
 
-@pytest.mark.parametrize("seed", [0, 1, *slow(2, 3)])
+@pytest.mark.parametrize("seed", [1, *slow(0, 2, 3)])
 def test_rounds_through_a_small_stage(monkeypatch: Any, seed: int) -> None:
     world = World(monkeypatch, 3, seed, direct=(False, True, False), stage_bytes=1024)
     run_pair(world, SMALL, num_worst_tokens=40 if seed % 2 else 0)

@@ -96,7 +96,7 @@ def test_bulk_copies(monkeypatch: Any, name: str, direct: str) -> None:
     run_rooms(world, CASE, ROOMS[name])
 
 
-@pytest.mark.parametrize("name", ["generous", "too few rows"])
+@pytest.mark.parametrize("name", [*slow("generous"), "too few rows"])
 def test_compact_rows(monkeypatch: Any, name: str) -> None:
     world = World(monkeypatch, 2, 1, direct=DIRECT["mixed"], stage_bytes=1 << 10, max_steps=200_000)
     simulate(monkeypatch, world)
@@ -127,7 +127,7 @@ def test_mutants_are_found(monkeypatch: Any, name: str) -> None:
         run_rooms(world, CASE, [(1, -1), (-1, 0)])
 
 
-@pytest.mark.parametrize(("old", "new"), [(TOTAL, "pass"), *slow(("if not too_few:\n", "if epoch > 0:\n"))])
+@pytest.mark.parametrize(("old", "new"), slow((TOTAL, "pass"), ("if not too_few:\n", "if epoch > 0:\n")))
 def test_mutants_of_bulk_copies_are_found(monkeypatch: Any, old: str, new: str) -> None:
     module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_dispatch, old, new)
     world = bulk_world(monkeypatch, 3, "direct", 1 << 10, module)

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.conftest import slow
 from tests.kernels.low_latency_world import LowLatencyWorld, known_expert_rows
 from tests.kernels.test_low_latency import TINY, Calls, Paces, world_of
 from tests.low_latency_cases import FORMATS, Case, Scenario
@@ -93,7 +94,7 @@ def test_rank_that_ends_after_the_dispatch_is_the_only_one_missed(
             assert details(world, rank) == [0, 1, 0]
 
 
-@pytest.mark.parametrize("shrinks", [False, True])
+@pytest.mark.parametrize("shrinks", [False, *slow(True)])
 def test_rows_of_a_dead_rank_cost_one_wait(monkeypatch: Any, shrinks: bool) -> None:
     """However many one program has."""
     case = Case(tokens=(3,), hidden=8, num_topk=2, seed=3)
