@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 export PYTHONDONTWRITEBYTECODE =
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint types imported unit slow bench lines clean
+.PHONY: help demo test lint types unit slow bench lines clean
 
 help:
 	@echo "make demo    train a small MoE language model on four CPU ranks"
@@ -35,8 +35,7 @@ bench: $(READY)
 	$(BIN)/python -m tokenferry bench $(ARGS)
 
 test: lint
-	$(MAKE) --no-print-directory --jobs 2 types imported
-	$(MAKE) --no-print-directory unit
+	$(MAKE) --no-print-directory --jobs 2 types unit
 	$(MAKE) --no-print-directory lines
 
 lint: $(READY)
@@ -45,10 +44,6 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
-
-# What the tests import, once: each of their processes would compile it otherwise.
-imported: $(READY)
-	-@$(BIN)/python -m pytest -q --collect-only tests tests/kernels >/dev/null
 
 unit: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
