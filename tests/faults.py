@@ -119,8 +119,11 @@ def fault(
         names = list(inspect.signature(test).parameters)
         assert "claims" in names, f"{test.__name__} must compare with its row"
         if "kind" in names:
-            # Between nodes low latency fails as it does inside one, and as the rail does: slow.
-            kinds = [pytest.param(on, marks=[pytest.mark.slow] * on.startswith("two nodes, ")) for on in row.on]
+            # Between nodes low latency fails as it does inside one, and as the rail does; where no rank is gone or
+            # silent, all fails as it does inside one: slow.
+            is_gone = within is Within.DEADLINE or what.startswith("SIG")
+            between = "two nodes, " if is_gone else "two nodes"
+            kinds = [pytest.param(on, marks=[pytest.mark.slow] * on.startswith(between)) for on in row.on]
             test = pytest.mark.parametrize("kind", kinds if len(kinds) > 1 else row.on)(test)
         return pytest.mark.fault(row)(test)
 

@@ -123,7 +123,7 @@ def test_biases_of_tokens_sent_nowhere_or_everywhere(pool_of: PoolOf, routing: s
     run(pool_of, 4, Case(tokens=(5, 18, 1, 9), routing=routing, bias=bias, num_topk=8))
 
 
-@pytest.mark.parametrize("num_nvl_bytes", [128, 65536, *slow(4096, 1 << 20)])
+@pytest.mark.parametrize("num_nvl_bytes", [128, *slow(4096, 65536, 1 << 20)])
 @pytest.mark.parametrize("routing", ["random", "all", *slow("one_rank", "second_half", "others")])
 def test_small_stages(pool_of: PoolOf, num_nvl_bytes: int, routing: str) -> None:
     """Hundreds of kilobytes through stages of 64 KB and up: many rounds, odd tokens at the end."""
@@ -134,7 +134,7 @@ def test_small_stages(pool_of: PoolOf, num_nvl_bytes: int, routing: str) -> None
 @pytest.mark.parametrize(
     "tokens", [(28, 67, 0, 1), (300, 3, 0, 100), *slow(((0, 200, 1, 0),), ((0, 0, 90, 91),))], ids=str
 )
-@pytest.mark.parametrize("routing", ["others", "random"])
+@pytest.mark.parametrize("routing", [*slow("others"), "random"])
 def test_small_stages_between_unequal_ranks(pool_of: PoolOf, tokens: tuple[int, ...], routing: str) -> None:
     """Ranks with few tokens, or none, are done long before the others and must stand in nobody's way."""
     case = Case(tokens=tokens, row_bytes=2064, combine_bytes=3200, routing=routing, num_topk=8, local_experts=3)
@@ -147,6 +147,7 @@ def test_rows_larger_than_the_stage(pool_of: PoolOf, num_ranks: int) -> None:
     run(pool_of, num_ranks, case, 4096)
 
 
+@pytest.mark.slow
 def test_more_rows_than_one_message_holds(pool_of: PoolOf) -> None:
     """About 18 MB a rank, in messages of 8 MB."""
     run(pool_of, 2, Case(tokens=(1300, 1200), row_bytes=14336, combine_bytes=14336, local_experts=4))

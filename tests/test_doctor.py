@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -29,11 +27,11 @@ from tokenferry.waits import analyse, find_slow, wait_report
 MS = 1_000_000
 
 
-def test_doctor_from_the_command_line() -> None:
-    command = [sys.executable, "-m", "tokenferry", "doctor", "--json", "--ranks", "2", "--seconds", "0.5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout)
+def test_doctor_finds_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    status = cli.main(["doctor", "--json", "--ranks", "2", "--seconds", "0.5"])
+    shown = capsys.readouterr()
+    assert status == 0, shown
+    told = json.loads(shown.out)
     assert told["broken"] == 0
     (test,) = [finding for finding in told["findings"] if finding["area"] == "self-test"]
     assert test["level"] == "ok"

@@ -47,7 +47,7 @@ def world_of(
     [
         ("scales", "mixed", 512),
         *slow(("wide sums", "staged", 256)),
-        ("three ranks", "direct", 512),
+        *slow(("three ranks", "direct", 512)),
     ],
 )
 def test_all_parts(monkeypatch: Any, name: str, direct: str, stage_bytes: int) -> None:

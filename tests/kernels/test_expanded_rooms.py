@@ -116,7 +116,15 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
 
 
 @pytest.mark.parametrize(
-    "name", but_slow(MUTANTS, "a full room of copies is too small", "no total", "rows of the sources before")
+    "name",
+    but_slow(
+        MUTANTS,
+        "a full room of copies is too small",
+        "no total",
+        "no total without a worst case",
+        "copies of all but the last source",
+        "rows of the sources before",
+    ),
 )
 def test_mutants_are_found(monkeypatch: Any, name: str) -> None:
     entries = {"dispatch": dispatch, "notify": notify, "expert_major": expert_major}

@@ -61,8 +61,7 @@ def untouched(outputs: Outputs, first: int = 0) -> None:
         *slow(("plain", "staged", 512)),
         ("scales", "mixed", 512),
         ("no choices", "mixed", 256),
-        ("wide sums", "staged", 256),
-        *slow(("wide sums", "direct", 512)),
+        *slow(("wide sums", "staged", 256), ("wide sums", "direct", 512)),
         ("one rank", "staged", 512),
     ],
 )

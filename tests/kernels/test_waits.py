@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tests.cases import Case
+from tests.conftest import but_slow
 from tests.kernels.low_latency_world import LowLatencyWorld
 from tests.kernels.mutants import mutated_modules
 from tests.kernels.parts_world import Load, Parts
@@ -295,7 +296,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", but_slow(MUTANTS, "senders count beside receivers"))
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     mutant = MUTANTS[name]
     entries = {high_throughput: ENTRIES, low: LOW_ENTRIES}.get(mutant.scenario, (flags,))

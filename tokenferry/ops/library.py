@@ -124,15 +124,13 @@ def function_of(
     tensor, parameter, nothing = torch.Tensor, torch.nn.Parameter, ()
     plain = _Plain()
     known = plain.known
+    is_compiling, num_modes, num_function_modes = (
+        torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+    )  # fmt: skip
+    is_transforming, is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        if (
-            torch.compiler.is_dynamo_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._is_tracing()
-        ):
+        if is_compiling() or num_modes() or num_function_modes() or is_transforming() or is_tracing():
             return operator(*args, **kwargs)
         tensors = []
         for given in (*args, *kwargs.values()) if kwargs else args:
