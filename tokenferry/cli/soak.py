@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
 def _headlines(settings: Settings, reports: Sequence[Report]) -> list[str]:
     calls, faults = sum(reports[0].calls.values()), sum(reports[0].faults.values())
     return [
-        f"{settings.seconds / 60:g} minutes, {len(reports)} ranks on {settings.device}, {os.cpu_count()} cores, "
+        f"{settings.seconds / 60:.3g} minutes, {len(reports)} ranks on {settings.device}, {os.cpu_count()} cores, "
         f"seed {settings.seed}",
         f"{calls} operations on each rank, all right; {reports[0].episodes} Buffers, {faults} faults",
         find_leaks(reports, set(), 0)[-2].found + " since the warm-up",
