@@ -19,7 +19,7 @@ from tests import oracle
 from tests.conftest import PoolOf, slow
 from tokenferry import MismatchError
 from tokenferry.cli import soak as command
-from tokenferry.cli import soak_graphs, soak_ranks
+from tokenferry.cli import soak_graphs, soak_plot, soak_ranks
 from tokenferry.cli.ranks import RankError
 from tokenferry.cli.soak_faults import DURING, expected
 from tokenferry.cli.soak_ranks import Look, Report, Settings, layouts_of, soak
@@ -230,10 +230,15 @@ def test_leaks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "+20 in the rank with most" in page
 
 
-def _growing(seconds: float, mib_a_minute: float) -> Report:
+def _growing(seconds: float, mib_a_minute: float, on_device: float | None = None) -> Report:
     chance = random.Random(1)
     looks = [
-        Look(at, int((100 + 8 * chance.random() + mib_a_minute * at / 60) * 2**20), 10)
+        Look(
+            at,
+            int((100 + 8 * chance.random() + mib_a_minute * at / 60) * 2**20),
+            10,
+            0 if on_device is None else int((900 + on_device * at / 60) * 2**20),
+        )
         for at in range(0, int(seconds) + 1, 5)
     ]
     return Report(calls=Counter({"dispatch": 3}), looks=looks)
@@ -248,6 +253,22 @@ def test_growth_of_memory_is_judged_in_long_runs() -> None:
         leak = command.find_leaks([short], set(), 0)[-1]
         assert not leak.is_leak
         assert "too short" in leak.found
+
+
+def test_growth_of_device_memory_is_judged_and_drawn(tmp_path: Path) -> None:
+    for mib_a_minute, found in ((0.0, False), (2.0, False), (40.0, True)):
+        reports = [_growing(300.0, 0.0, 0.0), _growing(300.0, 0.0, mib_a_minute)]
+        leak = command.find_leaks(reports, set(), 0)[-1]
+        assert (leak.what, leak.is_leak) == ("memory of a GPU, in the last quarter", found), leak
+    assert "GPU" not in command.find_leaks([_growing(300.0, 0.0)], set(), 0)[-1].what
+    pictures = []
+    for name, drawn in (("with.png", reports), ("without.png", [_growing(300.0, 0.0)])):
+        lines = command._headlines(Settings(300.0, 1, "cuda", 3), drawn)
+        assert len(lines) == 3
+        soak_plot.draw(drawn, lines, tmp_path / name)
+        pictures.append((tmp_path / name).read_bytes())
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert len(pictures[0]) > len(pictures[1])
 
 
 def test_named_segments_are_those_of_tokenferry(tmp_path: Path) -> None:

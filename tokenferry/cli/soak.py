@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tokenferry.cli import soak_shrink
 from tokenferry.cli.ranks import RankError, RankPool
-from tokenferry.cli.soak_ranks import Report, Settings, soak
+from tokenferry.cli.soak_ranks import Look, Report, Settings, soak
 
 _INTERRUPTED = 130
 _MOST_NEW_FILES = 4
@@ -32,6 +32,7 @@ _MOST_GROWTH = 8 << 20
 _FEWEST_LOOKS = 5
 """In a quarter."""
 _SHARED_MEMORY = Path("/dev/shm")
+_RESIDENT = "resident memory since the warm-up"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +95,7 @@ def _headlines(settings: Settings, reports: Sequence[Report]) -> list[str]:
         f"{settings.seconds / 60:.3g} minutes, {len(reports)} ranks on {settings.device}, {os.cpu_count()} cores, "
         f"seed {settings.seed}",
         f"{calls} operations on each rank, all right; {reports[0].episodes} Buffers, {faults} faults",
-        find_leaks(reports, set(), 0)[-2].found + " since the warm-up",
+        *(leak.found for leak in find_leaks(reports, set(), 0) if leak.what == _RESIDENT),
     ]
 
 
@@ -132,37 +133,45 @@ def find_leaks(reports: Sequence[Report], named: set[str], alive: int) -> list[L
         f"{growth / 2**20:+.1f} MiB in the rank with most "
         f"({grown.resident[0] / 2**20:.0f} to {grown.resident[1] / 2**20:.0f}, peak of all {peak / 2**20:.0f})"
     )
-    late: int | None = None
-    for report in reports:
-        of_rank = late_growth(report)
-        late = of_rank if late is None or (of_rank is not None and of_rank > late) else late
-    late_text = (
-        "not judged: the run is too short" if late is None else f"{late / 2**20:+.1f} MiB in the rank with most"
-    )
-    return [
+    late = _most([late_growth(report.looks, "resident") for report in reports])
+    found = [
         Leak("shared memory with a name", str(len(named)), bool(named)),
         Leak("shared memory still mapped", f"{mapped} segments", mapped > 0),
         Leak("open files since the warm-up", files_text, files > _MOST_NEW_FILES),
         Leak("processes", f"{alive} alive", alive > 0),
-        Leak("resident memory since the warm-up", resident_text, False),
-        Leak("of that, in the last quarter", late_text, late is not None and late > _MOST_GROWTH),
+        Leak(_RESIDENT, resident_text, False),
+        Leak("of that, in the last quarter", _late_text(late), late is not None and late > _MOST_GROWTH),
     ]
+    if any(look.device for report in reports for look in report.looks):
+        late = _most([late_growth(report.looks, "device") for report in reports])
+        is_leak = late is not None and late > _MOST_GROWTH * len(reports)  # which may share a GPU
+        found.append(Leak("memory of a GPU, in the last quarter", _late_text(late), is_leak))
+    return found
 
 
-def late_growth(report: Report) -> int | None:
+def _most(growths: Sequence[int | None]) -> int | None:
+    return max((growth for growth in growths if growth is not None), default=None)
+
+
+def _late_text(late: int | None) -> str:
+    return "not judged: the run is too short" if late is None else f"{late / 2**20:+.1f} MiB in the rank with most"
+
+
+def late_growth(looks: Sequence[Look], what: str) -> int | None:
     """Bytes by which the memory of a rank has grown late in a run: when everything there is has been used.
 
     The median of the last quarter, less that of the third: single looks jump, as allocators keep what they have.
 
     Args:
-        report: of the rank.
+        looks: of the rank.
+        what: the field of a look.
 
     Returns:
         None if the run was too short to say.
     """
-    end = report.looks[-1].seconds if report.looks else 0.0
+    end = looks[-1].seconds if looks else 0.0
     third, last = (
-        [look.resident for look in report.looks if low * end < look.seconds <= high * end]
+        [getattr(look, what) for look in looks if low * end < look.seconds <= high * end]
         for low, high in ((0.5, 0.75), (0.75, 1.0))
     )
     if end < _LONG or min(len(third), len(last)) < _FEWEST_LOOKS:
@@ -174,14 +183,17 @@ def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak]
     """The page at the end of a run in which all results were right."""
     first = reports[0]
     calls = sum(first.calls.values())
-    moved = sum(report.bytes_moved for report in reports)
+    moved = "not counted by kernels"
+    if settings.device == "cpu":
+        megabytes = sum(report.bytes_moved for report in reports) / 1e6
+        moved = f"{megabytes:,.1f} MB read from other ranks or sent to other nodes, all ranks together"
     waited = sum(report.waited_ns for report in reports) / len(reports) / 1e9
     lines = [
         f"soak: {len(reports)} ranks on {settings.device}, seed {settings.seed}, {seconds:.0f} s",
         "",
         f"operations      {calls} on each rank, all results as plain PyTorch has them",
         *_table(first.calls),
-        f"bytes           {moved / 1e6:,.1f} MB read from other ranks or sent to other nodes, all ranks together",
+        f"bytes           {moved}",
         f"idle            {100 * waited / seconds:.0f} % of the time, on average, waiting for other ranks",
         f"Buffers         {first.episodes} built and destroyed; nodes x ranks:",
         *_table(first.layouts),

@@ -1,4 +1,4 @@
-"""The picture of a soak: memory and open files of every rank over time."""
+"""The picture of a soak: memory and open files of every rank, and memory of its GPU, over time."""
 
 from __future__ import annotations
 
@@ -21,20 +21,26 @@ def draw(reports: Sequence[Report], lines: Sequence[str], path: Path) -> None:
         path: of the PNG file.
     """
     with mpl.rc_context(STYLE):
-        figure = empty_figure(8.0, 4.4 + HEAD_INCHES)
-        memory, files = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        has_device = any(look.device for report in reports for look in report.looks)
+        figure = empty_figure(8.0, 4.4 + 1.6 * has_device + HEAD_INCHES)
+        ratios = [3, 2, 1] if has_device else [3, 1]
+        memory, *others, files = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
         colors = mpl.colormaps["viridis"]
         for rank, report in enumerate(reports):
             color = colors(rank / max(len(reports) - 1, 1) * 0.85)
             minutes = [look.seconds / 60 for look in report.looks]
             memory.plot(minutes, [look.resident / 2**20 for look in report.looks], color=color, lw=0.8)
+            for device in others:
+                device.plot(minutes, [look.device / 2**20 for look in report.looks], color=color, lw=0.8)
             files.plot(minutes, [look.files for look in report.looks], color=color, lw=0.8)
         warm = reports[0].warm_seconds / 60
-        for axes in (memory, files):
+        for axes in (memory, *others, files):
             axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
             axes.axvline(warm, color="#999999", lw=0.8, ls=":")
         memory.text(warm, memory.get_ylim()[1], " end of the warm-up", fontsize=7, color="#777777", va="top")
         memory.set_ylabel("MiB, without shared")
+        for device in others:
+            device.set_ylabel("MiB of the GPU")
         files.set_ylabel("open files")
         files.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         files.set_xlabel("minutes; a look after every Buffer, a line for every rank")

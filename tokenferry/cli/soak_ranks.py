@@ -66,6 +66,8 @@ class Look(NamedTuple):
     """Bytes of memory that is not shared."""
     files: int
     """Open ones."""
+    device: int = 0
+    """Bytes of its GPU that are taken, by whomever; 0 on CPU ranks."""
 
 
 @dataclass
@@ -167,7 +169,17 @@ class _Soak:
         report.files = (report.files[0] if warmed else files, files)
         report.resident = (report.resident[0] if warmed else resident, resident)
         report.resident_peak = max(report.resident_peak, resident)
-        report.looks.append(Look(time.monotonic() - self.started, resident, files))
+        report.looks.append(Look(time.monotonic() - self.started, resident, files, self._device_bytes()))
+
+    def _device_bytes(self) -> int:
+        """Without what torch keeps of its own accord; all ranks look at the same time, since they may share a GPU."""
+        if self.device.type == "cpu":
+            return 0
+        torch.cuda.empty_cache()
+        dist.barrier()
+        free, total = torch.cuda.mem_get_info(self.device)
+        dist.barrier()
+        return total - free
 
     def late(self) -> None:
         """Come later than the others, sometimes."""
