@@ -47,14 +47,17 @@ def check_cases(
         for case, operators in itertools.product(chosen, (ops, torch.ops.tokenferry)):
             scenario, seen = Scenario(case, rank, num_ranks, device), ThroughOperators(buffer, operators)
             scenario.check_all(seen)
+            num_rows = scenario.num_rows[rank]
             with unset():
-                worst = scenario.num_rows[rank] + 2
+                worst = num_rows + 40
                 received = scenario.dispatch(seen, num_worst_tokens=worst)
+                plain = scenario.dispatch(buffer, num_worst_tokens=worst)  # sets none of them
+                again = scenario.dispatch(seen, num_worst_tokens=worst)
                 cached = seen.dispatch(scenario.x, handle=received[4])
-            for outputs in (received[0], cached[0]):
+            for outputs in (received[0], plain[0], again[0], cached[0]):
                 for rows in outputs if isinstance(outputs, tuple) else (outputs,):
                     assert len(rows) == worst
-                    assert not cases.bits(rows)[-2:].any()
+                    assert bool(cases.bits(rows)[num_rows:].any()) is (outputs is plain[0])
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
@@ -237,6 +240,22 @@ def test_the_dispatcher_is_left_out_only_where_nothing_else_sees_the_call(name: 
     (SEEN | UNSEEN)[name](call, torch.ones(3))
     expected = "differentiable" if name in ("autograd", "a parameter") else "kernel"
     assert set(reached) == {"operator" if name in SEEN else expected}
+
+
+def check_numbers(rank: int, num_ranks: int) -> None:
+    """Of rows, as the dispatcher takes them."""
+    with Buffer(dist.group.WORLD) as buffer, cases.poisoned_memory():
+        name, (x, ids, weights) = ops.register(buffer), draw(rank, 3)
+        for worst in (9, torch.tensor(9)):
+            rows, received_ids, *_ = ops.dispatch(x, ids, weights, name, 4, worst)
+            unused = (received_ids < 0).all(1)
+            assert len(rows) == 9
+            assert unused.any()
+            assert not rows[unused].any()
+
+
+def test_rows_are_zeroed_however_their_number_is_given(pool_of: PoolOf) -> None:
+    pool_of(2).run(check_numbers)
 
 
 def check_names(rank: int, num_ranks: int) -> None:

@@ -280,11 +280,16 @@ def test_named_segments_are_those_of_tokenferry(tmp_path: Path) -> None:
         assert command.named_segments() == set()
 
 
-@pytest.mark.parametrize("kinds", [0, 2])
-def test_kinds_of_shapes_are_few_where_asked_for(kinds: int) -> None:
-    chance = Chance(1)
-    chance.kinds = kinds
-    shapes = [random_shape(chance, 3, 20) for _ in range(60)]
-    seen = {(s.dtype, s.row_bytes, s.num_scales, s.num_topk, s.local_experts) for s in shapes}
-    assert len(seen) == 2 if kinds else len(seen) > 20
-    assert len({s.tokens for s in shapes}) > 20
+def test_kinds_of_shapes_are_few_where_asked_for_and_others_with_every_seed() -> None:
+    chance, found = Chance(1), []
+    for seed in (None, 1, 2, 3):
+        chance.kinds = [] if seed is None else [f"{seed} {number}" for number in range(5)]
+        shapes = [random_shape(chance, 3, 20) for _ in range(60)]
+        assert len({s.tokens for s in shapes}) > 20
+        found.append({(s.dtype, s.row_bytes, s.num_scales, s.num_topk, s.local_experts) for s in shapes})
+        assert len({s.num_topk for s in shapes}) > 1
+    free, *few = found
+    assert len(free) > 20
+    assert [len(kinds) for kinds in few] == [5, 5, 5]
+    assert len(set.union(*few)) > 10
+    assert any(kind[2] for kind in set.union(*few)), "with scales"

@@ -110,7 +110,7 @@ def guards_of_any_size(tensors: Sequence[torch.Tensor]) -> Any:
     It looks at what :func:`kind_of` does, at the number of dimensions, at gradients, and at dispatch keys. Not to be
     asked about nested tensors. None if nothing can be known of these again.
     """
-    if TensorGuards is None or None in map(kind_of, tensors):
+    if TensorGuards is None or None in map(kind_of, tensors) or len(set(map(id, tensors))) < len(tensors):
         return None
     free: list[Any] = [[None] * tensor.dim() for tensor in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=free, dynamic_dims_strides=free)

@@ -19,6 +19,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
 
     def expire(*_: object) -> None:
         for rank in multiprocessing.active_children():
-            os.kill(rank.pid or 0, signal.SIGUSR1)
+            if rank.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGUSR1)
             time.sleep(0.3)  # one after the other
         raise TimeoutError(f"not done after {seconds} s")
 

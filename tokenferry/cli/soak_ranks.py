@@ -41,7 +41,7 @@ _PARANOID_SHARE = 0.15
 """Of Buffers."""
 _ELASTIC_SHARE = 0.3
 """Of Buffers on one node, that have an ElasticBuffer beside them."""
-_KINDS = 3
+_KINDS = 5
 """Of shapes and dtypes on GPUs; see :class:`tokenferry.cli.soak_world.Chance`."""
 _LOOK_EVERY = 6
 """Operations between two looks at the clock, which all ranks take together."""
@@ -123,7 +123,7 @@ class _Soak:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
-            self.common.kinds = _KINDS
+            self.common.kinds = [f"{settings.seed} {number}" for number in range(_KINDS)]
         self.alive: list[tuple[tuple[int, ...], World, Any]] = []
         """Layout, world and handle of earlier dispatches."""
         self.report = Report()

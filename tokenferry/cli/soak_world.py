@@ -9,6 +9,7 @@ Legend of dims: T tokens of a rank, H elements of a row, K choices, E experts, L
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,12 +37,12 @@ class Shape:
 class Chance(random.Random):
     """What all ranks draw alike."""
 
-    kinds = 0
-    """Of what kernels are compiled for, which takes seconds: so many are drawn from. 0: no limit."""
+    kinds: Sequence[str] = ()
+    """Seeds of what kernels are compiled for, which takes seconds. None: it is drawn anew every time."""
 
     def kind(self) -> random.Random:
         """To draw from what kernels are compiled for."""
-        return random.Random(self.randrange(self.kinds)) if self.kinds else self
+        return random.Random(self.choice(self.kinds)) if self.kinds else self
 
 
 def random_shape(chance: Chance, num_ranks: int, most_tokens: int) -> Shape:

@@ -154,9 +154,9 @@ class Outputs(NamedTuple):
     """
 
     rows: torch.Tensor
-    """[M', H] of any dtype, W bytes each; not set past the last received row."""
+    """[M', H] of any dtype, W bytes each; not set past the last received row, unless that is planned."""
     scales: torch.Tensor | None
-    """[M', S], likewise; not set past the last received row."""
+    """[M', S], likewise."""
     topk_idx: torch.Tensor | None
     """int64 [M', K]: local ids or -1; -1 in rows past the last received."""
     topk_weights: torch.Tensor | None

@@ -69,7 +69,7 @@ class Rows(NamedTuple):
 
 
 _inputs: Kept[tuple[int, bool, bool]] = Kept()
-"""Experts, alignment, worst case; whether rows, and choices, are packed."""
+"""Experts; whether rows, and choices, are packed."""
 
 
 def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_experts: int) -> torch.Tensor:

@@ -34,6 +34,7 @@ from tokenferry.ops.library import (
 )
 from tokenferry.ops.registry import buffer_of
 from tokenferry.topology import Topology
+from tokenferry.validation import check_int
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -56,6 +57,8 @@ def _dispatch(
     num_sms: int = 0,
 ) -> list[torch.Tensor]:
     owner = buffer_of(buffer)
+    if type(num_worst_tokens) is not int:
+        num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
     per_rank, per_rdma_rank, per_expert, member, _ = owner.get_dispatch_layout(topk_idx, num_experts)
     received, ids, weights, counts, handle, _ = owner.dispatch(
         x if x_scales is None else (x, x_scales),
@@ -68,7 +71,7 @@ def _dispatch(
         topk_weights,
         expert_alignment,
         # Unset memory may hold NaN, and a zero gradient times NaN is NaN in the weights that touch unused rows.
-        OperatorRows(num_worst_tokens) if type(num_worst_tokens) is int else num_worst_tokens,
+        OperatorRows(num_worst_tokens),
         Config(num_sms) if num_sms else None,
     )
     assert ids is not None

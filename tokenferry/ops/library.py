@@ -90,8 +90,6 @@ class _Plain:
 
     def learn(self, tensors: list[torch.Tensor]) -> bool | None:
         """Whether one of them requires a gradient; None if they are not plain."""
-        if torch.compiler.is_compiling():
-            return None
         for given in tensors:
             if torch._C._dispatch_keys(given).raw_repr() & _SEEN_KEYS:
                 return None
@@ -125,7 +123,7 @@ def function_of(
     plain = _Plain()
     known = plain.known
     is_compiling, num_modes, num_function_modes = (
-        torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+        torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
     )  # fmt: skip
     is_transforming, is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 
