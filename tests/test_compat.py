@@ -235,6 +235,7 @@ def test_install_beside_the_distribution_does_nothing(site: Path) -> None:
     assert done.stdout.strip() == str(site / "deep_ep" / "__init__.py"), done.stderr
 
 
+@pytest.mark.slow
 def test_distribution_refuses_to_be_beside_another(site: Path, tmp_path: Path) -> None:
     distribution_in(tmp_path, "deep_ep", "1.2.1+567632d")
     program = """

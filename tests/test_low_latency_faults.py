@@ -15,7 +15,7 @@ import torch.distributed as dist
 import tokenferry
 from tests.cases import Case as NormalCase
 from tests.cases import Scenario as NormalScenario
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.low_latency_cases import Case, Scenario, make_buffer
 from tests.test_faults import outcome
 from tokenferry import Buffer
@@ -115,7 +115,7 @@ def mask_and_take_back(rank: int, num_ranks: int, hooked: bool, stage: int, skip
         serve(buffer, everyone, hooked)
 
 
-@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("hooked", [*slow(False), True])
 @pytest.mark.parametrize("stage", [0, 128])
 @pytest.mark.parametrize("skips", [False, True])
 def test_masked_ranks_are_left_out_and_taken_back(pool_of: PoolOf, hooked: bool, stage: int, skips: bool) -> None:
@@ -176,7 +176,9 @@ def die(rank: int, num_ranks: int, victim: int, when: str) -> dict[str, Any]:
     return {"masked": masked}
 
 
-@pytest.mark.parametrize(("num_ranks", "victim", "when"), [(3, 1, "combine"), (2, 0, "combine"), (3, 2, "dispatch")])
+@pytest.mark.parametrize(
+    ("num_ranks", "victim", "when"), [(3, 1, "combine"), *slow((2, 0, "combine")), (3, 2, "dispatch")]
+)
 def test_dead_rank_is_masked(num_ranks: int, victim: int, when: str) -> None:
     with RankPool(num_ranks, 1) as pool:
         with pytest.raises(RankError) as caught:
@@ -254,7 +256,7 @@ def disagree(rank: int, num_ranks: int, how: str, hooked: bool) -> dict[str, Any
     return failure
 
 
-@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("hooked", [*slow(False), True])
 @pytest.mark.parametrize("how", ["hidden", "most", "fp8", "scales", "experts", "choices", "combine", "normal"])
 def test_ranks_that_disagree_all_raise(pool_of: PoolOf, how: str, hooked: bool) -> None:
     for rank, result in enumerate(pool_of(3).run(disagree, how, hooked)):

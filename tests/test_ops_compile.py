@@ -109,6 +109,7 @@ def check_module(rank: int, num_ranks: int) -> None:
         torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.slow
 def test_whole_module(pool_of: PoolOf) -> None:
     pool_of(2).run(check_module)
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cases import TIMEOUT, Case, Scenario, check_case, check_works, random_bytes
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.internode_cases import NodeScenario, check_nodes, make_buffer
 from tokenferry import (
     ArgumentError,
@@ -61,7 +61,7 @@ def _check_case(rank: int, num_ranks: int, case: Case, num_nvl_bytes: int) -> in
     return send.call_count
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", [*slow(1, 2), 3])
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_call_gives_what_the_oracle_says(pool_of: PoolOf, num_ranks: int, name: str) -> None:
     proofs = pool_of(num_ranks).run(_check_case, CASES[name], 0)
@@ -211,7 +211,7 @@ def _flip_in_combine(rank: int, num_ranks: int, section: int, is_paranoid: bool)
             return _told(buffer, scenario, lambda: scenario.check_combine(scenario.combine(buffer, handle)))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [*slow(2), 3])
 @pytest.mark.parametrize("section", [0, 1])
 def test_a_flipped_byte_of_a_combine_is_named(pool_of: PoolOf, section: int, num_ranks: int) -> None:
     told = pool_of(num_ranks).run(_flip_in_combine, section, True)

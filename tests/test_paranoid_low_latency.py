@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests import internode_low_latency_cases
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.internode_low_latency_cases import NodeScenario
 from tests.low_latency_cases import FORMATS, Case, Scenario, check_case, make_buffer
 from tests.test_low_latency_faults import serve
@@ -43,7 +43,7 @@ def _check_cases(rank: int, num_ranks: int, cases: list[Case], num_rdma_bytes: i
     return made.call_count
 
 
-@pytest.mark.parametrize(("num_ranks", "num_rdma_bytes"), [(1, 0), (3, 0), (3, 128)])
+@pytest.mark.parametrize(("num_ranks", "num_rdma_bytes"), [*slow((1, 0), (3, 0)), (3, 128)])
 def test_every_format_gives_what_the_oracle_says(pool_of: PoolOf, num_ranks: int, num_rdma_bytes: int) -> None:
     routings = ("random", "duplicates", "sparse", "nothing")
     cases = [
@@ -139,7 +139,7 @@ def _flip_in_dispatch(rank: int, num_ranks: int, what: str, number: int, is_para
         return told_of(call, lambda: scenario.check_dispatch(scenario.dispatch(buffer)))
 
 
-@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("hooked", [*slow(False), True])
 @pytest.mark.parametrize("what", DISPATCH_FLIPS)
 def test_a_flipped_byte_of_a_dispatch_is_named(pool_of: PoolOf, what: str, hooked: bool) -> None:
     told = pool_of(2).run(_flip_in_dispatch, what, 0, True, hooked)
@@ -179,7 +179,7 @@ def _flip_in_combine(rank: int, num_ranks: int, what: str, proof: bool, is_paran
             return told_of(call, lambda: scenario.check_dispatch(scenario.dispatch(buffer)))
 
 
-@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("hooked", [False, *slow(True)])
 @pytest.mark.parametrize("what", COMBINE_FLIPS)
 def test_a_flipped_byte_of_a_combine_is_named(pool_of: PoolOf, what: str, hooked: bool) -> None:
     told = pool_of(2).run(_flip_in_combine, what, False, True, hooked)
