@@ -91,14 +91,12 @@ class Alike(Kept[list[Any]]):
             tensors: contiguous; nothing is known of them if they have too few elements to tell in what order.
             any_rows: which of them may have any number of rows.
         """
-        if TensorGuards is None or None in map(kind_of, tensors):
-            return
         sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: Any = [[*size[1:], 1] for size in sizes]
         for size, free in zip(sizes, any_rows, strict=True):
             size[0] = None if free else size[0]
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        if guards.check(*tensors):
+        guards = _guards(tensors, sizes, strides)
+        if guards is not None:
             known = self.get(key) or self.keep(key, [])
             known.append(guards)
             del known[:-_MOST_GUARDS]
@@ -110,8 +108,14 @@ def guards_of_any_size(tensors: Sequence[torch.Tensor]) -> Any:
     It looks at what :func:`kind_of` does, at the number of dimensions, at gradients, and at dispatch keys. Not to be
     asked about nested tensors. None if nothing can be known of these again.
     """
-    if TensorGuards is None or None in map(kind_of, tensors) or len(set(map(id, tensors))) < len(tensors):
-        return None
     free: list[Any] = [[None] * tensor.dim() for tensor in tensors]
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=free, dynamic_dims_strides=free)
+    return _guards(tensors, free, free)
+
+
+def _guards(tensors: Sequence[torch.Tensor], sizes: list[Any], strides: list[Any]) -> Any:
+    """Guards of plain tensors with these sizes and strides, of which None is any; None if they do not know these."""
+    is_plain = None not in map(kind_of, tensors) and len(set(map(id, tensors))) == len(tensors)
+    if TensorGuards is None or not is_plain:
+        return None
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     return guards if guards.check(*tensors) else None

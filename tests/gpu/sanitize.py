@@ -50,7 +50,7 @@ _KERNELS = "tokenferry.dataplane.cuda.kernels."
 
 
 def whole(cases: Iterable[Case]) -> list[Case]:
-    """The same with four times as many tokens, or none: then all columns fill whole 16 bytes.
+    """The same with four times as many tokens, at most 396: then all columns fill whole 16 bytes.
 
     Bulk copies read small columns in those, also where a tensor ends before. So does all memory that CUDA hands out,
     but memcheck counts what was asked for.

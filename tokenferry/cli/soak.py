@@ -133,45 +133,43 @@ def find_leaks(reports: Sequence[Report], named: set[str], alive: int) -> list[L
         f"{growth / 2**20:+.1f} MiB in the rank with most "
         f"({grown.resident[0] / 2**20:.0f} to {grown.resident[1] / 2**20:.0f}, peak of all {peak / 2**20:.0f})"
     )
-    late = _most([late_growth(report.looks, "resident") for report in reports])
     found = [
         Leak("shared memory with a name", str(len(named)), bool(named)),
         Leak("shared memory still mapped", f"{mapped} segments", mapped > 0),
         Leak("open files since the warm-up", files_text, files > _MOST_NEW_FILES),
         Leak("processes", f"{alive} alive", alive > 0),
         Leak(_RESIDENT, resident_text, False),
-        Leak("of that, in the last quarter", _late_text(late), late is not None and late > _MOST_GROWTH),
+        _late_leak("of that, in the last quarter", reports, "resident", _MOST_GROWTH),
     ]
     if any(look.device for report in reports for look in report.looks):
-        late = _most([late_growth(report.looks, "device") for report in reports])
-        is_leak = late is not None and late > _MOST_GROWTH * len(reports)  # which may share a GPU
-        found.append(Leak("memory of a GPU, in the last quarter", _late_text(late), is_leak))
+        most = _MOST_GROWTH * len(reports)  # which may share a GPU
+        found.append(_late_leak("memory of a GPU, in the last quarter", reports, "device", most))
     return found
 
 
-def _most(growths: Sequence[int | None]) -> int | None:
-    return max((growth for growth in growths if growth is not None), default=None)
+def _late_leak(what: str, reports: Sequence[Report], field: str, most: int) -> Leak:
+    growths = [late_growth(report.looks, field) for report in reports]
+    late = max((growth for growth in growths if growth is not None), default=None)
+    if late is None:
+        return Leak(what, "not judged: the run is too short", False)
+    return Leak(what, f"{late / 2**20:+.1f} MiB in the rank with most", late > most)
 
 
-def _late_text(late: int | None) -> str:
-    return "not judged: the run is too short" if late is None else f"{late / 2**20:+.1f} MiB in the rank with most"
-
-
-def late_growth(looks: Sequence[Look], what: str) -> int | None:
+def late_growth(looks: Sequence[Look], field: str) -> int | None:
     """Bytes by which the memory of a rank has grown late in a run: when everything there is has been used.
 
     The median of the last quarter, less that of the third: single looks jump, as allocators keep what they have.
 
     Args:
         looks: of the rank.
-        what: the field of a look.
+        field: of a look.
 
     Returns:
         None if the run was too short to say.
     """
     end = looks[-1].seconds if looks else 0.0
     third, last = (
-        [getattr(look, what) for look in looks if low * end < look.seconds <= high * end]
+        [getattr(look, field) for look in looks if low * end < look.seconds <= high * end]
         for low, high in ((0.5, 0.75), (0.75, 1.0))
     )
     if end < _LONG or min(len(third), len(last)) < _FEWEST_LOOKS:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.cli.soak_faults import Bench, expect
-from tokenferry.cli.soak_world import FLOATS, World, factor_of, random_shape, rows, same, same_rows
+from tokenferry.cli.soak_world import FLOATS, World, factor_of, random_shape, random_values, same, same_rows
 from tokenferry.elastic import ElasticBuffer
 
 _MOST_TOKENS = 60
@@ -139,17 +139,8 @@ class Elastic:
             same("expanded rows", bits[at], sent.contiguous().view(torch.uint8)[row])
 
     def _values(self, world: World, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
-        """[T, H] of every rank, fresh."""
-        kind = self.bench.common.kind()
-        seed, dtype, row_bytes = (
-            self.bench.common.getrandbits(40),
-            kind.choice(dtypes),
-            16 * kind.choice([1, 2, 3, 64]),
-        )
-        return [
-            rows(dtype, count, row_bytes, torch.Generator().manual_seed(seed * 64 + source))
-            for source, count in enumerate(world.shape.tokens)
-        ]
+        common = self.bench.common
+        return random_values(world.shape, common, common.kind(), dtypes, (1, 2, 3, 64))
 
     def _cached(self, kept: _Kept) -> None:
         values = self._values(kept.world, [*FLOATS, torch.uint8])

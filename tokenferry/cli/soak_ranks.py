@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,17 @@ from tokenferry.cli import soak_graphs
 from tokenferry.cli.soak_elastic import Elastic
 from tokenferry.cli.soak_faults import AFTERWARDS, DURING, Bench, expect
 from tokenferry.cli.soak_low_latency import MOST_EXPERTS, MOST_HIDDEN, MOST_TOKENS, burst
-from tokenferry.cli.soak_world import FLOATS, Chance, World, factor_of, random_shape, rows, same, same_rows
+from tokenferry.cli.soak_world import (
+    FLOATS,
+    Chance,
+    World,
+    factor_of,
+    random_shape,
+    random_values,
+    rows,
+    same,
+    same_rows,
+)
 from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.nn import functional
 
@@ -41,6 +51,8 @@ _PARANOID_SHARE = 0.15
 """Of Buffers."""
 _ELASTIC_SHARE = 0.3
 """Of Buffers on one node, that have an ElasticBuffer beside them."""
+_WIDTHS = (1, 2, 3, 64, 225)
+"""Of rows along a handle, in 16 bytes."""
 _KINDS = 5
 """Of shapes and dtypes on GPUs; see :class:`tokenferry.cli.soak_world.Chance`."""
 _LOOK_EVERY = 6
@@ -293,22 +305,8 @@ class _Soak:
         while len(self.alive) > _MOST_ALIVE:
             self.alive.pop(common.randrange(len(self.alive)))
 
-    def _values(
-        self, world: World, kind: random.Random, dtypes: Sequence[torch.dtype] = FLOATS
-    ) -> list[torch.Tensor]:
-        """[T, H] of every rank, fresh."""
-        seed, dtype, row_bytes = (
-            self.common.getrandbits(40),
-            kind.choice(dtypes),
-            16 * kind.choice([1, 2, 3, 64, 225]),
-        )
-        return [
-            rows(dtype, count, row_bytes, torch.Generator().manual_seed(seed * 64 + source))
-            for source, count in enumerate(world.shape.tokens)
-        ]
-
     def _cached(self, bench: Bench, world: World, handle: Any) -> None:
-        values = self._values(world, self.common.kind(), [*FLOATS, torch.uint8])
+        values = random_values(world.shape, self.common, self.common.kind(), [*FLOATS, torch.uint8], _WIDTHS)
         got = bench.buffer.dispatch(values[self.rank].to(self.device), handle=handle)[0]
         same_rows(got[: world.num_received[self.rank]], (world.received(values), None))
 
@@ -332,7 +330,7 @@ class _Soak:
 
     def _combine(self, bench: Bench, world: World, handle: Any) -> None:
         common, kind, mine = self.common, self.common.kind(), world.mine
-        values = self._values(world, kind)
+        values = random_values(world.shape, common, kind, FLOATS, _WIDTHS)
         num_biases, has_weights = kind.choice([0, 0, 1, 2]), kind.random() < 0.5
         made = torch.Generator().manual_seed(common.getrandbits(40) + self.rank)
         biases = [torch.randn(values[self.rank].shape, generator=made).to(values[0].dtype) for _ in range(num_biases)]

@@ -172,6 +172,17 @@ def rows(dtype: torch.dtype, count: int, row_bytes: int, made: torch.Generator) 
     return torch.randint(0, 256, (count, width), dtype=torch.uint8, generator=made).view(dtype)
 
 
+def random_values(
+    shape: Shape, chance: Chance, kind: random.Random, dtypes: Sequence[torch.dtype], widths: Sequence[int]
+) -> list[torch.Tensor]:
+    """[T, H] of every rank, fresh: of one of the dtypes, as wide as one of ``widths``, in 16 bytes."""
+    seed, dtype, row_bytes = chance.getrandbits(40), kind.choice(dtypes), 16 * kind.choice(widths)
+    return [
+        rows(dtype, count, row_bytes, torch.Generator().manual_seed(seed * 64 + source))
+        for source, count in enumerate(shape.tokens)
+    ]
+
+
 def same(what: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
     """Raise unless two tensors have the same bytes.
 

@@ -77,7 +77,7 @@ def buffer_of(name: str) -> Buffer:
     Raises:
         BufferStateError: there is none, or it is gone.
     """
-    reference = _buffers.get(name)
+    reference = _buffers.get(name)  # as ``_find``, which is a function more in every call of an operator
     buffer = None if reference is None else reference()
     if buffer is None:
         raise BufferStateError(f"no Buffer is known as {name!r}: tokenferry.ops.register(buffer) returns its name")

@@ -172,7 +172,7 @@ class Dispatch(Exchange):
         self._first_tokens = [0] * self.num_ranks
         part = self._plan.part
         if part is None:
-            _mark_unused(outputs, ends[-1])
+            _mark_unused(outputs, ends[-1], self._plan.zero_unused)
         else:
             counts = [end - start for start, end in zip(self._filled, ends, strict=True)]
             self._filled = part.starts.tolist()
@@ -187,10 +187,6 @@ class Dispatch(Exchange):
         self.drive()
         if self._copies is not None:
             self._copies.finish()
-        if self._plan.zero_unused:
-            for rows in (outputs.rows, outputs.scales):
-                if rows is not None:
-                    rows[ends[-1] :].view(torch.uint8).zero_()
         if part is not None:
             part.starts.copy_(torch.tensor(self._filled, device=_CPU))
         return True
@@ -257,13 +253,17 @@ def columns_of(payloads: SendPlan | Outputs) -> list[torch.Tensor]:
     return [tensor.view(torch.uint8) for tensor in tensors if tensor is not None]
 
 
-def _mark_unused(outputs: Outputs, start: int) -> None:
+def _mark_unused(outputs: Outputs, start: int, zero_rows: bool) -> None:
     """Set the rows from ``start`` on to what rows past the last received one have."""
     for tensor in (outputs.recv_src_idx, outputs.metadata, outputs.topk_idx):
         if tensor is not None:
             tensor[start:].fill_(-1)
     if outputs.topk_idx is not None and outputs.topk_weights is not None:
         outputs.topk_weights[start:].fill_(0)
+    if zero_rows:
+        for rows in (outputs.rows, outputs.scales):
+            if rows is not None:
+                rows[start:].view(torch.uint8).zero_()
 
 
 def localise(topk_idx: torch.Tensor, topk_weights: torch.Tensor, experts: range) -> None:
