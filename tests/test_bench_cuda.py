@@ -39,7 +39,7 @@ class FakeClock:
     def drain(self) -> None:
         pass
 
-    def stretch(self, call: Callable[[], object], count: int) -> Stretch:
+    def stretch(self, call: Callable[[], object], count: int, ahead: int = 0) -> Stretch:
         for _ in range(min(count, 2)):
             call()
         return Stretch(count * (1 + 2 * dist.get_rank()) * 1e-3 + (count == 1) * 1e-3, count * 0.5e-3)
@@ -354,7 +354,7 @@ def beside_deepep(rank: int, num_ranks: int, cases: list[CudaCase]) -> list[Any]
     module.Buffer = type("Buffer", (Buffer,), {"__init__": lambda self, *_: Buffer.__init__(self, dist.group.WORLD)})  # type: ignore[attr-defined]
     sys.modules["deep_ep"] = module
     try:
-        return run_cases(rank, num_ranks, cases, Effort(1, 1, 2, 1), [BASELINE, DEEPEP], FakeClock())
+        return run_cases(rank, num_ranks, cases, Effort(1, 1, 2, warm_ups=1), [BASELINE, DEEPEP], FakeClock())
     finally:
         del sys.modules["deep_ep"]
 

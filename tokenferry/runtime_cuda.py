@@ -112,7 +112,8 @@ class CudaRuntime:
         """
         if self._plane is not None:
             raise BufferStateError("sync() was called before")
-        offers = [json.loads(bytes(ipc_handles[rank])) for rank in self.topology.local_ranks]
+        everyone = [json.loads(bytes(handle)) for handle in ipc_handles]
+        offers = [everyone[rank] for rank in self.topology.local_ranks]
         sizes = sorted({int(size) for _, _, size, _ in offers})
         if len(sizes) > 1:
             raise HeapError(f"the ranks want heaps of {sizes} bytes: num_nvl_bytes and heap_bytes must be equal")
@@ -122,8 +123,9 @@ class CudaRuntime:
         self._heap.attach(group)  # first: all ranks come to this, whatever fails on one of them afterwards
         self._regions.attach([(str(name), int(size)) for name, size, _, _ in offers])
         self._regions.set_heap(self._heap.addresses, self._heap.size)
-        gpus = [gpu for _, _, _, gpu in offers]
-        most = _resident_programs(self.device, gpus.count(gpus[self.topology.local_index]))
+        gpus = [gpu for _, _, _, gpu in everyone]  # a test of nodes may have several on one GPU
+        sharing = gpus.count(offers[self.topology.local_index][-1])
+        most = _resident_programs(self.device, sharing, self.topology.num_nodes > 1)
         self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most, *self._options)
         self._plane.status.recorder = self.recorder
 
@@ -244,13 +246,16 @@ class CudaRuntime:
             self._combine_rows.clear()
 
 
-def _resident_programs(device: torch.device, num_sharing: int) -> int:
-    """Programs of one operation that surely run at a time, with ``num_sharing`` ranks on the GPU.
+def _resident_programs(device: torch.device, num_sharing: int, has_rails: bool) -> int:
+    """Programs of one operation that surely run at a time, with ``num_sharing`` ranks of all nodes on the GPU.
 
-    Kernels wait for each other: one that is not resident would be waited for in vain.
+    Kernels wait for each other: one that is not resident would be waited for in vain. Those of a rail need SMs that
+    nobody else has a program on, while the senders and the receivers of every rank may be waiting.
     """
     num_sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return num_sms if num_sharing == 1 else max(num_sms // (num_sharing + 1), 2)
+    if num_sharing == 1:
+        return num_sms
+    return max(num_sms // (num_sharing + 1) // (2 if has_rails else 1), 2)
 
 
 def _can_share() -> bool:

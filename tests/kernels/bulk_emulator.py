@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 import random
 import sys
 from collections import defaultdict
@@ -95,7 +96,7 @@ def numbers(*tensors: Any) -> list[np.ndarray]:
 
 def tensor(values: np.ndarray, dtype: tl.dtype) -> tl.tensor:
     handle = stock.TensorHandle(values.astype(stock._get_np_dtype(dtype)), dtype)
-    return tl.tensor(handle, tl.block_type(dtype, [len(values)]))
+    return tl.tensor(handle, tl.block_type(dtype, list(values.shape)))
 
 
 def emulated_bulk() -> ModuleType:
@@ -244,9 +245,10 @@ class _Slots:
 
     def load(self, layout: Any) -> tl.tensor:
         kind = np.dtype(stock._get_np_dtype(self.dtype))
-        size = int(getattr(self.shape[0], "value", self.shape[0]))
-        start = self.row * size * kind.itemsize
-        return tensor(engine().shared[start : start + size * kind.itemsize].view(kind), self.dtype)
+        shape = [int(getattr(size, "value", size)) for size in self.shape]
+        size = math.prod(shape) * kind.itemsize
+        start = self.row * size
+        return tensor(engine().shared[start : start + size].view(kind).reshape(shape), self.dtype)
 
     def _keep_alive(self) -> None:
         assert not engine().loads, "loads that nobody waited for"
@@ -258,7 +260,7 @@ def _gluon() -> dict[str, ModuleType]:
     gluon.jit = triton.jit  # type: ignore[attr-defined]
     gluon.language = language  # type: ignore[attr-defined]
     offers: Any = language
-    offers.BlockedLayout = offers.SwizzledSharedLayout = lambda *sizes, **options: None
+    offers.BlockedLayout = offers.SwizzledSharedLayout = offers.SliceLayout = lambda *sizes, **options: None
     offers.arange = lambda start, end, layout=None: tl.arange(start, end)
     offers.zeros = lambda shape, dtype, layout=None: tl.zeros(shape, dtype)
     offers.thread_barrier = lambda: tl.debug_barrier()

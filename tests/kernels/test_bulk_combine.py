@@ -1,4 +1,4 @@
-"""The bulk-copy combine with its engine played: rows of all ranks pass through one ring, summed in order.
+"""The bulk-copy combine with its engine played: rows of all ranks pass through the rings of groups, summed in order.
 
 Threads of a program go in step here. So nobody sees whether the one that asks for rows waits for those that sum, only
 whether it waits for the right phase.
@@ -24,9 +24,9 @@ from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.kernels import bulk_combine
 from tokenferry.dataplane.cuda.programs import Target
 
-SLOTS = 5
-"""Of a ring: one program's items go round."""
-PLAIN = Case(tokens=(9, 6), row_bytes=16, num_topk=3, combine_bytes=32, routing="sparse", bias="two", seed=1)
+SLOTS = 9
+"""Two rings of four: the items of a group go round."""
+PLAIN = Case(tokens=(14, 6), row_bytes=16, num_topk=3, combine_bytes=32, routing="sparse", bias="two", seed=1)
 HALF = replace(PLAIN, combine_dtype=torch.float16, bias="one")
 WIDE = replace(PLAIN, tokens=(3, 2), combine_bytes=2304, bias="none")
 
@@ -48,7 +48,7 @@ def run(
     simulated = {key: Simulated(world.simulator, kernel, value) for key, value in programs._BULK_COMBINE.items()}
     monkeypatch.setattr(programs, "_BULK_COMBINE", simulated)
     width = case.combine_bytes // case.combine_dtype.itemsize
-    slot = max(programs._power_of_two(width), 1024) * case.combine_dtype.itemsize
+    slot = max(programs._power_of_two(width) * case.combine_dtype.itemsize, 1024)
     monkeypatch.setattr(programs, "SHARED_BYTES", SLOTS * slot + bulk_combine.EXTRA_BYTES)
     ranks = [Rank(world, case, rank, num_sms=2) for rank in range(num_ranks)]
     worst = max(ranks[0].num_rows) + 2
@@ -79,7 +79,7 @@ def test_wide_rows_without_weights(monkeypatch: Any) -> None:
     run(monkeypatch, WIDE, weights=False)
 
 
-FULL = "wait_parity(extra + BARS + use_at * 8, parity + tid * 0)"
+FULL = "wait_parity(extra + BARS + slot * 8, parity + tid * 0)"
 BY_TOKEN = "gl.where(load_shared_long(entry + BY_TOKEN) != 0, token, head)"
 MUTANTS = {
     # The engine.
@@ -89,14 +89,20 @@ MUTANTS = {
     "one warp has summed": ("(tid % 32 == 0)", "(tid == 0)", "direct"),
     "rows that are not there are awaited": ("total = live * ROW", "total = (live * 0 + 1) * ROW", "direct"),
     "weights are not awaited": ("total += live * size", "pass", "direct"),
-    "short windows": ("(skip + K * 4 + 15) & -16", "(K * 4 + 15 + tid * 0) & -16", "direct"),
-    "windows from their start": ("+ load_shared(extra + SKIPS + use_at * 8)", "", "direct"),
+    "short windows": ("(skip + K * 4 + 15) & -16", "(K * 4 + 15 + lane * 0) & -16", "direct"),
+    "windows from their start": ("+ (note & (LIVE - 1))", "", "direct"),
     # What is asked for and summed.
     "rows without a head": ("(head >= 0) & (head < count)", "head < count", "direct"),
-    "there is always a row": ("((there >> LAG) & 1) != 0", "there >= 0", "direct"),
-    "whether there is another row": ("((there >> LAG) & 1)", "((there >> (LAG - 1)) & 1)", "direct"),
-    "direct rows by token": (BY_TOKEN, "(token + tid * 0)", "direct"),
-    "staged rows by head": (BY_TOKEN, "(head + tid * 0)", "staged"),
+    "there is always a row": ("notes + use_at * G * 8) >= LIVE", "notes + use_at * G * 8) >= 0", "direct"),
+    "there are always weights": ("gl.where(note >= LIVE", "gl.where(note >= 0", "direct"),
+    "whether the first group has a row": ("NOTES + groups * 8", "NOTES + groups * 0", "direct"),
+    "rows of the first group's token": ("source, token + group, slot_at", "source, token + group * 0, slot_at", "staged"),
+    "heads of the first group's token": ("ahead_token + group, stop", "ahead_token + group * 0, stop", "direct"),
+    "sums of the first group's token": ("n * workers + groups", "n * workers + groups * 0", "direct"),
+    "one slot for all groups": ("slot = slot_at * G + group", "slot = slot_at * G + group * 0", "direct"),
+    "groups are programs": ("rank, this, epoch, programs, R)", "rank, this, epoch, workers, R)", "staged"),
+    "direct rows by token": (BY_TOKEN, "token", "direct"),
+    "staged rows by head": (BY_TOKEN, "head", "staged"),
     "rows of one source": (
         "store_shared_long(entry + ROWS_AT, base + none",
         "store_shared_long(table + ROWS_AT, base + none",
@@ -117,7 +123,7 @@ MUTANTS = {
     ),
     "rounds are not awaited": ("if alive & is_staged(", "if (rank < 0) & is_staged(", "staged"),
     "second bias is the first": ("gl.load(bias_1 + place", "gl.load(bias_0 + place", "direct"),
-    "weights of one source": ("sums += value", "sums = value", "direct"),
+    "weights of one source": ("sums += gl.where(", "sums = gl.where(", "direct"),
     # The stage.
     "one half": ("target = own + (this % 2) * half", "target = own", "staged"),
     "slots are not the round's": (

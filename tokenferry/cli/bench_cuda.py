@@ -213,6 +213,9 @@ def results_of(
             "calls": effort.calls,
             "stretches": effort.stretches,
             "chain": effort.chain,
+            "least_chain": effort.least_chain,
+            "chained_tokens": effort.chained_tokens,
+            "ahead": effort.ahead,
         },
         "notes": [*shared, *notes],
         "cases": [report.to_json() for report in reports],
@@ -311,4 +314,4 @@ def _introduce(args: argparse.Namespace, machine: Mapping[str, Any], notes: Sequ
 
 
 def _boundary(effort: Effort) -> str:
-    return BOUNDARY.format(chain=effort.chain, baseline=BASELINE)
+    return BOUNDARY.format(**effort._asdict(), baseline=BASELINE)

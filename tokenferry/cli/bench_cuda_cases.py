@@ -1,8 +1,8 @@
 """The cases of the benchmark on GPUs: what a rank runs, and the three ways in which it times a call.
 
 *call*: from a drained device and a start that all ranks share, the time between two CUDA events around one call.
-*chained*: the same around a chain of calls, for one of them. *host*: the wall time that the host spends in one call
-of that chain. Only *chained* says what a program pays that has other work to hide the host's behind; *call* has the
+*chained*: the same around calls in the middle of a chain, for one of them. *host*: the wall time that the host spends in one call
+of those. Only *chained* says what a program pays that has other work to hide the host's behind; *call* has the
 host's time in it.
 """
 
@@ -72,12 +72,22 @@ class Effort(NamedTuple):
     """Samples of *call*."""
     stretches: int = 5
     """Samples of *chained* and *host*."""
-    chain: int = 20
-    """Calls in a stretch."""
+    chain: int = 100
+    """Calls in a stretch, at most."""
+    least_chain: int = 20
+    """Calls in a stretch of however many tokens."""
+    chained_tokens: int = 1 << 19
+    """That all calls of a stretch have together, if it has more calls than the least."""
+    ahead: int = 20
+    """Calls right before those of a stretch, without a pause and not timed: a host is slow in its first ones."""
     warm_ups: int = 5
     """Calls that are not timed: the first ones compile, allocate, and let peers map what was allocated."""
     kernels: bool = False
     """Ask torch.profiler for the time of each kernel too."""
+
+    def calls_of(self, tokens: int) -> int:
+        """Calls in a stretch."""
+        return min(self.chain, max(self.least_chain, self.chained_tokens // tokens))
 
 
 class Stretch(NamedTuple):
@@ -116,8 +126,8 @@ class Clock(Protocol):
     def drain(self) -> None:
         """Wait until the device has nothing left to do."""
 
-    def stretch(self, call: Callable[[], object], count: int) -> Stretch:
-        """Drain, start together with all ranks, and time ``count`` calls."""
+    def stretch(self, call: Callable[[], object], count: int, ahead: int = 0) -> Stretch:
+        """Drain, start together with all ranks, and time ``count`` calls, behind ``ahead`` that are not timed."""
 
 
 class CudaClock:
@@ -131,10 +141,12 @@ class CudaClock:
         """See :meth:`Clock.drain`."""
         torch.cuda.synchronize()
 
-    def stretch(self, call: Callable[[], object], count: int) -> Stretch:
+    def stretch(self, call: Callable[[], object], count: int, ahead: int = 0) -> Stretch:
         """See :meth:`Clock.stretch`."""
         self.drain()
         start_together()
+        for _ in range(ahead):
+            call()
         self._begin.record()
         begin = time.perf_counter()
         for _ in range(count):
@@ -233,7 +245,8 @@ def _run_cases(
         for case in cases:
             if case.sms:
                 Buffer.set_num_sms(case.sms)
-            samples = {OURS: measure(clock, ours[case.mode], effort)}
+            chain = effort.calls_of(case.tokens)
+            samples = {OURS: measure(clock, ours[case.mode], effort, chain)}
             for rival in others:
                 call = rival.calls_at(case.sms).get(case.mode)
                 if call is None:
@@ -242,7 +255,7 @@ def _run_cases(
                     check_agreement(case, rank, ours[case.mode](), call())
                 key = (rival.name, case.mode)
                 if rival.knows_sms or key not in known:
-                    known[key] = measure(clock, call, effort)
+                    known[key] = measure(clock, call, effort, chain)
                 samples[rival.name] = known[key]
             assert buffer.runtime is not None
             results.append(
@@ -250,7 +263,7 @@ def _run_cases(
                     samples,
                     *count_traffic(work.is_token_in_rank, rank, case.row_bytes()),
                     buffer.runtime.allocated_bytes(),
-                    kernel_seconds(ours[case.mode], effort.chain) if effort.kernels else {},
+                    kernel_seconds(ours[case.mode], chain) if effort.kernels else {},
                 )
             )
         clock.drain()
@@ -260,15 +273,15 @@ def _run_cases(
     return results
 
 
-def measure(clock: Clock, call: Callable[[], object], effort: Effort) -> Samples:
-    """Time a call in the three ways."""
+def measure(clock: Clock, call: Callable[[], object], effort: Effort, chain: int) -> Samples:
+    """Time a call in the three ways, with so many calls in a stretch."""
     clock.stretch(call, effort.warm_ups)
     calls = [clock.stretch(call, 1) for _ in range(effort.calls)]
-    chains = [clock.stretch(call, effort.chain) for _ in range(effort.stretches)]
+    chains = [clock.stretch(call, chain, effort.ahead) for _ in range(effort.stretches)]
     return Samples(
         [stretch.device for stretch in calls],
-        [stretch.device / effort.chain for stretch in chains],
-        [stretch.host / effort.chain for stretch in chains],
+        [stretch.device / chain for stretch in chains],
+        [stretch.host / chain for stretch in chains],
     )
 
 

@@ -91,8 +91,10 @@ class Effort(NamedTuple):
     """Samples of *call*."""
     stretches: int = 5
     """Samples of *chained* and *host*."""
-    chain: int = 20
+    chain: int = 100
     """Calls in a stretch."""
+    ahead: int = 20
+    """Calls right before them, without a pause and not timed: a host is slow in its first ones."""
     replays: int = 10
     """Samples of *graph*."""
     captured: int = 10
@@ -116,7 +118,7 @@ class Effort(NamedTuple):
         )
 
 
-CPU_EFFORT = Effort(calls=10, stretches=3, chain=4, phases=5, warm_ups=1)
+CPU_EFFORT = Effort(calls=10, stretches=3, chain=4, ahead=0, phases=5, warm_ups=1)
 """Calls take a thousand times as long there."""
 
 
@@ -303,7 +305,7 @@ def measure(clock: Clock, contender: Contender, effort: Effort) -> Samples:
 def _time(clock: Clock, call: Callable[[], object], effort: Effort) -> dict[str, list[float]]:
     clock.stretch(call, effort.warm_ups)
     calls = [clock.stretch(call, 1) for _ in range(effort.calls)]
-    chains = [clock.stretch(call, effort.chain) for _ in range(effort.stretches)]
+    chains = [clock.stretch(call, effort.chain, effort.ahead) for _ in range(effort.stretches)]
     samples = {
         "call": [stretch.device for stretch in calls],
         "chained": [stretch.device / effort.chain for stretch in chains],

@@ -20,8 +20,8 @@ class Clock(Protocol):
     def drain(self) -> None:
         """Wait until the device has nothing left to do."""
 
-    def stretch(self, call: Callable[[], object], count: int) -> Stretch:
-        """Drain, start together with all ranks, and time ``count`` calls."""
+    def stretch(self, call: Callable[[], object], count: int, ahead: int = 0) -> Stretch:
+        """Drain, start together with all ranks, and time ``count`` calls, behind ``ahead`` that are not timed."""
 
     def launch(self, call: Callable[[], object]) -> float:
         """Drain, start together with all ranks, and return the seconds of what a call has the device do."""
@@ -59,9 +59,11 @@ class HostClock:
     def drain(self) -> None:
         """See :meth:`Clock.drain`."""
 
-    def stretch(self, call: Callable[[], object], count: int) -> Stretch:
+    def stretch(self, call: Callable[[], object], count: int, ahead: int = 0) -> Stretch:
         """See :meth:`Clock.stretch`."""
         start_together()
+        for _ in range(ahead):
+            call()
         begin = time.perf_counter()
         for _ in range(count):
             call()

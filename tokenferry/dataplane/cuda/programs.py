@@ -59,6 +59,10 @@ _BEHIND = 3
 """Slots of a ring that are being written to global memory, or wait for it."""
 _MOST_SUMS = 64
 """Float32 sums that a thread keeps in registers."""
+_SUMMING_WARPS = 8
+"""Of a program, in groups that sum a token each."""
+_SUMMED = 2
+"""Slots of a group's ring that are being summed."""
 
 
 class Target(NamedTuple):
@@ -376,29 +380,33 @@ def _combine(
 ) -> Variant:
     """The variant by the bulk-copy engine, unless rows do not fit registers and shared memory."""
     item = dtypes[0].itemsize
-    num_warps = 4 if _power_of_two(width) <= 128 * _MOST_SUMS else 8
+    of_group = max(_power_of_two(width) // (32 * _MOST_SUMS), 1)
     # The ring is the larger of two allocations, and so the first.
-    block = max(_power_of_two(width), 512 * num_warps // item)
-    slots = min((SHARED_BYTES - bulk_combine_kernels.EXTRA_BYTES) // (block * item), 14)
+    block = max(_power_of_two(width), 1024 * of_group // item)
+    slots = min((SHARED_BYTES - bulk_combine_kernels.EXTRA_BYTES) // (block * item), bulk_combine_kernels.MOST_SLOTS)
+    groups = 1
+    while groups * of_group < _SUMMING_WARPS and slots // (2 * groups) >= _FEWEST_SLOTS:
+        groups *= 2
     biases = {"BIAS_0": num_biases > 0, "BIAS_1": num_biases > 1}
     if (
         target.can_bulk
         and dtypes in _BULK_COMBINE
         and slots >= _FEWEST_SLOTS
-        and block <= 32 * num_warps * _MOST_SUMS
+        and of_group <= _SUMMING_WARPS
     ):
         return _BULK_COMBINE[dtypes].variant(
-            num_warps,
+            groups * of_group,
             WIDTH=width,
             ITEM=item,
             K=num_topk,
             **biases,
             HELD=held,
             R=target.num_ranks,
-            W=num_warps,
+            W=groups * of_group,
+            G=groups,
             BLOCK=block,
-            SLOTS=slots,
-            LAG=slots - _BEHIND,
+            SLOTS=slots // groups,
+            LAG=slots // groups - _SUMMED,
         )
     return _COMBINE[dtypes].variant(
         8,

@@ -1,8 +1,9 @@
 """Combine by the bulk-copy engine (sm_90 and newer): the same protocol and parameters as in plain Triton.
 
-The rows of a program's tokens pass through one ring of slots, source after source, LAG rows ahead of the sum. All
-warps sum together; the first one asks for rows. A slot without a row (the source does not have the token) announces
-nothing.
+A program has G groups of warps, each with tokens and a ring of slots of its own; so the one sums while the other waits.
+The rows of a group's tokens pass through its ring, source after source, LAG rows ahead of the sum. All its warps sum
+together; the first one asks for rows. A slot without a row (the source does not have the token) announces nothing, and
+is left out of the sum. Groups take equally many turns, and meet only where the program does.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ from tokenferry.dataplane.cuda.kernels.sync import finish
 from tokenferry.dataplane.cuda.kernels.words import EPOCH, FAILED, STAGED
 
 EXTRA_BYTES = 16384
-"""Shared memory behind the ring: the table, the barriers and windows of weights."""
+"""Shared memory behind the rings: the table, the barriers and windows of weights."""
+MOST_SLOTS = 32
+"""Of all groups: that there are barriers for."""
 ENTRY = gl.constexpr(64)
 ROWS_AT = gl.constexpr(0)
 ROWS_STEP = gl.constexpr(8)
@@ -57,8 +60,10 @@ COUNT = gl.constexpr(40)
 BARS = gl.constexpr(32 * 64)
 """Behind the table's entries for 32 sources."""
 FREE = gl.constexpr(32 * 64 + 256)
-"""Barriers that all warps arrive at when they have summed a slot."""
-SKIPS = gl.constexpr(32 * 64 + 512)
+"""Barriers that all warps of a group arrive at when they have summed a slot."""
+NOTES = gl.constexpr(32 * 64 + 512)
+"""Of a slot: how far into its window its weights begin, and LIVE if it has a row."""
+LIVE = gl.constexpr(256)
 WINDOWS = gl.constexpr(32 * 64 + 768)
 WINDOW = gl.constexpr(160)
 """Bytes for 32 weights wherever they begin."""
@@ -91,65 +96,63 @@ def prepare(
 
 @gluon.jit
 def ask(
-    live, head, source, token, slot_at, ask_parity, extra, ring, tid,
-    ROW: gl.constexpr, K: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr,
+    live, head, source, token, slot_at, ask_parity, extra, ring, group, lane,
+    ROW: gl.constexpr, K: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of one item, a token's row of one source, if there is one: it is ``live``.
+    """Start the copies of one item of each group, a token's row of one source, if there is one: it is ``live``.
 
     Returns:
         The next slot to ask into, and the parity of its turn.
     """
     entry = extra + source * ENTRY
-    live = live.to(gl.int32) + tid * 0
     index = gl.where(load_shared_long(entry + BY_TOKEN) != 0, token, head).to(gl.int64)
     rows_at = load_shared_long(entry + ROWS_AT) + index * load_shared_long(entry + ROWS_STEP)
     total = live * ROW
+    note = live * LIVE
+    slot = slot_at * G + group
+    bar = extra + BARS + slot * 8
     if K > 0:
         at = load_shared_long(entry + WEIGHTS_AT) + index * load_shared_long(entry + WEIGHTS_STEP)
         skip = (at & 15).to(gl.int32)
         size = (skip + K * 4 + 15) & -16
         total += live * size
-    bar = extra + BARS + slot_at * 8
-    wait_parity(extra + FREE + slot_at * 8, (ask_parity ^ 1) + tid * 0)
+        note += skip
+    wait_parity(extra + FREE + slot * 8, (ask_parity ^ 1) + lane * 0)
+    store_shared(extra + NOTES + slot * 8, note, (lane == 0).to(gl.int32))
+    announce(bar, total, (lane == 0).to(gl.int32))
+    load_bulk(ring + slot * SLOT, rows_at, lane * 0 + ROW, bar, live * (lane == 0).to(gl.int32))
     if K > 0:
-        store_shared(extra + SKIPS + slot_at * 8, skip, (tid == 0).to(gl.int32))
-    announce(bar, total, (tid == 0).to(gl.int32))
-    load_bulk(ring + slot_at * SLOT, rows_at, tid * 0 + ROW, bar, live * (tid == 0).to(gl.int32))
-    if K > 0:
-        load_bulk(extra + WINDOWS + slot_at * WINDOW, at & -16, size, bar, live * (tid == 1).to(gl.int32))
+        load_bulk(extra + WINDOWS + slot * WINDOW, at & -16, size, bar, live * (lane == 1).to(gl.int32))
     is_end = slot_at == SLOTS - 1
     return tl.where(is_end, 0, slot_at + 1), tl.where(is_end, ask_parity ^ 1, ask_parity)
 
 
 @gluon.jit
 def head_of(send_head, source, token, end, R: gl.constexpr):
-    """The number of a token's row among those of its source, or -1."""
-    return tl.load(send_head + token.to(tl.int64) * R + source, mask=token < end, other=-1)
+    """The number of a token's row among those of its source, or -1; of the token of each thread's group."""
+    return gl.load(send_head + token.to(gl.int64) * R + source, mask=token < end, other=-1)
 
 
 @gluon.jit
 def ask_ahead(
-    send_head, head, source, token, stop, workers, there, slot_at, ask_parity, extra, ring, tid,
-    ROW: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr,
+    send_head, head, source, token, stop, workers, slot_at, ask_parity, extra, ring, group, lane,
+    ROW: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
-    """Ask for an item if there are any more, and go on to the one behind it.
+    """Ask for an item of each group if the first one has any more, and go on to the one behind it.
 
     Returns:
-        Head, source and token of the item behind; ``there``, whether items have a row, the last one's bit the lowest;
-        the next slot to ask into, and the parity of its turn.
+        Heads, source and first group's token of the item behind; the next slot to ask into, and the parity of its turn.
     """
-    # From a scalar address, so one answer for all threads: they branch on it when they sum.
-    count = load_shared_long(shared_base(source) + SLOTS * SLOT + source * ENTRY + COUNT).to(gl.int32)
-    live = (head >= 0) & (head < count)
     if token < stop:
+        count = load_shared_long(extra + source * ENTRY + COUNT).to(gl.int32)
+        live = ((head >= 0) & (head < count)).to(gl.int32)
         slot_at, ask_parity = ask(
-            live, head, source, token, slot_at, ask_parity, extra, ring, tid, ROW, K, SLOT, SLOTS
+            live, head, source, token + group, slot_at, ask_parity, extra, ring, group, lane, ROW, K, SLOT, SLOTS, G
         )
     is_end = source == R - 1
     token = tl.where(is_end, token + workers, token)
     source = tl.where(is_end, 0, source + 1)
-    there = (there << 1) | live.to(tl.int64)
-    return head_of(send_head, source, token, stop, R), source, token, there, slot_at, ask_parity
+    return head_of(send_head, source, token + group, stop, R), source, token, slot_at, ask_parity
 
 
 @gluon.jit
@@ -229,30 +232,41 @@ def combine(
     HELD: gl.constexpr,
     R: gl.constexpr,
     W: gl.constexpr,
+    G: gl.constexpr,
     BLOCK: gl.constexpr,
     SLOTS: gl.constexpr,
     LAG: gl.constexpr,
 ):
-    """As :func:`tokenferry.dataplane.cuda.kernels.combine.combine`, for rows that are added in float32."""
+    """As :func:`tokenferry.dataplane.cuda.kernels.combine.combine`, for rows that are added in float32.
+
+    Of the W warps, W / G sum a token; each group has SLOTS slots.
+    """
     ROW: gl.constexpr = WIDTH * ITEM
     SLOT: gl.constexpr = BLOCK * ITEM
     AT: gl.constexpr = (ROW + 15) // 16 * 16
     RECORD: gl.constexpr = AT + (K * 4 + 15) // 16 * 16
     LINE: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    LINES: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
-    ROWS: gl.constexpr = gl.BlockedLayout([16 // ITEM], [32], [W], [0])
-    memory = gl.allocate_shared_memory(x.dtype.element_ty, [SLOTS, BLOCK], LINE)
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 16 // ITEM], [1, 32], [G, W // G], [1, 0])
+    memory = gl.allocate_shared_memory(x.dtype.element_ty, [SLOTS, G, BLOCK], LINES)
     rest = gl.allocate_shared_memory(gl.int32, [4096], LINE)
     anchor = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(anchor.index(0), count=1)
     tid = gl.arange(0, 32 * W, ONE)
-    cols = gl.arange(0, BLOCK, ROWS)
+    group = tid // (32 * (W // G))
+    lane = tid % (32 * (W // G))
+    # The same for the elements of a row: the groups, one a row, and their columns.
+    groups = gl.arange(0, G, gl.SliceLayout(1, ROWS))
+    cols = gl.arange(0, BLOCK, gl.SliceLayout(0, ROWS))
+    inside = (cols < WIDTH)[None, :]
     ring = shared_base(tid)
-    extra = ring + SLOTS * SLOT
+    extra = ring + SLOTS * G * SLOT
+    notes = shared_base(groups) + SLOTS * G * SLOT + NOTES + groups * 8
     first_thread = (tid == 0).to(gl.int32)
-    for index in gl.static_range(SLOTS):
+    for index in gl.static_range(SLOTS * G):
         init_barrier(extra + BARS + index * 8, tid * 0 + 1, first_thread)
-        init_barrier(extra + FREE + index * 8, tid * 0 + W, first_thread)
+        init_barrier(extra + FREE + index * 8, tid * 0 + W // G, first_thread)
     gl.thread_barrier()
     pid = gl.program_id(0)
     epoch = tl.load(state + EPOCH) + 1
@@ -273,11 +287,13 @@ def combine(
         if pid < stagers:
             stage_rows(
                 heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage,
-                half, pid, stagers, tid, cols, WIDTH, ITEM, K, HELD, R,
+                half, pid, stagers, tid, gl.arange(0, BLOCK, gl.BlockedLayout([16 // ITEM], [32], [W], [0])), WIDTH,
+                ITEM, K, HELD, R,
             )  # fmt: skip
         elif fits:
-            worker = pid - stagers
-            workers = gl.num_programs(0) - stagers
+            programs = gl.num_programs(0) - stagers
+            worker = (pid - stagers) * G
+            workers = programs * G
             by_rounds = any_staged(heap, rank, R)
             per_round = half // (RECORD * R)
             rounds = tl.where(by_rounds, rounds_of(num_tokens, per_round), 1)
@@ -305,43 +321,46 @@ def combine(
                     ahead_source = zero()
                     ahead_token = (first + worker).to(tl.int32)
                     stop = end.to(tl.int32)
-                    there = zero().to(tl.int64)
-                    head = head_of(send_head, ahead_source, ahead_token, stop, R)
+                    head = head_of(send_head, ahead_source, ahead_token + group, stop, R)
                     for _ in range(LAG):
-                        head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
-                            send_head, head, ahead_source, ahead_token, stop, workers, there, slot_at, ask_parity,
-                            extra, ring, tid, ROW, K, R, SLOT, SLOTS,
+                        head, ahead_source, ahead_token, slot_at, ask_parity = ask_ahead(
+                            send_head, head, ahead_source, ahead_token, stop, workers, slot_at, ask_parity, extra,
+                            ring, group, lane, ROW, K, R, SLOT, SLOTS, G,
                         )  # fmt: skip
                     for n in range(mine):
-                        t = first + worker + n * workers
-                        place = t * WIDTH + cols
-                        inside = cols < WIDTH
-                        total = gl.zeros([BLOCK], gl.float32, ROWS)
+                        t = first + worker + n * workers + groups
+                        place = t[:, None] * WIDTH + cols[None, :]
+                        wanted = inside & (t < end)[:, None]
+                        total = gl.zeros([G, BLOCK], gl.float32, ROWS)
                         sums = gl.zeros([32 * W], gl.float32, ONE)
                         if BIAS_0:
-                            total += gl.load(bias_0 + place, mask=inside, other=0.0).to(gl.float32)
+                            total += gl.load(bias_0 + place, mask=wanted, other=0.0).to(gl.float32)
                         if BIAS_1:
-                            total += gl.load(bias_1 + place, mask=inside, other=0.0).to(gl.float32)
+                            total += gl.load(bias_1 + place, mask=wanted, other=0.0).to(gl.float32)
                         for _ in range(R):
-                            head, ahead_source, ahead_token, there, slot_at, ask_parity = ask_ahead(
-                                send_head, head, ahead_source, ahead_token, stop, workers, there, slot_at,
-                                ask_parity, extra, ring, tid, ROW, K, R, SLOT, SLOTS,
+                            head, ahead_source, ahead_token, slot_at, ask_parity = ask_ahead(
+                                send_head, head, ahead_source, ahead_token, stop, workers, slot_at, ask_parity, extra,
+                                ring, group, lane, ROW, K, R, SLOT, SLOTS, G,
                             )  # fmt: skip
-                            wait_parity(extra + BARS + use_at * 8, parity + tid * 0)
-                            if ((there >> LAG) & 1) != 0:
-                                total += memory.index(use_at).load(ROWS).to(gl.float32)
-                                if K > 0:
-                                    at = extra + WINDOWS + use_at * WINDOW + load_shared(extra + SKIPS + use_at * 8)
-                                    value = load_shared(at + gl.where(tid < K, tid, 0) * 4)
-                                    sums += value.to(gl.float32, bitcast=True)
-                            arrive(extra + FREE + use_at * 8, (tid % 32 == 0).to(gl.int32))
+                            slot = use_at * G + group
+                            wait_parity(extra + BARS + slot * 8, parity + tid * 0)
+                            live = load_shared(notes + use_at * G * 8) >= LIVE
+                            row = memory.index(use_at).load(ROWS).to(gl.float32)
+                            total += gl.where(live[:, None], row, 0.0)
+                            if K > 0:
+                                note = load_shared(extra + NOTES + slot * 8)
+                                at = extra + WINDOWS + slot * WINDOW + (note & (LIVE - 1))
+                                value = load_shared(at + gl.where(lane < K, lane, 0) * 4)
+                                sums += gl.where(note >= LIVE, value.to(gl.float32, bitcast=True), 0.0)
+                            arrive(extra + FREE + slot * 8, (tid % 32 == 0).to(gl.int32))
                             parity = tl.where(use_at == SLOTS - 1, parity ^ 1, parity)
                             use_at = tl.where(use_at == SLOTS - 1, 0, use_at + 1)
-                        gl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+                        gl.store(out + place, total.to(out.dtype.element_ty), mask=wanted)
                         if K > 0:
-                            gl.store(out_weights + t * K + tid, sums, mask=tid < K)
+                            t = first + worker + n * workers + group
+                            gl.store(out_weights + t * K + lane, sums, mask=(lane < K) & (t < end))
                     if by_rounds:
-                        release_round(heap, state, rank, this, epoch, workers, R)
+                        release_round(heap, state, rank, this, epoch, programs, R)
         finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
     memory._keep_alive()
     rest._keep_alive()
