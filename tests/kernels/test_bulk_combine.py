@@ -96,7 +96,11 @@ MUTANTS = {
     "there is always a row": ("notes + use_at * G * 8) >= LIVE", "notes + use_at * G * 8) >= 0", "direct"),
     "there are always weights": ("gl.where(note >= LIVE", "gl.where(note >= 0", "direct"),
     "whether the first group has a row": ("NOTES + groups * 8", "NOTES + groups * 0", "direct"),
-    "rows of the first group's token": ("source, token + group, slot_at", "source, token + group * 0, slot_at", "staged"),
+    "rows of the first group's token": (
+        "source, token + group, slot_at",
+        "source, token + group * 0, slot_at",
+        "staged",
+    ),
     "heads of the first group's token": ("ahead_token + group, stop", "ahead_token + group * 0, stop", "direct"),
     "sums of the first group's token": ("n * workers + groups", "n * workers + groups * 0", "direct"),
     "one slot for all groups": ("slot = slot_at * G + group", "slot = slot_at * G + group * 0", "direct"),

@@ -388,12 +388,7 @@ def _combine(
     while groups * of_group < _SUMMING_WARPS and slots // (2 * groups) >= _FEWEST_SLOTS:
         groups *= 2
     biases = {"BIAS_0": num_biases > 0, "BIAS_1": num_biases > 1}
-    if (
-        target.can_bulk
-        and dtypes in _BULK_COMBINE
-        and slots >= _FEWEST_SLOTS
-        and of_group <= _SUMMING_WARPS
-    ):
+    if target.can_bulk and dtypes in _BULK_COMBINE and slots >= _FEWEST_SLOTS and of_group <= _SUMMING_WARPS:
         return _BULK_COMBINE[dtypes].variant(
             groups * of_group,
             WIDTH=width,

@@ -1,9 +1,9 @@
 """Combine by the bulk-copy engine (sm_90 and newer): the same protocol and parameters as in plain Triton.
 
-A program has G groups of warps, each with tokens and a ring of slots of its own; so the one sums while the other waits.
-The rows of a group's tokens pass through its ring, source after source, LAG rows ahead of the sum. All its warps sum
-together; the first one asks for rows. A slot without a row (the source does not have the token) announces nothing, and
-is left out of the sum. Groups take equally many turns, and meet only where the program does.
+A program has G groups of warps, each with tokens and a ring of slots of its own: one sums while another waits. The
+rows of a group's tokens pass through its ring, source after source, LAG rows ahead of the sum. All its warps sum
+together; the first one asks for rows. A slot without a row (the source does not have the token) announces nothing,
+and is left out of the sum. Groups take equally many turns, and meet only where the program does.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def ask_ahead(
     """Ask for an item of each group if the first one has any more, and go on to the one behind it.
 
     Returns:
-        Heads, source and first group's token of the item behind; the next slot to ask into, and the parity of its turn.
+        Heads, source and first group's token of the item behind; the next slot to ask into, the parity of its turn.
     """
     if token < stop:
         count = load_shared_long(extra + source * ENTRY + COUNT).to(gl.int32)
