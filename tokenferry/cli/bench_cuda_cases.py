@@ -1,9 +1,9 @@
 """The cases of the benchmark on GPUs: what a rank runs, and the three ways in which it times a call.
 
 *call*: from a drained device and a start that all ranks share, the time between two CUDA events around one call.
-*chained*: the same around calls in the middle of a chain, for one of them. *host*: the wall time that the host spends in one call
-of those. Only *chained* says what a program pays that has other work to hide the host's behind; *call* has the
-host's time in it.
+*chained*: the same around calls in the middle of a chain, for one of them. *host*: the wall time that the host spends
+in one of those. Only *chained* says what a program pays that has other work to hide the host's behind; *call* has
+the host's time in it.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ dispatch and come back as bfloat16, converted beforehand. A pair is dispatch + c
 BOUNDARY_CUDA = """\
 graph: a replay of a CUDA graph of {captured} calls, for one of them, behind a delay that hides the host.
 call: between CUDA events around one call, from a drained GPU and a start that all ranks share; host time is in it.
-chained: between CUDA events around {chain} calls, behind {ahead} that are not timed and without a pause, for one of
-them. host: wall time of the host in one of those. send, receive: the launches of a call with a hook, each behind a delay that hides the host, the receive
-when all ranks have sent."""
+chained: between CUDA events around {chain} calls, right behind {ahead} that are not timed, for one of them. host: the
+wall time of the host in one of those. send, receive: the launches of a call with a hook, each behind a delay that
+hides the host, the receive when all ranks have sent."""
 BOUNDARY_CPU = """\
 Ranks are processes of one CPU, which stand in for GPUs: these are no claim of speed, and there are no graphs.
 call: wall time of one call, from a start that all ranks share. chained, host: of {chain} calls without a pause, for
