@@ -255,6 +255,18 @@ def test_growth_of_memory_is_judged_in_long_runs() -> None:
         assert "too short" in leak.found
 
 
+def test_memory_of_compilers_is_no_leak() -> None:
+    report = _growing(600.0, 0.0)
+    for every, mib_a_minute, found in ((4, 0.0, False), (4, 20.0, True), (1, 20.0, False)):
+        report.looks[:] = [
+            look._replace(kernels=number // every, resident=look.resident + (number // every * 50 << 20))
+            for number, look in enumerate(_growing(600.0, mib_a_minute).looks)
+        ]
+        leak = command.find_leaks([report], set(), 0)[-1]
+        assert leak.is_leak == found, (every, mib_a_minute, leak)
+        assert ("kernels were compiled" in leak.found) == (every == 1)
+
+
 def test_growth_of_device_memory_is_judged_and_drawn(tmp_path: Path) -> None:
     for mib_a_minute, found in ((0.0, False), (2.0, False), (40.0, True)):
         reports = [_growing(300.0, 0.0, 0.0), _growing(300.0, 0.0, mib_a_minute)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import statistics
 import sys
@@ -151,30 +152,34 @@ def _late_leak(what: str, reports: Sequence[Report], field: str, most: int) -> L
     growths = [late_growth(report.looks, field) for report in reports]
     late = max((growth for growth in growths if growth is not None), default=None)
     if late is None:
-        return Leak(what, "not judged: the run is too short", False)
+        why = "the run is too short, or kernels were compiled between nearly all looks"
+        return Leak(what, f"not judged: {why}", False)
     return Leak(what, f"{late / 2**20:+.1f} MiB in the rank with most", late > most)
 
 
 def late_growth(looks: Sequence[Look], field: str) -> int | None:
     """Bytes by which the memory of a rank has grown late in a run: when everything there is has been used.
 
-    The median of the last quarter, less that of the third: single looks jump, as allocators keep what they have.
+    The median of the last quarter, less that of the third: single looks jump, as allocators keep what they have. What
+    comes between two looks between which kernels were made ready is left out: compilers keep memory of each.
 
     Args:
         looks: of the rank.
         field: of a look.
 
     Returns:
-        None if the run was too short to say.
+        None if the run was too short to say, or kernels were made ready nearly all the time.
     """
-    end = looks[-1].seconds if looks else 0.0
-    third, last = (
-        [getattr(look, field) for look in looks if low * end < look.seconds <= high * end]
-        for low, high in ((0.5, 0.75), (0.75, 1.0))
-    )
-    if end < _LONG or min(len(third), len(last)) < _FEWEST_LOOKS:
+    end, left_out = looks[-1].seconds if looks else 0.0, 0
+    quarters: tuple[list[int], list[int]] = ([], [])
+    for before, look in itertools.pairwise(looks):
+        if look.kernels > before.kernels:
+            left_out += getattr(look, field) - getattr(before, field)
+        elif look.seconds > end / 2:
+            quarters[look.seconds > 0.75 * end].append(getattr(look, field) - left_out)
+    if end < _LONG or min(map(len, quarters)) < _FEWEST_LOOKS:
         return None
-    return int(statistics.median(last) - statistics.median(third))
+    return int(statistics.median(quarters[1]) - statistics.median(quarters[0]))
 
 
 def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak], seconds: float, killed: int) -> str:

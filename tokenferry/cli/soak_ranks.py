@@ -53,7 +53,7 @@ _ELASTIC_SHARE = 0.3
 """Of Buffers on one node, that have an ElasticBuffer beside them."""
 _WIDTHS = (1, 2, 3, 64, 225)
 """Of rows along a handle, in 16 bytes."""
-_KINDS = 5
+_KINDS = 3
 """Of shapes and dtypes on GPUs; see :class:`tokenferry.cli.soak_world.Chance`."""
 _LOOK_EVERY = 6
 """Operations between two looks at the clock, which all ranks take together."""
@@ -80,6 +80,8 @@ class Look(NamedTuple):
     """Open ones."""
     device: int = 0
     """Bytes of its GPU that are taken, by whomever; 0 on CPU ranks."""
+    kernels: int = 0
+    """Variants of kernels that it has made ready so far: compilers and drivers keep memory of each."""
 
 
 @dataclass
@@ -181,7 +183,15 @@ class _Soak:
         report.files = (report.files[0] if warmed else files, files)
         report.resident = (report.resident[0] if warmed else resident, resident)
         report.resident_peak = max(report.resident_peak, resident)
-        report.looks.append(Look(time.monotonic() - self.started, resident, files, self._device_bytes()))
+        seconds = time.monotonic() - self.started
+        report.looks.append(Look(seconds, resident, files, self._device_bytes(), self._kernels()))
+
+    def _kernels(self) -> int:
+        if self.device.type == "cpu":
+            return 0
+        from tokenferry.dataplane.cuda.launch import Kernel  # CPU ranks need no Triton
+
+        return Kernel.variants
 
     def _device_bytes(self) -> int:
         """Without what torch keeps of its own accord; all ranks look at the same time, since they may share a GPU."""

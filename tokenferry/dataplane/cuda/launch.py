@@ -89,12 +89,15 @@ class Kernel:
 
     Attributes:
         types: as given.
+        variants: how many have been made ready in this process, of all kernels.
 
     Args:
         kernel: a ``triton.jit`` or ``gluon.jit`` function whose constexpr parameters come last.
         types: dtype of what each pointer parameter points to, or None for an integer, in order.
         options: of the compiler, beside those that every kernel has.
     """
+
+    variants = 0
 
     def __init__(
         self, kernel: Any, types: Sequence[torch.dtype | None], options: Mapping[str, object] | None = None
@@ -108,6 +111,7 @@ class Kernel:
         compiled = self.compile(num_warps, 1, **constants)
         run = compiled.run  # loads the module
         leading = (compiled.function, compiled.packed_metadata, None, None, None)
+        Kernel.variants += 1
         return Variant(*_below(run, leading), (None,) * len(constants))
 
     def compile(self, num_warps: int, number: int, **constants: object) -> Any:
