@@ -120,10 +120,10 @@ def fault(
         assert "claims" in names, f"{test.__name__} must compare with its row"
         if "kind" in names:
             # Between nodes low latency fails as it does inside one, and as the rail does; where no rank is gone or
-            # silent, all fails as it does inside one: slow.
-            is_gone = within is Within.DEADLINE or what.startswith("SIG")
-            between = "two nodes, " if is_gone else "two nodes"
-            kinds = [pytest.param(on, marks=[pytest.mark.slow] * on.startswith(between)) for on in row.on]
+            # absent, all fails as it does inside one; who waits for expanding ranks waits as for others: slow.
+            later = ["two nodes, " if what == "SIGKILL" or what.startswith("stays away") else "two nodes"]
+            later += ["`ElasticBuffer`"] * what.startswith(("SIGSTOP", "stays away", "Ctrl-C", "exit"))
+            kinds = [pytest.param(on, marks=[pytest.mark.slow] * on.startswith(tuple(later))) for on in row.on]
             test = pytest.mark.parametrize("kind", kinds if len(kinds) > 1 else row.on)(test)
         return pytest.mark.fault(row)(test)
 

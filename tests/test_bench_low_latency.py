@@ -194,7 +194,7 @@ def saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_results_as_on_gpus(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMALL, "--device", "cuda", "--tokens", "1", "2", "4", "--save"]) == 0
+    assert main([*SMALL, "--device", "cuda", "--tokens", "1", "2", "4", "--dtype", "bf16", "--save"]) == 0
     assert (saved / "shared").read_text() == "False"
     results = json.loads((saved / "h100-2ranks-low-latency.json").read_text())
     assert (saved / "h100-2ranks-low-latency.png").read_bytes().startswith(b"\x89PNG")
@@ -228,7 +228,7 @@ def test_results_as_on_gpus(saved: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "2 ranks on 2 x NVIDIA H100 80GB HBM3" in shown
     assert "NVLink" not in shown
     assert "3.00 us +" in shown
-    assert len([line for line in shown.splitlines()[-6:] if "3.0 (3.0 .. 3.0)" in line]) == 6
+    assert len([line for line in shown.splitlines()[-3:] if "3.0 (3.0 .. 3.0)" in line]) == 3
 
 
 @pytest.mark.slow
@@ -374,10 +374,10 @@ def test_a_rival_that_fails_is_left_out_and_named(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_low_latency, "run_cases", run_broken)
-    assert main([*SMALL, "--device", "cuda", "--tokens", "1", "200", "--save"]) == 0
+    assert main([*SMALL, "--device", "cuda", "--tokens", "1", "200", "--dtype", "bf16", "--save"]) == 0
     results = json.loads((saved / "h100-2ranks-low-latency.json").read_text())
     assert all(entry["contenders"].keys() == {OURS} for entry in results["cases"])
-    assert len(results["cases"]) == 4
+    assert len(results["cases"]) == 2
     (note,) = [note for note in results["notes"] if "left out: it failed" in note]
     assert note.startswith(f"{BASELINE} left out: it failed on rank 1: BenchError: {BASELINE}, 1 tokens")
     assert note in capsys.readouterr().out

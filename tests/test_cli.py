@@ -1,22 +1,9 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from tokenferry.cli import COMMANDS, main
 from tokenferry.version import __version__
-
-
-def test_module_runs_and_imports_no_command() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "tokenferry", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert done.stdout.startswith("usage: tokenferry")
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert {"torch", "tokenferry", "tokenferry.cli"} <= imported
-    assert not [name for name in imported if name.startswith(("tokenferry.cli.", "matplotlib"))]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

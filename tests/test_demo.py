@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,15 @@ def arguments(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_runs_from_end_to_end(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*COMMAND, "--ranks", "2", "--steps", "3", "--output", "drawn"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "They agree within a relative 1e-04" in done.stdout
-    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("from ")]
+def test_runs_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "Settings", partial(Settings, sample_length=20))
+    assert demo.main(arguments("--ranks", "2", "--steps", "3", "--output", "drawn")) == 0
+    out = capfd.readouterr().out
+    assert "They agree within a relative 1e-04" in out
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith("from ")]
     assert [row[:2] for row in rows] == [["from", "0"], ["from", "1"]]
     # 3 steps, 2 layers, 8 sequences of 128 characters a rank: at most this many tokens reach a rank, and each reaches
     # at least one.
@@ -118,7 +117,8 @@ def test_the_demo_fails_when_the_twin_differs(
                 self.down[3] *= 1.1
 
     monkeypatch.setattr(demo_train, "DenseMoE", Perturbed)
-    assert demo.main(arguments("--ranks", "2", "--steps", "2", "--no-plot")) == 1
+    monkeypatch.setattr(demo, "Settings", partial(Settings, batch=4, length=32))
+    assert demo.main(arguments("--ranks", "2", "--steps", "1", "--no-plot")) == 1
     err = capfd.readouterr().err
     assert "the ranks and their dense twin differ by more than a relative 1e-04" in err
     assert "Traceback" not in err

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import tokenferry
 from tests.cases import named_segments
+from tests.conftest import slow
 from tests.faults import names, names_left
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.memory import shm
@@ -75,7 +76,7 @@ def die_between(rank: int, num_ranks: int, victim: int, after: str) -> dict[str,
     return result
 
 
-@pytest.mark.parametrize(("num_ranks", "victim", "after"), [(2, 0, "dispatch"), (4, 2, "combine")])
+@pytest.mark.parametrize(("num_ranks", "victim", "after"), [(4, 2, "combine"), *slow((2, 0, "dispatch"))])
 def test_killed_rank_is_named(num_ranks: int, victim: int, after: str) -> None:
     with RankPool(num_ranks, 1) as pool:
         with pytest.raises(RankError) as caught:

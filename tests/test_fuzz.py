@@ -233,7 +233,7 @@ def spoil(name: str, shape: str, spoiler: Spoiler) -> Any:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", OPERATIONS)
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(number=st.sampled_from([0, 0, 0, 1, 2]), header=HEADERS, payload=PAYLOADS)
 @example(number=0, header={}, payload=[])
 @example(number=0, header={}, payload=[(share / 40, -1) for share in range(41)])

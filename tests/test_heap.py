@@ -100,7 +100,7 @@ def test_stage_bytes_are_reused_only_after_release() -> None:
         assert receive(reader, 0) == (4, True)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_order_of_sends_and_reads_keeps_every_payload(data: st.DataObject) -> None:
     """Against a model: messages arrive in order, once, intact, whoever is slow."""

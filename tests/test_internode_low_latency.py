@@ -18,7 +18,7 @@ from tests.low_latency_cases import FORMATS, ROUTINGS, Case, check_case
 from tokenferry import BufferStateError, MismatchError, PeerError
 
 
-@pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x2", "3x2", "3x1"))
+@pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x2", "3x2", "3x1", "2x4"))
 def test_layouts(pool_of: PoolOf, layout: str) -> None:
     cases = [Case(tokens=(4, 0, 7, 1), spare=2, format=name, num_topk=4) for name in FORMATS]
     pool_of(len(LAYOUTS[layout])).run(check_nodes, layout, cases)
@@ -28,7 +28,7 @@ def test_routings(pool_of: PoolOf) -> None:
     pool_of(4).run(check_nodes, "2x2", [Case(tokens=(6, 3), routing=routing) for routing in ROUTINGS])
 
 
-@pytest.mark.parametrize("hidden", [8, 136, *slow(2048)])
+@pytest.mark.parametrize("hidden", [136, *slow(8, 2048)])
 def test_shapes(pool_of: PoolOf, hidden: int) -> None:
     cases = [Case(tokens=(5, 9), hidden=hidden, num_topk=num_topk, local_experts=3) for num_topk in (1, 9, 32)]
     pool_of(6).run(check_nodes, "3x2 mixed", cases)

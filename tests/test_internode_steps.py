@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.cases import Case
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.internode_cases import LAYOUTS, NodeScenario, make_buffer, small_chunks
 from tests.test_device_rail import CPU, rail_of
 from tokenferry import Buffer, Config, MismatchError
@@ -157,7 +157,7 @@ def _over_device_rail(rank: int, num_ranks: int, layout: str, key: str) -> None:
         assert made[0]._device == CPU
 
 
-@pytest.mark.parametrize("layout", ["2x1", "3x1", "2x2"])
+@pytest.mark.parametrize("layout", ["2x2", *slow("2x1", "3x1")])
 def test_modes_over_the_rail_of_gpus(pool_of: PoolOf, layout: str) -> None:
     pool_of(len(LAYOUTS[layout])).run(_over_device_rail, layout, "steps")
 

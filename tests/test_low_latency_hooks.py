@@ -17,7 +17,7 @@ import torch
 from tests.cases import Case as NormalCase
 from tests.cases import Scenario as NormalScenario
 from tests.cases import poisoned_memory
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.low_latency_cases import FORMATS, ROUTINGS, Case, Scenario, make_buffer
 from tokenferry import Buffer
 
@@ -53,12 +53,12 @@ def test_hooks_in_any_order(pool_of: PoolOf, order: tuple[int, ...]) -> None:
     pool_of(3).run(hooks_in_any_order, order, {})
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 4, *slow(2)])
 def test_more_in_flight_than_there_are_slots(pool_of: PoolOf, num_ranks: int) -> None:
     pool_of(num_ranks).run(hooks_in_any_order, tuple(reversed(range(20))), {})
 
 
-@pytest.mark.parametrize("num_rdma_bytes", [128, 65536])
+@pytest.mark.parametrize("num_rdma_bytes", [128, *slow(65536)])
 def test_small_stage_with_many_in_flight(pool_of: PoolOf, num_rdma_bytes: int) -> None:
     """Messages about as large as the whole stage: room comes only with what the peers have read."""
     pool_of(4).run(fill_the_stage, num_rdma_bytes)

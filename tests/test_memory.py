@@ -44,7 +44,7 @@ def heap_bytes(rank: int, num_ranks: int, tokens: int, ceiling: int) -> int:
 
 @pytest.mark.parametrize("ceiling", [256 << 10, 64 << 20, *slow(8 << 20)])
 @pytest.mark.parametrize("tokens", [500, 4000, pytest.param(40000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+@pytest.mark.parametrize("num_ranks", [2, 4, *slow(8)])
 def test_heap_follows_the_formula(num_ranks: int, tokens: int, ceiling: int, pool_of: Any) -> None:
     row_bytes = 2 * HIDDEN + 12 * TOPK
     expected = formula(num_ranks, tokens, row_bytes, ceiling)

@@ -117,7 +117,8 @@ def gradcheck_layer(rank: int, num_ranks: int) -> None:
         inputs = [draw(*shape, seed=i) for i, shape in enumerate([(5, 2), (4, 2), (4, 2, 2), (4, 2, 2), (4, 2, 2)])]
         logits = (inputs[0] @ inputs[1].T).sort(dim=-1).values
         assert float((logits[:, 2] - logits[:, 1]).min()) > 1e-3  # no step of gradcheck changes a choice
-        assert gradcheck(function, [value.requires_grad_() for value in inputs])
+        # In one random direction; in all of them it takes long.
+        assert gradcheck(function, [value.requires_grad_() for value in inputs], fast_mode=True)
 
 
 @pytest.mark.parametrize("check", [gradcheck_layer, *slow(gradcheck_dispatch, gradcheck_combine)])

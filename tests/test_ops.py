@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import cases, low_latency_cases, operator_cost
 from tests.cases import Case, Scenario
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.operators import ThroughOperators, draw
 from tokenferry import ArgumentError, Buffer, BufferStateError, Config, ops
 from tokenferry.nn import functional
@@ -60,7 +60,7 @@ def check_cases(
                     assert bool(cases.bits(rows)[num_rows:].any()) is (outputs is plain[0])
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_ranks", [3, *slow(1)])
 def test_high_throughput_as_the_oracle_says(pool_of: PoolOf, num_ranks: int) -> None:
     """All calls of :mod:`tests.cases`; past the received rows there are zeros, not what was in memory."""
     pool_of(num_ranks).run(check_cases)

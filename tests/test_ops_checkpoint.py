@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.operators import draw, recorded_calls
 from tests.test_ops_compile import fresh_compiler, gradients, needs_compiler
 from tokenferry import Buffer, ops
@@ -83,7 +83,7 @@ def test_eager(pool_of: PoolOf, policy: str, expected: list[str]) -> None:
     pool_of(2).run(check, None, 2, policy, expected)
 
 
-@pytest.mark.parametrize("policy", ["all", "save", pytest.param("half", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("policy", ["all", *slow("save", "half")])
 @pytest.mark.parametrize(
     ("backend", "num_blocks"),
     [("aot_eager", 1), pytest.param("inductor", 2, marks=[needs_compiler, pytest.mark.slow])],

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests import low_latency_cases
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.operators import draw, recorded_calls
 from tokenferry import Buffer, ops
 from tokenferry.nn import ExpertParallelMoE, functional
@@ -41,23 +41,23 @@ def gradients(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> l
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def check_layer(rank: int, num_ranks: int, backend: str, num_worst_tokens: int) -> None:
+def check_layer(rank: int, num_ranks: int, backend: str, num_worst_tokens: int, tokens: tuple[int, int]) -> None:
     with fresh_compiler(), Buffer(dist.group.WORLD) as buffer:
         ops.register(buffer)
-        for tokens in ((6, 6), (0, 3)):
-            x, ids, weights = draw(rank, tokens[rank])
-            scale = torch.linspace(1, 2, 8)
+        x, ids, weights = draw(rank, tokens[rank])
+        scale = torch.linspace(1, 2, 8)
 
-            def layer(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor = ids) -> Any:
-                got = functional.dispatch(buffer, x, ids, weights, EXPERTS, num_worst_tokens=num_worst_tokens)
-                rows = F.silu(got.x * scale) * got.topk_weights.sum(1, keepdim=True)
-                return functional.combine(buffer, rows, got.handle).sin()
+        def layer(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor = ids) -> Any:
+            got = functional.dispatch(buffer, x, ids, weights, EXPERTS, num_worst_tokens=num_worst_tokens)
+            rows = F.silu(got.x * scale) * got.topk_weights.sum(1, keepdim=True)
+            return functional.combine(buffer, rows, got.handle).sin()
 
-            compiled = torch.compile(layer, backend=backend, fullgraph=True)
-            wanted, have = gradients(layer, x, weights, scale), gradients(compiled, x, weights, scale)
-            torch.testing.assert_close(have, wanted)
+        compiled = torch.compile(layer, backend=backend, fullgraph=True)
+        wanted, have = gradients(layer, x, weights, scale), gradients(compiled, x, weights, scale)
+        torch.testing.assert_close(have, wanted)
 
 
+@pytest.mark.parametrize("tokens", [(0, 3), *slow(((6, 6),))], ids=str)
 @pytest.mark.parametrize(
     ("backend", "num_worst_tokens"),
     [
@@ -67,9 +67,9 @@ def check_layer(rank: int, num_ranks: int, backend: str, num_worst_tokens: int) 
         pytest.param("inductor", 40, marks=[needs_compiler, pytest.mark.slow]),
     ],
 )
-def test_layer(pool_of: PoolOf, backend: str, num_worst_tokens: int) -> None:
+def test_layer(pool_of: PoolOf, backend: str, num_worst_tokens: int, tokens: tuple[int, int]) -> None:
     """A rank without tokens has a graph of its own, from which a compiler would love to drop a combine of nothing."""
-    pool_of(2).run(check_layer, backend, num_worst_tokens)
+    pool_of(2).run(check_layer, backend, num_worst_tokens, tokens)
 
 
 def check_unused(rank: int, num_ranks: int, backend: str) -> None:

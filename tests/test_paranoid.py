@@ -78,7 +78,7 @@ def _check_nodes(rank: int, num_ranks: int, layout: str, exact: bool) -> None:
         check_nodes(rank, num_ranks, layout, case, chunk=3, exact=exact)
 
 
-@pytest.mark.parametrize(("layout", "exact"), [("2x1", True), ("2x2 alternating", False)])
+@pytest.mark.parametrize(("layout", "exact"), [("2x1", False), *slow(("2x1", True), ("2x2 alternating", False))])
 def test_between_nodes(pool_of: PoolOf, layout: str, exact: bool) -> None:
     pool_of(2 if layout == "2x1" else 4).run(_check_nodes, layout, exact)
 
@@ -319,7 +319,7 @@ def test_another_value_is_refused() -> None:
         st.tuples(st.integers(0, 39), st.integers(1, 255)), min_size=1, max_size=3, unique_by=lambda c: c[0]
     ),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_changed_bytes_change_the_checksum_of_their_row(
     num_rows: int, row_bytes: int, seed: int, changes: list[tuple[int, int]]
 ) -> None:

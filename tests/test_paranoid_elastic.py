@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import TIMEOUT, Case
-from tests.conftest import PoolOf, slow
+from tests.conftest import PoolOf, but_slow, slow
 from tests.elastic_cases import Elastic, elastic_buffer
 from tests.test_paranoid import check_found, flipped, paranoid, told_of
 from tokenferry import Buffer, CorruptionError, HeapError, TokenferryError
@@ -44,7 +44,7 @@ def _check(rank: int, num_ranks: int, case: Case, multiple: bool, num_bytes: int
     return send.call_count
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", but_slow(CASES, "sparse"))
 @pytest.mark.parametrize("num_ranks", [3, *slow(1)])
 def test_every_kind_of_call_gives_what_the_oracle_says(pool_of: PoolOf, num_ranks: int, name: str) -> None:
     proofs = pool_of(num_ranks).run(_check, CASES[name], num_ranks == 1, 0)

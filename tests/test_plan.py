@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import slow
 from tokenferry.cli import plan_model, plan_routing
 from tokenferry.cli.plan_model import LOW_LATENCY, MODES, Hop, Plan, predict
 from tokenferry.cli.plan_routing import Machine, Routing, Shape, route
@@ -245,7 +246,7 @@ def times(machine: Machine, shape: Shape) -> list[float]:
     return [operation.seconds for mode in MODES for operation in predict(machine, shape, mode).operations]
 
 
-@pytest.mark.parametrize(("nodes", "limited"), [(1, False), (4, False), (4, True)])
+@pytest.mark.parametrize(("nodes", "limited"), [(1, False), (4, False), *slow((4, True))])
 def test_times_fall_with_what_is_faster_and_grow_with_the_load(nodes: int, limited: bool) -> None:
     machine = Machine(nodes, 8)
     shape = Shape(groups=8, topk_groups=4 if limited else 8)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import Case, Scenario, wait_for
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.internode_cases import NodeScenario, make_buffer, small_chunks
 from tests.internode_low_latency_cases import NodeScenario as QuickScenario
 from tests.internode_low_latency_cases import make_buffer as make_quick_buffer
@@ -160,7 +160,7 @@ def _no_stage(rank: int, num_ranks: int, layout: str) -> None:
         Scenario.dispatch(scenario, buffer)
 
 
-@pytest.mark.parametrize("layout", ["2x2", "3x2"])
+@pytest.mark.parametrize("layout", ["2x2", *slow("3x2")])
 def test_ranks_step_back_whatever_comes_together(pool_of: PoolOf, layout: str) -> None:
     pool_of(4 if layout == "2x2" else 6).run(_no_stage, layout)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import BIASES, COMBINE_DTYPES, ROUTINGS, TIMEOUT, Case, Scenario, poisoned_memory
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tokenferry import Buffer
 
 MOST_ALIVE = 4
@@ -75,7 +75,7 @@ def _iterate(rank: int, num_ranks: int, iterations: int, seed: int, num_nvl_byte
     return operations
 
 
-@pytest.mark.parametrize("num_nvl_bytes", [0, 65536])
+@pytest.mark.parametrize("num_nvl_bytes", [*slow(0), 65536])
 def test_random_operations(pool_of: PoolOf, num_nvl_bytes: int) -> None:
     operations = pool_of(4).run(_iterate, 15, num_nvl_bytes, num_nvl_bytes, 0.01)
     assert len(set(operations)) == 1
@@ -117,6 +117,6 @@ def _many_small(rank: int, num_ranks: int, times: int) -> None:
             scenario.check_combine(scenario.combine(buffer, result[4]))
 
 
-@pytest.mark.parametrize("times", [100, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [60, pytest.param(5000, marks=pytest.mark.slow)])
 def test_many_small_operations(pool_of: PoolOf, times: int) -> None:
     pool_of(3).run(_many_small, times)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import Case, Scenario
-from tests.conftest import PoolOf
+from tests.conftest import PoolOf, slow
 from tests.host_path import EXPERTS, HIDDEN, TOPK, rank_on_a_gpu
 from tests.internode_cases import LAYOUTS, NodeScenario
 from tokenferry import Buffer
@@ -81,7 +81,7 @@ def _operations(rank: int, num_ranks: int, layout: str) -> tuple[int, int]:
     return len(used[0]), len(used[1])
 
 
-@pytest.mark.parametrize("layout", ["", "2x2", "3x1"])
+@pytest.mark.parametrize("layout", ["", "2x2", *slow("3x1")])
 def test_what_is_used_was_made_ready(pool_of: PoolOf, layout: str) -> None:
     ranks = len(LAYOUTS[layout]) if layout else 2
     # Between nodes ranks of a node tell each other what they know in dispatches of their own.

@@ -43,7 +43,7 @@ def run(monkeypatch: Any, case: Case, seed: int, direct: str, module: ModuleType
 
 @pytest.mark.parametrize(
     ("name", "direct"),
-    [("plain", "direct"), ("fp8", "staged"), *slow(("sparse", "mixed"))],
+    [("fp8", "staged"), *slow(("plain", "direct"), ("sparse", "mixed"))],
 )
 def test_expanded(monkeypatch: Any, name: str, direct: str) -> None:
     run(monkeypatch, CASES[name], len(name), direct)
@@ -145,7 +145,7 @@ def test_fault_in_the_zeros_past_the_last_row_is_found(monkeypatch: Any, name: s
         along_a_handle(monkeypatch, module)
 
 
-@pytest.mark.parametrize("name", but_slow(COPIES, "another row", "sources before"))
+@pytest.mark.parametrize("name", but_slow(COPIES, "another row", "sources before", "experts of other ranks"))
 def test_fault_in_copies_is_found(monkeypatch: Any, name: str) -> None:
     module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_columns, *COPIES[name])
     with pytest.raises((AssertionError, InterpreterError)):

@@ -76,7 +76,7 @@ ROOMS = {
 @pytest.mark.parametrize(
     ("name", "direct"),
     [
-        pytest.param(name, direct, marks=[pytest.mark.slow] * (name in ("exact", "too few rows")))
+        pytest.param(name, direct, marks=[pytest.mark.slow] * (name in ("generous", "exact", "too few rows")))
         for name, direct in zip(ROOMS, [*DIRECT] * 2, strict=True)
     ],
 )
@@ -89,7 +89,7 @@ def test_every_room_ends_in_the_same_rows(monkeypatch: Any, name: str, direct: s
 
 
 @pytest.mark.parametrize(
-    ("name", "direct"), [("generous", "mixed"), ("too few of either", "direct"), ("none", "staged")]
+    ("name", "direct"), [("generous", "mixed"), ("too few of either", "direct"), *slow(("none", "staged"))]
 )
 def test_bulk_copies(monkeypatch: Any, name: str, direct: str) -> None:
     world = bulk_world(monkeypatch, len(name), direct, 1 << 10)
@@ -124,6 +124,7 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
         "no total without a worst case",
         "copies of all but the last source",
         "rows of the sources before",
+        "rows are not looked at",
     ),
 )
 def test_mutants_are_found(monkeypatch: Any, name: str) -> None:
@@ -191,7 +192,7 @@ class ExpertRanks(Ranks):
         are_whole(received.x, received.topk_weights, handle.recv_src_metadata, handle.routes.recv_src_idx)
 
 
-@pytest.mark.parametrize("expand", [True, False])
+@pytest.mark.parametrize("expand", [True, *slow(False)])
 def test_the_second_dispatch_does_not_wait_for_counts(monkeypatch: Any, expand: bool) -> None:
     ranks = ExpertRanks(monkeypatch, expand=expand)
     for _ in range(2):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.cases import Case
+from tests.conftest import slow
 from tests.kernels.expert_world import ExpandedRank, run_ranks, simulate
 from tests.kernels.world import World
 from tokenferry.dataplane.cuda.kernels import words
@@ -46,7 +47,7 @@ def run(
     return world
 
 
-@pytest.mark.parametrize(("name", "direct"), [*zip(CASES, [*DIRECT] * 2, strict=True), ("plain", "staged")])
+@pytest.mark.parametrize(("name", "direct"), [*zip(CASES, [*DIRECT] * 2, strict=True), *slow(("plain", "staged"))])
 def test_expanded(monkeypatch: Any, name: str, direct: str) -> None:
     run(monkeypatch, CASES[name], len(name), direct)
 
@@ -67,7 +68,7 @@ def test_one_rounding(monkeypatch: Any) -> None:
     run(monkeypatch, CASES["plain"], 2, "mixed", sum_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["fp8", "idle"])
+@pytest.mark.parametrize("name", ["fp8", *slow("idle")])
 def test_compact_rows_say_where_they_are_from(monkeypatch: Any, name: str) -> None:
     run(monkeypatch, CASES[name], 3, "mixed", expand=False)
 
@@ -90,7 +91,7 @@ def test_no_room_is_reported_and_nothing_is_written_there(monkeypatch: Any) -> N
     assert ranks[1].metadata[:, 2:].max() == guard[1] - 1
 
 
-@pytest.mark.parametrize("copy", [-2, 1000])
+@pytest.mark.parametrize("copy", [1000, *slow(-2)])
 def test_copies_that_do_not_exist_are_reported(monkeypatch: Any, copy: int) -> None:
     world = World(monkeypatch, 2, 6, max_steps=200_000)
     simulate(monkeypatch, world)

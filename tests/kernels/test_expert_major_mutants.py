@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.cases import Case, choices
+from tests.conftest import but_slow
 from tests.kernels import expert_world
 from tests.kernels.expert_world import ExpandedRank, simulate
 from tests.kernels.mutants import mutated_modules
@@ -306,6 +307,8 @@ def test_fault_is_found(monkeypatch: Any, name: str) -> None:
         SCENARIOS[mutant.scenario](monkeypatch, mutant.modules())
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario", but_slow(SCENARIOS, *(name for name in SCENARIOS if name not in ("expanded", "no room")))
+)
 def test_right_kernels_pass(monkeypatch: Any, scenario: str) -> None:
     SCENARIOS[scenario](monkeypatch, None)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from tests import low_latency_oracle as oracle
-from tests.conftest import but_slow
+from tests.conftest import but_slow, slow
 from tests.kernels import simulator
 from tests.kernels.low_latency_world import LowLatencyWorld, known_expert_rows
 from tests.kernels.schedules import Scheduler, Sleeps, put_to_sleep
@@ -186,7 +186,7 @@ def test_routings(monkeypatch: Any, routing: str) -> None:
     calls.check()
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("exact", [False, *slow(True)])
 def test_operations_without_a_run_between_them(monkeypatch: Any, exact: bool) -> None:
     """Slots come round, with other contents; combines of a dispatch take fewer choices and fewer tokens."""
     cases = [Case(tokens=((2, 1), (1, 3), (0, 2))[n], spare=3 - (2, 3, 2)[n], hidden=8, seed=n) for n in range(3)]
@@ -215,7 +215,7 @@ def test_formats_take_turns_in_slots(monkeypatch: Any) -> None:
         calls.check()
 
 
-@pytest.mark.parametrize(("slots", "exact"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("slots", "exact"), [(2, False), *slow((3, True))])
 def test_hooks_in_another_order_than_sends(monkeypatch: Any, slots: int, exact: bool) -> None:
     world = world_of(monkeypatch, 2, slots, TINY, slots=slots, exact=exact)
     pairs = [Calls(world, TINY, exact=exact) for _ in range(slots)]
@@ -277,7 +277,7 @@ def test_more_in_flight_than_slots(monkeypatch: Any) -> None:
         calls.check()
 
 
-@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("hook", [True, *slow(False)])
 def test_statistics_grow(monkeypatch: Any, hook: bool) -> None:
     world = world_of(monkeypatch, 2, 6 + hook, TINY)
     stats = [torch.full((2,), 10 * rank, dtype=torch.int32) for rank in range(2)]
@@ -316,7 +316,7 @@ def test_ranks_that_call_different_things_are_told(monkeypatch: Any) -> None:
         assert details == ([1, 0, 1] if rank == 1 else [0, 1, 0])
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("exact", [True, *slow(False)])
 def test_shrinking_with_everybody_there(monkeypatch: Any, exact: bool) -> None:
     world = world_of(monkeypatch, 2, 1, TINY, exact=exact, shrinks=True)
     pairs = [Calls(world, TINY, exact=exact) for _ in range(2)]
@@ -330,7 +330,7 @@ def test_shrinking_with_everybody_there(monkeypatch: Any, exact: bool) -> None:
         calls.check()
 
 
-@pytest.mark.parametrize(("masked", "exact"), [(0, False), (1, True), (2, False)])
+@pytest.mark.parametrize(("masked", "exact"), [(0, False), (1, True), *slow((2, False))])
 def test_masked_rank_is_done_without(monkeypatch: Any, masked: int, exact: bool) -> None:
     case = Case(tokens=(2, 1, 2), hidden=8)
     world = world_of(monkeypatch, 3, masked, case, exact=exact, shrinks=True)

@@ -72,9 +72,8 @@ def combine_without(calls: Calls, dead: int, hook: bool = False) -> dict[int, An
 @pytest.mark.parametrize(
     ("hook", "shrinks", "exact"),
     [
-        (False, True, False),
         (True, True, True),
-        *(pytest.param(*given, marks=pytest.mark.slow) for given in ((True, True, False), (False, False, False))),
+        *slow((False, True, False), (True, True, False), (False, False, False)),
     ],
 )
 def test_rank_that_ends_after_the_dispatch_is_the_only_one_missed(
@@ -145,7 +144,7 @@ def test_senders_that_see_a_mask_at_different_times_send_all_sums(monkeypatch: A
         Scenario(case, rank, 3, (1,)).check_combine(answers[rank], by_rank=True)
 
 
-@pytest.mark.parametrize("shrinks", [False, True])
+@pytest.mark.parametrize("shrinks", [True, *slow(False)])
 def test_epochs_past_31_bits(monkeypatch: Any, shrinks: bool) -> None:
     world = world_of(monkeypatch, 2, 1, TINY, shrinks=shrinks, max_steps=6000)
     for state in world.states:
@@ -154,7 +153,7 @@ def test_epochs_past_31_bits(monkeypatch: Any, shrinks: bool) -> None:
         dispatched(world, TINY)
 
 
-@pytest.mark.parametrize("shrinks", [False, True])
+@pytest.mark.parametrize("shrinks", [True, *slow(False)])
 def test_hook_that_replays_have_overtaken_is_reported_at_once(monkeypatch: Any, shrinks: bool) -> None:
     world = timed_world(monkeypatch, 2, 1, TINY, slots=2, shrinks=shrinks, timeout=1 << 40, max_steps=20_000)
     first, second = Calls(world, TINY), Calls(world, TINY)

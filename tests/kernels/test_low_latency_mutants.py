@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import but_slow
+from tests.conftest import but_slow, slow
 from tests.kernels.mutants import mutated_module, mutated_modules
 from tests.kernels.schedules import stop_at_deadlocks
 from tests.kernels.test_low_latency import (
@@ -337,13 +337,16 @@ def test_fault_is_found(monkeypatch: Any, name: str) -> None:
         "once",
         "once, shrinking",
         "at once",
+        "at once, exact",
         "dispatches ahead",
+        "dispatches ahead, many programs",
         "combine ahead",
+        "bad experts",
         "unlike",
         "crowded",
         "other sizes",
     ),
 )
-def test_right_protocol_passes(scenario: str) -> None:
-    for seed in range(2):
-        check_right_protocol(scenario, seed)
+@pytest.mark.parametrize("seed", [0, *slow(1)])
+def test_right_protocol_passes(scenario: str, seed: int) -> None:
+    check_right_protocol(scenario, seed)

@@ -428,7 +428,16 @@ def test_fault_is_found(monkeypatch: Any, name: str) -> None:
 
 @pytest.mark.parametrize(
     "scenario",
-    but_slow(SCENARIOS, "direct", "mixed, one way", "many rounds", "alternating", "refused, no host waits"),
+    but_slow(
+        SCENARIOS,
+        "direct",
+        "mixed",
+        "one way",
+        "mixed, one way",
+        "many rounds",
+        "alternating",
+        "refused, no host waits",
+    ),
 )
 def test_right_protocol_passes(monkeypatch: Any, scenario: str) -> None:
     SCENARIOS[scenario](monkeypatch, 1)

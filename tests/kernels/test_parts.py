@@ -57,8 +57,7 @@ def untouched(outputs: Outputs, first: int = 0) -> None:
 @pytest.mark.parametrize(
     ("name", "direct", "stage_bytes"),
     [
-        ("plain", "direct", 512),
-        *slow(("plain", "staged", 512)),
+        *slow(("plain", "direct", 512), ("plain", "staged", 512)),
         ("scales", "mixed", 512),
         ("no choices", "mixed", 256),
         *slow(("wide sums", "staged", 256), ("wide sums", "direct", 512)),

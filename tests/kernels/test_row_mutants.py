@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.cases import Case, choices, same
+from tests.conftest import but_slow
 from tests.kernels.mutants import mutated_modules
 from tests.kernels.schedules import Scheduler, stop_at_deadlocks
 from tests.kernels.test_mutants import DIRECT
@@ -445,6 +446,8 @@ def test_fault_is_found(monkeypatch: Any, name: str) -> None:
         SCENARIOS[mutant.scenario](monkeypatch, mutant.modules())
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario", but_slow(SCENARIOS, "staged", "again", "again, wide", "combine staged", "combine mixed")
+)
 def test_right_kernels_pass(monkeypatch: Any, scenario: str) -> None:
     SCENARIOS[scenario](monkeypatch, None)

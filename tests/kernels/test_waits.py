@@ -195,7 +195,7 @@ def test_late_rank_of_a_dispatch_and_a_combine(monkeypatch: Any) -> None:
     high_throughput(monkeypatch)
 
 
-@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("hook", but_slow([False, True], False))
 def test_late_rank_of_low_latency(monkeypatch: Any, hook: bool) -> None:
     low(monkeypatch, hook=hook)
 
@@ -296,7 +296,9 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", but_slow(MUTANTS, "senders count beside receivers"))
+@pytest.mark.parametrize(
+    "name", but_slow(MUTANTS, "senders count beside receivers", "every program counts", "every receiver counts")
+)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
     mutant = MUTANTS[name]
     entries = {high_throughput: ENTRIES, low: LOW_ENTRIES}.get(mutant.scenario, (flags,))
