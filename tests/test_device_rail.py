@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _g
 from tests.conftest import PoolOf
 from tokenferry.errors import TokenferryError
 from tokenferry.rail import RailError
-from tokenferry.rail.device_group import DeviceRail, _errors_left_to_us, nccl_rail
+from tokenferry.rail.device_group import _FAILED_GROUPS, DeviceRail, _errors_left_to_us, nccl_rail
 from tokenferry.rail.process_group import ProcessGroupRail
 from tokenferry.rail.watch import Watch, Watched
 from tokenferry.topology import Topology
@@ -251,7 +251,14 @@ def _failed(rank: int, num_ranks: int, key: str) -> tuple[bool, str]:
     with pytest.raises(RailError) as caught:
         transfer.finish()
     assert group.was_aborted
+    kept = list(_FAILED_GROUPS)  # its end would wait for threads
+    assert len(kept) == 1
     rail.close()
+    other_rail, other_group = rail_of(rank, num_ranks, f"{key}/closed", True, timeout=30.0)
+    other_rail.close()
+    assert other_group.was_aborted
+    assert kept == _FAILED_GROUPS
+    _FAILED_GROUPS.clear()
     return caught.value.timed_out, str(caught.value)
 
 
@@ -269,15 +276,21 @@ def test_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("before", [None, "3"])
 def test_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    monkeypatch.delenv(name, raising=False)
-    if before is not None:
-        monkeypatch.setenv(name, before)
+    names = [
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT",
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",
+        "TORCH_FR_WAIT_TIMEOUT_DUMP_MILSEC",
+    ]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if before is not None:
+            monkeypatch.setenv(name, before)
     import os
 
     with _errors_left_to_us():
-        assert os.environ[name] == "0"
-    assert os.environ.get(name) == before
+        assert [os.environ[name] for name in names] == ["0"] * 4
+    assert [os.environ.get(name) for name in names] == [before] * 4
 
 
 class Later(Passed):

@@ -39,7 +39,16 @@ _SLEEP_SHARE = 0.05
 _LOOK_FOR_ERRORS_EVERY = 0.01
 _GRACE_SECONDS = 1.0
 """Between the moment when an exchange counts as over and that when its marker must have passed, or it has failed."""
-_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_ERRORS_LEFT_TO_US = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    "TORCH_FR_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+}
+"""What torch is told when a group of NCCL is made. Else its watchdog would end the process when an operation fails,
+and sleep for a minute before, another of its threads for eight; the end of a group waits for both."""
+_FAILED_GROUPS: list[Any] = []
+"""Kept, since the end of a group waits for its watchdog, which may be waiting for the interpreter."""
 
 
 class DeviceRail:
@@ -168,18 +177,28 @@ class DeviceRail:
         self.abandon()
 
     def abandon(self) -> None:
-        """End what is under way, wherever it is. The rail is of no use any more."""
+        """Something has failed: end what is under way, wherever it is. The rail is of no use any more."""
+        group = self._end()
+        if group is not None:
+            _FAILED_GROUPS.append(group)
+
+    def close(self) -> None:
+        """See :meth:`tokenferry.rail.Rail.close`."""
+        self._words.close()
+        is_idle = not self._unfinished
+        group = self._end()
+        if group is not None and not is_idle:
+            _FAILED_GROUPS.append(group)
+
+    def _end(self) -> Any:
+        """Abort the process group, and return it, if it is there yet."""
         group, self._group = self._group, None
         self._unfinished.clear()
         self.watch.clear()
         if group is not None:
             with contextlib.suppress(RuntimeError):  # Gloo has nothing to abort
                 group.abort()
-
-    def close(self) -> None:
-        """See :meth:`tokenferry.rail.Rail.close`."""
-        self._words.close()
-        self.abandon()
+        return group
 
 
 class DeviceTransfer:
@@ -324,13 +343,14 @@ def _nccl_group(store: PrefixStore, node: int, num_nodes: int, device: torch.dev
 
 @contextlib.contextmanager
 def _errors_left_to_us() -> Iterator[None]:
-    """Keep torch's watchdog from ending the process when an operation fails; it is told when a group is made."""
-    before = os.environ.get(_ERROR_HANDLING)
-    os.environ[_ERROR_HANDLING] = "0"
+    """While a group is made: what it reads from the environment."""
+    before = {name: os.environ.get(name) for name in _ERRORS_LEFT_TO_US}
+    os.environ.update(_ERRORS_LEFT_TO_US)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_ERROR_HANDLING]
-        else:
-            os.environ[_ERROR_HANDLING] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
