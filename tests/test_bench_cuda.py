@@ -24,7 +24,16 @@ from tests.test_bench import SMALL, a_case
 from tokenferry import Buffer
 from tokenferry.cli import bench_cuda, bench_cuda_cases, main
 from tokenferry.cli.bench_cases import BASELINE, CUDA_MODES, OURS, BenchError
-from tokenferry.cli.bench_cuda_cases import BARE, DEEPEP, CudaCase, Effort, Stretch, run_cases, start_together
+from tokenferry.cli.bench_cuda_cases import (
+    BARE,
+    DEEPEP,
+    CudaCase,
+    Effort,
+    Stretch,
+    measure,
+    run_cases,
+    start_together,
+)
 from tokenferry.cli.bench_cuda_plot import draw
 from tokenferry.cli.bench_cuda_report import KINDS, CudaReport
 from tokenferry.cli.bench_machine import describe_gpus
@@ -357,6 +366,26 @@ def beside_deepep(rank: int, num_ranks: int, cases: list[CudaCase]) -> list[Any]
         return run_cases(rank, num_ranks, cases, Effort(1, 1, 2, warm_ups=1), [BASELINE, DEEPEP], FakeClock())
     finally:
         del sys.modules["deep_ep"]
+
+
+def test_contenders_take_turns() -> None:
+    seen: list[tuple[object, int, int]] = []
+
+    class Clock(FakeClock):
+        def stretch(self, call: Callable[[], object], count: int, ahead: int = 0) -> Stretch:
+            seen.append((call(), count, ahead))
+            return Stretch(2.0 * count, 1.0 * count)
+
+    found = measure(Clock(), {"a": lambda: "a", "b": lambda: "b"}, Effort(calls=2, stretches=2), 7, 3)
+    assert seen[:3] == [("a", 5, 0), ("a", 1, 0), ("a", 1, 0)]
+    assert seen[6:] == [("a", 7, 3), ("b", 7, 3)] * 2
+    assert found["b"] == ([2.0] * 2, [2.0] * 2, [1.0] * 2)
+
+
+def test_stretches_are_of_some_tokens() -> None:
+    chains = [Effort().chain_of(a_cuda_case(tokens=tokens)) for tokens in (128, 4096, 16384, 65536)]
+    assert chains == [(100, 20), (100, 20), (32, 20), (20, 20)]
+    assert Effort().chain_of(a_cuda_case(tokens=4096, nodes=2)) == (20, 5)
 
 
 def test_deepep_runs_beside(pool_of: Callable[[int], RankPool]) -> None:

@@ -13,7 +13,7 @@ import functools
 import importlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
@@ -85,9 +85,11 @@ class Effort(NamedTuple):
     kernels: bool = False
     """Ask torch.profiler for the time of each kernel too."""
 
-    def calls_of(self, tokens: int) -> int:
-        """Calls in a stretch."""
-        return min(self.chain, max(self.least_chain, self.chained_tokens // tokens))
+    def chain_of(self, case: CudaCase) -> tuple[int, int]:
+        """Calls in a stretch, and those ahead of it. Between nodes they are long, and the host's are few."""
+        if case.nodes > 1:
+            return self.least_chain, self.warm_ups
+        return min(self.chain, max(self.least_chain, self.chained_tokens // case.tokens)), self.ahead
 
 
 class Stretch(NamedTuple):
@@ -245,25 +247,28 @@ def _run_cases(
         for case in cases:
             if case.sms:
                 Buffer.set_num_sms(case.sms)
-            chain = effort.calls_of(case.tokens)
-            samples = {OURS: measure(clock, ours[case.mode], effort, chain)}
+            chain = effort.chain_of(case)
+            calls: dict[str, Call] = {OURS: ours[case.mode]}
+            names = [OURS]
             for rival in others:
                 call = rival.calls_at(case.sms).get(case.mode)
                 if call is None:
                     continue
                 if rival.name in (BASELINE, OPERATORS):
                     check_agreement(case, rank, ours[case.mode](), call())
-                key = (rival.name, case.mode)
-                if rival.knows_sms or key not in known:
-                    known[key] = measure(clock, call, effort, chain)
-                samples[rival.name] = known[key]
+                names.append(rival.name)
+                if rival.knows_sms or (rival.name, case.mode) not in known:
+                    calls[rival.name] = call
+            measured = measure(clock, calls, effort, *chain)
+            known |= {(name, case.mode): found for name, found in measured.items()}
+            samples = {name: known[name, case.mode] for name in names}
             assert buffer.runtime is not None
             results.append(
                 CudaRankResult(
                     samples,
                     *count_traffic(work.is_token_in_rank, rank, case.row_bytes()),
                     buffer.runtime.allocated_bytes(),
-                    kernel_seconds(ours[case.mode], chain) if effort.kernels else {},
+                    kernel_seconds(ours[case.mode], chain[0]) if effort.kernels else {},
                 )
             )
         clock.drain()
@@ -273,16 +278,26 @@ def _run_cases(
     return results
 
 
-def measure(clock: Clock, call: Callable[[], object], effort: Effort, chain: int) -> Samples:
-    """Time a call in the three ways, with so many calls in a stretch."""
-    clock.stretch(call, effort.warm_ups)
-    calls = [clock.stretch(call, 1) for _ in range(effort.calls)]
-    chains = [clock.stretch(call, chain, effort.ahead) for _ in range(effort.stretches)]
-    return Samples(
-        [stretch.device for stretch in calls],
-        [stretch.device / chain for stretch in chains],
-        [stretch.host / chain for stretch in chains],
-    )
+def measure(
+    clock: Clock, calls: Mapping[str, Callable[[], object]], effort: Effort, chain: int, ahead: int
+) -> dict[str, Samples]:
+    """Time calls in the three ways, with so many in a stretch and so many ahead of it; stretches take turns."""
+    single: dict[str, list[Stretch]] = {}
+    stretches: dict[str, list[Stretch]] = {name: [] for name in calls}
+    for name, call in calls.items():
+        clock.stretch(call, effort.warm_ups)
+        single[name] = [clock.stretch(call, 1) for _ in range(effort.calls)]
+    for _ in range(effort.stretches):
+        for name, call in calls.items():
+            stretches[name].append(clock.stretch(call, chain, ahead))
+    return {
+        name: Samples(
+            [stretch.device for stretch in single[name]],
+            [stretch.device / chain for stretch in stretches[name]],
+            [stretch.host / chain for stretch in stretches[name]],
+        )
+        for name in calls
+    }
 
 
 def kernel_seconds(call: Callable[[], object], count: int) -> dict[str, float]:
