@@ -258,6 +258,13 @@ def _failed(rank: int, num_ranks: int, key: str) -> tuple[bool, str]:
     other_rail.close()
     assert other_group.was_aborted
     assert kept == _FAILED_GROUPS
+    for marker, is_kept in ((Passed, False), (Never, True)):
+        _FAILED_GROUPS.clear()
+        settled, _ = rail_of(rank, num_ranks, f"{key}/{marker.__name__}", True, timeout=30.0)
+        settled._marker = marker
+        settled.post({other: [torch.zeros(4)]}, {other: [torch.zeros(4)]}).settle()
+        settled.close()
+        assert bool(_FAILED_GROUPS) == is_kept
     _FAILED_GROUPS.clear()
     return caught.value.timed_out, str(caught.value)
 
@@ -279,6 +286,7 @@ def test_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, before: 
     names = [
         "TORCH_NCCL_ASYNC_ERROR_HANDLING",
         "TORCH_NCCL_DUMP_ON_TIMEOUT",
+        "TORCH_FR_DUMP_ON_TIMEOUT",
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",
         "TORCH_FR_WAIT_TIMEOUT_DUMP_MILSEC",
     ]
@@ -289,8 +297,8 @@ def test_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, before: 
     import os
 
     with _errors_left_to_us():
-        assert [os.environ[name] for name in names] == ["0"] * 4
-    assert [os.environ.get(name) for name in names] == [before] * 4
+        assert [os.environ[name] for name in names] == ["0"] * 5
+    assert [os.environ.get(name) for name in names] == [before] * 5
 
 
 class Later(Passed):

@@ -10,8 +10,10 @@ deadline.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -42,13 +44,15 @@ _GRACE_SECONDS = 1.0
 _ERRORS_LEFT_TO_US = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_FR_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
     "TORCH_FR_WAIT_TIMEOUT_DUMP_MILSEC": "0",
 }
 """What torch is told when a group of NCCL is made. Else its watchdog would end the process when an operation fails,
 and sleep for a minute before, another of its threads for eight; the end of a group waits for both."""
+_ENVIRONMENT = threading.Lock()
 _FAILED_GROUPS: list[Any] = []
-"""Kept, since the end of a group waits for its watchdog, which may be waiting for the interpreter."""
+"""Kept for ever, since the end of a group waits for its watchdog, which may be waiting for the interpreter."""
 
 
 class DeviceRail:
@@ -178,17 +182,15 @@ class DeviceRail:
 
     def abandon(self) -> None:
         """Something has failed: end what is under way, wherever it is. The rail is of no use any more."""
-        group = self._end()
-        if group is not None:
-            _FAILED_GROUPS.append(group)
+        _keep(self._end())
 
     def close(self) -> None:
         """See :meth:`tokenferry.rail.Rail.close`."""
         self._words.close()
-        is_idle = not self._unfinished
+        is_idle = not self._unfinished and self.watch.is_idle
         group = self._end()
-        if group is not None and not is_idle:
-            _FAILED_GROUPS.append(group)
+        if not is_idle:
+            _keep(group)
 
     def _end(self) -> Any:
         """Abort the process group, and return it, if it is there yet."""
@@ -284,6 +286,12 @@ class DeviceTransfer:
         self._rail.is_done_with(self)
 
 
+def _keep(group: Any) -> None:
+    if group is not None:
+        _FAILED_GROUPS.append(group)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # the interpreter's end clears the list
+
+
 @contextlib.contextmanager
 def _looking(device: torch.device) -> Iterator[None]:
     """A thread that asks events of a GPU, while others may capture graphs there."""
@@ -344,13 +352,14 @@ def _nccl_group(store: PrefixStore, node: int, num_nodes: int, device: torch.dev
 @contextlib.contextmanager
 def _errors_left_to_us() -> Iterator[None]:
     """While a group is made: what it reads from the environment."""
-    before = {name: os.environ.get(name) for name in _ERRORS_LEFT_TO_US}
-    os.environ.update(_ERRORS_LEFT_TO_US)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    with _ENVIRONMENT:
+        before = {name: os.environ.get(name) for name in _ERRORS_LEFT_TO_US}
+        os.environ.update(_ERRORS_LEFT_TO_US)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value

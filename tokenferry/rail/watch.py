@@ -76,6 +76,12 @@ class Watch:
                     self._thread = thread if thread.is_alive() else None
                     raise
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all exchanges are over."""
+        with self._lock:
+            return all(self._is_over(exchange) for exchange in self._watched)
+
     def clear(self) -> None:
         """Look after none any more."""
         with self._lock:
