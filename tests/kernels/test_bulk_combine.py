@@ -40,8 +40,9 @@ def run(
     seed: int = 0,
     num_ranks: int = 2,
     weights: bool = True,
+    stage_bytes: int = 1 << 10,
 ) -> None:
-    world = World(monkeypatch, num_ranks, seed, direct=DIRECT[direct], stage_bytes=1 << 10, max_steps=40_000)
+    world = World(monkeypatch, num_ranks, seed, direct=DIRECT[direct], stage_bytes=stage_bytes, max_steps=40_000)
     world.simulator.random = Scheduler(seed)
     stop_at_deadlocks(monkeypatch)
     kernel = (module or bulk_emulator.bulk_module("bulk_combine")).combine
@@ -71,6 +72,32 @@ def test_sums(monkeypatch: Any, direct: str) -> None:
     run(monkeypatch, PLAIN, direct)
 
 
+def run_several_warps(monkeypatch: Any, direct: str, module: ModuleType | None = None) -> None:
+    """Two groups of four warps each."""
+    monkeypatch.setattr(programs, "_MOST_SUMS", 16)
+    case = replace(WIDE, tokens=(11, 4))
+    run(monkeypatch, case, direct, module, weights=direct == "mixed", stage_bytes=1 << 15)
+
+
+@pytest.mark.parametrize("direct", DIRECT)
+def test_groups_of_several_warps(monkeypatch: Any, direct: str) -> None:
+    run_several_warps(monkeypatch, direct)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("tid * 0 + W // G, first_thread", "tid * 0 + 1, first_thread"),
+        ("tid // (32 * (W // G))", "tid // 32 % G"),
+        ("tid % (32 * (W // G))", "tid % 32"),
+    ],
+)
+def test_fault_in_groups_of_several_warps_is_found(old: str, new: str, monkeypatch: Any) -> None:
+    module = bulk_emulator.mutated_bulk_module("bulk_combine", bulk_combine, old, new)
+    with pytest.raises((AssertionError, InterpreterError)):
+        run_several_warps(monkeypatch, "mixed", module)
+
+
 def test_three_ranks(monkeypatch: Any) -> None:
     run(monkeypatch, HALF, "mixed", seed=1, num_ranks=3)
 
@@ -97,12 +124,16 @@ MUTANTS = {
     "there are always weights": ("gl.where(note >= LIVE", "gl.where(note >= 0", "direct"),
     "whether the first group has a row": ("NOTES + groups * 8", "NOTES + groups * 0", "direct"),
     "rows of the first group's token": (
-        "source, token + group, slot_at",
+        "source, token + group * programs, slot_at",
         "source, token + group * 0, slot_at",
         "staged",
     ),
-    "heads of the first group's token": ("ahead_token + group, stop", "ahead_token + group * 0, stop", "direct"),
-    "sums of the first group's token": ("n * workers + groups", "n * workers + groups * 0", "direct"),
+    "heads of the first group's token": (
+        "ahead_token + group * programs, stop",
+        "ahead_token + group * 0, stop",
+        "direct",
+    ),
+    "sums of the first group's token": ("n * workers + groups * programs", "n * workers + groups * 0", "direct"),
     "one slot for all groups": ("slot = slot_at * G + group", "slot = slot_at * G + group * 0", "direct"),
     "groups are programs": ("rank, this, epoch, programs, R)", "rank, this, epoch, workers, R)", "staged"),
     "direct rows by token": (BY_TOKEN, "token", "direct"),

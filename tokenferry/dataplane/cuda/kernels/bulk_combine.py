@@ -135,7 +135,7 @@ def head_of(send_head, source, token, end, R: gl.constexpr):
 
 @gluon.jit
 def ask_ahead(
-    send_head, head, source, token, stop, workers, slot_at, ask_parity, extra, ring, group, lane,
+    send_head, head, source, token, stop, programs, slot_at, ask_parity, extra, ring, group, lane,
     ROW: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
     """Ask for an item of each group if the first one has any more, and go on to the one behind it.
@@ -147,12 +147,13 @@ def ask_ahead(
         count = load_shared_long(extra + source * ENTRY + COUNT).to(gl.int32)
         live = ((head >= 0) & (head < count)).to(gl.int32)
         slot_at, ask_parity = ask(
-            live, head, source, token + group, slot_at, ask_parity, extra, ring, group, lane, ROW, K, SLOT, SLOTS, G
-        )
+            live, head, source, token + group * programs, slot_at, ask_parity, extra, ring, group, lane, ROW, K, SLOT,
+            SLOTS, G,
+        )  # fmt: skip
     is_end = source == R - 1
-    token = tl.where(is_end, token + workers, token)
+    token = tl.where(is_end, token + programs * G, token)
     source = tl.where(is_end, 0, source + 1)
-    return head_of(send_head, source, token + group, stop, R), source, token, slot_at, ask_parity
+    return head_of(send_head, source, token + group * programs, stop, R), source, token, slot_at, ask_parity
 
 
 @gluon.jit
@@ -291,8 +292,9 @@ def combine(
                 ITEM, K, HELD, R,
             )  # fmt: skip
         elif fits:
+            # Group g of program p has the tokens p + g * programs + n * workers.
+            worker = pid - stagers
             programs = gl.num_programs(0) - stagers
-            worker = (pid - stagers) * G
             workers = programs * G
             by_rounds = any_staged(heap, rank, R)
             per_round = half // (RECORD * R)
@@ -321,14 +323,14 @@ def combine(
                     ahead_source = zero()
                     ahead_token = (first + worker).to(tl.int32)
                     stop = end.to(tl.int32)
-                    head = head_of(send_head, ahead_source, ahead_token + group, stop, R)
+                    head = head_of(send_head, ahead_source, ahead_token + group * programs, stop, R)
                     for _ in range(LAG):
                         head, ahead_source, ahead_token, slot_at, ask_parity = ask_ahead(
-                            send_head, head, ahead_source, ahead_token, stop, workers, slot_at, ask_parity, extra,
+                            send_head, head, ahead_source, ahead_token, stop, programs, slot_at, ask_parity, extra,
                             ring, group, lane, ROW, K, R, SLOT, SLOTS, G,
                         )  # fmt: skip
                     for n in range(mine):
-                        t = first + worker + n * workers + groups
+                        t = first + worker + n * workers + groups * programs
                         place = t[:, None] * WIDTH + cols[None, :]
                         wanted = inside & (t < end)[:, None]
                         total = gl.zeros([G, BLOCK], gl.float32, ROWS)
@@ -339,8 +341,8 @@ def combine(
                             total += gl.load(bias_1 + place, mask=wanted, other=0.0).to(gl.float32)
                         for _ in range(R):
                             head, ahead_source, ahead_token, slot_at, ask_parity = ask_ahead(
-                                send_head, head, ahead_source, ahead_token, stop, workers, slot_at, ask_parity, extra,
-                                ring, group, lane, ROW, K, R, SLOT, SLOTS, G,
+                                send_head, head, ahead_source, ahead_token, stop, programs, slot_at, ask_parity,
+                                extra, ring, group, lane, ROW, K, R, SLOT, SLOTS, G,
                             )  # fmt: skip
                             slot = use_at * G + group
                             wait_parity(extra + BARS + slot * 8, parity + tid * 0)
@@ -357,7 +359,7 @@ def combine(
                             use_at = tl.where(use_at == SLOTS - 1, 0, use_at + 1)
                         gl.store(out + place, total.to(out.dtype.element_ty), mask=wanted)
                         if K > 0:
-                            t = first + worker + n * workers + group
+                            t = first + worker + n * workers + group * programs
                             gl.store(out_weights + t * K + lane, sums, mask=(lane < K) & (t < end))
                     if by_rounds:
                         release_round(heap, state, rank, this, epoch, programs, R)
