@@ -32,6 +32,8 @@ _MOST_GROWTH = 8 << 20
 """Bytes of memory that is not shared, from the third quarter of a long run to the last one, by their medians."""
 _FEWEST_LOOKS = 5
 """In a quarter."""
+_MOST_LEFT_OUT = 2
+"""Intervals in the second half of a run in which kernels were made ready: each adds the noise of two looks."""
 _SHARED_MEMORY = Path("/dev/shm")
 _RESIDENT = "resident memory since the warm-up"
 
@@ -149,10 +151,14 @@ def find_leaks(reports: Sequence[Report], named: set[str], alive: int) -> list[L
 
 
 def _late_leak(what: str, reports: Sequence[Report], field: str, most: int) -> Leak:
-    growths = [late_growth(report.looks, field) for report in reports]
+    looks = [report.looks for report in reports]
+    if field == "device":  # which takes memory for the kernels of all
+        counts = [sum(look.kernels for look in now) for now in zip(*looks, strict=False)]
+        looks = [[look._replace(kernels=n) for look, n in zip(of, counts, strict=False)] for of in looks]
+    growths = [late_growth(of_rank, field) for of_rank in looks]
     late = max((growth for growth in growths if growth is not None), default=None)
     if late is None:
-        why = "the run is too short, or kernels were compiled between nearly all looks"
+        why = "the run is too short, or kernels were compiled in the second half"
         return Leak(what, f"not judged: {why}", False)
     return Leak(what, f"{late / 2**20:+.1f} MiB in the rank with most", late > most)
 
@@ -161,23 +167,24 @@ def late_growth(looks: Sequence[Look], field: str) -> int | None:
     """Bytes by which the memory of a rank has grown late in a run: when everything there is has been used.
 
     The median of the last quarter, less that of the third: single looks jump, as allocators keep what they have. What
-    comes between two looks between which kernels were made ready is left out: compilers keep memory of each.
+    comes between two looks between which kernels were made ready is left out, a few times: compilers keep memory.
 
     Args:
         looks: of the rank.
         field: of a look.
 
     Returns:
-        None if the run was too short to say, or kernels were made ready nearly all the time.
+        None if the run was too short to say, or kernels were made ready more than a few times in its second half.
     """
-    end, left_out = looks[-1].seconds if looks else 0.0, 0
+    end = looks[-1].seconds if looks else 0.0
+    left_out: list[int] = []
     quarters: tuple[list[int], list[int]] = ([], [])
     for before, look in itertools.pairwise(looks):
-        if look.kernels > before.kernels:
-            left_out += getattr(look, field) - getattr(before, field)
-        elif look.seconds > end / 2:
-            quarters[look.seconds > 0.75 * end].append(getattr(look, field) - left_out)
-    if end < _LONG or min(map(len, quarters)) < _FEWEST_LOOKS:
+        if look.seconds > end / 2:
+            if look.kernels > before.kernels:
+                left_out.append(getattr(look, field) - getattr(before, field))
+            quarters[look.seconds > 0.75 * end].append(getattr(look, field) - sum(left_out))
+    if end < _LONG or min(map(len, quarters)) < _FEWEST_LOOKS or len(left_out) > _MOST_LEFT_OUT:
         return None
     return int(statistics.median(quarters[1]) - statistics.median(quarters[0]))
 
