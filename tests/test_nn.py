@@ -104,7 +104,7 @@ def gradcheck_combine(rank: int, num_ranks: int) -> None:
         assert gradcheck(function, (draw(sum(sizes), 2, seed=3).requires_grad_(),))
 
 
-def gradcheck_layer(rank: int, num_ranks: int) -> None:
+def gradcheck_layer(rank: int, num_ranks: int, fast_mode: bool = True) -> None:
     with Buffer(dist.group.WORLD) as buffer:
         layer = ExpertParallelMoE(buffer, 2, 2, 4, 2, dtype=torch.float64)
 
@@ -117,11 +117,17 @@ def gradcheck_layer(rank: int, num_ranks: int) -> None:
         inputs = [draw(*shape, seed=i) for i, shape in enumerate([(5, 2), (4, 2), (4, 2, 2), (4, 2, 2), (4, 2, 2)])]
         logits = (inputs[0] @ inputs[1].T).sort(dim=-1).values
         assert float((logits[:, 2] - logits[:, 1]).min()) > 1e-3  # no step of gradcheck changes a choice
-        # In one random direction; in all of them it takes long.
-        assert gradcheck(function, [value.requires_grad_() for value in inputs], fast_mode=True)
+        assert gradcheck(function, [value.requires_grad_() for value in inputs], fast_mode=fast_mode)
 
 
-@pytest.mark.parametrize("check", [gradcheck_layer, *slow(gradcheck_dispatch, gradcheck_combine)])
+def gradcheck_layer_in_all_directions(rank: int, num_ranks: int) -> None:
+    """Not in one random direction; that takes long."""
+    gradcheck_layer(rank, num_ranks, fast_mode=False)
+
+
+@pytest.mark.parametrize(
+    "check", [gradcheck_layer, *slow(gradcheck_layer_in_all_directions, gradcheck_dispatch, gradcheck_combine)]
+)
 def test_gradcheck_in_float64(pool_of: PoolOf, check: Callable[..., None]) -> None:
     pool_of(2).run(check)
 
