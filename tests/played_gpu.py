@@ -303,32 +303,52 @@ def _rendezvous(memory: torch.Tensor, group: str) -> Any:
 
 
 @contextmanager
-def buffer_of_rank_0(gpu: Gpu, num_ranks: int, push_bytes: int) -> Iterator[Buffer]:
-    """A Buffer as rank 0 of a node of ranks has it; the others only follow what memory it exposes."""
-    topology = Topology(0, (0,) * num_ranks)
-    group = SimpleNamespace(group_name=str(num_ranks))
-    options: dict[str, Any] = {"stage_limit": 1 << 20, "push_bytes": push_bytes, "heap_bytes": 0, "timeout": 100.0}
+def runtime_of_rank_0(
+    gpu: Gpu, topology: Topology, gpus: Sequence[object], options: dict[str, Any]
+) -> Iterator[tuple[runtime_cuda.CudaRuntime, list[Regions]]]:
+    """The runtime of rank 0 of a node, and what its peers follow its memory by.
+
+    Every rank is on the GPU of ``gpus``. Ranks of other nodes have no memory of their own; who has a rail plays
+    ``node_group`` of the runtime's module.
+    """
+    each = len(topology.local_ranks)
+    group: Any = SimpleNamespace(group_name=str(each))
     runtime = runtime_cuda.CudaRuntime(
-        topology, group=cast(Any, group), device=CPU, may_mask=False, make_rail=None, exact_combine=False, **options
+        topology, group=group, device=CPU, may_mask=False, make_rail=None, exact_combine=False, **options
     )
-    peers = [Regions(rank, num_ranks, PlayedDriver(gpu, ())) for rank in range(1, num_ranks)]
-    name, size, heap, uuid = json.loads(runtime.get_local_ipc_handle())
+    peers = [Regions(rank, each, PlayedDriver(gpu, ())) for rank in range(1, each)]
+    name, size, heap, _ = json.loads(runtime.get_local_ipc_handle())
     handles = [(name, size), *(peer.handle for peer in peers)]
-    runtime.sync([json.dumps([*handle, heap, f"{uuid} {rank}"]).encode() for rank, handle in enumerate(handles)])
+    everyone = zip(handles * topology.num_nodes, gpus, strict=True)
+    runtime.sync([json.dumps([*handle, heap, str(of)]).encode() for handle, of in everyone])
     for peer in peers:
         peer.attach(handles)
-    for regions in (runtime, *peers):
-        regions.hide() if regions is runtime else regions.unlink()
-    buffer = object.__new__(Buffer)
-    buffer.runtime, buffer.rank, buffer.group_size = runtime, 0, num_ranks
-    buffer.low_latency_mode, buffer.enable_shrink = True, False
-    buffer._proves_low_latency = False
-    buffer._wishes = Wishes(CPU, None, may_mask=False, exact_combine=False, **options)
-    buffer.follow = lambda: [(peer.poll(), peer.acknowledge()) for peer in peers]  # type: ignore[attr-defined]
+    runtime.hide()
+    for peer in peers:
+        peer.unlink()
     try:
-        yield buffer
+        yield runtime, peers
     finally:
         runtime.device = runtime.comm.device
-        buffer.destroy()
+        runtime.destroy()
         for peer in peers:
             peer.close()
+
+
+@contextmanager
+def buffer_of_rank_0(gpu: Gpu, num_ranks: int, push_bytes: int) -> Iterator[Buffer]:
+    """A Buffer as rank 0 of a node of ranks has it; the others only follow what memory it exposes."""
+    options: dict[str, Any] = {"stage_limit": 1 << 20, "push_bytes": push_bytes, "heap_bytes": 0, "timeout": 100.0}
+    topology = Topology(0, (0,) * num_ranks)
+    with runtime_of_rank_0(gpu, topology, range(num_ranks), options) as (runtime, peers):
+        buffer = object.__new__(Buffer)
+        buffer.runtime, buffer.rank, buffer.group_size = runtime, 0, num_ranks
+        buffer.low_latency_mode, buffer.enable_shrink = True, False
+        buffer._proves_low_latency = False
+        buffer._wishes = Wishes(CPU, None, may_mask=False, exact_combine=False, **options)
+        buffer.follow = lambda: [(peer.poll(), peer.acknowledge()) for peer in peers]  # type: ignore[attr-defined]
+        try:
+            yield buffer
+        finally:
+            runtime.device = runtime.comm.device
+            buffer.destroy()

@@ -86,7 +86,7 @@ class Effort(NamedTuple):
     """Ask torch.profiler for the time of each kernel too."""
 
     def chain_of(self, case: CudaCase) -> tuple[int, int]:
-        """Calls in a stretch, and those ahead of it. Between nodes they are long, and the host's are few."""
+        """Calls in a stretch, and ahead of it: few between nodes, where a call is long and the host a small part."""
         if case.nodes > 1:
             return self.least_chain, self.warm_ups
         return min(self.chain, max(self.least_chain, self.chained_tokens // case.tokens)), self.ahead
@@ -247,7 +247,7 @@ def _run_cases(
         for case in cases:
             if case.sms:
                 Buffer.set_num_sms(case.sms)
-            chain = effort.chain_of(case)
+            chain, ahead = effort.chain_of(case)
             calls: dict[str, Call] = {OURS: ours[case.mode]}
             names = [OURS]
             for rival in others:
@@ -259,7 +259,7 @@ def _run_cases(
                 names.append(rival.name)
                 if rival.knows_sms or (rival.name, case.mode) not in known:
                     calls[rival.name] = call
-            measured = measure(clock, calls, effort, *chain)
+            measured = measure(clock, calls, effort, chain, ahead)
             known |= {(name, case.mode): found for name, found in measured.items()}
             samples = {name: known[name, case.mode] for name in names}
             assert buffer.runtime is not None
@@ -268,7 +268,7 @@ def _run_cases(
                     samples,
                     *count_traffic(work.is_token_in_rank, rank, case.row_bytes()),
                     buffer.runtime.allocated_bytes(),
-                    kernel_seconds(ours[case.mode], chain[0]) if effort.kernels else {},
+                    kernel_seconds(ours[case.mode], chain) if effort.kernels else {},
                 )
             )
         clock.drain()

@@ -8,20 +8,15 @@ from typing import Protocol
 
 import torch
 
+from tokenferry.cli import bench_cuda_cases
 from tokenferry.cli.bench_cuda_cases import CudaClock, Stretch, start_together
 
 _HEAD_START = 1_000_000
 """Clock cycles of a GPU, half a millisecond: the host queues what is timed meanwhile."""
 
 
-class Clock(Protocol):
+class Clock(bench_cuda_cases.Clock, Protocol):
     """How calls are timed."""
-
-    def drain(self) -> None:
-        """Wait until the device has nothing left to do."""
-
-    def stretch(self, call: Callable[[], object], count: int, ahead: int = 0) -> Stretch:
-        """Drain, start together with all ranks, and time ``count`` calls, behind ``ahead`` that are not timed."""
 
     def launch(self, call: Callable[[], object]) -> float:
         """Drain, start together with all ranks, and return the seconds of what a call has the device do."""

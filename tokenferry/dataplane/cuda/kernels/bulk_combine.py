@@ -135,10 +135,12 @@ def head_of(send_head, source, token, end, R: gl.constexpr):
 
 @gluon.jit
 def ask_ahead(
-    send_head, head, source, token, stop, programs, slot_at, ask_parity, extra, ring, group, lane,
+    send_head, head, source, token, apart, stop, workers, slot_at, ask_parity, extra, ring, group, lane,
     ROW: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SLOT: gl.constexpr, SLOTS: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
     """Ask for an item of each group if the first one has any more, and go on to the one behind it.
+
+    ``token`` is the first group's, and a group's own ``apart`` from it.
 
     Returns:
         Heads, source and first group's token of the item behind; the next slot to ask into, the parity of its turn.
@@ -147,13 +149,12 @@ def ask_ahead(
         count = load_shared_long(extra + source * ENTRY + COUNT).to(gl.int32)
         live = ((head >= 0) & (head < count)).to(gl.int32)
         slot_at, ask_parity = ask(
-            live, head, source, token + group * programs, slot_at, ask_parity, extra, ring, group, lane, ROW, K, SLOT,
-            SLOTS, G,
-        )  # fmt: skip
+            live, head, source, token + apart, slot_at, ask_parity, extra, ring, group, lane, ROW, K, SLOT, SLOTS, G
+        )
     is_end = source == R - 1
-    token = tl.where(is_end, token + programs * G, token)
+    token = tl.where(is_end, token + workers, token)
     source = tl.where(is_end, 0, source + 1)
-    return head_of(send_head, source, token + group * programs, stop, R), source, token, slot_at, ask_parity
+    return head_of(send_head, source, token + apart, stop, R), source, token, slot_at, ask_parity
 
 
 @gluon.jit
@@ -260,6 +261,7 @@ def combine(
     # The same for the elements of a row: the groups, one a row, and their columns.
     groups = gl.arange(0, G, gl.SliceLayout(1, ROWS))
     cols = gl.arange(0, BLOCK, gl.SliceLayout(0, ROWS))
+    staged_cols = gl.arange(0, BLOCK, gl.BlockedLayout([16 // ITEM], [32], [W], [0]))
     inside = (cols < WIDTH)[None, :]
     ring = shared_base(tid)
     extra = ring + SLOTS * G * SLOT
@@ -288,14 +290,15 @@ def combine(
         if pid < stagers:
             stage_rows(
                 heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage,
-                half, pid, stagers, tid, gl.arange(0, BLOCK, gl.BlockedLayout([16 // ITEM], [32], [W], [0])), WIDTH,
-                ITEM, K, HELD, R,
+                half, pid, stagers, tid, staged_cols, WIDTH, ITEM, K, HELD, R,
             )  # fmt: skip
         elif fits:
-            # Group g of program p has the tokens p + g * programs + n * workers.
+            # Group g of program p has the tokens p + g * programs + n * workers; the variables are of its group 0.
             worker = pid - stagers
             programs = gl.num_programs(0) - stagers
             workers = programs * G
+            apart = group * programs
+            rows_apart = groups * programs
             by_rounds = any_staged(heap, rank, R)
             per_round = half // (RECORD * R)
             rounds = tl.where(by_rounds, rounds_of(num_tokens, per_round), 1)
@@ -323,14 +326,14 @@ def combine(
                     ahead_source = zero()
                     ahead_token = (first + worker).to(tl.int32)
                     stop = end.to(tl.int32)
-                    head = head_of(send_head, ahead_source, ahead_token + group * programs, stop, R)
+                    head = head_of(send_head, ahead_source, ahead_token + apart, stop, R)
                     for _ in range(LAG):
                         head, ahead_source, ahead_token, slot_at, ask_parity = ask_ahead(
-                            send_head, head, ahead_source, ahead_token, stop, programs, slot_at, ask_parity, extra,
-                            ring, group, lane, ROW, K, R, SLOT, SLOTS, G,
+                            send_head, head, ahead_source, ahead_token, apart, stop, workers, slot_at, ask_parity,
+                            extra, ring, group, lane, ROW, K, R, SLOT, SLOTS, G,
                         )  # fmt: skip
                     for n in range(mine):
-                        t = first + worker + n * workers + groups * programs
+                        t = first + worker + n * workers + rows_apart
                         place = t[:, None] * WIDTH + cols[None, :]
                         wanted = inside & (t < end)[:, None]
                         total = gl.zeros([G, BLOCK], gl.float32, ROWS)
@@ -341,8 +344,8 @@ def combine(
                             total += gl.load(bias_1 + place, mask=wanted, other=0.0).to(gl.float32)
                         for _ in range(R):
                             head, ahead_source, ahead_token, slot_at, ask_parity = ask_ahead(
-                                send_head, head, ahead_source, ahead_token, stop, programs, slot_at, ask_parity,
-                                extra, ring, group, lane, ROW, K, R, SLOT, SLOTS, G,
+                                send_head, head, ahead_source, ahead_token, apart, stop, workers, slot_at,
+                                ask_parity, extra, ring, group, lane, ROW, K, R, SLOT, SLOTS, G,
                             )  # fmt: skip
                             slot = use_at * G + group
                             wait_parity(extra + BARS + slot * 8, parity + tid * 0)
@@ -359,7 +362,7 @@ def combine(
                             use_at = tl.where(use_at == SLOTS - 1, 0, use_at + 1)
                         gl.store(out + place, total.to(out.dtype.element_ty), mask=wanted)
                         if K > 0:
-                            t = first + worker + n * workers + group * programs
+                            t = first + worker + n * workers + apart
                             gl.store(out_weights + t * K + lane, sums, mask=(lane < K) & (t < end))
                     if by_rounds:
                         release_round(heap, state, rank, this, epoch, programs, R)
