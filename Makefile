@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 export PYTHONDONTWRITEBYTECODE =
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint types unit slow bench lines clean
+.PHONY: help demo test lint types unit timed slow bench lines clean
 
 help:
 	@echo "make demo    train a small MoE language model on four CPU ranks"
@@ -36,6 +36,7 @@ bench: $(READY)
 
 test: lint
 	$(MAKE) --no-print-directory --jobs 2 types unit
+	$(MAKE) --no-print-directory timed
 	$(MAKE) --no-print-directory lines
 
 lint: $(READY)
@@ -46,8 +47,11 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow and not timed" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
+
+timed: $(READY)
+	$(BIN)/python -m pytest -q -m "timed and not slow" $$(grep -lr --include='test_*.py' 'mark\.timed' tests)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -405,10 +405,12 @@ def best_speed_over_baseline(pool: RankPool, size: int, promised: float) -> floa
     return best
 
 
+@pytest.mark.timed
 def test_faster_than_the_baseline(pool_of: Callable[[int], RankPool]) -> None:
     assert best_speed_over_baseline(pool_of(4), 4, 1.5) >= 1.5
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_twice_as_fast_as_the_baseline(pool_of: Callable[[int], RankPool]) -> None:
     assert best_speed_over_baseline(pool_of(4), 64, 2.0) >= 2.0

@@ -53,6 +53,7 @@ def imported() -> dict[str, Any]:
     return result
 
 
+@pytest.mark.timed
 def test_import_is_light(imported: dict[str, Any]) -> None:
     assert "tokenferry" in imported["new"]
     assert not {"matplotlib", "tqdm", "numpy", "triton", "pandas"} & set(imported["wanted"])

@@ -312,6 +312,7 @@ def test_a_token_for_all_experts_goes_everywhere(skew: float) -> None:
     assert found[:6] == pytest.approx((8, 2, 1, 1, 4, 2))
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("skew", [0.0, 1.0])
 def test_thousands_of_ranks_take_seconds(skew: float) -> None:
     start = time.perf_counter()
