@@ -124,8 +124,11 @@ class Rank:
     def get_dispatch_layout(self) -> Any:
         return self.buffer.get_dispatch_layout(self.ids, EXPERTS)
 
-    def dispatch(self) -> tuple[Any, Any, Any, Any, Handle | None, Any]:
-        per_rank, _, per_expert, member, _ = self.layout
+    def layout_and_dispatch(self) -> Any:
+        return self.dispatch(self.get_dispatch_layout())
+
+    def dispatch(self, layout: Any = None) -> tuple[Any, Any, Any, Any, Handle | None, Any]:
+        per_rank, _, per_expert, member, _ = layout or self.layout
         return self.buffer.dispatch(
             self.x,
             num_tokens_per_rank=per_rank,
@@ -184,6 +187,7 @@ class Rank:
 CALLS: dict[str, Callable[[Rank], object]] = {
     "get_dispatch_layout": Rank.get_dispatch_layout,
     "dispatch, num_worst_tokens": Rank.dispatch,
+    "layout and dispatch": Rank.layout_and_dispatch,
     "cached dispatch": Rank.cached_dispatch,
     "combine": Rank.combine,
     "combine, weights": lambda rank: rank.combine(rank.recv_weights),

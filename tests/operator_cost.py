@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tokenferry import Buffer, DispatchHandle, ops
+from tokenferry.modes.intranode import Received
 from tokenferry.modes.low_latency import LowLatencyHandle
 from tokenferry.nn import functional
 
@@ -41,10 +42,10 @@ class IdleBuffer(Buffer):
         self.handle = DispatchHandle(
             prefix, int32(RANKS, 1), int32(RANKS, 1), int32(RECEIVED), member, int32(TOKENS, RANKS)
         )
-        self.layout = int32(RANKS), None, int32(EXPERTS), member, None
         self.rows = torch.zeros(RECEIVED, HIDDEN)
         ids = torch.zeros(RECEIVED, CHOICES, dtype=torch.int64)
-        self.received = self.rows, ids, torch.zeros(RECEIVED, CHOICES), [1] * (EXPERTS // RANKS), self.handle, None
+        weights, counts = torch.zeros(RECEIVED, CHOICES), [1] * (EXPERTS // RANKS)
+        self.received = Received(self.rows, None, ids, weights, counts, self.handle)
         self.combined = torch.zeros(TOKENS, HIDDEN)
         local, slab = EXPERTS // RANKS, RANKS * SLOTS
         ranges = torch.zeros(local, RANKS, dtype=torch.int64)
@@ -52,11 +53,11 @@ class IdleBuffer(Buffer):
         self.low_latency_handle = LowLatencyHandle(int32(local, slab), ranges, SLOTS, HIDDEN, EXPERTS)
         self.low_latency = self.slabs, int32(local), self.low_latency_handle, None, None
 
-    def get_dispatch_layout(self, *args: Any, **given: Any) -> Any:
-        return self.layout
+    def _dispatch_choices(self, *args: Any, **given: Any) -> Received:
+        return self.received
 
-    def dispatch(self, x: Any, handle: Any = None, *args: Any, **given: Any) -> Any:
-        return self.received if handle is None else (self.rows, None, None, None, None, None)
+    def dispatch(self, x: Any, handle: Any, *args: Any, **given: Any) -> Any:
+        return self.rows, None, None, None, None, None
 
     def combine(self, *args: Any, **given: Any) -> Any:
         return self.combined, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -71,22 +71,22 @@ def _joined(rows: list[torch.Tensor]) -> Any:
 
 @contextmanager
 def recorded_calls(buffer: Buffer) -> Iterator[list[str]]:
-    """What is called of a Buffer, in order: "dispatch", "cached dispatch" or "combine"."""
+    """What operators call of a Buffer, in order: "dispatch", "cached dispatch" or "combine"."""
     calls: list[str] = []
-    dispatch, combine = buffer.dispatch, buffer.combine
+    methods = {"_dispatch_choices": "dispatch", "dispatch": "cached dispatch", "combine": "combine"}
 
-    def noted_dispatch(x: Any, handle: Any = None, *args: Any, **given: Any) -> Any:
-        calls.append("dispatch" if handle is None else "cached dispatch")
-        return dispatch(x, handle, *args, **given)
+    def noted(method: str) -> Any:
+        call = getattr(buffer, method)
 
-    def noted_combine(*args: Any, **given: Any) -> Any:
-        calls.append("combine")
-        return combine(*args, **given)
+        def note(*args: Any, **given: Any) -> Any:
+            calls.append(methods[method])
+            return call(*args, **given)
 
-    with (
-        mock.patch.object(buffer, "dispatch", noted_dispatch),
-        mock.patch.object(buffer, "combine", noted_combine),
-    ):
+        return note
+
+    with ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(mock.patch.object(buffer, method, noted(method)))
         yield calls
 
 

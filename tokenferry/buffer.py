@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -35,11 +36,12 @@ from tokenferry.events import EventHandle, EventOverlap
 from tokenferry.handles import Handle
 from tokenferry.modes import inputs
 from tokenferry.modes.high_throughput import HighThroughput
+from tokenferry.modes.intranode import Received
 from tokenferry.modes.paranoid import Paranoid
 from tokenferry.observing import StatsMethods, debug_wanted, observed
 from tokenferry.rendezvous import meet
 from tokenferry.shrink import ShrinkMethods
-from tokenferry.streams import CommStream, check_events
+from tokenferry.streams import CommStream, NoTurn, Turn, check_events
 from tokenferry.topology import Topology
 from tokenferry.validation import check_int, require
 
@@ -402,14 +404,33 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
                 routes = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights
                 given = inputs.check_inputs(mode.party, x, *routes, expert_alignment, num_worst_tokens)
                 received = mode.dispatch(given, num_tokens_per_rdma_rank)
-            recv_x, scales, recv_topk_idx, recv_topk_weights, num_per_expert, made = received
-            if turn.is_plain:
-                done = turn.finish()
-            else:
-                read = (*(x if isinstance(x, tuple) else (x,)), *routes)
-                done = turn.finish(read, (recv_x, scales, recv_topk_idx, recv_topk_weights, *(made or ())))
-        rows: _Rows = recv_x if scales is None else (recv_x, scales)
-        return rows, recv_topk_idx, recv_topk_weights, num_per_expert, made, done
+            done = _finish(turn, x, routes, received)
+        rows: _Rows = received.x if received.scales is None else (received.x, received.scales)
+        return rows, received.topk_idx, received.topk_weights, received.num_per_expert, received.handle, done
+
+    @observed(OperationKind.DISPATCH, name="dispatch")
+    def _dispatch_choices(
+        self,
+        x: _Rows,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        num_experts: int,
+        expert_alignment: int,
+        num_worst_tokens: int,
+        config: Config | None,
+    ) -> Received:
+        """:meth:`get_dispatch_layout` and :meth:`dispatch` as one operation, for those who need no layout."""
+        if config is not None:
+            check_config(config)
+        runtime = self._live_runtime()
+        with runtime.comm.turn(None, False, False) as turn:
+            mode = self._mode(runtime, config)
+            (per_rank, per_expert, member), per_node = mode.layout(topk_idx, num_experts)
+            routes = per_rank, member, per_expert, topk_idx, topk_weights
+            given = inputs.check_inputs(mode.party, x, *routes, expert_alignment, num_worst_tokens)
+            received = mode.dispatch(given, per_node)
+            _finish(turn, x, routes, received)
+        return received
 
     @observed(OperationKind.COMBINE)
     def combine(
@@ -497,3 +518,13 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
     @staticmethod
     def _unpack_bias(bias: object) -> tuple[object, object]:
         return inputs.unpack_bias(bias)
+
+
+def _finish(
+    turn: Turn | NoTurn, x: object, routes: Iterable[torch.Tensor | None], received: Received
+) -> EventOverlap:
+    """End the turn of a dispatch of ``x``, which went along ``routes``."""
+    if turn.is_plain:
+        return turn.finish()
+    outputs = (received.x, received.scales, received.topk_idx, received.topk_weights, *(received.handle or ()))
+    return turn.finish((*(x if isinstance(x, tuple) else (x,)), *routes), outputs)

@@ -71,7 +71,7 @@ def debug_wanted() -> bool:
     return True
 
 
-def observed(kind: OperationKind, cached: OperationKind | None = None) -> Callable[[Method], Method]:
+def observed(kind: OperationKind, cached: OperationKind | None = None, name: str = "") -> Callable[[Method], Method]:
     """Count the calls of a method of Buffer, and show them to whom it may concern.
 
     While a profiler of torch records what the host does, each call is a range of its own, named
@@ -81,10 +81,11 @@ def observed(kind: OperationKind, cached: OperationKind | None = None) -> Callab
     Args:
         kind: what to count a call as.
         cached: likewise with a handle, which is the second argument.
+        name: to show it by; by default that of the method.
     """
 
     def decorate(method: Method) -> Method:
-        label = f"tokenferry::{method.__name__}"
+        shown = name or method.__name__
 
         @functools.wraps(method)
         def observe(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +95,7 @@ def observed(kind: OperationKind, cached: OperationKind | None = None) -> Callab
             runtime = self.runtime
             started = monotonic_ns()
             if self._debug or profiler._is_profiler_enabled:
-                result = _shown(self, method, label, args, kwargs)
+                result = _shown(self, method, shown, args, kwargs)
             else:
                 result = method(self, *args, **kwargs)
             if runtime is not None:
@@ -106,23 +107,23 @@ def observed(kind: OperationKind, cached: OperationKind | None = None) -> Callab
     return decorate
 
 
-def _shown(buffer: Any, method: Callable[..., Any], label: str, args: Any, kwargs: Any) -> Any:
+def _shown(buffer: Any, method: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
     """Call a method in a range of the profiler, if there is one, and log a line about it in debug mode."""
     started = monotonic_ns()
     try:
         if profiler._is_profiler_enabled:
-            with profiler.record_function(label):
+            with profiler.record_function(f"tokenferry::{name}"):
                 result = method(buffer, *args, **kwargs)
         else:
             result = method(buffer, *args, **kwargs)
     except BaseException as error:
         if buffer._debug:
             what = f"raised {type(error).__name__}: {error}"
-            _tell(buffer, method.__name__, monotonic_ns() - started, what)
+            _tell(buffer, name, monotonic_ns() - started, what)
         raise
     if buffer._debug:
         spent, given = monotonic_ns() - started, [*args, *kwargs.values()]
-        _tell(buffer, method.__name__, spent, f"{_shapes(given)} -> {_shapes(_flat(result))}")
+        _tell(buffer, name, spent, f"{_shapes(given)} -> {_shapes(_flat(result))}")
     return result
 
 

@@ -59,33 +59,24 @@ def _dispatch(
     owner = buffer_of(buffer)
     if type(num_worst_tokens) is not int:
         num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
-    per_rank, per_rdma_rank, per_expert, member, _ = owner.get_dispatch_layout(topk_idx, num_experts)
-    received, ids, weights, counts, handle, _ = owner.dispatch(
-        x if x_scales is None else (x, x_scales),
-        None,
-        per_rank,
-        per_rdma_rank,
-        member,
-        per_expert,
-        topk_idx,
-        topk_weights,
-        expert_alignment,
-        # Unset memory may hold NaN, and a zero gradient times NaN is NaN in the weights that touch unused rows.
-        OperatorRows(num_worst_tokens),
-        Config(num_sms) if num_sms else None,
+    # Unset memory may hold NaN, and a zero gradient times NaN is NaN in the weights that touch unused rows.
+    worst, config = OperatorRows(num_worst_tokens), Config(num_sms) if num_sms else None
+    given = x if x_scales is None else (x, x_scales)
+    rows, scales, ids, weights, counts, handle = owner._dispatch_choices(
+        given, topk_idx, topk_weights, num_experts, expert_alignment, worst, config
     )
     assert ids is not None
     assert weights is not None
     assert handle is not None
-    rows = received if isinstance(received, tuple) else (received,)
+    beside = [] if scales is None else [scales]
     if num_worst_tokens:
         if type(handle) is InternodeHandle:
-            _clear_unused(owner, rows, handle)
+            _clear_unused(owner, (rows, *beside), handle)
         # On the device: CUDA graphs take nothing on the host. (This method takes half of what ``new_empty`` does.)
         per_local_expert = x.new_empty_strided((0,), (1,), dtype=torch.int64)
     else:
         per_local_expert = torch.tensor(counts, dtype=torch.int64, device="cpu")
-    return [rows[0], ids, weights, per_local_expert, *handle, *rows[1:]]
+    return [rows, ids, weights, per_local_expert, *handle, *beside]
 
 
 def _cached_dispatch(

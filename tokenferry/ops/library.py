@@ -106,6 +106,14 @@ _MOST_KNOWN = 8
 """Kinds of as many tensors."""
 
 
+def _places_of(kinds: tuple[type, ...]) -> tuple[list[int], list[int]] | None:
+    """Which of arguments of these types are tensors, and which hold tensors; None if some are anything else."""
+    tensors = [place for place, kind in enumerate(kinds) if kind in (torch.Tensor, torch.nn.Parameter)]
+    holders = [place for place, kind in enumerate(kinds) if issubclass(kind, (list, tuple))]
+    num_values = sum(kind in _VALUES for kind in kinds)
+    return (tensors, holders) if len(tensors) + len(holders) + num_values == len(kinds) else None
+
+
 def function_of(
     operator: torch._ops.OpOverload, differentiable: Callable[..., Any], kernel: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -119,9 +127,9 @@ def function_of(
         differentiable: as in :func:`define`; called without keys where an input may need a gradient.
         kernel: as in :func:`define`; called where none does.
     """
-    tensor, parameter, nothing = torch.Tensor, torch.nn.Parameter, ()
-    plain = _Plain()
+    nothing, plain = (), _Plain()
     known = plain.known
+    known_places: dict[tuple[type, ...], tuple[list[int], list[int]]] = {}
     is_compiling, num_modes, num_function_modes = (
         torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
     )  # fmt: skip
@@ -130,21 +138,24 @@ def function_of(
     def function(*args: Any, **kwargs: Any) -> Any:
         if is_compiling() or num_modes() or num_function_modes() or is_transforming() or is_tracing():
             return operator(*args, **kwargs)
-        tensors = []
-        for given in (*args, *kwargs.values()) if kwargs else args:
-            kind = type(given)
-            if kind is tensor or kind is parameter:
-                if given.is_nested:  # guards must not be asked for its strides
-                    return operator(*args, **kwargs)
-                tensors.append(given)
-            elif kind in _VALUES:
-                continue
-            elif kind is list or kind is tuple or isinstance(given, (list, tuple)):
-                for element in given:
-                    if type(element) is not tensor:
-                        return operator(*args, **kwargs)
-            else:
+        given = (*args, *kwargs.values()) if kwargs else args
+        kinds = tuple(map(type, given))
+        places = known_places.get(kinds)
+        if places is None:
+            places = _places_of(kinds)
+            if places is None:
                 return operator(*args, **kwargs)
+            known_places[kinds] = places
+        for place in places[1]:
+            for element in given[place]:
+                if type(element) is not torch.Tensor:
+                    return operator(*args, **kwargs)
+        tensors = []
+        for place in places[0]:
+            one = given[place]
+            if one.is_nested:  # guards must not be asked for its strides
+                return operator(*args, **kwargs)
+            tensors.append(one)
         needs: bool | None
         for guards, needs in known.get(len(tensors), nothing):  # noqa: B007
             if guards.check(*tensors):
