@@ -302,6 +302,28 @@ def _rendezvous(memory: torch.Tensor, group: str) -> Any:
     return SimpleNamespace(buffer_ptrs=[memory.data_ptr() + (rank << 42) for rank in range(ranks)])
 
 
+def runtime_of(
+    gpu: Gpu, topology: Topology, gpus: Sequence[object], options: dict[str, Any]
+) -> tuple[runtime_cuda.CudaRuntime, list[Regions]]:
+    """As :func:`runtime_of_rank_0`; not destroyed at the end."""
+    each = len(topology.local_ranks)
+    group: Any = SimpleNamespace(group_name=str(each))
+    runtime = runtime_cuda.CudaRuntime(
+        topology, group=group, device=CPU, may_mask=False, make_rail=None, exact_combine=False, **options
+    )
+    peers = [Regions(rank, each, PlayedDriver(gpu, ())) for rank in range(1, each)]
+    name, size, heap, _ = json.loads(runtime.get_local_ipc_handle())
+    handles = [(name, size), *(peer.handle for peer in peers)]
+    everyone = zip([handles[index] for _, index in topology.places], gpus, strict=True)
+    runtime.sync([json.dumps([*handle, heap, str(of)]).encode() for handle, of in everyone])
+    for peer in peers:
+        peer.attach(handles)
+    runtime.hide()
+    for peer in peers:
+        peer.unlink()
+    return runtime, peers
+
+
 @contextmanager
 def runtime_of_rank_0(
     gpu: Gpu, topology: Topology, gpus: Sequence[object], options: dict[str, Any]
@@ -311,21 +333,7 @@ def runtime_of_rank_0(
     Every rank is on the GPU of ``gpus``. Ranks of other nodes have no memory of their own; who has a rail plays
     ``node_group`` of the runtime's module.
     """
-    each = len(topology.local_ranks)
-    group: Any = SimpleNamespace(group_name=str(each))
-    runtime = runtime_cuda.CudaRuntime(
-        topology, group=group, device=CPU, may_mask=False, make_rail=None, exact_combine=False, **options
-    )
-    peers = [Regions(rank, each, PlayedDriver(gpu, ())) for rank in range(1, each)]
-    name, size, heap, _ = json.loads(runtime.get_local_ipc_handle())
-    handles = [(name, size), *(peer.handle for peer in peers)]
-    everyone = zip(handles * topology.num_nodes, gpus, strict=True)
-    runtime.sync([json.dumps([*handle, heap, str(of)]).encode() for handle, of in everyone])
-    for peer in peers:
-        peer.attach(handles)
-    runtime.hide()
-    for peer in peers:
-        peer.unlink()
+    runtime, peers = runtime_of(gpu, topology, gpus, options)
     try:
         yield runtime, peers
     finally:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.cases import TIMEOUT, Case, Scenario, check_works
 from tests.conftest import PoolOf
 from tokenferry import ArgumentError, Buffer, Config
+from tokenferry.validation import check_tensor
 
 CASE = Case(tokens=(9, 6), num_topk=4, local_experts=3, bias="two")
 FP8 = Case(
@@ -128,6 +131,8 @@ DISPATCH: list[tuple[str, Change]] = [
     ("num_tokens_per_expert", replaced("num_tokens_per_expert", strided)),
     ("num_tokens_per_expert", replaced("num_tokens_per_expert", meta)),
     ("num_tokens_per_expert", given(num_tokens_per_expert=torch.empty(0, dtype=torch.int32))),
+    ("num_tokens_per_expert", replaced("num_tokens_per_expert", lambda counts: counts - 100)),
+    ("num_tokens_per_expert", replaced("num_tokens_per_expert", lambda counts: counts + 1000)),
     ("topk_idx", replaced("topk_idx", torch.Tensor.int)),
     ("topk_idx", replaced("topk_idx", longer)),
     ("topk_idx", replaced("topk_idx", strided)),
@@ -320,7 +325,7 @@ CONSTRUCTOR: list[tuple[str, dict[str, Any]]] = [
     ("num_rdma_bytes", {"num_rdma_bytes": 1}),
     ("num_rdma_bytes", {"num_rdma_bytes": -128}),
     ("num_rdma_bytes", {"num_rdma_bytes": "128"}),
-    *[("timeout", {"timeout": value}) for value in (0, -1.0, float("nan"), "soon", [1])],
+    *[("timeout", {"timeout": value}) for value in (0, -1.0, float("nan"), -math.inf, "soon", [1], True)],
     ("group", {"group": None}),
 ]
 
@@ -339,6 +344,16 @@ def _err_elsewhere(rank: int, num_ranks: int) -> None:
 
 def test_bad_arguments_of_other_methods(pool_of: PoolOf) -> None:
     pool_of(NUM_RANKS).run(_err_elsewhere)
+
+
+@pytest.mark.parametrize("other", ["cuda:1", "cpu"])
+def test_tensors_of_another_gpu(other: str) -> None:
+    here = torch.device("cuda", 0)
+    with FakeTensorMode():
+        good, bad = torch.zeros(3, 4, device=here), torch.zeros(3, 4, device=other)
+    assert check_tensor("x", good, shape=(3, None), device=here) is good
+    with pytest.raises(ArgumentError, match=rf"^x: got .* on {other}; allowed: a tensor on cuda:0"):
+        check_tensor("x", bad, shape=(3, None), device=here)
 
 
 def test_argument_errors_are_what_callers_catch() -> None:

@@ -137,6 +137,13 @@ class Never(Passed):
         return False
 
 
+class Broken(Passed):
+    """A marker on a device that has failed."""
+
+    def query(self) -> bool:
+        raise RuntimeError("an illegal memory access was encountered")
+
+
 def _silent(rank: int, num_ranks: int, key: str) -> tuple[bool, tuple[int, ...], float]:
     """The exchange never ends on the device: the deadline ends it."""
     rail, group = rail_of(rank, num_ranks, key, True, timeout=0.5)
@@ -258,7 +265,7 @@ def _failed(rank: int, num_ranks: int, key: str) -> tuple[bool, str]:
     other_rail.close()
     assert other_group.was_aborted
     assert kept == _FAILED_GROUPS
-    for marker, is_kept in ((Passed, False), (Never, True)):
+    for marker, is_kept in ((Passed, False), (Never, True), (Broken, True)):
         _FAILED_GROUPS.clear()
         settled, _ = rail_of(rank, num_ranks, f"{key}/{marker.__name__}", True, timeout=30.0)
         settled._marker = marker
@@ -267,6 +274,51 @@ def _failed(rank: int, num_ranks: int, key: str) -> tuple[bool, str]:
         assert bool(_FAILED_GROUPS) == is_kept
     _FAILED_GROUPS.clear()
     return caught.value.timed_out, str(caught.value)
+
+
+def _closed_before_it_is_abandoned(rank: int, num_ranks: int, key: str) -> int:
+    """The rail is closed when the thread has seen that an exchange is late, and has not ended the rail yet."""
+    rail, group = rail_of(rank, num_ranks, key, True, timeout=0.2)
+    rail._marker, other, is_seen, is_closed = Never, 1 - rank, threading.Event(), threading.Event()
+    abandon = rail.abandon
+
+    def late() -> None:
+        is_seen.set()
+        assert is_closed.wait(10)
+        abandon()
+
+    _FAILED_GROUPS.clear()
+    with mock.patch.object(rail, "abandon", late):
+        rail.post({other: [torch.zeros(4)]}, {other: [torch.zeros(4)]}).settle()
+        assert is_seen.wait(10)
+        with pytest.raises(RailError, match="no sign of life"):
+            rail.group()
+        rail.close()
+        is_closed.set()
+    assert group.was_aborted
+    kept = len(_FAILED_GROUPS)
+    _FAILED_GROUPS.clear()
+    return kept
+
+
+def test_a_failed_group_is_kept_whoever_ends_it(pool_of: PoolOf) -> None:
+    assert pool_of(2).run(_closed_before_it_is_abandoned, "device/closed-between") == [1, 1]
+
+
+def test_a_watch_is_not_idle_behind_a_failure() -> None:
+    """Neither once a late exchange is forgotten, nor once a marker could not be asked."""
+    for marker, missed in ((Never(), 1), (Broken(), 0)):
+        calls: list[bool] = []
+        watch = Watch(0.0, lambda *_, calls=calls: calls.append(watch.is_idle), contextlib.nullcontext)  # noqa: B023
+        assert watch.is_idle
+        watch.add(Watched(marker, [1], [], time.monotonic() - 1))
+        deadline = time.monotonic() + 10
+        while watch._thread is not None or len(calls) < missed:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not watch._watched
+        assert calls == [False] * missed
+        assert not watch.is_idle
 
 
 def test_error_of_the_backend(pool_of: PoolOf) -> None:

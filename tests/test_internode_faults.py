@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,6 +31,8 @@ from tokenferry import (
     TokenferryError,
 )
 from tokenferry.memory.heap import Heap
+from tokenferry.modes.internode_low_latency import _on_all_nodes
+from tokenferry.modes.nodes import Operation
 from tokenferry.nn.functional import combine, dispatch
 
 LAYOUT = "2x2"
@@ -125,6 +128,95 @@ def _bad_input(rank: int, num_ranks: int) -> None:
 
 def test_bad_input_touches_no_peer(pool_of: PoolOf) -> None:
     pool_of(4).run(_bad_input)
+
+
+def _ids_that_the_device_looks_at(rank: int, num_ranks: int, layout: str) -> list[str]:
+    """A rank gives ids out of range, as data planes of GPUs find it out: after the others have begun."""
+    raised, gather = [], Operation._gather
+    for odd in range(num_ranks):
+        with make_buffer(rank, layout) as buffer:
+            plane: Any = buffer.runtime.party().plane  # type: ignore[union-attr]
+            topology = buffer.runtime.topology  # type: ignore[union-attr]
+            scenario = NodeScenario(Case(tokens=CASE.tokens[:num_ranks], num_topk=3), rank, layout)
+            flag = torch.zeros(1, dtype=torch.int64)
+
+            def bad_gather(operation: Operation, mine: Any, odd: int = odd, topology: Any = topology) -> Any:
+                if rank == odd:
+                    raise ArgumentError("topk_idx", "an expert id out of range", "others")
+                if odd in topology.local_ranks:
+                    raise MismatchError("dispatch", 1, [odd], "gave expert ids out of range")
+                return gather(operation, mine)
+
+            if len(topology.local_ranks) == 1:
+                flag[0] = rank == odd
+                patch = mock.patch.multiple(plane, bad_input=lambda: flag, forgive=flag.zero_)  # noqa: B023
+            else:
+                patch = mock.patch.object(Operation, "_gather", bad_gather)  # type: ignore[assignment]
+            with patch, pytest.raises((ArgumentError, MismatchError)) as caught:
+                scenario.dispatch(buffer)
+            raised.append(f"{type(caught.value).__name__}: {caught.value}")
+            assert not flag.any()
+            result = scenario.dispatch(buffer)
+            scenario.check_dispatch(result)
+            scenario.check_combine(scenario.combine(buffer, result[4]))
+    return raised
+
+
+@pytest.mark.parametrize("layout", ["2x1", "2x2"])
+def test_bad_ids_that_the_device_finds_leave_the_buffer_as_it_is(layout: str, pool_of: PoolOf) -> None:
+    num_ranks = len(LAYOUTS[layout])
+    for rank, reasons in enumerate(pool_of(num_ranks).run(_ids_that_the_device_looks_at, layout)):
+        for odd, reason in enumerate(reasons):
+            if rank == odd:
+                assert reason.startswith("ArgumentError: topk_idx")
+            else:
+                assert reason.startswith("MismatchError")
+                assert f"rank {odd}:" in reason
+                assert "expert ids out of range" in reason
+
+
+def _found_at_the_next_call(rank: int, num_ranks: int, kind: str) -> str:
+    """What a kernel of an earlier operation reports, rank 0 finds when it begins the next one."""
+    reported = {
+        "input": ArgumentError("topk_idx", "an expert id out of range", "others"),
+        "timeout": PeerTimeoutError("combine", 3, [1], "no sign of life"),
+    }[kind]
+    with make_buffer(rank, "2x1", timeout=20.0) as buffer:
+        scenario = NodeScenario(Case(tokens=(3, 4), num_topk=3), rank, "2x1")
+        plane: Any = buffer.runtime.party().plane  # type: ignore[union-attr]
+        caught = ""
+        if rank == 0:
+            with mock.patch.object(plane, "check", side_effect=reported), pytest.raises(type(reported)):
+                scenario.dispatch(buffer)
+        try:
+            scenario.check_dispatch(scenario.dispatch(buffer))
+        except PeerError as error:
+            caught = type(error).__name__
+        return caught
+
+
+def test_what_an_earlier_operation_reports_ends_the_rail_if_it_ends_the_buffer(pool_of: PoolOf) -> None:
+    assert pool_of(2).run(_found_at_the_next_call, "input") == ["", ""]
+    started = time.monotonic()
+    assert pool_of(2).run(_found_at_the_next_call, "timeout") == ["PeerLostError"] * 2
+    assert time.monotonic() - started < 15  # no other node waits for its deadline
+
+
+def _filled(rank: int, num_ranks: int) -> list[list[int]]:
+    """Ids of all nodes, where rows of the other node never come."""
+    with make_buffer(rank, "2x1") as buffer:
+        nodes: Any = buffer.runtime.party().nodes  # type: ignore[union-attr]
+        lost: Any = SimpleNamespace(wait=lambda node: None, settle=lambda: None)
+        operation: Any = SimpleNamespace(post=lambda sends, receives: lost)
+        ids = torch.full((2, 3), 5 + rank)
+        with mock.patch.object(torch.Tensor, "new_empty", lambda self, shape: self.new_full(shape, 77)):
+            (found,) = _on_all_nodes(operation, nodes, 4, [(ids, -1)])
+        return found[:, 0].tolist()
+
+
+def test_a_rank_that_does_not_come_has_chosen_nothing(pool_of: PoolOf) -> None:
+    found = pool_of(2).run(_filled)
+    assert found == [[5, 5, -1, -1, -1, -1, -1, -1], [-1, -1, -1, -1, 6, 6, -1, -1]]
 
 
 def _refused_constructions(rank: int, num_ranks: int) -> None:

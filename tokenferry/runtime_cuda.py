@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -81,19 +83,22 @@ class CudaRuntime:
         self._nodes: Nodes | None = None
         self._parties: dict[int, Party] = {}
         self._combine_rows: dict[tuple[int, ...], torch.Tensor] = {}
-        self._destroyed = False
         self.recorder = Recorder()
         stage = min(stage_limit or DEFAULT_STAGE_BYTES, DEFAULT_STAGE_BYTES) if _can_share() else stage_limit
         self._regions = Regions(rank, num_ranks, Driver())
         try:
             stage = stage or DEFAULT_STAGE_BYTES
-            self._heap = SymmetricHeap(rank, num_ranks, words.CONTROL_BYTES, stage, push_bytes, heap_bytes, device)
+            self._heap = SymmetricHeap(
+                rank, num_ranks, words.CONTROL_BYTES, stage, push_bytes, heap_bytes, device, self.comm.mark
+            )
         except BaseException:
             self._regions.close()
             raise
         released = self._heap.words(words.RELEASED.value, words.MAX_RANKS * words.LINE_BYTES // 8)
         released.fill_(words.RELEASED_AT_START)
         torch.cuda.synchronize(device)
+        self._process = os.getpid()
+        self._destroyed = False
 
     def get_local_ipc_handle(self) -> bytearray:
         """What the peers need to know of this rank's memory."""
@@ -126,7 +131,9 @@ class CudaRuntime:
         gpus = [gpu for _, _, _, gpu in everyone]  # a test of nodes may have several on one GPU
         sharing = gpus.count(offers[self.topology.local_index][-1])
         most = _resident_programs(self.device, sharing, self.topology.num_nodes > 1)
-        self._plane = CudaDataPlane(self._heap, self._regions, self.comm, self._timeout, most, *self._options)
+        self._plane = CudaDataPlane(
+            self._heap, self._regions, self.comm, self._timeout, most, *self._options, self.topology.local_ranks
+        )
         self._plane.status.recorder = self.recorder
 
     def connect(self) -> None:
@@ -233,9 +240,10 @@ class CudaRuntime:
             return
         self._destroyed = True
         with self.comm.lock, torch.cuda.device(self.device):
-            with contextlib.suppress(RuntimeError):  # the device may have failed
-                torch.cuda.synchronize(self.device)  # graphs run on streams of their own
-            if self._nodes is not None:
+            if self._nodes is None:
+                self._synchronize()
+            else:
+                self._wait_for_nodes(self._nodes.rail)
                 self._nodes.rail.close()
             if self._plane is not None:
                 self._plane.close()
@@ -244,6 +252,27 @@ class CudaRuntime:
             self._regions.close()
             self._heap.close()
             self._combine_rows.clear()
+
+    def _synchronize(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the device may have failed
+            torch.cuda.synchronize(self.device)  # graphs run on streams of their own
+
+    def _wait_for_nodes(self, rail: Rail) -> None:
+        """Wait for the device, no longer than for a peer: exchanges that no host waits for would never end."""
+        waiting = threading.Thread(target=self._synchronize, name="tokenferry destroy", daemon=True)
+        waiting.start()
+        waiting.join(self._timeout)
+        if waiting.is_alive():
+            rail.close()
+            waiting.join(self._timeout)
+
+    def __del__(self) -> None:
+        """As :meth:`destroy`, but neither in a child, nor in a capture, nor when the interpreter goes."""
+        if getattr(self, "_destroyed", True) or sys.is_finalizing() or os.getpid() != self._process:
+            return
+        with contextlib.suppress(Exception):
+            if not torch.cuda.is_current_stream_capturing():
+                self.destroy()
 
 
 def _resident_programs(device: torch.device, num_sharing: int, has_rails: bool) -> int:

@@ -60,6 +60,9 @@ class CommStream:
         self._record_entry, self._wait_for_entry = _new_event()
         self._record_exit, self._wait_for_exit = _new_event()
         self._waiting_for: torch.cuda.Stream | None = None
+        self._has_started = False
+        """Whether the turn has made ``comm`` wait for anything, before its first launch."""
+        self._kept: list[torch.Tensor] = []
         self._current = self.stream
         self._current_key = self._key
         self._last: torch.cuda.Stream | None = None
@@ -79,14 +82,26 @@ class CommStream:
         """Wait for all that is queued on the device."""
         torch.cuda.synchronize(self.device)
 
+    def mark(self) -> Mark | None:
+        """The point that all operations have come to; None while a CUDA graph is captured, there or on ``cur``."""
+        last = self._last
+        streams = [self.stream] if last is None else [self.stream, last]
+        cur = torch.cuda.current_stream(self.index)
+        return None if any(_is_capturing(stream) for stream in (cur, *streams)) else Mark(self.index, streams)
+
     def start(self) -> None:
         """Make ``comm`` wait for what is queued on ``cur``; called before every launch.
 
         Before every one, since memory that was allocated in between may have been used, or filled, on ``cur``.
         """
+        self._has_started = True
         if self._waiting_for is not None:
             self._record_entry(self._waiting_for)
             self._wait_for_entry(self.stream)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Hold memory of ``cur`` that work on ``comm`` reads until the turn ends, when ``cur`` waits for that."""
+        self._kept.append(tensor)
 
     def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> Turn:
         """One operation's turn on the stream, a context manager."""
@@ -120,6 +135,7 @@ class CommStream:
 
     def __exit__(self, *_: object) -> None:
         before = self._devices.pop()
+        self._kept.clear()  # work on the current stream itself
         if before != self.index:
             torch.cuda.set_device(before)
         self.lock.release()
@@ -128,6 +144,23 @@ class CommStream:
 def _is_capturing(stream: torch.cuda.Stream) -> bool:
     with torch.cuda.stream(stream):
         return torch.cuda.is_current_stream_capturing()
+
+
+class Mark:
+    """What is queued on some streams of a device; see :meth:`CommStream.mark`."""
+
+    def __init__(self, index: int, streams: Iterable[torch.cuda.Stream]) -> None:
+        self._index = index
+        self._events = [stream.record_event() for stream in streams]
+
+    def has_passed(self) -> bool:
+        """Whether all of it is done."""
+        return all(event.query() for event in self._events)
+
+    def wait(self) -> None:
+        """Make the current stream of the device wait for it."""
+        for event in self._events:
+            torch.cuda.current_stream(self._index).wait_event(event)
 
 
 _StreamCall = Callable[[torch.cuda.Stream], None]
@@ -173,10 +206,12 @@ class Turn:
             key = torch._C._cuda_getCurrentStream(comm.index)
             self._cur = cur = comm._current if key == comm._current_key else comm.current()
             self._is_own = key == comm._key
+            comm._has_started = False
             if comm._takes_all and torch.cuda.is_current_stream_capturing():
                 raise TokenferryError(f"{comm._takes_all}: no CUDA graph can hold an operation")
             if self._event is not None:
                 self._event.stream_wait(comm.stream)
+                comm._has_started = True
             elif not self._is_own:
                 comm._waiting_for = cur
             if self._on_comm:
@@ -195,6 +230,7 @@ class Turn:
     def _leave(self) -> None:
         comm = self._comm
         comm._waiting_for = None
+        comm._kept.clear()
         if self._on_comm and self._cur is not None:
             torch.cuda.set_stream(self._cur)
         if self._device != comm.index:
@@ -231,7 +267,7 @@ class Turn:
     ) -> None:
         comm, cur = self._comm, self._cur
         try:
-            if kind is not None and cur is not None and not self._is_own:
+            if kind is not None and cur is not None and comm._has_started and not self._is_own:
                 comm._record_exit(comm.stream)  # what the operation has queued may still use memory that goes now
                 comm._wait_for_exit(cur)
         finally:

@@ -42,7 +42,7 @@ def check_tensor(
         value: what the caller passed.
         shape: one entry a dimension; ``None`` allows any size.
         dtypes: allowed dtypes; ``None`` allows any.
-        device: the device of the Buffer.
+        device: the device of the Buffer, on GPUs with its index.
         contiguous: whether strides must be those of a contiguous tensor.
 
     Raises:
@@ -63,14 +63,14 @@ def check_tensor(
                     break
             else:
                 return value
-    # Slow: find out what is wrong; on another device of the same type nothing is.
+    # Slow: find out what is wrong.
     if not isinstance(value, torch.Tensor):
         raise ArgumentError(name, type(value).__name__, "a torch.Tensor")
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
         raise ArgumentError(name, f"a tensor of layout {value.layout} and {value.dtype}", "a plain dense tensor")
     wanted = ""
-    if value.device.type != device.type:
-        wanted = f"a tensor on {device.type}"
+    if value.device != device:
+        wanted = f"a tensor on {device}"
     elif not _fits(value.shape, shape):
         wanted = "shape [" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
     elif dtypes is not None and value.dtype not in dtypes:

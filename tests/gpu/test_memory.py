@@ -36,6 +36,31 @@ def test_tensors_in_the_heap(gpu_pool_of: GpuPoolOf) -> None:
     gpu_pool_of(2).run(check_heap)
 
 
+def check_dropped_early(rank: int, num_ranks: int) -> None:
+    """A tensor goes while peers, who come late, are still to read it: its next owner writes behind that."""
+    room = max(WIDE.tokens) * WIDE.row_bytes
+    with Buffer(dist.group.WORLD, timeout=20.0, device="cuda", heap_bytes=room) as buffer:
+        scenario = Scenario(WIDE, rank, num_ranks, "cuda")
+        handle = scenario.dispatch(buffer)[4]
+        given = scenario.given.x
+        for turn in range(2 * num_ranks):
+            x = buffer.empty(*given.shape, dtype=given.dtype).copy_(given)
+            place = x.data_ptr()
+            if turn % num_ranks == rank:
+                torch.cuda._sleep(100_000_000)
+            received, *_, event = buffer.dispatch(x, handle=handle, async_finish=True)
+            del x
+            other = buffer.empty(*given.shape, dtype=given.dtype).zero_()
+            assert other.data_ptr() == place
+            del other
+            event.current_stream_wait()
+            scenario.check_rows(received)
+
+
+def test_tensors_in_the_heap_that_are_dropped_early(gpu_pool_of: GpuPoolOf) -> None:
+    gpu_pool_of(2).run(check_dropped_early)
+
+
 def check_becomes_direct(rank: int, num_ranks: int) -> None:
     """Memory of the allocator is opened by the peers while it is staged; freed, it is closed."""
     with Buffer(dist.group.WORLD, timeout=20.0, device="cuda") as buffer:

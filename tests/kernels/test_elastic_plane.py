@@ -60,7 +60,7 @@ class Plane(CudaDataPlane):
             wait_for_counts=self._counts,
         )  # fmt: skip
         self._queue = SimpleNamespace(  # type: ignore[assignment]
-            handle=rank, stream=SimpleNamespace(query=None), start=lambda: None
+            handle=rank, stream=SimpleNamespace(query=None), start=lambda: None, keep=world.kept.append
         )
         self._regions = SimpleNamespace(poll=lambda: False)  # type: ignore[assignment]
         self._copies, self.rooms = deque(), Rooms()

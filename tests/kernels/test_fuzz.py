@@ -167,7 +167,7 @@ def outcome(world: World | LowLatencyWorld) -> TokenferryError | None:
     """What the host of rank 0 would raise."""
     code = world.code(0)
     status = object.__new__(Status)
-    status._rank, status._num_ranks, status._timeout = 0, 2, 1.0
+    status._rank, status._num_ranks, status._timeout, status._names = 0, 2, 1.0, (0, 1)
     details = world.status[0][words.DETAIL.value :][:2].tolist()
     error = status._error(code, "an operation", 1, details) if code else None
     assert type(error) is not TokenferryError, error

@@ -472,7 +472,7 @@ def test_no_program_steps_back_alone_unnoticed(monkeypatch: Any, seed: int) -> N
         details = status[words.DETAIL.value :][:2].tolist()
         assert details[rank] == 1
         host = object.__new__(Status)
-        host._rank = rank
+        host._rank, host._names = rank, range(8)
         error = host._error(TORN, "combine", 2, details)
         assert isinstance(error, HeapError)
         assert "combine (epoch 2): 1 programs" in str(error)

@@ -56,10 +56,14 @@ def run(monkeypatch: Any, name: str, seed: int, module: Any = parts_programs.sum
     parts_programs._find_rows.cache_clear()
     parts_programs._sum_rows.cache_clear()
     out, wanted = (torch.full((num_tokens, width), torch.nan, dtype=sums) for _ in range(2))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    stream, recorded = SimpleNamespace(cuda_stream=0), set()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, s: recorded.add((tensor.data_ptr(), s is stream))
+    )
     PartsPlane(world, 0).sum_rows(parts, biases, out, num_sms=3)
     world.run()
+    assert not num_tokens or recorded == {(t.data_ptr(), True) for t in (out, *(part.rows for part in parts))}
     sum_rows(parts, biases, wanted)
     same(out, wanted, "sums")
 

@@ -57,6 +57,8 @@ class Signature(NamedTuple):
     """Checksum of the handle's rank_prefix_matrix; 0 without a handle, or where values are not at hand."""
     num_max_tokens: int = 0
     """Low latency, and dispatches that tell where rows are from: most tokens of a rank."""
+    has_weights: int = 0
+    """Dispatches that tell where rows are from: whether tokens have weights."""
 
 
 class ExpertPlan(NamedTuple):
@@ -387,6 +389,18 @@ class DataPlane(Protocol):
 
     def check(self) -> None:
         """Raise if operations cannot run: the Buffer is destroyed, or an operation failed."""
+
+    def postpone_input_errors(self, postponed: bool) -> None:
+        """Whether what is reported later than it happened, and is a caller's fault, waits for a later check.
+
+        Between nodes, where an operation that has begun cannot be left any more.
+        """
+
+    def bad_input(self) -> torch.Tensor | None:
+        """int64 [1] on the device, not 0 if ids that it counted are out of range; None where ids are looked at."""
+
+    def forgive(self) -> None:
+        """Forget bad input, which is being raised."""
 
     def has_room(self, row_bytes: int) -> bool:
         """Whether rows of so many bytes can be staged, one at a time at least."""

@@ -10,13 +10,14 @@ only needed for memory that peers cannot open.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tokenferry.config import ALIGNMENT, align_up
 from tokenferry.errors import HeapError
-from tokenferry.memory.pool import Pool
+from tokenferry.memory.pool import Point, Pool
 
 LIST_BYTES = 8 << 20
 """For the ids of the tokens that peers send: LIST_BYTES / 4 / R tokens a rank."""
@@ -34,6 +35,7 @@ class SymmetricHeap:
         push_bytes: bytes of the area that low-latency operations push to, equal on all ranks.
         tensor_bytes: bytes for :meth:`empty`, equal on all ranks.
         device: the CUDA device of this rank.
+        mark: see :class:`tokenferry.memory.pool.Pool`.
 
     Attributes:
         size: bytes of the whole heap.
@@ -58,6 +60,7 @@ class SymmetricHeap:
         push_bytes: int,
         tensor_bytes: int,
         device: torch.device,
+        mark: Callable[[], Point | None],
     ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
@@ -79,7 +82,7 @@ class SymmetricHeap:
                 self.bytes = symmetric_memory.empty(self.size, dtype=torch.uint8, device=device)
         except RuntimeError as error:
             raise HeapError(f"no symmetric memory of {self.size} bytes on {device}: {error}") from error
-        self._pool = Pool(self.bytes.data_ptr() + tensors, self.size - tensors, self.bytes)
+        self._pool = Pool(self.bytes.data_ptr() + tensors, self.size - tensors, mark, self.bytes)
         self.bytes[: self.stage].zero_()
         torch.cuda.synchronize(device)
 
@@ -112,5 +115,5 @@ class SymmetricHeap:
     def close(self) -> None:
         """Let go of all memory; tensors in it live on. Local; may be called again."""
         self._peers = None
-        self._pool = Pool(0, 0)
+        self._pool = Pool(0, 0, lambda: None)
         self.bytes = torch.empty(0, dtype=torch.uint8)

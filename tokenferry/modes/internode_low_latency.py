@@ -104,15 +104,15 @@ def _on_all_nodes(
 ) -> list[torch.Tensor]:
     """What the ranks of the rail have, one after the other: [G * N, width] for each [T, width].
 
-    Rows past T have the value given with the tensor; None: any.
+    Rows past T have the value given with the tensor, and all rows of a rank that does not come; None: any.
     """
     here = nodes.topology.node
     blocks = []
     for tensor, filler in given:
         block = tensor.new_empty((nodes.topology.num_nodes, most, tensor.size(1)))
-        block[here, : len(tensor)] = tensor
         if filler is not None:
-            block[here, len(tensor) :].fill_(filler)
+            block.fill_(filler)
+        block[here, : len(tensor)] = tensor
         blocks.append(block)
     transfer = operation.post(
         {node: [block[here] for block in blocks] for node in nodes.others},

@@ -26,13 +26,14 @@ import torch
 
 from tokenferry.dataplane import DataPlane, Outputs, SendPlan, Signature, describe_difference
 from tokenferry.errors import (
-    BufferStateError,
+    ArgumentError,
     CapacityError,
     MismatchError,
     PeerError,
     PeerLostError,
     PeerTimeoutError,
     StepBackError,
+    TokenferryError,
 )
 from tokenferry.modes.shares import (
     CAPACITY,
@@ -101,8 +102,9 @@ class Nodes:
         with self._lock:
             try:
                 who.plane.check()
-            except BufferStateError:
-                self.rail.close()  # whatever made it unusable, the other nodes shall not wait for this rank
+            except BaseException as error:
+                if not isinstance(error, (ArgumentError, StepBackError)):
+                    self.rail.close()  # whatever made it unusable, the other nodes shall not wait for this rank
                 raise
             self.epoch += 1
             self.rail.meanwhile = who.plane.advance
@@ -113,19 +115,23 @@ class Nodes:
     @contextmanager
     def guarded(self, operation: Operation) -> Iterator[None]:
         """Run a part of an operation. If that fails after the agreement, no operation runs here any more."""
+        plane = operation.who.plane
         with self._lock:
             error: BaseException | None = None
+            plane.postpone_input_errors(True)
             try:
                 yield
             except BaseException as caught:
                 error = self._translated(caught, operation)
-                if not (isinstance(error, StepBackError) and self._goes_on(operation)):
-                    operation.who.plane.give_up(f"{type(error).__name__}: {error}")
+                has_stepped_back = operation.has_stepped_back or isinstance(error, StepBackError)
+                if not (has_stepped_back and self._goes_on(operation)):
+                    plane.give_up(f"{type(error).__name__}: {error}")
                     self.rail.close()
                 if error is caught:
                     raise
                 raise error from None
             finally:
+                plane.postpone_input_errors(False)
                 del error  # its traceback holds this frame
 
     @staticmethod
@@ -135,7 +141,7 @@ class Nodes:
             return False
         try:
             operation.who.plane.check()
-        except BufferStateError:
+        except TokenferryError:
             return False
         return True
 
@@ -161,13 +167,14 @@ class Operation:
     Attributes:
         who: takes part.
         signature: what all ranks must agree on.
+        has_stepped_back: so have all others, and nothing is under way.
         is_agreed: others may count on it that this rank goes on: what fails from here on cannot be undone.
     """
 
     def __init__(self, nodes: Nodes, who: Who, name: str, epoch: int, signature: Signature) -> None:
         self.name = name
         self.epoch = epoch
-        self.is_agreed = False
+        self.is_agreed = self.has_stepped_back = False
         self._nodes = nodes
         self.who = who
         self.signature = signature
@@ -300,13 +307,19 @@ class Operation:
 
         Raises:
             MismatchError, CapacityError: on every rank of this node; on the others :meth:`agree` raises it.
+            ArgumentError: likewise, on a rank whose ids, looked at by the device, are out of range.
         """
         topology = self._nodes.topology
         num_rows = [len(member) for member in members]
         numbers = [member.sum(0) for member in members]
         if extra is not None:
             numbers.append(extra)
+        is_alone = len(topology.local_ranks) == 1  # else the ranks of the node find out when they gather
+        bad_input = self.who.plane.bad_input() if is_alone else None
+        if bad_input is not None:
+            numbers.append(bad_input)
         counts = torch.cat(numbers).tolist()  # at once, since a GPU stops for it
+        has_bad_input = bad_input is not None and counts.pop() != 0
         counts, added = counts[: len(topology.places)], counts[len(topology.places) :]
         wanted = [count for row in expected for count in row]
         if self._verdict.kind == FINE and not self.who.plane.has_room(row_bytes):
@@ -314,12 +327,16 @@ class Operation:
         mine = [*self._verdict, *num_rows, *chunks, *counts, *wanted, worst, *added]
         shares, failure = [], None
         try:
+            if has_bad_input:
+                self.who.plane.forgive()
+                raise ArgumentError("topk_idx", "an expert id out of range", "-1, or ids below the number of experts")
             rows = self._gather(mine)
-        except StepBackError as error:
+        except (StepBackError, ArgumentError) as error:
             failure = error
             found = self._verdict
             if found.kind != SIGNATURES:
-                found = Verdict(STAGE if isinstance(error, CapacityError) else NODE, error.ranks[0])
+                kind = STAGE if isinstance(error, CapacityError) else NODE
+                found = Verdict(kind, topology.rank if isinstance(error, ArgumentError) else error.ranks[0])
         else:
             shape = topology.num_nodes, len(topology.local_ranks), bool(expected), self.signature.row_bytes
             shares = [parse_share(row, *shape) for row in rows]
@@ -329,6 +346,7 @@ class Operation:
             self._others_verdicts()
             self.finish()
             if failure is not None:
+                self.has_stepped_back = True
                 raise failure
             self._raise(found)
         self.is_agreed = True
@@ -409,7 +427,8 @@ class Operation:
             reason = describe_difference(rank, one, other, Signature._make(changed))
             raise MismatchError(self.name, self.epoch, [other], reason)
         if kind == NODE:
-            raise MismatchError(self.name, self.epoch, [rank], "disagrees with ranks of its node")
+            reason = "gave expert ids out of range, or disagrees with ranks of its node"
+            raise MismatchError(self.name, self.epoch, [rank], reason)
         if kind == CAPACITY:
             reason = f"num_worst_tokens: got {given}; allowed: at least the {wanted} rows it receives"
             raise CapacityError(self.name, self.epoch, [rank], reason)

@@ -61,6 +61,8 @@ class Watch:
         self._in_thread = in_thread
         self._lock = threading.Lock()
         self._watched: deque[Watched] = deque()
+        self._has_failed = False
+        """Whether an exchange was late, or its marker could not be asked: it is not over, though it is forgotten."""
         self._thread: threading.Thread | None = None
         """The one that looks; None: it has ended, or sees next that there is nothing to do."""
 
@@ -78,9 +80,9 @@ class Watch:
 
     @property
     def is_idle(self) -> bool:
-        """Whether all exchanges are over."""
+        """Whether all exchanges are over, those that were forgotten too."""
         with self._lock:
-            return all(self._is_over(exchange) for exchange in self._watched)
+            return all(self._is_done_with(exchange) for exchange in self._watched) and not self._has_failed
 
     def clear(self) -> None:
         """Look after none any more."""
@@ -99,12 +101,13 @@ class Watch:
     def _look(self) -> bool:
         """Forget what is over; returns whether there is more to come."""
         with self._lock:
-            while self._watched and self._is_over(self._watched[0]):
+            while self._watched and self._is_done_with(self._watched[0]):
                 self._watched.popleft()
             late = None
             if self._watched and time.monotonic() - self._watched[0].since > self._seconds:
                 late = self._watched.popleft()
                 self._watched.clear()
+                self._has_failed = True
             goes_on = bool(self._watched)
             if not goes_on:
                 self._thread = None
@@ -112,9 +115,10 @@ class Watch:
             self._give_up(late.nodes, f"no sign of life for {self._seconds:.1f} s")
         return goes_on
 
-    @staticmethod
-    def _is_over(exchange: Watched) -> bool:
+    def _is_done_with(self, exchange: Watched) -> bool:
+        """Whether to look after an exchange no more. Under the lock."""
         try:
             return exchange.marker.query()
         except RuntimeError:  # the device has failed, which operations find out by themselves
+            self._has_failed = True
             return True

@@ -18,6 +18,7 @@ from tokenferry.dataplane import (
     Layout,
     LowLatencyCombinePlan,
     LowLatencyDispatchPlan,
+    OperationKind,
     Outputs,
     Part,
     Pending,
@@ -84,7 +85,8 @@ class CpuDataPlane:
     def pull_reduce(self, signature: Signature, plan: ReducePlan, outs: Sequence[torch.Tensor]) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.pull_reduce`."""
         self._begin_with_all()
-        with self.heap.operation("combine") as operation:
+        name = "barrier" if signature.operation == OperationKind.BARRIER else "combine"
+        with self.heap.operation(name) as operation:
             exchange = Combine(self.heap, operation, signature, plan, outs)
             exchange.agree()
             exchange.pull_reduce()
@@ -105,6 +107,16 @@ class CpuDataPlane:
     def check(self) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.check`."""
         self.heap.check_usable()
+
+    def postpone_input_errors(self, postponed: bool) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.postpone_input_errors`: they are raised where they happen."""
+
+    def bad_input(self) -> torch.Tensor | None:
+        """See :meth:`tokenferry.dataplane.DataPlane.bad_input`."""
+        return None
+
+    def forgive(self) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.forgive`."""
 
     def has_room(self, row_bytes: int) -> bool:
         """See :meth:`tokenferry.dataplane.DataPlane.has_room`."""

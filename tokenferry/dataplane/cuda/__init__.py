@@ -9,7 +9,9 @@ reported errors whenever it is here.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -70,8 +72,9 @@ class CudaDataPlane(CudaRank):
         most_programs: int,
         may_mask: bool,
         exact_combine: bool,
+        names: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(heap, regions, queue, timeout, most_programs)
+        super().__init__(heap, regions, queue, timeout, most_programs, names)
         self.rooms = Rooms()
         self._calls: Kept[Call] = Kept()
         num_sms = torch.cuda.get_device_properties(heap.device).multi_processor_count
@@ -89,7 +92,9 @@ class CudaDataPlane(CudaRank):
             exact=exact_combine,
         )
         context = self._context[0], self._context[1], self._context[4]
-        self._low_latency = LowLatency(place, context, self.check, torch.cuda.is_current_stream_capturing)
+        weak_check: Any = weakref.WeakMethod(self.check)  # no cycle: a Buffer that is dropped goes at once
+        check = lambda: weak_check()()  # noqa: E731  # one call less than a function around it
+        self._low_latency = LowLatency(place, context, check, torch.cuda.is_current_stream_capturing)
 
     # High throughput.
 
@@ -256,7 +261,7 @@ class CudaDataPlane(CudaRank):
         try:
             return self.status.wait_for_counts(num_local, self._queue.stream.query)
         except ArgumentError:
-            self._forgive()
+            self.forgive()
             raise
 
     def after_pull(self, plan: SendPlan, prefix: torch.Tensor, outputs: Outputs, ends: torch.Tensor) -> None:
@@ -350,8 +355,8 @@ class CudaDataPlane(CudaRank):
         wide = functools.reduce(torch.promote_types, [part.rows.dtype for part in parts], out.dtype)
         stream = torch.cuda.current_stream(self._device)
         if not torch.cuda.is_current_stream_capturing():
-            for part in parts:
-                part.rows.record_stream(stream)  # it may be memory of another one
+            for tensor in (out, *(part.rows for part in parts)):
+                tensor.record_stream(stream)  # it may be memory of another one
         parts = [part._replace(rows=self._aligned(part.rows.to(wide))) for part in parts]
         biases = [self._aligned(bias) for bias in biases]
         found = self.empty_rows(out.size(0), len(parts), torch.int64)
@@ -453,7 +458,8 @@ class CudaDataPlane(CudaRank):
         return self._low_latency.combine(stream, signature, plan)
 
     def close(self) -> None:
-        """Refuse hooks that were not called."""
+        """Refuse operations, and hooks that were not called."""
+        self.status.close()
         self._low_latency.close()
 
     def set_masked(self, rank: int, masked: bool) -> None:

@@ -21,6 +21,8 @@ from tokenferry.kept import Kept
 
 MOST_TOKENS = 1 << 20
 FEWEST_SLOTS = 2
+_FEWEST_ROWS = 16
+"""Of another rank, that there are programs for: ranks that decode have different numbers of tokens, or none."""
 _COMBINE = -1
 """In a key, where dispatches have their format."""
 
@@ -180,7 +182,7 @@ class LowLatency:
             programs.dispatch(shape, place.target),
             (*self._numbers(num_rows, most, signature, layout), *layout[:3], signature.operation, place.timeout),
             2 + num_rows * (parts + 1),
-            1 + num_rows * place.num_ranks * parts,
+            1 + _rows_of_others(num_rows, most) * place.num_ranks * parts,
             programs.programs_of_dispatch(num_topk, place.target),
         )
         return self._prepared.keep(key, prepared)
@@ -222,7 +224,7 @@ class LowLatency:
         prepared = self._prepare(
             programs.combine(shape, place.target),
             (*self._numbers(num_rows, most, signature, layout), layout[0], signature.operation, place.timeout),
-            2 + num_rows * place.num_ranks * parts,
+            2 + _rows_of_others(num_rows, most) * place.num_ranks * parts,
             num_rows * parts,
             programs.programs_of_combine(part, num_topk, place.exact),
         )
@@ -328,6 +330,11 @@ class LowLatency:
         """Refuse what has not been received: the memory goes away."""
         self.is_closed = True
         self._pending.clear()
+
+
+def _rows_of_others(num_rows: int, most: int) -> int:
+    """Rows of another rank to have programs for: as many as here, but some also where this rank has few or none."""
+    return max(num_rows, min(most, _FEWEST_ROWS))
 
 
 class Receive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -33,6 +34,9 @@ class Queue(Protocol):
     def start(self) -> None:
         """Make it wait for what the operation depends on; called before the first launch of every operation."""
 
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Hold memory that its work reads until the current stream waits for that work."""
+
 
 class CudaRank:
     """The host of one CUDA rank, without operations.
@@ -43,18 +47,25 @@ class CudaRank:
         queue: of all launches.
         timeout: seconds that a kernel waits for a peer.
         most_programs: programs of a kernel that surely run at a time.
+        names: what messages call each rank; by default its number in the heap.
 
     Attributes:
         waits: what the kernels have waited.
     """
 
     def __init__(
-        self, heap: SymmetricHeap, regions: Regions, queue: Queue, timeout: float, most_programs: int
+        self,
+        heap: SymmetricHeap,
+        regions: Regions,
+        queue: Queue,
+        timeout: float,
+        most_programs: int,
+        names: Sequence[int] | None = None,
     ) -> None:
         self.heap = heap
         self.rank = heap.rank
         self.num_ranks = heap.num_ranks
-        self.status = Status(heap.rank, heap.num_ranks, timeout)
+        self.status = Status(heap.rank, heap.num_ranks, timeout, names)
         self._regions = regions
         self._queue = queue
         self._most_programs = most_programs
@@ -85,11 +96,20 @@ class CudaRank:
         try:
             self.status.check()
         except ArgumentError:
-            self._forgive()
+            self.forgive()
             raise
 
-    def _forgive(self) -> None:
-        """Forget bad input, which has been reported."""
+    def postpone_input_errors(self, postponed: bool) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.postpone_input_errors`."""
+        self.status.postpones_input = postponed
+
+    def bad_input(self) -> torch.Tensor | None:
+        """See :meth:`tokenferry.dataplane.DataPlane.bad_input`."""
+        first = words.BAD_INPUT.value
+        return self._state[first : first + 1]
+
+    def forgive(self) -> None:
+        """See :meth:`tokenferry.dataplane.DataPlane.forgive`."""
         with torch.cuda.stream(self._queue.stream):
             self._state[words.BAD_INPUT.value].zero_()
 
@@ -132,6 +152,7 @@ class CudaRank:
         if tensor.data_ptr() % 16 == 0 and tensor.is_contiguous():
             return tensor
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        self._queue.keep(copy)
         return copy.copy_(tensor)
 
     def _check_stage(self, record_bytes: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,23 +37,37 @@ _NAMES: dict[int, str] = {
 }
 _LOOK_EVERY = 1.0
 """Seconds between two looks at the health of the device while waiting for it."""
+_BUILD_ANOTHER = "destroy it and build a new one"
+_BAD_INPUT = {
+    code.value for code in (words.PEER_PROBLEM, words.BAD_EXPERT, words.CROWDED, words.BAD_COUNTS, words.BAD_HANDLE)
+}
+"""What is the caller's fault, and leaves the Buffer as it is."""
 
 
 class Status:
     """The words that kernels write for the host of one Buffer.
 
+    Args:
+        rank: of the node.
+        num_ranks: of the node.
+        timeout: seconds that kernels wait.
+        names: what messages call each rank of the node; by default its number there.
+
     Attributes:
+        postpones_input: while set, :meth:`check` leaves what was reported of bad input for later.
         words: int64 in pinned memory; see :mod:`tokenferry.dataplane.cuda.kernels.words`.
         counts: likewise, what ``notify`` leaves for a waiting host.
         unread: likewise, where ``notify`` writes when no host waits.
     """
 
-    def __init__(self, rank: int, num_ranks: int, timeout: float) -> None:
+    def __init__(self, rank: int, num_ranks: int, timeout: float, names: Sequence[int] | None = None) -> None:
         self._rank = rank
+        self._names = tuple(range(num_ranks) if names is None else names)
+        self.postpones_input = False
         self._num_ranks = num_ranks
         self._timeout = timeout
         self.failed = False
-        self._reason = "an earlier operation failed on this Buffer"
+        self._reason = f"an earlier operation failed on this Buffer: {_BUILD_ANOTHER}"
         self.recorder = Recorder()
         with torch.inference_mode(False):
             self.words = torch.zeros(words.STATUS_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -76,19 +90,25 @@ class Status:
             TokenferryError: what happened since the last check.
         """
         if self.failed:
-            raise BufferStateError(f"{self._reason}: destroy it and build a new one")
+            raise BufferStateError(self._reason)
         if self._news != self._no_news:
             masked = [rank for rank, is_new in enumerate(self._news) if is_new]
             for rank in masked:
                 self._news[rank] = 0
-            logger.warning("low latency: no sign of life from ranks %s for %.1f s: masked", masked, self._timeout)
-        if self._code[0]:
+            names = [self._names[rank] for rank in masked]
+            logger.warning("low latency: no sign of life from ranks %s for %.1f s: masked", names, self._timeout)
+        if self._code[0] and not (self.postpones_input and self._code[0] in _BAD_INPUT):
             raise self._take()
 
     def give_up(self, reason: str) -> None:
         """From now on all checks fail, and say why."""
         if not self.failed:
-            self._reason = f"an earlier operation failed on this Buffer ({reason})"
+            self._reason = f"an earlier operation failed on this Buffer ({reason}): {_BUILD_ANOTHER}"
+        self.failed = True
+
+    def close(self) -> None:
+        """From now on all checks fail: the memory that operations need is gone."""
+        self._reason = "the Buffer was destroyed"
         self.failed = True
 
     def arm(self) -> None:
@@ -151,15 +171,16 @@ class Status:
         return self._error(code, _NAMES.get(kind, "an operation"), epoch, details)
 
     def _error(self, code: int, name: str, epoch: int, details: list[int]) -> TokenferryError:
-        ranks = [rank for rank, detail in enumerate(details) if detail]
+        here = [rank for rank, detail in enumerate(details) if detail]
+        ranks = [self._names[rank] for rank in here]
         if code == words.TIMED_OUT.value:
             return PeerTimeoutError(name, epoch, ranks, f"no sign of life for {self._timeout:.1f} s")
         if code == words.MISMATCH.value:
             return MismatchError(name, epoch, ranks, "called another operation, or with other shapes, than this rank")
         if code == words.CAPACITY.value:
-            needs = ", ".join(str(details[rank]) for rank in ranks)
+            needs = ", ".join(str(details[rank]) for rank in here)
             return CapacityError(name, epoch, ranks, f"num_worst_tokens: too small for the {needs} rows it receives")
-        if code == words.PEER_PROBLEM.value and self._rank not in ranks:
+        if code == words.PEER_PROBLEM.value and self._rank not in here:
             return MismatchError(name, epoch, ranks, "gave expert ids out of range")
         if code in (words.PEER_PROBLEM.value, words.BAD_EXPERT.value):
             return ArgumentError("topk_idx", "an expert id out of range", "-1, or ids below the number of experts")
@@ -167,7 +188,8 @@ class Status:
             allowed = "at most num_max_dispatch_tokens_per_rank choices of one expert; the others were not sent"
             return ArgumentError("topk_idx", f"more choices of one expert ({name}, epoch {epoch})", allowed)
         if code == words.NO_ROOM.value:
-            return CapacityError(name, epoch, [self._rank], "choices of one expert twice: no room for all copies")
+            own = [self._names[self._rank]]
+            return CapacityError(name, epoch, own, "choices of one expert twice: no room for all copies")
         if code == words.NOT_RECEIVED.value:
             return BufferStateError(
                 f"{name} (epoch {epoch}): an operation whose hook was not called lies in its memory, since graph"
