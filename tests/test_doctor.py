@@ -245,7 +245,10 @@ def _reported(rank: int, num_ranks: int, folder: Path) -> Any:
                 time.sleep(0.2)
             scenario.check_dispatch(scenario.dispatch(buffer))
             dist.barrier()
+        gather, given = buffer._meetings.gather, []
+        buffer._meetings.gather = lambda of, value: gather(of, given.append(value) or value)
         report = wait_report(buffer, folder / "drawn" / "waits.png", reset=True)
+        assert json.loads(json.dumps(given)), "plain values"
         again = wait_report(buffer)
     with pytest.raises(BufferStateError):
         wait_report(buffer)

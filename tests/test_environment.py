@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
+from datetime import timedelta
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests import played_gpu
 from tests.cases import TIMEOUT, Case, Scenario, check_works, named_segments, segments
 from tests.conftest import PoolOf
 from tokenferry import Buffer, PeerTimeoutError, TokenferryError
 from tokenferry import buffer as buffer_module
+from tokenferry.construction import timeout_seconds
+from tokenferry.topology import Topology
 
 
 def _changed_defaults(rank: int, num_ranks: int, dtype: torch.dtype, device: str) -> None:
@@ -89,6 +95,21 @@ def _timeout_variable(rank: int, num_ranks: int) -> None:
 
 def test_timeout_variable(pool_of: PoolOf) -> None:
     pool_of(2).run(_timeout_variable)
+
+
+@pytest.mark.parametrize("given", [math.inf, 1e300, 10**30, "inf"])
+def test_endless_deadlines_are_long_ones(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(given, str):
+        monkeypatch.setenv("TOKENFERRY_TIMEOUT", given)
+    seconds = timeout_seconds(None if isinstance(given, str) else given)
+    assert timedelta(seconds=seconds) == timedelta(days=365)
+    options = {"stage_limit": 1 << 20, "push_bytes": 0, "heap_bytes": 0, "timeout": seconds}
+    with (
+        played_gpu.played([torch.zeros(1 << 16, dtype=torch.uint8)]) as gpu,
+        played_gpu.runtime_of_rank_0(gpu, Topology(0, (0, 0)), range(2), options) as (runtime, _),
+    ):
+        plane: Any = runtime.party().plane
+        assert plane._timeout == seconds * 1e9
 
 
 def _nodes(rank: int, num_ranks: int) -> None:

@@ -18,7 +18,7 @@ from tests.cases import Scenario as NormalScenario
 from tests.conftest import PoolOf, slow
 from tests.low_latency_cases import Case, Scenario, make_buffer
 from tests.test_faults import outcome
-from tokenferry import Buffer
+from tokenferry import Buffer, PeerTimeoutError
 from tokenferry.cli.ranks import RankError, RankPool
 
 TIMEOUT = 2.0
@@ -216,6 +216,57 @@ def test_silent_rank_is_masked_after_the_deadline(pool_of: PoolOf) -> None:
     for rank in (0, 2, 3):
         assert results[rank]["masked"] == [1]
         assert TIMEOUT <= results[rank]["seconds"] < 3 * TIMEOUT
+
+
+def clean_without(rank: int, num_ranks: int, shrinks: bool) -> tuple[str, list[int], float]:
+    """The last rank does not come to clean the buffer, which is no operation: nothing of it is in any heap."""
+    scenario = Scenario(CASE, rank, num_ranks)
+    partly = Scenario(CASE, rank, num_ranks, masked=(num_ranks - 1,))
+    text, masked, started = "", [], time.monotonic()
+    with make_buffer(enable_shrink=shrinks, timeout=TIMEOUT) as buffer:
+        serve(buffer, scenario)
+        buffer.clean_low_latency_buffer(8, 128, 8)
+        if rank < num_ranks - 1:
+            started = time.monotonic()
+            try:
+                for _ in range(3):  # masked ranks are not waited for
+                    buffer.clean_low_latency_buffer(8, 128, 8)
+            except PeerTimeoutError as error:
+                text = str(error)
+            if shrinks:
+                masked = masked_ranks(buffer)
+                serve(buffer, partly)
+        seconds = time.monotonic() - started
+        dist.barrier()
+    return text, masked, seconds
+
+
+@pytest.mark.parametrize("shrinks", [True, False])
+def test_cleaning_waits_up_to_the_deadline(pool_of: PoolOf, shrinks: bool) -> None:
+    for text, masked, seconds in pool_of(3).run(clean_without, shrinks)[:2]:
+        assert masked == ([2] if shrinks else [])
+        if shrinks:
+            assert text == ""
+        else:
+            assert text.startswith("clean_low_latency_buffer (epoch 2): rank 2: ")
+        assert TIMEOUT <= seconds < TIMEOUT + 1.5
+
+
+def clean_with_the_dead(rank: int, num_ranks: int) -> list[int]:
+    buffer = make_buffer(enable_shrink=True, timeout=TIMEOUT)
+    serve(buffer, Scenario(CASE, rank, num_ranks))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    buffer.clean_low_latency_buffer(8, 128, 8)
+    serve(buffer, Scenario(CASE, rank, num_ranks, masked=(1,)))
+    return masked_ranks(buffer)
+
+
+def test_cleaning_masks_the_dead() -> None:
+    with RankPool(3, 1) as pool, pytest.raises(RankError) as caught:
+        pool.run(clean_with_the_dead)
+    assert sorted(caught.value.failures) == [1]
+    assert [caught.value.results[rank] for rank in (0, 2)] == [[1], [1]]
 
 
 def disagree(rank: int, num_ranks: int, how: str, hooked: bool) -> dict[str, Any]:

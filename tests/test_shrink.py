@@ -33,6 +33,7 @@ from tokenferry import (
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.runtime import Runtime
 from tokenferry.topology import Topology
+from tokenferry.waits import wait_report
 
 CASE = Case(tokens=(7, 3, 9), num_topk=3)
 
@@ -58,6 +59,9 @@ def _go_on_without(rank: int, num_ranks: int, victims: list[int]) -> tuple[int, 
         assert wait_for(lambda: not named_segments())
         assert len(segments()) == buffer.group_size
         Scenario(CASE, buffer.rank, buffer.group_size).check_all(buffer)
+        report = wait_report(buffer)
+        assert len(report.waited) == buffer.group_size
+        assert any(map(any, report.waited)) == (buffer.group_size > 1)
         check_case(buffer, QuickScenario(QuickCase(), buffer.rank, buffer.group_size))
         buffer.low_latency_warmup(8, 128, 2, 2 * buffer.group_size)
         return buffer.rank, took
@@ -144,6 +148,16 @@ def _one_after_the_other(rank: int, num_ranks: int) -> None:
 
 def test_again_and_across_nodes(pool_of: PoolOf) -> None:
     pool_of(4).run(_one_after_the_other)
+
+
+def _without_a_deadline(rank: int, num_ranks: int) -> None:
+    with Buffer(dist.group.WORLD, timeout=float("inf")) as buffer:
+        assert buffer.shrink([]) == Survivors((0, 1), 2)
+        Scenario(CASE, rank, num_ranks).check_all(buffer)
+
+
+def test_endless_deadline(pool_of: PoolOf) -> None:
+    pool_of(2).run(_without_a_deadline)
 
 
 def _refused(rank: int, num_ranks: int) -> None:

@@ -21,7 +21,7 @@ from tests.conftest import PoolOf
 from tests.internode_cases import NodeScenario, make_buffer
 from tokenferry import Buffer, BufferStateError, MismatchError, PeerTimeoutError
 from tokenferry.memory import waiting
-from tokenferry.stats import Recorder, Waits
+from tokenferry.stats import BufferStats, Recorder, Waits
 
 LATE = 0.3
 # Who waits for it may itself come late: at most this much of it, as busy as the machine may be.
@@ -117,6 +117,7 @@ def _counted(rank: int, num_ranks: int) -> None:
     with pytest.raises(BufferStateError, match="destroyed"):
         buffer.stats()
     listed = json.loads(json.dumps(found.as_dict()))
+    assert BufferStats.from_dict(listed) == BufferStats.from_dict(found.as_dict()) == found
     assert listed["operations"][2]["peers"][rank] == {
         "rank": rank,
         "waits": {"count": 0, "total_ns": 0, "longest_ns": 0},

@@ -39,7 +39,7 @@ from tokenferry.modes.high_throughput import HighThroughput
 from tokenferry.modes.intranode import Received
 from tokenferry.modes.paranoid import Paranoid
 from tokenferry.observing import StatsMethods, debug_wanted, observed
-from tokenferry.rendezvous import meet
+from tokenferry.rendezvous import COMPILING_SECONDS, Meetings, meet
 from tokenferry.shrink import ShrinkMethods
 from tokenferry.streams import CommStream, NoTurn, Turn, check_events
 from tokenferry.topology import Topology
@@ -128,10 +128,11 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             allow_nvlink_for_normal_mode=not allow_nvlink_for_normal_mode,
             enable_shrink=enable_shrink and not low_latency_mode,
         )
-        rendezvous = meet(group, comm)
+        chosen = choose_device(device)
+        rendezvous = meet(group, comm, chosen)
         self.rank = rendezvous.rank
         self.group_size = rendezvous.num_ranks
-        self._all_gather = rendezvous.all_gather
+        self._rendezvous = rendezvous
         self.group = group if group is not None else comm
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
@@ -139,7 +140,6 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         push_bytes = num_rdma_bytes if low_latency_mode else 0
-        chosen = choose_device(device)
         heap_bytes = check_int("heap_bytes", heap_bytes, minimum=0)
         self._wishes = Wishes(
             chosen,
@@ -156,6 +156,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         self._node = node
         self._proves_low_latency = self._wishes.paranoid and chosen.type == "cpu"
         self.runtime = construct_runtime(rendezvous, self._wishes, node)
+        self._meetings = Meetings(rendezvous, self.runtime.key, seconds)
         note_what_is_not_proven(self._wishes.paranoid, chosen, low_latency_mode)
         logger.info(
             "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s, nodes %s, carrier between them: %s",
@@ -268,6 +269,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         require(self.low_latency_mode or not use_rdma_buffer, "use_rdma_buffer", use_rdma_buffer, allowed)
         whole = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         offset = check_int("offset", offset, minimum=0, multiple_of=dtype.itemsize)
+        require(size is None or min(size, default=0) >= 0, "size", size, "no negative sizes")
         count = max(0, whole - offset) // dtype.itemsize if size is None else torch.Size(size).numel()
         end = offset + count * dtype.itemsize
         require(end <= whole, "size", f"{count} elements at byte {offset}", f"what fits {whole} bytes")
@@ -494,7 +496,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
         """Compile what operations on such tensors need, on all ranks, before any of them waits for another.
 
         Collective, like construction. Without it the first operation compiles, for seconds, while its peers wait.
-        Required before a CUDA graph is captured, unless the same operations ran before. Nothing to do on CPU ranks.
+        Required before a CUDA graph is captured, unless the same operations ran before. CPU ranks only meet.
 
         Args:
             hidden: elements of a row.
@@ -504,12 +506,15 @@ class Buffer(LowLatencyMethods, InternodeMethods, ShrinkMethods, StatsMethods):
             scale_bytes: bytes of a row's scales; 0 for none.
             combine_dtype: of the rows that are combined; by default ``dtype``, or bfloat16 where that has one byte.
                 Combines with biases compile at their first call.
+
+        Raises:
+            PeerTimeoutError, PeerLostError: ranks did not come within the deadline and five minutes.
         """
         runtime = self._live_runtime()
         with runtime.comm.turn(None, False, False):
             mode = HighThroughput(runtime.party(), None)
             mode.warm(hidden, num_topk, num_experts, dtype, scale_bytes, combine_dtype)
-        self._all_gather(None)
+        self._meetings.gather("warmup", more_seconds=COMPILING_SECONDS)
 
     def _mode(self, runtime: AnyRuntime, config: Config | None) -> HighThroughput:
         party = runtime.party(Buffer.num_sms if config is None else config.num_sms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,17 +11,20 @@ import torch
 
 from tokenferry.config import low_latency_size_hint
 from tokenferry.dataplane import OperationKind, Pending
-from tokenferry.errors import ArgumentError, BufferStateError
+from tokenferry.errors import ArgumentError, BufferStateError, PeerTimeoutError
 from tokenferry.events import EventOverlap
 from tokenferry.modes import low_latency, paranoid_low_latency
 from tokenferry.modes.inputs import Party
 from tokenferry.modes.low_latency import LowLatencyHandle
 from tokenferry.observing import observed
+from tokenferry.rendezvous import COMPILING_SECONDS, Meetings
 from tokenferry.validation import check_int, check_tensor, require
 
 if TYPE_CHECKING:
     from tokenferry.runtime import Runtime
     from tokenferry.runtime_cuda import CudaRuntime
+
+logger = logging.getLogger("tokenferry")
 
 Hook = Callable[[], None]
 
@@ -41,7 +45,7 @@ class LowLatencyMethods:
     group_size: int
     rank: int
     _proves_low_latency: bool
-    _all_gather: Callable[[object], list[object]]
+    _meetings: Meetings
 
     def _live_runtime(self) -> Runtime | CudaRuntime:
         raise NotImplementedError
@@ -218,9 +222,14 @@ class LowLatencyMethods:
         return combined, event, _hook(runtime, pending) if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[object, ...]) -> torch.Tensor:
-        """bfloat16 [L, R * N, H] for the experts' outputs, to be combined with ``zero_copy=True`` next."""
-        party = self._low_latency_party()
-        return self._combine_rows(party, low_latency.check_handle(party, handle))
+        """bfloat16 [L, R * N, H] for the experts' outputs, to be combined with ``zero_copy=True`` next.
+
+        The same memory at every call for a shape: the current stream waits for the operation that read it last.
+        """
+        runtime = self._live_runtime()
+        party = self._low_latency_party(runtime)
+        with runtime.comm.in_order():
+            return self._combine_rows(party, low_latency.check_handle(party, handle))
 
     def _combine_rows(self, party: Party, handle: LowLatencyHandle) -> torch.Tensor:
         shape = low_latency.combine_buffer_shape(party, handle)
@@ -231,14 +240,36 @@ class LowLatencyMethods:
 
         A collective barrier: when it returns, what any rank has queued on its GPU before the call is done, such as
         writes to the tensors of :meth:`tokenferry.Buffer.get_local_buffer_tensor`, which rows of peers would get in
-        the way of. Nothing else is left to do: flags and counters lie outside of that memory.
+        the way of. Nothing else is left to do: flags and counters lie outside of that memory. With ``enable_shrink``
+        masked ranks are not waited for, and those that do not come are masked.
+
+        Raises:
+            ArgumentError: an argument is not allowed.
+            PeerTimeoutError: ranks did not come within the deadline, and cannot be masked.
+            PeerLostError: the store that ranks meet in is gone, see :meth:`tokenferry.Buffer.shrink`.
         """
         self._low_latency_party()
         check_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, minimum=1)
         check_int("hidden", hidden, minimum=1)
         check_int("num_experts", num_experts, minimum=1)
-        self._live_runtime().comm.synchronize()
-        self._all_gather(None)
+        runtime = self._live_runtime()
+        runtime.comm.synchronize()
+        masked = self._masked_ranks() if self.enable_shrink else []
+        try:
+            self._meetings.gather(
+                "clean_low_latency_buffer", ranks=[rank for rank in range(self.group_size) if rank not in masked]
+            )
+        except PeerTimeoutError as error:
+            if not self.enable_shrink:
+                raise
+            logger.warning("%s: masked", error)
+            for rank in error.ranks:
+                self.low_latency_update_mask_buffer(rank, True)
+
+    def _masked_ranks(self) -> list[int]:
+        status = torch.empty(self.group_size, dtype=torch.int32, device=self._low_latency_party().device)
+        self.low_latency_query_mask_buffer(status)
+        return [rank for rank, is_masked in enumerate(status.tolist()) if is_masked]
 
     def low_latency_warmup(
         self,
@@ -268,7 +299,7 @@ class LowLatencyMethods:
         party = self._low_latency_party()
         with self._live_runtime().comm.in_order():
             low_latency.warm(party, num_max_dispatch_tokens_per_rank, hidden, num_topk, num_experts, scale_format)
-        self._all_gather(None)
+        self._meetings.gather("low_latency_warmup", more_seconds=COMPILING_SECONDS)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Mask a rank (send it nothing, wait for nothing, skip its experts) or, by default, take it back.

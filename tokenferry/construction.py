@@ -30,6 +30,8 @@ DEVICE_VARIABLE = "TOKENFERRY_DEVICE"
 TIMEOUT_VARIABLE = "TOKENFERRY_TIMEOUT"
 DEFAULT_TIMEOUT = 100.0
 """Seconds."""
+LONGEST_TIMEOUT = 365 * 86400.0
+"""Seconds: all clocks can take as many."""
 
 logger = logging.getLogger("tokenferry")
 
@@ -157,17 +159,22 @@ def note_what_is_not_proven(is_paranoid: bool, device: torch.device, low_latency
         logger.info("paranoid: low-latency operations on GPUs carry no checksums")
 
 
-def timeout_seconds(timeout: float | None) -> float:
-    """The deadline that the caller or the environment gives, in seconds."""
-    name, given = "timeout", timeout if timeout is not None else os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
+def timeout_seconds(timeout: float | None, name: str = "timeout") -> float:
+    """The deadline that the caller or the environment gives, in seconds: of longer ones, and endless ones, a year.
+
+    Args:
+        timeout: of the caller.
+        name: of this argument.
+    """
+    given = timeout if timeout is not None else os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
     if timeout is None:
         name = TIMEOUT_VARIABLE
     try:
-        seconds = float(given)
-    except (TypeError, ValueError):
+        seconds = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     require(seconds > 0, name, repr(given), "a number of seconds above 0")
-    return seconds
+    return min(seconds, LONGEST_TIMEOUT)
 
 
 def note_ignored(**is_set: bool) -> None:

@@ -1,14 +1,27 @@
-"""How the ranks of a Buffer find each other: an all-gather of small Python values, used at construction only."""
+"""How the ranks of a Buffer find each other, and meet again: gathers of small values, never of rows.
+
+Construction gathers through the process group. Afterwards ranks meet in the store of ``torch.distributed``, each for
+itself and up to a deadline: a collective of a group with dead ranks would not end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
-from tokenferry.errors import ArgumentError
+from tokenferry.errors import ArgumentError, PeerLostError, PeerTimeoutError
+
+COMPILING_SECONDS = 300.0
+"""What ranks that compile are given beyond the deadline."""
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.02
 
 
 class Rendezvous(NamedTuple):
@@ -18,10 +31,17 @@ class Rendezvous(NamedTuple):
     num_ranks: int
     all_gather: Callable[[Any], list[Any]]
     """Collective: returns what every rank passed, by rank."""
+    store: Store | None
+    """That all ranks reach; None with mpi4py."""
 
 
-def meet(group: dist.ProcessGroup | None, comm: Any | None) -> Rendezvous:
+def meet(group: dist.ProcessGroup | None, comm: Any | None, device: torch.device) -> Rendezvous:
     """The rendezvous of a process group of any backend, or of an mpi4py communicator.
+
+    Args:
+        group: or None.
+        comm: or None; used where there is no group.
+        device: of this rank, which need not be the current one: NCCL takes every rank for one GPU.
 
     Raises:
         ArgumentError: neither is given, or this process is not in the group.
@@ -33,13 +53,82 @@ def meet(group: dist.ProcessGroup | None, comm: Any | None) -> Rendezvous:
 
         def all_gather(value: Any) -> list[Any]:
             values: list[Any] = [None] * num_ranks
-            dist.all_gather_object(values, value, group=group)
+            is_on_gpu = device.type == "cuda" and torch.cuda.is_available()
+            with torch.cuda.device(device) if is_on_gpu else contextlib.nullcontext():
+                dist.all_gather_object(values, value, group=group)
             return values
 
-        return Rendezvous(rank, num_ranks, all_gather)
+        return Rendezvous(rank, num_ranks, all_gather, _get_default_store())  # of all groups
     if comm is None:
         raise ArgumentError("group", None, "a torch.distributed process group (or comm=, an mpi4py communicator)")
-    return Rendezvous(int(comm.Get_rank()), int(comm.Get_size()), lambda value: list(comm.allgather(value)))
+    return Rendezvous(int(comm.Get_rank()), int(comm.Get_size()), lambda value: list(comm.allgather(value)), None)
+
+
+class Meetings:
+    """Where the ranks of a Buffer meet after its construction: one meeting after the other, the same on all ranks.
+
+    Args:
+        found: the rendezvous of its construction; with mpi4py there is no deadline.
+        key: never used before in the store.
+        seconds: to wait for another rank.
+    """
+
+    def __init__(self, found: Rendezvous, key: str, seconds: float) -> None:
+        self._found = found
+        self._key = key
+        self._seconds = seconds
+        self._number = 0
+
+    def gather(
+        self, operation: str, value: object = None, *, ranks: Iterable[int] | None = None, more_seconds: float = 0.0
+    ) -> dict[int, Any]:
+        """What ranks pass, by rank. Collective among them.
+
+        Args:
+            operation: what for.
+            value: of this rank; JSON holds it.
+            ranks: who meets, this rank among them; by default all.
+            more_seconds: to wait, beyond the deadline.
+
+        Raises:
+            PeerTimeoutError: ranks did not come.
+            PeerLostError: the store is gone, which lives in the process of some rank or of a launcher.
+        """
+        store, rank = self._found.store, self._found.rank
+        if store is None:
+            return dict(enumerate(self._found.all_gather(value)))
+        self._number += 1
+        names = {
+            other: self._name(self._number, other)
+            for other in (range(self._found.num_ranks) if ranks is None else ranks)
+        }
+        seconds = self._seconds + more_seconds
+        try:
+            store.set(names[rank], json.dumps(value))
+            if missing := _wait(store, names, seconds):
+                reason = f"did not come within {seconds:g} s"
+                raise PeerTimeoutError(operation, self._number, missing, reason)
+            found = {other: json.loads(store.get(name)) for other, name in names.items()}
+            with contextlib.suppress(NotImplementedError):  # some stores keep all
+                store.delete_key(self._name(self._number - 1, rank))  # whoever comes now has been to that one
+        except dist.DistError as error:
+            others = [other for other in names if other != rank]
+            raise PeerLostError(operation, self._number, others, f"the store of the ranks is gone: {error}") from None
+        return found
+
+    def _name(self, number: int, rank: int) -> str:
+        return f"{self._key}/meeting {number}/{rank}"
+
+
+def _wait(store: Store, names: dict[int, str], seconds: float) -> list[int]:
+    """Wait until the store has these names, so many seconds at most; returns the ranks whose name it has not."""
+    end, pause = time.monotonic() + seconds, _SHORTEST_SLEEP
+    while not store.check(list(names.values())):
+        if time.monotonic() > end:
+            return [rank for rank, name in names.items() if not store.check([name])]
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_SLEEP)
+    return []
 
 
 _node_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}

@@ -6,18 +6,15 @@ not end. They are numbered anew, in their old order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from tokenferry.construction import AnyRuntime, Wishes, construct_runtime
-from tokenferry.errors import ArgumentError, BufferStateError, MismatchError, PeerTimeoutError, TokenferryError
-from tokenferry.rendezvous import Rendezvous, node_group
+from tokenferry.errors import ArgumentError, BufferStateError, MismatchError, TokenferryError
+from tokenferry.rendezvous import Meetings, Rendezvous, node_group
 from tokenferry.validation import check_int, require
 
 
@@ -67,7 +64,8 @@ class ShrinkMethods:
     rank: int
     group_size: int
     runtime: AnyRuntime | None
-    _all_gather: Any
+    _rendezvous: Rendezvous
+    _meetings: Meetings
     _wishes: Wishes
     _node: str | int | None
 
@@ -101,10 +99,15 @@ class ShrinkMethods:
             raise ArgumentError("dead_ranks", dead, f"other ranks than this one, {self.rank}")
         ranks = tuple(rank for rank in range(self.group_size) if rank not in dead)
         survivors = Survivors(ranks, self.group_size)
-        key, seconds = f"{runtime.key}/shrink", self._wishes.timeout
+        seconds, found = self._wishes.timeout, self._rendezvous
+        meetings = Meetings(found, f"{runtime.key}/shrink", seconds)
+
+        def all_gather(value: Any) -> list[Any]:
+            return list(meetings.gather("shrink", value, ranks=ranks).values())
+
         runtime.destroy()
         self.runtime = None
-        rendezvous = meet_in_store(_get_default_store(), key, ranks, self.rank, seconds)
+        rendezvous = Rendezvous(ranks.index(self.rank), len(ranks), all_gather, found.store)
         named = rendezvous.all_gather(dead)
         if any(other != dead for other in named):
             raise MismatchError("shrink", 1, ranks, f"ranks disagree on dead_ranks: {named}")
@@ -112,7 +115,8 @@ class ShrinkMethods:
             self._wishes = self._wishes._replace(group=_group_of(self._wishes.group, ranks, seconds))
         self.runtime = construct_runtime(rendezvous, self._wishes, self._node)
         self.rank, self.group_size = rendezvous.rank, rendezvous.num_ranks
-        self._all_gather = rendezvous.all_gather
+        self._rendezvous = rendezvous
+        self._meetings = Meetings(rendezvous, self.runtime.key, seconds)
         return survivors
 
 
@@ -122,33 +126,3 @@ def _group_of(group: dist.ProcessGroup, ranks: Sequence[int], timeout: float) ->
         return node_group(group, ranks, timeout)
     except RuntimeError as error:
         raise TokenferryError(f"no process group of ranks {list(ranks)}: {error}") from error
-
-
-def meet_in_store(store: Store, key: str, ranks: Sequence[int], rank: int, timeout: float) -> Rendezvous:
-    """The rendezvous of some ranks over a store.
-
-    Args:
-        store: that all of them reach.
-        key: never used before in the store.
-        ranks: who meets.
-        rank: this one.
-        timeout: seconds to wait for another.
-    """
-    rounds = iter(range(1 << 62))
-
-    def all_gather(value: Any) -> list[Any]:
-        number = next(rounds)
-        store.set(f"{key}/{number}/{rank}", json.dumps(value))
-        found = []
-        for other in ranks:
-            name = f"{key}/{number}/{other}"
-            try:
-                store.wait([name], timedelta(seconds=timeout))
-                found.append(json.loads(store.get(name)))
-            except RuntimeError as error:
-                raise PeerTimeoutError("shrink", 1, [other], f"not in the store after {timeout:g} s") from error
-        return found
-
-    if rank not in ranks:
-        raise TokenferryError(f"rank {rank} is not among {list(ranks)}")
-    return Rendezvous(list(ranks).index(rank), len(ranks), all_gather)

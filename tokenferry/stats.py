@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,11 @@ class BufferStats:
         listed: dict[str, Any] = dataclasses.asdict(self)
         return listed
 
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> BufferStats:
+        """What :meth:`as_dict` returned, also if JSON has made lists of tuples since."""
+        return cls(**{**given, "operations": tuple(_operation(**of) for of in given["operations"])})
+
     def of(self, kind: str) -> OperationStats:
         """One kind of operation; all 0 if it did not occur."""
         for operation in self.operations:
@@ -97,6 +102,12 @@ class BufferStats:
     def waited_for(self) -> list[int]:
         """[R]: nanoseconds that this rank has waited for each rank, over all kinds of operations."""
         return [sum(of.peers[rank].waits.total_ns for of in self.operations) for rank in range(self.num_ranks)]
+
+
+def _operation(idle: Mapping[str, int], peers: Sequence[Mapping[str, Any]], **rest: Any) -> OperationStats:
+    """One kind of operation out of the dict that it has become."""
+    of_peers = tuple(PeerStats(**{**peer, "waits": Waits(**peer["waits"])}) for peer in peers)
+    return OperationStats(idle=Waits(**idle), peers=of_peers, **rest)
 
 
 class _Tally:

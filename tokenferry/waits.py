@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from tokenferry.stats import BufferStats
 
@@ -56,8 +56,10 @@ def wait_report(buffer: Buffer, picture: Path | str | None = None, *, reset: boo
 
     Raises:
         BufferStateError: the Buffer was destroyed.
+        PeerTimeoutError, PeerLostError: ranks did not come.
     """
-    gathered = cast(list[BufferStats], buffer._all_gather(buffer.stats(reset=reset)))
+    given = buffer._meetings.gather("wait_report", buffer.stats(reset=reset).as_dict())
+    gathered = [BufferStats.from_dict(given[rank]) for rank in range(buffer.group_size)]
     report = analyse(gathered)
     if picture is not None and buffer.rank == 0:
         from tokenferry.cli.waits_plot import draw
