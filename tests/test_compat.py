@@ -31,14 +31,15 @@ DISTRIBUTION = ROOT / "compat-dist"
 
 SPELLINGS = {
     "deep_ep": ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "topk_idx_t"],
-    "deep_ep.buffer": ["Buffer", "Config", "EventHandle", "EventOverlap"],
+    "deep_ep.buffer": ["Buffer", "Config", "EventHandle", "EventOverlap", "check_nvlink_connections"],
     "deep_ep.buffers.elastic": ["EPHandle", "ElasticBuffer"],
     "deep_ep.buffers.legacy": ["Buffer"],
     "deep_ep.legacy": ["Buffer"],
-    "deep_ep.utils": ["EventHandle", "EventOverlap"],
+    "deep_ep.utils": ["Config", "EventHandle", "EventOverlap", "check_nvlink_connections"],
     "deep_ep.utils.event": ["EventHandle", "EventOverlap"],
-    "deep_ep_cpp": ["Config", "EventHandle", "topk_idx_t"],
+    "deep_ep_cpp": ["Config", "EventHandle", "get_low_latency_rdma_size_hint", "is_sm90_compiled", "topk_idx_t"],
 }
+FUNCTIONS = ["check_nvlink_connections", "get_low_latency_rdma_size_hint", "is_sm90_compiled"]
 ABSENT_NAMES = [
     "HybridEPBuffer",
     "get_logical_domain_size",
@@ -71,7 +72,10 @@ for name, attributes in {spellings}.items():
     for attribute in attributes:
         scope = {{}}
         exec(f"from {{name}} import {{attribute}}", scope)
-        assert scope[attribute] is getattr(tokenferry, attribute), (name, attribute)
+        if attribute in {functions}:
+            assert callable(scope[attribute]), (name, attribute)
+        else:
+            assert scope[attribute] is getattr(tokenferry, attribute), (name, attribute)
 assert not [name for name in {absent} if hasattr(deep_ep, name)]
 for name in ["deep_ep", "deep_ep.utils", "deep_ep_cpp"]:
     importlib.reload(sys.modules[name])
@@ -121,7 +125,7 @@ def check(start: str, *path: Path, most: float = 0.3) -> dict[str, Any]:
 
     ``most``: seconds of a core, beyond torch.
     """
-    program = CHECK.format(start=start, spellings=SPELLINGS, absent=ABSENT_NAMES)
+    program = CHECK.format(start=start, spellings=SPELLINGS, functions=FUNCTIONS, absent=ABSENT_NAMES)
     times = []
     for _ in range(3):
         done = run(program, *path)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
+import time
 import weakref
 from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +30,10 @@ from tokenferry import (
     EventHandle,
     EventOverlap,
     MismatchError,
+    PeerError,
 )
+from tokenferry import elastic as elastic_module
+from tokenferry.construction import Wishes
 
 FP8 = {"dtype": torch.float8_e4m3fn, "scales": torch.float32, "scale_columns": 3}
 CASES = {
@@ -207,6 +213,8 @@ def _bad_construction(rank: int, num_ranks: int) -> None:
         ("hidden", {"hidden": 1.5}),
         ("num_gpu_timeout_secs", {"num_gpu_timeout_secs": 0}),
         ("num_cpu_timeout_secs", {"num_cpu_timeout_secs": "long", "num_gpu_timeout_secs": 5}),
+        ("num_cpu_timeout_secs", {"num_cpu_timeout_secs": True, "num_gpu_timeout_secs": 5}),
+        ("num_gpu_timeout_secs", {"num_cpu_timeout_secs": 5, "num_gpu_timeout_secs": math.nan}),
         ("device", {"device": "tpu"}),
     ):
         with pytest.raises(ArgumentError, match=f"^{name}: got"):
@@ -217,6 +225,9 @@ def _bad_construction(rank: int, num_ranks: int) -> None:
         ElasticBuffer(group, num_nvl_bytes=1 << 20)  # type: ignore[call-arg]
     with pytest.raises(tokenferry.TokenferryError, match="node"):
         ElasticBuffer(group, node=rank)
+    with mock.patch.object(elastic_module, "Wishes", wraps=Wishes) as wishes:
+        ElasticBuffer(group, num_cpu_timeout_secs=5, num_gpu_timeout_secs=math.inf).destroy()
+    assert wishes.call_args.kwargs["timeout"] == 365 * 86400
 
 
 def test_bad_construction(pool_of: PoolOf) -> None:
@@ -230,9 +241,13 @@ def _disagreement(rank: int, num_ranks: int) -> None:
             {"do_expand": rank == 0},
             {"num_max_tokens_per_rank": 20 + rank},
             {"num_experts": elastic.num_experts * (1 + rank)},
+            {"topk_weights": elastic.given.topk_weights if rank == 0 else None},
         ):
             with pytest.raises(MismatchError):
                 elastic.dispatch(buffer, **wrong)
+        handle, weights = elastic.dispatch(buffer)[3], elastic.given.topk_weights if rank == 0 else None
+        with pytest.raises(MismatchError, match="has_weights"):
+            buffer.dispatch(elastic.given.x, topk_weights=weights, handle=handle)
         elastic.check_all(buffer)
         once = torch.zeros(4, 3, dtype=torch.int64)  # three rows of each token, where there is room for two
         with pytest.raises(CapacityError, match="expanded rows: got"):
@@ -328,6 +343,20 @@ def _barrier(rank: int, num_ranks: int, path: str) -> None:
                 pass
             with pytest.raises(FileNotFoundError), open(f"{path}/{turn + 10}"):
                 pass
+
+
+def _barrier_alone(rank: int, num_ranks: int) -> str:
+    with elastic_buffer(dist.group.WORLD, num_gpu_timeout_secs=0.5, num_cpu_timeout_secs=0.5) as buffer:
+        if rank:
+            time.sleep(1.0)
+            return ""
+        with pytest.raises(PeerError) as caught:
+            buffer.barrier()
+        return str(caught.value)
+
+
+def test_barrier_that_fails_says_so(pool_of: PoolOf) -> None:
+    assert pool_of(2).run(_barrier_alone)[0].startswith("barrier (epoch 1): rank 1: ")
 
 
 def test_barrier_waits_for_all(pool_of: PoolOf, tmp_path: Any) -> None:

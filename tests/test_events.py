@@ -100,6 +100,20 @@ def test_called_with_release_drops_the_event_after_the_block() -> None:
     assert overlap.extra_tensors is None
 
 
+def test_called_with_release_runs_the_hook_too() -> None:
+    event = CountingEvent()
+    overlap = EventOverlap(event)
+    overlap.register_hook_after_wait(lambda: event.log.append("hook"))
+    with overlap(release_handle=True):
+        pass
+    assert event.log == ["wait", "hook"]
+    assert overlap.event is None
+    overlap.event = CountingEvent(event.log)
+    with overlap:
+        pass
+    assert overlap.event is not None, "once"
+
+
 def test_block_without_event() -> None:
     with EventOverlap(), EventOverlap()():
         pass

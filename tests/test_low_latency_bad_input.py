@@ -39,6 +39,7 @@ DISPATCH: dict[str, tuple[str, dict[str, Any]]] = {
     "hidden not a multiple of 8": ("x", {"x": _x(4, 12), "use_fp8": False}),
     "ids of another dtype": ("topk_idx", {"topk_idx": _ids(4, K).int()}),
     "ids of one dimension": ("topk_idx", {"topk_idx": _ids(4)}),
+    "no choices": ("topk_idx", {"topk_idx": _ids(4, 0)}),
     "ids of other tokens": ("topk_idx", {"topk_idx": _ids(3, K)}),
     "ids not contiguous": ("topk_idx", {"topk_idx": _ids(K, 4).t()}),
     "ids on another device": ("topk_idx", {"topk_idx": torch.empty(4, K, dtype=torch.int64, device="meta")}),

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import cases, low_latency_cases, operator_cost
 from tests.cases import Case, Scenario
 from tests.conftest import PoolOf, slow
+from tests.internode_cases import make_buffer
 from tests.operators import ThroughOperators, draw
 from tokenferry import ArgumentError, Buffer, BufferStateError, Config, ops
 from tokenferry.nn import functional
@@ -108,6 +109,28 @@ def check(function: Callable[..., Any], kinds: tuple[str, ...], *args: Any, **gi
     operator = getattr(torch.ops.tokenferry, function.__name__).default
     assert operator in ops.OPERATORS
     torch.library.opcheck(operator, args, given, test_utils=kinds)
+
+
+def outputs_are_apart(rank: int, num_ranks: int, layout: str) -> None:
+    """Also of a handle between nodes, whose tensors are made in few pieces."""
+    with make_buffer(rank, layout) as buffer:
+        name = ops.register(buffer)
+        x, ids, weights = draw(rank, 5 + rank)
+        for x_of in (x, x.clone().requires_grad_()):
+            got = torch.ops.tokenferry.dispatch(x_of, ids, weights, name, 4)
+            places = [output.untyped_storage().data_ptr() for output in got if output.numel()]
+            assert len(set(places)) == len(places)
+            wanted = ops.dispatch(x_of, ids, weights, name, 4)
+            assert all(map(torch.equal, got, wanted))
+            assert [output.stride() for output in got] == [output.stride() for output in wanted]
+        rows, handle = got[0].detach(), got[4:]
+        assert torch.equal(
+            torch.ops.tokenferry.combine(rows, handle, name)[0], ops.combine(rows, wanted[4:], name)[0]
+        )
+
+
+def test_outputs_of_operators_share_no_memory(pool_of: PoolOf) -> None:
+    pool_of(2).run(outputs_are_apart, "2x1")
 
 
 @pytest.mark.slow

@@ -119,10 +119,11 @@ class ElasticBuffer:
         hidden = check_int("hidden", hidden, minimum=0)
         num_topk = check_int("num_topk", num_topk, minimum=0)
         deadlines = {"num_cpu_timeout_secs": num_cpu_timeout_secs, "num_gpu_timeout_secs": num_gpu_timeout_secs}
-        given = [_check_seconds(name, value) for name, value in deadlines.items() if value is not None]
-        seconds = timeout_seconds(max(given) if given else None)
+        given = [timeout_seconds(value, name) for name, value in deadlines.items() if value is not None]
+        seconds = max(given) if given else timeout_seconds(None)
         note_ignored(sl_idx=sl_idx != 3, num_allocated_qps=num_allocated_qps != 0)
-        rendezvous = meet(group, None)
+        chosen = choose_device(device)
+        rendezvous = meet(group, None, chosen)
         self.group = group
         self.rank = rendezvous.rank
         self.group_size = rendezvous.num_ranks
@@ -138,7 +139,6 @@ class ElasticBuffer:
         self.allow_multiple_reduction = allow_multiple_reduction
         self.prefer_overlap_with_compute = prefer_overlap_with_compute
         self.explicitly_destroy = explicitly_destroy
-        chosen = choose_device(device)
         self._is_paranoid = choose_paranoid()
         wishes = Wishes(
             chosen,
@@ -494,12 +494,6 @@ class ElasticBuffer:
 
 def _or(given: int | None, default: int) -> int:
     return default if given is None else given
-
-
-def _check_seconds(name: str, given: object) -> float:
-    is_positive = isinstance(given, (int, float)) and not isinstance(given, bool) and given > 0
-    require(is_positive, name, repr(given), "a number of seconds above 0")
-    return float(given)  # type: ignore[arg-type]
 
 
 def _event(name: str, given: object) -> EventHandle | None:

@@ -53,6 +53,7 @@ class EventOverlap:
         self.event = event
         self.extra_tensors = extra_tensors
         self.hook_after_wait: Callable[[], object] | None = None
+        self._releases = False
 
     def register_hook_after_wait(self, hook: Callable[[], object]) -> None:
         """Call ``hook`` once, after the next wait."""
@@ -79,13 +80,8 @@ class EventOverlap:
 
     def __call__(self, release_handle: bool = False) -> EventOverlap:
         """Return self, so that ``with event():`` works; see :meth:`current_stream_wait`."""
-        if release_handle:
-            self.register_hook_after_wait(self._release)
+        self._releases = self._releases or release_handle
         return self
-
-    def _release(self) -> None:
-        self.event = None
-        self.extra_tensors = None
 
     def __enter__(self) -> EventOverlap:
         return self
@@ -94,4 +90,5 @@ class EventOverlap:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.event is not None:
-            self.current_stream_wait()
+            releases, self._releases = self._releases, False
+            self.current_stream_wait(releases)

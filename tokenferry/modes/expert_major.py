@@ -213,7 +213,9 @@ def _check(
         zero_padding=sizes.zero_padding,
     )
     operation = OperationKind.EXPANDED_DISPATCH if sizes.expand else OperationKind.DISPATCH
-    signature = signature_of(operation, rows, num_topk, num_experts)._replace(num_max_tokens=sizes.num_max_tokens)
+    signature = signature_of(operation, rows, num_topk, num_experts)._replace(
+        num_max_tokens=sizes.num_max_tokens, has_weights=int(topk_weights is not None)
+    )
     return _Kind(sizes, num_topk, worst, experts, signature, rows_are_packed, choices_are_packed)
 
 
@@ -234,9 +236,9 @@ def cached_dispatch(
     num_topk = ids.size(1)
     _check_weights(party, topk_weights, num_tokens, num_topk)
     weights = _travelling(party, topk_weights, ids.shape, False)
-    expanded = handle.num_expanded_tokens if handle.do_expand else 0
-    metadata = ends = None
+    metadata, ends, expanded = None, None, 0
     if handle.do_expand:
+        expanded = check_int("handle.num_expanded_tokens", handle.num_expanded_tokens, minimum=0)
         metadata = _metadata(party, handle, num_rows, num_topk, expanded)
         ends = handle.psum_num_recv_tokens_per_expert
         name = "handle.psum_num_recv_tokens_per_expert"
@@ -263,7 +265,9 @@ def cached_dispatch(
         ),
     )
     kind = OperationKind.CACHED_EXPANDED_DISPATCH if handle.do_expand else OperationKind.CACHED_DISPATCH
-    signature = signature_of(kind, rows, num_topk, num_experts, handle=_checksum(party, routes))
+    signature = signature_of(kind, rows, num_topk, num_experts, handle=_checksum(party, routes))._replace(
+        has_weights=int(topk_weights is not None)
+    )
     with party.plane.dispatch(signature, plan) as exchange:
         received = _outputs(party, rows, num_topk, num_rows, expanded, handle.do_expand)
         exchange.pull(_for_plane(received, None, None))

@@ -176,7 +176,7 @@ def check_inputs(
     assert per_expert is not None
     num_experts, rows_are_packed, top_is_packed = known
     if party.plane.values_at_hand:
-        _check_counts(per_rank, member)
+        _check_counts(per_rank, member, per_expert)
     data, scales = x if type(x) is tuple else (x, None)
     rows = make(Rows, (packed(data, rows_are_packed), None if scales is None else packed(scales, rows_are_packed)))
     ids = weights = None
@@ -187,9 +187,13 @@ def check_inputs(
     return make(Inputs, (rows, ids, weights, member, per_rank, per_expert, num_experts, expert_alignment, worst))
 
 
-def _check_counts(per_rank: torch.Tensor, member: torch.Tensor) -> None:
+def _check_counts(per_rank: torch.Tensor, member: torch.Tensor, per_expert: torch.Tensor) -> None:
     given, sent = per_rank.tolist(), member.sum(0).tolist()
     require(given == sent, "num_tokens_per_rank", given, f"{sent}, as in is_token_in_rank")
+    fewest, most = (int(bound) for bound in per_expert.aminmax())
+    limit = len(member) * MAX_TOPK
+    found = fewest if fewest < 0 else most
+    require(0 <= fewest <= most <= limit, "num_tokens_per_expert", f"the value {found}", f"counts from 0 to {limit}")
 
 
 def _check_inputs(
@@ -222,7 +226,7 @@ def _check_inputs(
     )
     num_experts = check_num_experts(party, "num_tokens_per_expert", per_expert.shape[0])
     if party.plane.values_at_hand:
-        _check_counts(per_rank, member)
+        _check_counts(per_rank, member, per_expert)
     expert_alignment = check_int("expert_alignment", expert_alignment, minimum=1)
     num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
     if num_worst_tokens >= 1 << 31:

@@ -25,7 +25,7 @@ from tokenferry.dataplane import (
 from tokenferry.errors import ArgumentError
 from tokenferry.kept import Kept, kind_of, make
 from tokenferry.modes import internode_low_latency
-from tokenferry.modes.inputs import Party, check_ids, check_num_experts, check_topk_idx
+from tokenferry.modes.inputs import MAX_TOPK, Party, check_ids, check_num_experts, check_topk_idx
 from tokenferry.validation import check_int, check_tensor, describe, require
 
 GROUP = 128
@@ -161,6 +161,7 @@ def _check_dispatch(
         raise ArgumentError("x", f"rows of {hidden} elements", f"a positive multiple of {step} elements")
     scale_format = scale_format_of(use_fp8, round_scale, use_ue8m0)
     num_topk = check_topk_idx(party, topk_idx, num_tokens, num_experts).shape[1]
+    require(num_topk > 0, "topk_idx", "no choices", f"1 to {MAX_TOPK} choices a token")
     num_local, slab, scales = num_experts // ranks, ranks * most, None
     if use_fp8:
         groups = hidden // GROUP

@@ -21,7 +21,7 @@ import torch
 
 from tokenferry import ops
 from tokenferry.buffer import Buffer
-from tokenferry.config import Config, check_config
+from tokenferry.config import Config, check_config, dispatch_preset
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import Handle, make_handle
 from tokenferry.modes.inputs import unpack_bias
@@ -108,7 +108,7 @@ def combine(
     """
     bias_0, bias_1 = unpack_bias(bias)
     combined: torch.Tensor
-    (combined,) = ops.combine(x, list(handle), ops.name_of(buffer), None, bias_0, bias_1, _num_sms(config))
+    (combined,) = ops.combine(x, list(handle), ops.name_of(buffer), None, bias_0, bias_1, *_tuning(config))
     return combined
 
 
@@ -185,7 +185,7 @@ def _dispatch(
         num_worst_tokens,
         expert_alignment,
         None,
-        _num_sms(config),
+        *_tuning(config),
     )
     return Dispatched(rows, ids, weights, counts, make_handle(handle))
 
@@ -219,5 +219,9 @@ def _dispatch_float64(
     return received._replace(x=received.x[:, :hidden], topk_weights=weights)
 
 
-def _num_sms(config: Config | None) -> int:
-    return 0 if config is None else check_config(config).num_sms
+def _tuning(config: Config | None) -> tuple[int, int]:
+    """What of a ``Config`` means something here: SMs and, unless that is the presets', the ring between nodes."""
+    if config is None:
+        return 0, 0
+    num_sms, tokens = check_config(config).num_sms, config.num_max_rdma_chunked_recv_tokens
+    return num_sms, 0 if tokens == dispatch_preset(1, num_sms).num_max_rdma_chunked_recv_tokens else tokens

@@ -9,6 +9,7 @@ experts, R ranks, M received rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from tokenferry.buffer import Buffer
-from tokenferry.config import Config
+from tokenferry.config import Config, combine_preset, dispatch_preset
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, Handle, InternodeHandle, OperatorHandle, OperatorRows
 from tokenferry.kept import make
 from tokenferry.modes.inputs import COMBINE_DTYPES, ROW_ALIGNMENT
 from tokenferry.ops.library import (
+    apart,
     apply,
     define,
     function_of,
@@ -55,12 +57,13 @@ def _dispatch(
     expert_alignment: int = 1,
     x_scales: torch.Tensor | None = None,
     num_sms: int = 0,
+    chunked_recv_tokens: int = 0,
 ) -> list[torch.Tensor]:
     owner = buffer_of(buffer)
     if type(num_worst_tokens) is not int:
         num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
     # Unset memory may hold NaN, and a zero gradient times NaN is NaN in the weights that touch unused rows.
-    worst, config = OperatorRows(num_worst_tokens), Config(num_sms) if num_sms else None
+    worst, config = OperatorRows(num_worst_tokens), _config(owner, dispatch_preset, num_sms, chunked_recv_tokens)
     given = x if x_scales is None else (x, x_scales)
     rows, scales, ids, weights, counts, handle = owner._dispatch_choices(
         given, topk_idx, topk_weights, num_experts, expert_alignment, worst, config
@@ -80,10 +83,15 @@ def _dispatch(
 
 
 def _cached_dispatch(
-    x: torch.Tensor, handle: _Tensors, buffer: str, x_scales: torch.Tensor | None = None, num_sms: int = 0
+    x: torch.Tensor,
+    handle: _Tensors,
+    buffer: str,
+    x_scales: torch.Tensor | None = None,
+    num_sms: int = 0,
+    chunked_recv_tokens: int = 0,
 ) -> list[torch.Tensor]:
     owner, known = buffer_of(buffer), _known(handle)
-    config = Config(num_sms) if num_sms else None
+    config = _config(owner, dispatch_preset, num_sms, chunked_recv_tokens)
     received = owner.dispatch(x if x_scales is None else (x, x_scales), known, config=config)[0]
     rows = received if isinstance(received, tuple) else (received,)
     if type(known) is not OperatorHandle:
@@ -99,11 +107,27 @@ def _combine(
     bias_0: torch.Tensor | None = None,
     bias_1: torch.Tensor | None = None,
     num_sms: int = 0,
+    chunked_recv_tokens: int = 0,
 ) -> list[torch.Tensor]:
     bias = None if bias_0 is None and bias_1 is None else (bias_0, bias_1)
-    config = Config(num_sms) if num_sms else None
-    combined, weights, _ = buffer_of(buffer).combine(x, _known(handle), topk_weights, bias, config)
+    owner = buffer_of(buffer)
+    config = _config(owner, combine_preset, num_sms, chunked_recv_tokens)
+    combined, weights, _ = owner.combine(x, _known(handle), topk_weights, bias, config)
     return [combined] if weights is None else [combined, weights]
+
+
+def _config(
+    owner: Buffer, preset: Callable[[int, int], Config], num_sms: int, chunked_recv_tokens: int
+) -> Config | None:
+    """The preset, unless the caller wants other chunks."""
+    if not num_sms and not chunked_recv_tokens:
+        return None
+    config = preset(owner.group_size, num_sms or Buffer.num_sms)
+    if not chunked_recv_tokens:
+        return config
+    return dataclasses.replace(
+        config, num_max_rdma_chunked_send_tokens=1, num_max_rdma_chunked_recv_tokens=chunked_recv_tokens
+    )
 
 
 def _known(handle: _Tensors) -> OperatorHandle | InternodeHandle:
@@ -135,6 +159,7 @@ def _dispatch_shapes(
     expert_alignment: int = 1,
     x_scales: torch.Tensor | None = None,
     num_sms: int = 0,
+    chunked_recv_tokens: int = 0,
 ) -> list[torch.Tensor]:
     ranks, (tokens, choices) = buffer_of(buffer).group_size, topk_idx.shape
     num_counts = 0 if num_worst_tokens else num_experts // ranks
@@ -181,7 +206,12 @@ def _handle_shapes(x: torch.Tensor, topology: Topology, tokens: int, rows: Any) 
 
 
 def _cached_dispatch_shapes(
-    x: torch.Tensor, handle: _Tensors, buffer: str, x_scales: torch.Tensor | None = None, num_sms: int = 0
+    x: torch.Tensor,
+    handle: _Tensors,
+    buffer: str,
+    x_scales: torch.Tensor | None = None,
+    num_sms: int = 0,
+    chunked_recv_tokens: int = 0,
 ) -> list[torch.Tensor]:
     rows = _known(handle).num_rows
     return [given.new_empty((rows, given.size(1))) for given in (x, x_scales) if given is not None]
@@ -195,6 +225,7 @@ def _combine_shapes(
     bias_0: torch.Tensor | None = None,
     bias_1: torch.Tensor | None = None,
     num_sms: int = 0,
+    chunked_recv_tokens: int = 0,
 ) -> list[torch.Tensor]:
     tokens = _known(handle).is_token_in_rank.size(0)
     return [given.new_empty((tokens, given.size(1))) for given in (x, topk_weights) if given is not None]
@@ -221,7 +252,7 @@ class _Dispatch(torch.autograd.Function):
         rows, weights, (ids, _, *others) = output
         with_scales = inputs[3][4] is not None
         handle = others[:-1] if with_scales else others
-        ctx.buffer, ctx.num_sms = inputs[3][0], inputs[3][-1]
+        ctx.buffer, ctx.tuning = inputs[3][0], inputs[3][-2:]
         constant = [out for out, needed in zip((rows, weights), ctx.needs_input_grad) if not needed]  # noqa: B905
         if constant and not is_forward_mode():
             ctx.mark_non_differentiable(*constant)
@@ -234,47 +265,51 @@ class _Dispatch(torch.autograd.Function):
         ids, *handle = ctx.saved_tensors
         needs_x, needs_weights, *_ = ctx.needs_input_grad
         if not needs_weights:
-            (home,) = combine(grad_x, handle, ctx.buffer, None, None, None, ctx.num_sms)
+            (home,) = combine(grad_x, handle, ctx.buffer, None, None, None, *ctx.tuning)
             return home, None, None, None, None
         # Forward wrote a constant 0 where a choice is another rank's, so nothing flows back from there.
         weights = grad_weights.masked_fill(ids < 0, 0.0)
         if needs_x:
-            return *combine(grad_x, handle, ctx.buffer, weights, None, None, ctx.num_sms), None, None, None
-        (rows,) = combine(_as_rows(weights), handle, ctx.buffer, None, None, None, ctx.num_sms)
+            return *combine(grad_x, handle, ctx.buffer, weights, None, None, *ctx.tuning), None, None, None
+        (rows,) = combine(_as_rows(weights), handle, ctx.buffer, None, None, None, *ctx.tuning)
         return None, rows[:, : weights.size(1)], None, None, None
 
     @staticmethod
     @opaque
     def jvp(ctx: Any, x: torch.Tensor, weights: torch.Tensor, *_: None) -> tuple[Any, ...]:
         ids, *handle = ctx.saved_tensors
-        (rows,) = cached_dispatch(x, handle, ctx.buffer, None, ctx.num_sms)
+        (rows,) = cached_dispatch(x, handle, ctx.buffer, None, *ctx.tuning)
         return rows, _dispatch_weights(ctx, weights, handle).masked_fill(ids < 0, 0.0), None
 
 
 class _CachedDispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: torch.Tensor, handle: _Tensors, buffer: str, num_sms: int, kernel: Callable[..., Any] | None
+        x: torch.Tensor,
+        handle: _Tensors,
+        buffer: str,
+        tuning: tuple[int, int],
+        kernel: Callable[..., Any] | None,
     ) -> Any:
-        (rows,) = run_below(CACHED_DISPATCH, kernel, x, handle, buffer, None, num_sms)
+        (rows,) = run_below(CACHED_DISPATCH, kernel, x, handle, buffer, None, *tuning)
         return rows
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, handle, ctx.buffer, ctx.num_sms, _ = inputs
+        _, handle, ctx.buffer, ctx.tuning, _ = inputs
         ctx.save_for_backward(*handle)
         ctx.save_for_forward(*handle)
 
     @staticmethod
     @opaque
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        (home,) = combine(grad, list(ctx.saved_tensors), ctx.buffer, None, None, None, ctx.num_sms)
+        (home,) = combine(grad, list(ctx.saved_tensors), ctx.buffer, None, None, None, *ctx.tuning)
         return home, None, None, None, None
 
     @staticmethod
     @opaque
     def jvp(ctx: Any, x: torch.Tensor, *_: None) -> Any:
-        return cached_dispatch(x, list(ctx.saved_tensors), ctx.buffer, None, ctx.num_sms)[0]
+        return cached_dispatch(x, list(ctx.saved_tensors), ctx.buffer, None, *ctx.tuning)[0]
 
 
 class _Combine(torch.autograd.Function):
@@ -286,14 +321,14 @@ class _Combine(torch.autograd.Function):
         bias_1: torch.Tensor | None,
         handle: _Tensors,
         buffer: str,
-        num_sms: int,
+        tuning: tuple[int, int],
         kernel: Callable[..., Any] | None,
     ) -> tuple[torch.Tensor, ...]:
-        return tuple(run_below(COMBINE, kernel, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms))
+        return tuple(run_below(COMBINE, kernel, x, handle, buffer, topk_weights, bias_0, bias_1, *tuning))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        *_, handle, ctx.buffer, ctx.num_sms, _ = inputs
+        *_, handle, ctx.buffer, ctx.tuning, _ = inputs
         ctx.save_for_backward(*handle)
         ctx.save_for_forward(*handle)
 
@@ -304,7 +339,7 @@ class _Combine(torch.autograd.Function):
         needs_x, needs_weights, *needs_bias = ctx.needs_input_grad[:4]
         out = out_weights = None
         if needs_x:
-            (out,) = cached_dispatch(grad, handle, ctx.buffer, None, ctx.num_sms)
+            (out,) = cached_dispatch(grad, handle, ctx.buffer, None, *ctx.tuning)
         if needs_weights:
             assert grad_weights is not None
             out_weights = _dispatch_weights(ctx, grad_weights, handle)
@@ -321,12 +356,12 @@ class _Combine(torch.autograd.Function):
         *_: None,
     ) -> tuple[Any, ...]:
         handle = list(ctx.saved_tensors)
-        return tuple(combine(x, handle, ctx.buffer, weights, bias_0, bias_1, ctx.num_sms))
+        return tuple(combine(x, handle, ctx.buffer, weights, bias_0, bias_1, *ctx.tuning))
 
 
 def _dispatch_weights(ctx: Any, weights: torch.Tensor, handle: list[torch.Tensor]) -> torch.Tensor:
     """Router weights [T, K] along a handle, all K of them to every rank."""
-    rows: torch.Tensor = cached_dispatch(_as_rows(weights), handle, ctx.buffer, None, ctx.num_sms)[0]
+    rows: torch.Tensor = cached_dispatch(_as_rows(weights), handle, ctx.buffer, None, *ctx.tuning)[0]
     return rows[:, : weights.size(1)]
 
 
@@ -352,14 +387,15 @@ def _dispatch_differentiable(
     expert_alignment: int = 1,
     x_scales: torch.Tensor | None = None,
     num_sms: int = 0,
+    chunked_recv_tokens: int = 0,
 ) -> Any:
-    rest = (buffer, num_experts, num_worst_tokens, expert_alignment, x_scales, num_sms)
+    rest = (buffer, num_experts, num_worst_tokens, expert_alignment, x_scales, num_sms, chunked_recv_tokens)
     _check_differentiable(x)
     if not is_differentiated(x, topk_weights):
         return run(keys, DISPATCH, _dispatch, x, topk_idx, topk_weights, *rest)
     kernel = _dispatch if is_plain(keys) else None
     rows, weights, (ids, *others) = apply(_Dispatch, x, topk_weights, topk_idx, rest, kernel)
-    return [rows, ids, weights, *others]
+    return [rows, ids, weights, *(others if keys is None else apart(others))]
 
 
 def _cached_dispatch_differentiable(
@@ -369,11 +405,13 @@ def _cached_dispatch_differentiable(
     buffer: str,
     x_scales: torch.Tensor | None = None,
     num_sms: int = 0,
+    chunked_recv_tokens: int = 0,
 ) -> Any:
     _check_differentiable(x)
+    tuning = num_sms, chunked_recv_tokens
     if x_scales is not None or not is_differentiated(x):
-        return run(keys, CACHED_DISPATCH, _cached_dispatch, x, handle, buffer, x_scales, num_sms)
-    return [apply(_CachedDispatch, x, handle, buffer, num_sms, _cached_dispatch if is_plain(keys) else None)]
+        return run(keys, CACHED_DISPATCH, _cached_dispatch, x, handle, buffer, x_scales, *tuning)
+    return [apply(_CachedDispatch, x, handle, buffer, tuning, _cached_dispatch if is_plain(keys) else None)]
 
 
 def _combine_differentiable(
@@ -385,24 +423,27 @@ def _combine_differentiable(
     bias_0: torch.Tensor | None = None,
     bias_1: torch.Tensor | None = None,
     num_sms: int = 0,
+    chunked_recv_tokens: int = 0,
 ) -> Any:
+    tuning = num_sms, chunked_recv_tokens
     if not is_differentiated(x, topk_weights, bias_0, bias_1):
-        return run(keys, COMBINE, _combine, x, handle, buffer, topk_weights, bias_0, bias_1, num_sms)
+        return run(keys, COMBINE, _combine, x, handle, buffer, topk_weights, bias_0, bias_1, *tuning)
     kernel = _combine if is_plain(keys) else None
-    return list(apply(_Combine, x, topk_weights, bias_0, bias_1, handle, buffer, num_sms, kernel))
+    return list(apply(_Combine, x, topk_weights, bias_0, bias_1, handle, buffer, tuning, kernel))
 
 
 DISPATCH = define(
     "dispatch",
     "(Tensor x, Tensor topk_idx, Tensor topk_weights, str buffer, int num_experts, int num_worst_tokens=0, "
-    "int expert_alignment=1, Tensor? x_scales=None, int num_sms=0) -> Tensor[]",
+    "int expert_alignment=1, Tensor? x_scales=None, int num_sms=0, int chunked_recv_tokens=0) -> Tensor[]",
     _dispatch,
     _dispatch_shapes,
     _dispatch_differentiable,
 )
 CACHED_DISPATCH = define(
     "cached_dispatch",
-    "(Tensor x, Tensor[] handle, str buffer, Tensor? x_scales=None, int num_sms=0) -> Tensor[]",
+    "(Tensor x, Tensor[] handle, str buffer, Tensor? x_scales=None, int num_sms=0, int chunked_recv_tokens=0) "
+    "-> Tensor[]",
     _cached_dispatch,
     _cached_dispatch_shapes,
     _cached_dispatch_differentiable,
@@ -410,7 +451,7 @@ CACHED_DISPATCH = define(
 COMBINE = define(
     "combine",
     "(Tensor x, Tensor[] handle, str buffer, Tensor? topk_weights=None, Tensor? bias_0=None, Tensor? bias_1=None, "
-    "int num_sms=0) -> Tensor[]",
+    "int num_sms=0, int chunked_recv_tokens=0) -> Tensor[]",
     _combine,
     _combine_shapes,
     _combine_differentiable,

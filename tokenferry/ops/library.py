@@ -33,6 +33,16 @@ def opaque(function: _Function) -> _Function:
     return function
 
 
+def apart(outputs: Any) -> Any:
+    """Outputs, a tensor or some, of which none is a part of another's memory: compilers may write to any of them.
+
+    The small ones are made in one piece. Who calls the functions, and not the operators, gets them so.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    return [output.clone() if output.storage_offset() else output for output in outputs]
+
+
 def define(
     name: str,
     signature: str,
@@ -50,8 +60,12 @@ def define(
         differentiable: called first, with dispatch keys, for :func:`run`, and the arguments.
     """
     _library.define(name + signature)  # type: ignore[no-untyped-call]
+
+    def kernel_of_dispatcher(*args: Any, **kwargs: Any) -> Any:
+        return apart(kernel(*args, **kwargs))
+
     for device in ("CPU", "CUDA"):
-        _library.impl(name, opaque(kernel), device)  # type: ignore[no-untyped-call]
+        _library.impl(name, opaque(kernel_of_dispatcher), device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"tokenferry::{name}", shapes, lib=_library)
     _library.impl(name, opaque(differentiable), "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
     operator: torch._ops.OpOverload = getattr(torch.ops.tokenferry, name).default
@@ -235,7 +249,7 @@ def run(
         args: of the operator, all of them.
     """
     if is_plain(keys):
-        return kernel(*args)
+        return kernel(*args) if keys is None else apart(kernel(*args))
     assert keys is not None
     if not torch.compiler.is_compiling():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)

@@ -4,4 +4,6 @@ from tokenferry.buffer import Buffer
 from tokenferry.config import Config
 from tokenferry.events import EventHandle, EventOverlap
 
-__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]
+from .utils import check_nvlink_connections
+
+__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "check_nvlink_connections"]
