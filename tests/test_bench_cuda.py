@@ -32,13 +32,13 @@ from tokenferry.cli.bench_cuda_cases import (
     Stretch,
     measure,
     run_cases,
-    start_together,
 )
 from tokenferry.cli.bench_cuda_plot import draw
 from tokenferry.cli.bench_cuda_report import KINDS, CudaReport
 from tokenferry.cli.bench_machine import describe_gpus
 from tokenferry.cli.bench_operators import MODES as OPERATED
 from tokenferry.cli.bench_operators import OPERATORS
+from tokenferry.cli.bench_start import start_together
 from tokenferry.cli.ranks import RankPool
 
 
@@ -395,16 +395,19 @@ def test_deepep_runs_beside(pool_of: Callable[[int], RankPool]) -> None:
         assert [BASELINE in result.samples for result in results] == [mode != "layout" for mode in CUDA_MODES]
 
 
-def meet_and_start(rank: int, num_ranks: int) -> tuple[float, float]:
-    time.sleep(0.02 * rank)
-    arrived = time.monotonic()
-    start_together()
-    return arrived, time.monotonic()
+def meet_and_start(rank: int, num_ranks: int) -> list[tuple[float, float]]:
+    times = []
+    for turn in range(6):
+        time.sleep(0.02 * ((rank + turn) % num_ranks))
+        arrived = time.monotonic()
+        start_together()
+        times.append((arrived, time.monotonic()))
+    return times
 
 
 def test_ranks_start_together(pool_of: Callable[[int], RankPool]) -> None:
-    times = pool_of(2).run(meet_and_start)
-    assert min(left for _, left in times) > max(arrived for arrived, _ in times)
+    for times in zip(*pool_of(3).run(meet_and_start), strict=True):
+        assert min(left for _, left in times) > max(arrived for arrived, _ in times)
 
 
 def test_cuda_clock_times_between_events(monkeypatch: pytest.MonkeyPatch) -> None:

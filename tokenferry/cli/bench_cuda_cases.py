@@ -39,6 +39,7 @@ from tokenferry.cli.bench_cases import (
 )
 from tokenferry.cli.bench_machine import describe_device
 from tokenferry.cli.bench_operators import OPERATORS, operator_calls
+from tokenferry.cli.bench_start import start_together
 
 BARE = "all_to_all_single"
 """The bytes alone, between nodes of one rank: one exchange of all that goes to other ranks, back again for a pair."""
@@ -53,8 +54,6 @@ _DEEPEP_BYTES = 2_000_000_000
 """What DeepEP's own test of this mode gives its buffer."""
 _TIMEOUT = 60.0
 """Seconds: the first calls of a rank compile kernels while its peers wait."""
-_MARGIN = 1e-3
-"""Seconds between the exchange of clocks and the common start; all ranks must have returned from the exchange."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,19 +156,6 @@ class CudaClock:
         self._end.record()
         self._end.synchronize()
         return Stretch(self._begin.elapsed_time(self._end) * 1e-3, host)
-
-
-def start_together() -> None:
-    """Return at the same moment on all ranks of the default group, within microseconds.
-
-    Ranks leave a barrier up to a tenth of a millisecond after each other, which is half of what is measured here.
-    They are on one machine, so they share a clock: they agree on a moment, and wait for it.
-    """
-    moment = torch.tensor(time.monotonic(), dtype=torch.float64)
-    dist.all_reduce(moment, dist.ReduceOp.MAX)
-    start = float(moment) + _MARGIN
-    while time.monotonic() < start:
-        pass
 
 
 class Rival(NamedTuple):

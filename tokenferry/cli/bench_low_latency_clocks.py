@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from tokenferry.cli import bench_cuda_cases
-from tokenferry.cli.bench_cuda_cases import CudaClock, Stretch, start_together
+from tokenferry.cli.bench_cuda_cases import CudaClock, Stretch
+from tokenferry.cli.bench_start import start_together
 
 _HEAD_START = 1_000_000
 """Clock cycles of a GPU, half a millisecond: the host queues what is timed meanwhile."""
