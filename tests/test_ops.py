@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 from collections.abc import Callable, Sequence
@@ -109,6 +110,35 @@ def check(function: Callable[..., Any], kinds: tuple[str, ...], *args: Any, **gi
     operator = getattr(torch.ops.tokenferry, function.__name__).default
     assert operator in ops.OPERATORS
     torch.library.opcheck(operator, args, given, test_utils=kinds)
+
+
+def configs_that_arrive(rank: int, num_ranks: int) -> None:
+    """SMs and chunks between nodes, in forward and backward; a preset stays one."""
+    own, preset = Config(24, 8, 300, 16, 512), Buffer.get_dispatch_config(num_ranks)
+    with Buffer(dist.group.WORLD) as buffer:
+        seen: list[Config | None] = []
+        mode = buffer._mode
+        buffer._mode = lambda runtime, config: mode(runtime, seen.append(config) or config)  # type: ignore[assignment,func-returns-value,method-assign]
+        x, ids, weights = draw(rank, 5)
+        for given, wanted in (
+            (own, (24, 512)),
+            (preset, (20, preset.num_max_rdma_chunked_recv_tokens)),
+            (None, None),
+        ):
+            seen.clear()
+            x = x.detach().requires_grad_()
+            got = functional.dispatch(buffer, x, ids, weights, 4, config=given)
+            functional.combine(buffer, got.x, got.handle, config=given).sum().backward()
+            assert len(seen) == 4
+            found = [of and (of.num_sms, of.num_max_rdma_chunked_recv_tokens) for of in seen]
+            assert found == [wanted] * 4, found
+        seen.clear()
+        ops.combine(got.x.detach(), list(got.handle), ops.name_of(buffer), num_sms=8)
+        assert seen == [dataclasses.replace(Buffer.get_combine_config(num_ranks), num_sms=8)]
+
+
+def test_configs_arrive(pool_of: PoolOf) -> None:
+    pool_of(2).run(configs_that_arrive)
 
 
 def outputs_are_apart(rank: int, num_ranks: int, layout: str) -> None:

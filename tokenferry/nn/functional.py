@@ -21,7 +21,7 @@ import torch
 
 from tokenferry import ops
 from tokenferry.buffer import Buffer
-from tokenferry.config import Config, check_config, dispatch_preset
+from tokenferry.config import Config, check_config, combine_preset, dispatch_preset
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import Handle, make_handle
 from tokenferry.modes.inputs import unpack_bias
@@ -108,7 +108,7 @@ def combine(
     """
     bias_0, bias_1 = unpack_bias(bias)
     combined: torch.Tensor
-    (combined,) = ops.combine(x, list(handle), ops.name_of(buffer), None, bias_0, bias_1, *_tuning(config))
+    (combined,) = ops.combine(x, list(handle), ops.name_of(buffer), None, bias_0, bias_1, *_tuning(buffer, config))
     return combined
 
 
@@ -185,7 +185,7 @@ def _dispatch(
         num_worst_tokens,
         expert_alignment,
         None,
-        *_tuning(config),
+        *_tuning(buffer, config),
     )
     return Dispatched(rows, ids, weights, counts, make_handle(handle))
 
@@ -219,9 +219,10 @@ def _dispatch_float64(
     return received._replace(x=received.x[:, :hidden], topk_weights=weights)
 
 
-def _tuning(config: Config | None) -> tuple[int, int]:
-    """What of a ``Config`` means something here: SMs and, unless that is the presets', the ring between nodes."""
+def _tuning(buffer: Buffer, config: Config | None) -> tuple[int, int]:
+    """What of a ``Config`` means something here: SMs and, unless it is a preset's, the ring between nodes."""
     if config is None:
         return 0, 0
     num_sms, tokens = check_config(config).num_sms, config.num_max_rdma_chunked_recv_tokens
-    return num_sms, 0 if tokens == dispatch_preset(1, num_sms).num_max_rdma_chunked_recv_tokens else tokens
+    presets = [preset(buffer.group_size, num_sms) for preset in (dispatch_preset, combine_preset)]
+    return num_sms, 0 if tokens in [preset.num_max_rdma_chunked_recv_tokens for preset in presets] else tokens

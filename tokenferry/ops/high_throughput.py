@@ -63,7 +63,8 @@ def _dispatch(
     if type(num_worst_tokens) is not int:
         num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
     # Unset memory may hold NaN, and a zero gradient times NaN is NaN in the weights that touch unused rows.
-    worst, config = OperatorRows(num_worst_tokens), _config(owner, dispatch_preset, num_sms, chunked_recv_tokens)
+    worst = OperatorRows(num_worst_tokens)
+    config = _config(owner, dispatch_preset, num_sms, chunked_recv_tokens) if num_sms or chunked_recv_tokens else None
     given = x if x_scales is None else (x, x_scales)
     rows, scales, ids, weights, counts, handle = owner._dispatch_choices(
         given, topk_idx, topk_weights, num_experts, expert_alignment, worst, config
@@ -91,7 +92,7 @@ def _cached_dispatch(
     chunked_recv_tokens: int = 0,
 ) -> list[torch.Tensor]:
     owner, known = buffer_of(buffer), _known(handle)
-    config = _config(owner, dispatch_preset, num_sms, chunked_recv_tokens)
+    config = _config(owner, dispatch_preset, num_sms, chunked_recv_tokens) if num_sms or chunked_recv_tokens else None
     received = owner.dispatch(x if x_scales is None else (x, x_scales), known, config=config)[0]
     rows = received if isinstance(received, tuple) else (received,)
     if type(known) is not OperatorHandle:
@@ -111,17 +112,13 @@ def _combine(
 ) -> list[torch.Tensor]:
     bias = None if bias_0 is None and bias_1 is None else (bias_0, bias_1)
     owner = buffer_of(buffer)
-    config = _config(owner, combine_preset, num_sms, chunked_recv_tokens)
+    config = _config(owner, combine_preset, num_sms, chunked_recv_tokens) if num_sms or chunked_recv_tokens else None
     combined, weights, _ = owner.combine(x, _known(handle), topk_weights, bias, config)
     return [combined] if weights is None else [combined, weights]
 
 
-def _config(
-    owner: Buffer, preset: Callable[[int, int], Config], num_sms: int, chunked_recv_tokens: int
-) -> Config | None:
-    """The preset, unless the caller wants other chunks."""
-    if not num_sms and not chunked_recv_tokens:
-        return None
+def _config(owner: Buffer, preset: Callable[[int, int], Config], num_sms: int, chunked_recv_tokens: int) -> Config:
+    """The preset, with what the caller wants otherwise."""
     config = preset(owner.group_size, num_sms or Buffer.num_sms)
     if not chunked_recv_tokens:
         return config

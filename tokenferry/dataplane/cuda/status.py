@@ -35,8 +35,10 @@ _NAMES: dict[int, str] = {
     OperationKind.CACHED_EXPANDED_DISPATCH: "dispatch",
     OperationKind.BARRIER: "barrier",
 }
-_LOOK_EVERY = 1.0
-"""Seconds between two looks at the health of the device while waiting for it."""
+_LOOK_EVERY = 1_000_000_000
+"""Nanoseconds between two looks at the health of the device while waiting for it."""
+_EAGER = 50_000
+"""Nanoseconds after which a host that waits lets other threads run: a system call, out of which it comes late."""
 _BUILD_ANOTHER = "destroy it and build a new one"
 _BAD_INPUT = {
     code.value for code in (words.PEER_PROBLEM, words.BAD_EXPERT, words.CROWDED, words.BAD_COUNTS, words.BAD_HANDLE)
@@ -75,7 +77,7 @@ class Status:
         self.unread = _host_words()
         self._left: list[torch.Tensor] = []
         self._words = self.words.numpy()
-        self._counts = self.counts.numpy()
+        self._see_counts()
         # What every call looks at, without numpy: a tenth of its time.
         view: Any = memoryview(self._words.data)
         self._code = view[words.CODE.value :][:1]
@@ -119,10 +121,15 @@ class Status:
         """Nobody will read the counts that are under way: later ones go elsewhere, lest these be taken for them."""
         self._left.append(self.counts)
         self.counts = _host_words()
+        self._see_counts()
+
+    def _see_counts(self) -> None:
         self._counts = self.counts.numpy()
+        view: Any = memoryview(self._counts.data)
+        self._is_done = view[words.HOST_DONE.value :][:1]
 
     def wait_for_counts(self, num_local: int, is_alive: Callable[[], object]) -> tuple[int, list[int]]:
-        """Wait, without the interpreter's lock, until ``notify`` is done.
+        """Wait, but for the first moments without the interpreter's lock, until ``notify`` is done.
 
         Args:
             num_local: experts of this rank.
@@ -134,19 +141,20 @@ class Status:
         Raises:
             TokenferryError: why all ranks stepped back, or who did not come; the operation is over.
         """
-        counts, done = self._counts, words.HOST_DONE.value
-        started = time.monotonic_ns()
-        look_at = time.monotonic() + _LOOK_EVERY
+        counts, done, now = self._counts, self._is_done, time.monotonic_ns
+        started = now()
+        look_at, patience = started + _LOOK_EVERY, started + _EAGER
         try:
-            while not counts[done]:
-                os.sched_yield()
-                if time.monotonic() > look_at:
-                    is_alive()
-                    look_at += _LOOK_EVERY
+            while not done[0]:
+                if now() > patience:
+                    os.sched_yield()
+                    if now() > look_at:
+                        is_alive()
+                        look_at += _LOOK_EVERY
         except BaseException:
             self.failed = True  # nobody will finish this operation
             raise
-        waited = time.monotonic_ns() - started
+        waited = now() - started
         self.recorder.waited(OperationKind.DISPATCH, waited, {})
         if counts[words.HOST_CODE.value]:
             raise self._take(int(counts[words.HOST_CODE.value]))
