@@ -296,8 +296,8 @@ def _keep(group: Any) -> None:
 def _looking(device: torch.device) -> Iterator[None]:
     """A thread that asks events of a GPU, while others may capture graphs there."""
     torch.cuda.set_device(device)
-    torch.cuda.mem_get_info(device)  # the first call of a thread makes the GPU's context its own
     with Driver().relaxed_capture():
+        torch.cuda.mem_get_info(device)  # the first call of a thread makes the GPU's context its own
         yield
 
 
