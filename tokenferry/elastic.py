@@ -427,7 +427,7 @@ class ElasticBuffer:
                 done = turn.finish()
             else:
                 outputs = received.x, scales, received.topk_idx, received.topk_weights
-                made = _tensors_of(received.handle)
+                made = received.handle.tensors()
                 read = (*(x if isinstance(x, tuple) else (x,)), topk_idx, topk_weights, stats)
                 done = turn.finish((*read, *made), outputs if handle is not None else (*outputs, *made))
         rows: _Rows = received.x if scales is None else (received.x, scales)
@@ -488,7 +488,7 @@ class ElasticBuffer:
                 done = turn.finish()
             else:
                 biases = bias if isinstance(bias, tuple) else (bias,)
-                done = turn.finish((x, topk_weights, *biases, *_tensors_of(handle)), combined)
+                done = turn.finish((x, topk_weights, *biases, *handle.tensors()), combined)
         return *combined, done
 
 
@@ -503,18 +503,6 @@ def _event(name: str, given: object) -> EventHandle | None:
     if isinstance(given, EventOverlap):
         return given.event
     raise ArgumentError(name, type(given).__name__, "an EventHandle, an EventOverlap or None")
-
-
-def _tensors_of(handle: EPHandle) -> tuple[torch.Tensor | None, ...]:
-    """What an operation reads of a handle, or has made."""
-    return (
-        handle.topk_idx,
-        handle.psum_num_recv_tokens_per_scaleup_rank,
-        handle.psum_num_recv_tokens_per_expert,
-        handle.num_unaligned_recv_tokens_per_expert,
-        handle.recv_src_metadata,
-        *handle.routes,
-    )
 
 
 def _synchronize(device: torch.device) -> None:

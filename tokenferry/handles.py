@@ -175,6 +175,17 @@ class EPHandle:
         self.routes = routes
         self._dst_buffer_slot_idx: torch.Tensor | None = None
 
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """What an operation reads of it, or has made."""
+        return (
+            self.topk_idx,
+            self.psum_num_recv_tokens_per_scaleup_rank,
+            self.psum_num_recv_tokens_per_expert,
+            self.num_unaligned_recv_tokens_per_expert,
+            self.recv_src_metadata,
+            *self.routes,
+        )
+
     @property
     def dst_buffer_slot_idx(self) -> torch.Tensor | None:
         """int32 [T, K]: rank of the choice * N + position among the tokens that go there, or -1. Made when read."""
