@@ -15,7 +15,8 @@ import torch
 from tests import played_gpu
 from tests.host_path import EXPERTS, MOST, TOKENS, TOPK, Rank, rank_on_a_gpu
 from tests.test_host_path import Log
-from tokenferry import ArgumentError, BufferStateError, PeerTimeoutError, runtime_cuda
+from tokenferry import ArgumentError, BufferStateError, HeapError, PeerLostError, PeerTimeoutError, runtime_cuda
+from tokenferry.dataplane.cuda.exchange import Rooms
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.status import Status
 from tokenferry.topology import Topology
@@ -76,6 +77,17 @@ def test_bad_input_can_wait_and_nothing_else_does(monkeypatch: pytest.MonkeyPatc
         plane.postpone_input_errors(True)
         report(plane.status, words.TIMED_OUT, 1)
         with pytest.raises(PeerTimeoutError):
+            plane.check()
+
+
+def test_a_rank_that_gave_up_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtime_of(Topology(0, (0, 1) * 3), monkeypatch) as (_, plane):
+        report(plane.status, words.MISMATCH, 1)
+        plane.status.words[words.DETAIL.value + 2] = 2
+        with pytest.raises(PeerLostError, match="gave up") as caught:
+            plane.check()
+        assert caught.value.ranks == (4,)
+        with pytest.raises(BufferStateError):
             plane.check()
 
 
@@ -220,3 +232,21 @@ def test_rows_for_a_combine_wait_for_the_one_before(rank: Rank) -> None:
         assert rank.buffer.get_next_low_latency_combine_buffer(handle) is rows
     waits = [("record event", "comm", "event 0"), ("wait for event", "default", "event 0")]
     assert [line for line in lines if line[0] != "set stream"] == waits
+
+
+def test_what_was_announced_is_served_when_a_peer_is_bad(rank: Rank) -> None:
+    """The other ranks know of nothing wrong, and wait for the rows of this one, which may come through its stage."""
+    plane: Any = rank.buffer.runtime.party().plane  # type: ignore[union-attr]
+    tell_counts, log = rank.gpu.done["notify"], Log(rank)
+
+    def tell_of_bad_peer() -> None:
+        rank.counts[words.HOST_DONE.value], rank.counts[words.HOST_CODE.value] = 1, words.BAD_PEER.value
+
+    plane.rooms = Rooms()
+    rank.gpu.done["notify"] = tell_of_bad_peer
+    try:
+        with log as lines, pytest.raises(HeapError):
+            rank.buffer.dispatch(rank.x, **_arguments(rank))
+    finally:
+        rank.gpu.done["notify"], plane.status.failed = tell_counts, False
+    assert [line[1] for line in lines if line[0] == "launch"] == ["notify", "dispatch"]

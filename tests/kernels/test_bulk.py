@@ -115,7 +115,10 @@ ENGINE = {
     "rows before they are there": ("            wait_parity(bars + use_at * 8, parity + tid * 0)\n", ""),
     "slots before they are read": ("            wait_stores_read(tid, SLOTS - LAG - 1)\n", ""),
     "the phase before": ("parity ^ 1, parity)\n            use_at", "parity, parity)\n            use_at"),
-    "the end before all is written": ("                wait_stores(tid)\n        if not", "        if not"),
+    "the end before all is written": (
+        "                wait_stores(tid)\n            elif is_alone",
+        "            elif is_alone",
+    ),
 }
 
 

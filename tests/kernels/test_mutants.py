@@ -306,7 +306,7 @@ SIGNAL_MESSAGES = """    if at_once:
 """
 MESSAGES_FIRST = SIGNAL_MESSAGES + "    alive = True\n    for step"
 SIGNAL_LIST = "        tl.debug_barrier()\n        signal(word(base, PUBLISHED + rank * LINE), progress(epoch, 1))\n"
-WAIT_FOR_READERS = "if (staged == 0) & (tl.load(state + FAILED) == 0):"
+WAIT_FOR_READERS = "if (staged == 0) & is_usable(state):"
 LISTEN = "alive = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R)"
 LAST_STAGER = "if is_last(state + STAGE_ARRIVED + this % 2, num_stagers):"
 LAST_READER = "if is_last(state + ROUND_ARRIVED + this % 2, num_readers):"

@@ -303,7 +303,7 @@ MUTANTS = {
     "code is not told": Mutant(notify, "tl.store(host + HOST_CODE, code)", "pass", "bad experts"),
     "sent counts are not looked at": Mutant(notify, "if sent != ", "if 0 * sent != 0 * ", "bad counts"),
     "host is not told of a loss": Mutant(notify, "elif pid == R:", "elif pid > R:", "all is lost"),
-    "waits after a loss": Mutant(notify, "if tl.load(state + FAILED) == 0:", "if True:", "all is lost"),
+    "waits after a loss": Mutant(notify, "if is_usable(state):", "if True:", "all is lost"),
     "own counts of the handle": Mutant(
         notify,
         "tl.store(channels + r, tl.load(per_rank + r",
@@ -379,7 +379,7 @@ MUTANTS = {
         dispatch, "report(status, BAD_HANDLE, operation, epoch)", "pass", "lists of other tokens"
     ),
     "sources are not noted": Mutant(dispatch, "tl.store(src_idx + row, t, mask=live)", "pass", "direct"),
-    "dispatch after a loss": Mutant(dispatch, "if tl.load(state + FAILED) == 0:", "if True:", "all is lost"),
+    "dispatch after a loss": Mutant(dispatch, "if is_usable(state):", "if True:", "all is lost"),
     # Rounds and addresses.
     "search goes too far": Mutant(
         rounds, "tl.load(tokens + middle) < value", "tl.load(tokens + middle) <= value", "staged"
@@ -434,7 +434,7 @@ MUTANTS = {
         "BAD_HANDLE, operation, epoch)",
         "prefixes of other rows",
     ),
-    "combine after a loss": Mutant(combine, "if tl.load(state + FAILED) == 0:", "if True:", "all is lost"),
+    "combine after a loss": Mutant(combine, "if is_usable(state):", "if True:", "all is lost"),
 }
 
 

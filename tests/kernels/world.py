@@ -197,14 +197,15 @@ class Rank:
     def pull(
         self, num_rows: int, handle: DispatchHandle | None = None, signature: int = 42, *, zeros: bool = False
     ) -> None:
+        room = max(num_rows, 0)  # -1: nothing is wanted
         plan = self._plan(0, handle) if handle else self.plan
         num_topk = 0 if handle else self.given.topk_idx.size(1)
         self.out = Outputs(
-            torch.full((num_rows, plan.rows.size(1)), 0xAB, dtype=torch.uint8),
-            None if plan.scales is None else torch.full((num_rows, plan.scales.size(1)), 0xAB, dtype=torch.uint8),
-            torch.full((num_rows, num_topk), 777),
-            torch.full((num_rows, num_topk), torch.nan),
-            handle.recv_src_idx if handle else torch.full((num_rows,), -9, dtype=torch.int32),
+            torch.full((room, plan.rows.size(1)), 0xAB, dtype=torch.uint8),
+            None if plan.scales is None else torch.full((room, plan.scales.size(1)), 0xAB, dtype=torch.uint8),
+            torch.full((room, num_topk), 777),
+            torch.full((room, num_topk), torch.nan),
+            handle.recv_src_idx if handle else torch.full((room,), -9, dtype=torch.int32),
         )
         places = (0, 0, 0, 0)
         if handle:

@@ -8,6 +8,7 @@ import torch
 
 from tokenferry.dataplane import Outputs, SendPlan, Signature
 from tokenferry.dataplane.cuda.launch import Address, Placed
+from tokenferry.errors import HeapError
 
 if TYPE_CHECKING:
     from tokenferry.dataplane.cuda import CudaDataPlane
@@ -153,7 +154,12 @@ class CudaDispatch:
         if worst or self._guesses:
             return
         self._is_open = False  # if this raises, all ranks have stepped back, or the Buffer has failed
-        self._wait_for_counts()
+        try:
+            self._wait_for_counts()
+        except HeapError:  # ranks that know of nothing wrong wait for what was announced
+            self._is_open = True
+            self.abandon()
+            raise
         self._is_open = True
         try:
             self._plane.check()  # what else was reported meanwhile

@@ -18,6 +18,7 @@ from tokenferry.errors import (
     CapacityError,
     HeapError,
     MismatchError,
+    PeerLostError,
     PeerTimeoutError,
     TokenferryError,
 )
@@ -40,6 +41,8 @@ _LOOK_EVERY = 1_000_000_000
 _EAGER = 50_000
 """Nanoseconds after which a host that waits lets other threads run: a system call, out of which it comes late."""
 _BUILD_ANOTHER = "destroy it and build a new one"
+_GAVE_UP = 2
+"""What stands for a rank in the details of a mismatch, if it has withdrawn its rows."""
 _BAD_INPUT = {
     code.value for code in (words.PEER_PROBLEM, words.BAD_EXPERT, words.CROWDED, words.BAD_COUNTS, words.BAD_HANDLE)
 }
@@ -175,6 +178,8 @@ class Status:
         if fatal or code == words.TIMED_OUT.value:
             self.failed = True
             code = fatal or code
+        if code == words.MISMATCH.value and _GAVE_UP in details:
+            self.failed = True
         self._words[first : first + self._num_ranks] = 0
         return self._error(code, _NAMES.get(kind, "an operation"), epoch, details)
 
@@ -183,6 +188,9 @@ class Status:
         ranks = [self._names[rank] for rank in here]
         if code == words.TIMED_OUT.value:
             return PeerTimeoutError(name, epoch, ranks, f"no sign of life for {self._timeout:.1f} s")
+        if code == words.MISMATCH.value and _GAVE_UP in details:
+            lost = [self._names[rank] for rank in here if details[rank] == _GAVE_UP]
+            return PeerLostError(name, epoch, lost, "gave up, while this rank was late or slow")
         if code == words.MISMATCH.value:
             return MismatchError(name, epoch, ranks, "called another operation, or with other shapes, than this rank")
         if code == words.CAPACITY.value:

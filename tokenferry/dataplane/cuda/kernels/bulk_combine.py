@@ -34,9 +34,14 @@ from tokenferry.dataplane.cuda.kernels.combine import (
     rows_of_reader,
 )
 from tokenferry.dataplane.cuda.kernels.dispatch import agree
-from tokenferry.dataplane.cuda.kernels.flags import message_word, zero
+from tokenferry.dataplane.cuda.kernels.flags import (
+    is_usable,
+    message_word,
+    zero,
+)
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
+    pass_all_rounds,
     publish_round,
     release_round,
     rounds_of,
@@ -44,7 +49,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_round,
 )
 from tokenferry.dataplane.cuda.kernels.sync import finish
-from tokenferry.dataplane.cuda.kernels.words import EPOCH, FAILED, STAGED
+from tokenferry.dataplane.cuda.kernels.words import EPOCH, STAGED
 
 EXTRA_BYTES = 16384
 """Shared memory behind the rings: the table, the barriers and windows of weights."""
@@ -273,7 +278,7 @@ def combine(
     gl.thread_barrier()
     pid = gl.program_id(0)
     epoch = tl.load(state + EPOCH) + 1
-    if tl.load(state + FAILED) == 0:
+    if is_usable(state):
         places = (place_rows, place_weights)
         going = agree(
             heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places,
@@ -311,7 +316,9 @@ def combine(
                 if by_rounds:
                     for source in range(R):
                         if alive & is_staged(heap, rank, source):
-                            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout)
+                            alive = wait_for_round(
+                                heap, state, status, rank, source, this, operation, epoch, timeout, R
+                            )
                 if alive:
                     first = tl.where(by_rounds, this * per_round, 0)
                     end = tl.where(by_rounds, tl.minimum(first + per_round, num_tokens), num_tokens)
@@ -366,6 +373,8 @@ def combine(
                             gl.store(out_weights + t * K + lane, sums, mask=(lane < K) & (t < end))
                     if by_rounds:
                         release_round(heap, state, rank, this, epoch, programs, R)
+        elif going & (pid == stagers):
+            pass_all_rounds(heap, rank, epoch, R)
         finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
     memory._keep_alive()
     rest._keep_alive()

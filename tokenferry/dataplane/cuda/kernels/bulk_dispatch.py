@@ -38,8 +38,14 @@ from tokenferry.dataplane.cuda.kernels.bulk_columns import (
     zero_tail,
 )
 from tokenferry.dataplane.cuda.kernels.dispatch import agree, lacks_room, range_of_source, rows_from, staged_rounds
-from tokenferry.dataplane.cuda.kernels.flags import message_word, report_bad_peer, zero
+from tokenferry.dataplane.cuda.kernels.flags import (
+    is_usable,
+    message_word,
+    report_bad_peer,
+    zero,
+)
 from tokenferry.dataplane.cuda.kernels.rounds import (
+    pass_all_rounds,
     publish_round,
     release_round,
     rounds_of,
@@ -50,7 +56,6 @@ from tokenferry.dataplane.cuda.kernels.words import (
     ALONE,
     BAD_HANDLE,
     EPOCH,
-    FAILED,
     NO_ROOM,
     STAGED,
 )
@@ -387,13 +392,14 @@ def dispatch(
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     epoch = gl.load(state + EPOCH) + 1
-    if gl.load(state + FAILED) == 0:
+    if is_usable(state):
         places = (place_rows, place_scales, place_ids, place_weights)
         going = agree(
             heap, state, ready, status, rank, epoch, signature, num_tokens, num_tokens, places, None, operation,
             timeout, CACHED, 4, R,
         )  # fmt: skip
         staged = zero()
+        is_alone = False
         received = zero().to(tl.int64)
         expanded = zero().to(tl.int64)
         if going:
@@ -403,6 +409,7 @@ def dispatch(
                 if EXPAND:
                     expanded = tl.load(bases + R * num_local).to(tl.int64)
         elif tl.load(state + ALONE) == epoch:
+            is_alone = True
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
         too_few = lacks_room(received, num_rows, expanded, num_expanded)
         num_rows = tl.maximum(num_rows, 0)
@@ -495,6 +502,8 @@ def dispatch(
                                 out_scales.to(tl.int64), last, num_rows, worker, workers, tid, SCALES, W, gl.int32
                             )
                 wait_stores(tid)
+            elif is_alone & (worker == 0) & (too_few == 0):
+                pass_all_rounds(heap, rank, epoch, R)
         if not too_few:
             finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
     keep(memory)

@@ -6,10 +6,17 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.dispatch import agree, copy_rows, rows_from
-from tokenferry.dataplane.cuda.kernels.flags import message_word, report, report_bad_peer, zero
+from tokenferry.dataplane.cuda.kernels.flags import (
+    is_usable,
+    message_word,
+    report,
+    report_bad_peer,
+    zero,
+)
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
     lower_bound,
+    pass_all_rounds,
     publish_round,
     release_round,
     rounds_of,
@@ -21,7 +28,6 @@ from tokenferry.dataplane.cuda.kernels.sync import column_address, finish
 from tokenferry.dataplane.cuda.kernels.words import (
     BAD_HANDLE,
     EPOCH,
-    FAILED,
     FIRST_ROW,
     MOST_ROWS,
     NUM_ROWS,
@@ -182,8 +188,8 @@ def check_sources(
                 report(status, BAD_HANDLE, operation, epoch)
                 fits = False
         else:
-            end = tl.load(prefix + rank * R + source)
-            start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0)
+            end = tl.load(prefix + rank * R + source).to(tl.int64)
+            start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0).to(tl.int64)
         brought = tl.minimum(tl.load(message_word(tl.load(heap + rank), source, NUM_ROWS)), MOST_ROWS)
         if (start < 0) | (end < start) | (end > brought):
             report(status, BAD_HANDLE, operation, epoch)
@@ -261,7 +267,7 @@ def combine(
     RECORD: tl.constexpr = AT + (K * 4 + 15) // 16 * 16
     pid = tl.program_id(0)
     epoch = tl.load(state + EPOCH) + 1
-    if tl.load(state + FAILED) == 0:
+    if is_usable(state):
         places = (place_rows, place_weights)
         going = agree(
             heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places,
@@ -291,7 +297,9 @@ def combine(
                 if by_rounds:
                     for source in range(R):
                         if alive & is_staged(heap, rank, source):
-                            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout)
+                            alive = wait_for_round(
+                                heap, state, status, rank, source, this, operation, epoch, timeout, R
+                            )
                 if alive:
                     first = tl.where(by_rounds, this * per_round, 0)
                     end = tl.where(by_rounds, tl.minimum(first + per_round, num_tokens), num_tokens)
@@ -311,4 +319,6 @@ def combine(
                             )  # fmt: skip
                     if by_rounds:
                         release_round(heap, state, rank, this, epoch, workers, R)
+        elif going & (pid == stagers):
+            pass_all_rounds(heap, rank, epoch, R)
         finish(heap, state, status, rank, epoch, staged, operation, timeout, R)

@@ -6,10 +6,17 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.expert_major import choose_copies, copy_to_copies, weigh_copies
-from tokenferry.dataplane.cuda.kernels.flags import message_word, report, report_bad_peer, zero
+from tokenferry.dataplane.cuda.kernels.flags import (
+    is_usable,
+    message_word,
+    report,
+    report_bad_peer,
+    zero,
+)
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
     lower_bound,
+    pass_all_rounds,
     publish_round,
     release_round,
     rounds_of,
@@ -30,7 +37,6 @@ from tokenferry.dataplane.cuda.kernels.words import (
     BAD_HANDLE,
     DIFFERED,
     EPOCH,
-    FAILED,
     LISTS,
     MISMATCH,
     SKIPPED,
@@ -221,7 +227,7 @@ def range_of_source(
         low = lower_bound(tokens, zero().to(tl.int64), count, first)
         high = lower_bound(tokens, low, count, first + per_round)
         if first < num_tokens:
-            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout)
+            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout, R)
         if not alive:
             high = low
     return tokens, start, low, high, first, last, staged, alive
@@ -417,13 +423,14 @@ def dispatch(
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     epoch = tl.load(state + EPOCH) + 1
-    if tl.load(state + FAILED) == 0:
+    if is_usable(state):
         places = (place_rows, place_scales, place_ids, place_weights)
         going = agree(
             heap, state, ready, status, rank, epoch, signature, num_tokens, num_tokens, places, None, operation,
             timeout, CACHED, 4, R,
         )  # fmt: skip
         staged = zero()
+        is_alone = False
         received = zero().to(tl.int64)
         expanded = zero().to(tl.int64)
         if going:
@@ -433,6 +440,7 @@ def dispatch(
                 if EXPAND:
                     expanded = tl.load(bases + R * num_local).to(tl.int64)
         elif tl.load(state + ALONE) == epoch:
+            is_alone = True
             staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
         too_few = lacks_room(received, num_rows, expanded, num_expanded)
         num_rows = tl.maximum(num_rows, 0)
@@ -474,5 +482,7 @@ def dispatch(
                         zero_tail(out_x, last, num_rows, worker, workers, WORDS, 16, BLOCK)
                         if SCALE_WORDS > 0:
                             zero_tail(out_scales, last, num_rows, worker, workers, SCALE_WORDS, 4, SMALL)
+            elif is_alone & (worker == 0) & (too_few == 0):
+                pass_all_rounds(heap, rank, epoch, R)
         if not too_few:
             finish(heap, state, status, rank, epoch, staged, operation, timeout, R)

@@ -28,10 +28,12 @@ from tokenferry.dataplane.cuda.kernels.words import (
     MESSAGES,
     OPERATION,
     RANKS,
+    SIGNATURE,
     TIMED_OUT,
     TORN,
     WAIT_WORDS,
     WAITS,
+    WITHDRAWN,
 )
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -82,22 +84,22 @@ def acquire(flag):
 
 
 @triton.jit
-def acquire_all(flags, R: tl.constexpr):
-    """The progress words of all ranks, a line each from ``flags`` on, acquired in one go.
+def acquire_all(flags, R: tl.constexpr, STEP: tl.constexpr = LINE):
+    """The progress words of all ranks, a line (or STEP bytes) each from ``flags`` on, acquired in one go.
 
     Each thread gets one of them: only what is :func:`agreed` on is about all.
     """
     if INTERPRET:
         least = acquire(word(flags, 0))
         for peer in range(1, R):
-            least = tl.minimum(least, acquire(word(flags, peer * LINE)))
+            least = tl.minimum(least, acquire(word(flags, peer * STEP)))
         return least
     else:
         return tl.inline_asm_elementwise(
             """{ .reg .u32 t; .reg .u64 a; mov.u32 t, %tid.x; rem.u32 t, t, $2; mad.wide.u32 a, t, $3, $1;
             ld.acquire.sys.global.b64 $0, [a]; }""",
             "=l,l,r,r",
-            [flags, zero() + R, zero() + LINE],
+            [flags, zero() + R, zero() + STEP],
             tl.int64,
             is_pure=False,
             pack=1,
@@ -123,6 +125,12 @@ def agreed(condition):
             pack=1,
         )
         return answer != 0
+
+
+@triton.jit
+def is_usable(state):
+    """Whether no operation has failed, as all threads of the program see it: another program may fail meanwhile."""
+    return agreed(tl.load(state + FAILED, volatile=True) == 0)
 
 
 @triton.jit
@@ -189,7 +197,7 @@ def still_missing(missing, flags, value, R: tl.constexpr):
 
 
 @triton.jit
-def wait_all(state, status, flags, value, rank, operation, epoch, timeout, counts, R: tl.constexpr):
+def wait_all(heap, state, status, flags, value, rank, operation, epoch, timeout, counts, R: tl.constexpr):
     """Wait until the progress words of all ranks have reached ``value``; who does not come is reported.
 
     The time to wait begins anew with every rank that comes. A program that ``counts`` adds how long each peer was
@@ -198,12 +206,16 @@ def wait_all(state, status, flags, value, rank, operation, epoch, timeout, count
     """
     there = agreed(acquire_all(flags, R) >= value)
     if there == 0:
-        there = wait_for_missing(state, status, flags, value, rank, operation, epoch, timeout, counts, R)
+        there = wait_for_missing(
+            heap, state, status, flags, value, rank, operation, epoch, timeout, counts, R
+        )  # fmt: skip
     return there
 
 
 @triton.jit
-def wait_for_missing(state, status, flags, value, rank, operation, epoch, timeout, counts, R: tl.constexpr):
+def wait_for_missing(
+    heap, state, status, flags, value, rank, operation, epoch, timeout, counts, R: tl.constexpr
+):  # fmt: skip
     """As ``wait_all``, after the first look."""
     begun = now()
     missing = zero()
@@ -236,7 +248,7 @@ def wait_for_missing(state, status, flags, value, rank, operation, epoch, timeou
             count_waits_for(missing, state, operation, rank, now() - begun, R)
         for peer in range(R):
             if ((missing >> peer) & 1) != 0:
-                report_missing(state, status, operation, epoch, peer)
+                report_missing(heap, state, status, rank, operation, epoch, peer, R)
     return missing == 0
 
 
@@ -299,9 +311,25 @@ def report(status, code, operation, epoch):
 
 
 @triton.jit
-def report_missing(state, status, operation, epoch, missing):
-    """Tell the host that a rank did not come, and every later operation that there is nothing to wait for."""
+def withdraw(heap, rank, R: tl.constexpr):
+    """Give up: the rows that messages speak of are this rank's own again.
+
+    Readers see it where they begin, or else where they end.
+    """
+    offset = MESSAGES + rank * MESSAGE_BYTES + SIGNATURE * 8
+    signal_all(heap, offset, zero().to(tl.int64) + WITHDRAWN, R)
+
+
+@triton.jit
+def report_missing(heap, state, status, rank, operation, epoch, missing, R: tl.constexpr):
+    """Tell the host that a rank did not come, and every later operation that there is nothing to wait for.
+
+    First the peers, who may read rows of this rank that belong to the caller again once the host knows. ``heap``:
+    None where there are no messages.
+    """
     tl.store(state + FAILED, 1)
+    if heap is not None:
+        withdraw(heap, rank, R)
     tl.store(status + HAS_FAILED, 1)
     tl.store(status + DETAIL + missing, 1)
     report(status, TIMED_OUT, operation, epoch)

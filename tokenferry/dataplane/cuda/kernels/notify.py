@@ -7,6 +7,7 @@ import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.expert_major import lay_out_experts
 from tokenferry.dataplane.cuda.kernels.flags import (
+    is_usable,
     message_word,
     progress,
     report,
@@ -34,7 +35,6 @@ from tokenferry.dataplane.cuda.kernels.words import (
     EPOCH,
     EXPERTS,
     EXPERTS_BYTES,
-    FAILED,
     HAS_FAILED,
     HOST_CODE,
     HOST_DONE,
@@ -52,6 +52,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     SIGNATURE,
     SKIPPED,
     TIMED_OUT,
+    WITHDRAWN,
 )
 
 
@@ -90,7 +91,7 @@ def tell(
     NUM_COLUMNS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One rank's message, counts and list for one reader."""
-    if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout):
+    if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout, R):
         base = tl.load(heap + reader)
         staged = must_stage(ready, places, NUM_COLUMNS, R)
         problem = tl.load(state + BAD_INPUT)
@@ -125,7 +126,9 @@ def compare(own, status, signature, list_capacity, code, R: tl.constexpr, RB: tl
     cannot_be = (tokens < 0) | (tokens > list_capacity)
     kinds = tl.sum(problem.to(tl.int32) + 256 * differs.to(tl.int32) + 65536 * cannot_be.to(tl.int32))
     if kinds != 0:
-        tl.store(status + DETAIL + source, tl.full([RB], 1, tl.int64), mask=problem | differs | cannot_be)
+        withdrawn = tl.load(message_word(own, source, SIGNATURE), mask=inside, other=signature) == WITHDRAWN
+        details = 1 + withdrawn.to(tl.int64)
+        tl.store(status + DETAIL + source, details, mask=problem | differs | cannot_be)
         if kinds % 256 != 0:
             code = PEER_PROBLEM
         if kinds // 256 % 256 != 0:
@@ -224,7 +227,7 @@ def listen(
             add_experts(heap, host, rank, num_local, R)
         else:
             step_back(state, status, code, operation, epoch)
-            if HOST_WAITS:  # no second kernel will come
+            if HOST_WAITS & (code != BAD_PEER):  # no second kernel will come; then one does, which serves the stage
                 close_operation(heap, state, status, rank, epoch, 0, operation, timeout, R)
     tl.debug_barrier()
     tell_host(host + HOST_DONE, epoch)
@@ -280,7 +283,7 @@ def notify(
     """
     pid = tl.program_id(0)
     epoch = tl.load(state + EPOCH) + 1
-    if tl.load(state + FAILED) == 0:
+    if is_usable(state):
         if pid < R:
             places = (place_rows, place_scales, place_ids, place_weights)
             tell(

@@ -20,7 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.flags import message_word, progress, report, signal, word, zero
+from tokenferry.dataplane.cuda.kernels.flags import (
+    is_usable,
+    message_word,
+    progress,
+    report,
+    signal,
+    word,
+    zero,
+)
 from tokenferry.dataplane.cuda.kernels.notify import compare, send_list, step_back
 from tokenferry.dataplane.cuda.kernels.rounds import tokens_of
 from tokenferry.dataplane.cuda.kernels.sync import (
@@ -34,7 +42,6 @@ from tokenferry.dataplane.cuda.kernels.words import (
     BAD_HANDLE,
     BAD_INPUT,
     EPOCH,
-    FAILED,
     LINE,
     LISTS,
     PUBLISHED,
@@ -49,7 +56,7 @@ def tell_part(
     NUM_COLUMNS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """This rank's message and list for one reader."""
-    if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout):
+    if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout, R):
         base = tl.load(heap + reader)
         staged = must_stage(ready, places, NUM_COLUMNS, R)
         problem = tl.load(state + BAD_INPUT)
@@ -71,6 +78,7 @@ def write_places(heap, status, table, starts, first_tokens, num_rows, rank, oper
         if fits == 0:
             report(status, BAD_HANDLE, operation, epoch)
         end = start + tl.where(fits, count, 0)
+        tl.debug_barrier()  # all threads have loaded what one of them writes now
         tl.store(table + source, start.to(tl.int32))
         tl.store(table + R + source, end.to(tl.int32))
         tl.store(table + 2 * R + source, tl.load(first_tokens + source).to(tl.int32))
@@ -109,7 +117,7 @@ def announce_part(
     """In the place of ``notify``: programs 0 to R - 1 each tell one rank, program R listens and writes the table."""
     pid = tl.program_id(0)
     epoch = tl.load(state + EPOCH) + 1
-    if tl.load(state + FAILED) == 0:
+    if is_usable(state):
         if pid < R:
             places = (place_rows, place_scales, place_ids, place_weights)
             tell_part(

@@ -14,6 +14,7 @@ import triton.language as tl
 from tokenferry.dataplane.cuda.kernels.flags import message_word, progress, signal_all
 from tokenferry.dataplane.cuda.kernels.sync import is_last, release_all, wait_published, wait_released
 from tokenferry.dataplane.cuda.kernels.words import (
+    ALL,
     FOR_RELEASE,
     LINE,
     MOST_TOKENS,
@@ -72,7 +73,7 @@ def wait_for_half(
                 takes_part = takes_part & (this - 2 < rounds_of(tokens_of(heap, rank, reader), per_round))
             if takes_part:
                 there = wait_released(
-                    heap, state, status, rank, reader, progress(epoch, this - 1), operation, epoch, timeout,
+                    heap, state, status, rank, reader, progress(epoch, this - 1), operation, epoch, timeout, R,
                     KIND=FOR_RELEASE,
                 )  # fmt: skip
                 alive = alive & there
@@ -87,9 +88,17 @@ def publish_round(heap, state, rank, this, epoch, num_stagers, R: tl.constexpr):
 
 
 @triton.jit
-def wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout):
+def wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout, R: tl.constexpr):
     """Wait until round ``this`` of a staged source is there."""
-    return wait_published(heap, state, status, rank, source, progress(epoch, this + 2), operation, epoch, timeout)
+    return wait_published(
+        heap, state, status, rank, source, progress(epoch, this + 2), operation, epoch, timeout, R
+    )  # fmt: skip
+
+
+@triton.jit
+def pass_all_rounds(heap, rank, epoch, R: tl.constexpr):
+    """This rank reads nothing of an operation that others go on with: no owner need wait for it before a round."""
+    release_all(heap, rank, epoch, ALL - 1, R)
 
 
 @triton.jit

@@ -8,10 +8,14 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.flags import (
+    INTERPRET,
+    acquire,
     acquire_all,
     agreed,
+    is_usable,
     message_word,
     progress,
+    report,
     report_missing,
     report_torn,
     signal,
@@ -32,6 +36,9 @@ from tokenferry.dataplane.cuda.kernels.words import (
     FIRST_ROW,
     FOR_ROWS,
     LINE,
+    MESSAGE_BYTES,
+    MESSAGES,
+    MISMATCH,
     MOST_ROWS,
     NUM_ROWS,
     NUM_TOKENS,
@@ -45,12 +52,13 @@ from tokenferry.dataplane.cuda.kernels.words import (
     ROW_COUNT,
     SIGNATURE,
     STAGED,
+    WITHDRAWN,
 )
 
 
 @triton.jit
 def wait_released(
-    heap, state, status, rank, reader, value, operation, epoch, timeout, KIND: tl.constexpr = None
+    heap, state, status, rank, reader, value, operation, epoch, timeout, R: tl.constexpr, KIND: tl.constexpr = None
 ):  # fmt: skip
     """Wait until ``reader`` is as far as ``value`` with this rank's rows.
 
@@ -61,18 +69,18 @@ def wait_released(
     flag = word(own, RELEASED + reader * LINE)
     there = wait_at_least(state, flag, value, timeout, operation, reader, KIND=KIND)
     if not there:
-        report_missing(state, status, operation, epoch, reader)
+        report_missing(heap, state, status, rank, operation, epoch, reader, R)
     return there
 
 
 @triton.jit
-def wait_published(heap, state, status, rank, source, value, operation, epoch, timeout):
+def wait_published(heap, state, status, rank, source, value, operation, epoch, timeout, R: tl.constexpr):
     """Wait until ``source`` is as far as ``value`` with its rows."""
     own = tl.load(heap + rank)
     flag = word(own, PUBLISHED + source * LINE)
     there = wait_at_least(state, flag, value, timeout, operation, source, KIND=FOR_ROWS)
     if not there:
-        report_missing(state, status, operation, epoch, source)
+        report_missing(heap, state, status, rank, operation, epoch, source, R)
     return there
 
 
@@ -151,7 +159,7 @@ def publish_all(
     for step in range(R):
         reader = (rank + step) % R
         if alive & (at_once == 0):
-            alive = wait_released(heap, state, status, rank, reader, before, operation, epoch, timeout)
+            alive = wait_released(heap, state, status, rank, reader, before, operation, epoch, timeout, R)
         if alive:
             if held is not None:
                 write_held(heap, rank, reader, held, R)
@@ -170,7 +178,7 @@ def wait_all_published(heap, state, status, rank, epoch, step, operation, timeou
     """Wait for every source; every one that does not come is reported. ``counts``: as in ``wait_all``."""
     flags = tl.load(heap + rank) + PUBLISHED
     return wait_all(
-        state, status, flags, progress(epoch, step), rank, operation, epoch, timeout, counts, R
+        heap, state, status, flags, progress(epoch, step), rank, operation, epoch, timeout, counts, R
     )  # fmt: skip
 
 
@@ -187,11 +195,35 @@ def first_mismatch(heap, rank, signature, R: tl.constexpr):
 
 @triton.jit
 def report_mismatches(heap, status, rank, signature, operation, epoch, R: tl.constexpr):
-    """Tell the host whose signatures differ from this rank's."""
+    """Tell the host whose signatures differ from this rank's: 1, or 2 if the rank has given up."""
     own = tl.load(heap + rank)
     for source in range(R):
         theirs = tl.load(message_word(own, source, SIGNATURE))
-        tl.store(status + DETAIL + source, (theirs != signature).to(tl.int64))
+        differs = (theirs != signature).to(tl.int64)
+        tl.store(status + DETAIL + source, tl.where(theirs == WITHDRAWN, 2, differs))
+
+
+@triton.jit
+def all_stand_by(state, own, R: tl.constexpr):
+    """Whether no message in the heap at ``own`` was withdrawn; or this rank has failed, and withdrawn its own."""
+    failed = tl.load(state + FAILED, volatile=True) != 0
+    if INTERPRET:
+        stands = True
+        for source in range(R):
+            stands = stands & (acquire(message_word(own, source, SIGNATURE)) != WITHDRAWN)
+        return failed | stands
+    else:
+        signatures = acquire_all(own + MESSAGES + SIGNATURE * 8, R, MESSAGE_BYTES)
+        return agreed(failed | (signatures != WITHDRAWN))
+
+
+@triton.jit
+def report_withdrawn(own, status, operation, epoch, R: tl.constexpr):
+    """Tell the host who has given up: what was read of its rows may have been something else by then."""
+    for source in range(R):
+        theirs = tl.load(message_word(own, source, SIGNATURE))
+        tl.store(status + DETAIL + source, 2, mask=theirs == WITHDRAWN)
+    report(status, MISMATCH, operation, epoch)
 
 
 @triton.jit
@@ -204,9 +236,9 @@ def release_all(heap, rank, epoch, step, R: tl.constexpr):
 def close_operation(heap, state, status, rank, epoch, staged, operation, timeout, R: tl.constexpr):
     """The end of an operation, by its last program: release; wait for readers of direct rows; count."""
     release_all(heap, rank, epoch, ALL, R)
-    if (staged == 0) & (tl.load(state + FAILED) == 0):
+    if (staged == 0) & is_usable(state):
         flags = tl.load(heap + rank) + RELEASED
-        wait_all(state, status, flags, progress(epoch, ALL), rank, operation, epoch, timeout, True, R)
+        wait_all(heap, state, status, flags, progress(epoch, ALL), rank, operation, epoch, timeout, True, R)
     tl.store(state + EPOCH, epoch)
 
 
@@ -225,9 +257,13 @@ def finish(heap, state, status, rank, epoch, staged, operation, timeout, R: tl.c
     """The end of an operation, called by every program when its reads and stores are done."""
     programs = tl.num_programs(0).to(tl.int64)
     if is_last(state + ARRIVED, programs):
+        own = tl.load(heap + rank)
         differed = tl.load(state + DIFFERED)
+        # All threads meet here, and have loaded what one of them writes below.
+        if all_stand_by(state, own, R) == 0:
+            report_withdrawn(own, status, operation, epoch, R)
         if differed != 0:
             tl.store(state + DIFFERED, 0)
-            if (differed != programs) & (tl.load(state + FAILED) == 0):
+            if (differed != programs) & is_usable(state):
                 report_torn(status, rank, differed, operation, epoch)
         close_operation(heap, state, status, rank, epoch, staged, operation, timeout, R)

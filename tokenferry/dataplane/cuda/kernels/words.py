@@ -74,6 +74,8 @@ PLACE_MASK = tl.constexpr((1 << 44) - 1)
 
 # Words of a message.
 SIGNATURE = tl.constexpr(0)
+WITHDRAWN = tl.constexpr(-1)
+"""In the place of a signature, which it never is: the rank has given up."""
 NUM_TOKENS = tl.constexpr(1)
 NUM_ROWS = tl.constexpr(2)
 NUM_WORST = tl.constexpr(3)
