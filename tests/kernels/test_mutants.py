@@ -402,7 +402,7 @@ MUTANTS = {
         combine, "if alive & is_staged(", "if (rank < 0) & is_staged(", "staged"
     ),
     # Refusals.
-    "refused dispatch stays open": Mutant(notify, "if HOST_WAITS:", "if False:", "refused"),
+    "refused dispatch stays open": Mutant(notify, "if HOST_WAITS & (code != BAD_PEER):", "if False:", "refused"),
     "refused dispatch goes on": Mutant(notify, "tl.store(state + SKIPPED, epoch)", "pass", "refused, no host waits"),
     "refused combine goes on": Mutant(
         dispatch, "if first_mismatch(heap, rank, signature, R) >= 0:", "if rank < 0:", "refused, no host waits"

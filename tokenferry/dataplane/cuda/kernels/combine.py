@@ -189,7 +189,8 @@ def check_sources(
                 fits = False
         else:
             end = tl.load(prefix + rank * R + source).to(tl.int64)
-            start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0).to(tl.int64)
+            before = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0)
+            start = before.to(tl.int64)
         brought = tl.minimum(tl.load(message_word(tl.load(heap + rank), source, NUM_ROWS)), MOST_ROWS)
         if (start < 0) | (end < start) | (end > brought):
             report(status, BAD_HANDLE, operation, epoch)
