@@ -21,7 +21,8 @@ from tokenferry.errors import ArgumentError, PeerLostError, PeerTimeoutError
 
 COMPILING_SECONDS = 300.0
 """What ranks that compile are given beyond the deadline."""
-_SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.02
+_FAREWELL_SECONDS = 2.0
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.005
 
 
 class Rendezvous(NamedTuple):
@@ -109,11 +110,15 @@ class Meetings:
                 reason = f"did not come within {seconds:g} s"
                 raise PeerTimeoutError(operation, self._number, missing, reason)
             found = {other: json.loads(store.get(name)) for other, name in names.items()}
-            with contextlib.suppress(NotImplementedError):  # some stores keep all
-                store.delete_key(self._name(self._number - 1, rank))  # whoever comes now has been to that one
         except dist.DistError as error:
             others = [other for other in names if other != rank]
             raise PeerLostError(operation, self._number, others, f"the store of the ranks is gone: {error}") from None
+        # The process that has the store may end once it has left here: not before all have what they came for.
+        with contextlib.suppress(dist.DistError, NotImplementedError):  # gone already, or it keeps all
+            store.set(f"{names[rank]}/left", "")
+            _wait(store, {other: f"{name}/left" for other, name in names.items()}, min(seconds, _FAREWELL_SECONDS))
+            for key in (before := self._name(self._number - 1, rank)), f"{before}/left":
+                store.delete_key(key)  # all have been to the next one
         return found
 
     def _name(self, number: int, rank: int) -> str:

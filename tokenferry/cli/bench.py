@@ -57,6 +57,7 @@ from tokenferry.cli.bench_report import (
     report_of,
     results_of,
 )
+from tokenferry.cli.paths import why_unwritable
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.config import ALIGNMENT
 from tokenferry.modes.inputs import MAX_TOPK, ROW_ALIGNMENT
@@ -357,6 +358,8 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 def _target(args: argparse.Namespace) -> tuple[Path, str]:
     """Directory and name of the files to write."""
     if args.save is None:
+        if problem := why_unwritable(args.output):
+            args.fail(f"argument --output: {problem}")
         return args.output, "bench"
     directory = results_directory()
     if directory is None:

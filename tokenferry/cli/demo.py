@@ -16,6 +16,7 @@ import torch
 
 from tokenferry.cli.demo_model import Corpus, Settings
 from tokenferry.cli.demo_train import TOLERANCE, Report, train, train_dense
+from tokenferry.cli.paths import why_unwritable
 from tokenferry.cli.ranks import RankError, RankPool
 
 _MIN_EXPERTS = 8
@@ -53,7 +54,8 @@ def main(args: argparse.Namespace) -> int:
         args: parsed options, see :func:`add_arguments`.
 
     Returns:
-        0; 1 if the ranks disagree with the dense twin or a rank failed; 2 if a package is missing; 130 after Ctrl-C.
+        0; 1 if the ranks disagree with the dense twin or a rank failed; 2 if a package is missing or the folder
+        cannot be written; 130 after Ctrl-C.
     """
     missing = [
         name
@@ -62,6 +64,9 @@ def main(args: argparse.Namespace) -> int:
     ]
     if missing:
         print(f"the demo needs {' and '.join(missing)}: pip install 'tokenferry[cli]'", file=sys.stderr)
+        return 2
+    if not args.no_plot and (problem := why_unwritable(args.output)):
+        print(f"error: --output: {problem}", file=sys.stderr)
         return 2
     # Every rank has as many experts as every other.
     experts = args.ranks * -(-_MIN_EXPERTS // args.ranks)

@@ -20,6 +20,7 @@ import torch
 from tokenferry.cli.doctor_checks import Finding, Level, look_around
 from tokenferry.cli.doctor_live import live
 from tokenferry.cli.doctor_selftest import self_test
+from tokenferry.cli.paths import why_unwritable
 from tokenferry.cli.ranks import RankError
 
 _INTERRUPTED = 130
@@ -114,6 +115,9 @@ def _live(args: argparse.Namespace) -> int:
         print("error: --device: got cuda; allowed: cpu, since there is no GPU", file=sys.stderr)
         return 2
     picture = args.output / "waits.png"
+    if problem := why_unwritable(args.output):
+        print(f"error: --output: {problem}", file=sys.stderr)
+        return 2
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture without matplotlib: pip install 'tokenferry[cli]'", file=sys.stderr)
         picture = None

@@ -69,9 +69,9 @@ def _work(rank: int, num_ranks: int, device_type: str, seconds: float) -> Outcom
                 torch.cuda.synchronize(device)
             fastest = min(fastest, time.perf_counter() - began)
             world.check_received(result, 1, 0)
-            # Rows go back as they came: each is summed over the ranks that had it.
+            # Rows go back as they came: each is summed over the ranks that had it; without one the sum is 0, not -0.
             copies = world.members[rank].sum(1, keepdim=True)
-            same("combined_x", combined, (world.mine.x.float() * copies).bfloat16())
+            same("combined_x", combined, (world.mine.x.float() * copies + 0.0).bfloat16())
             values = [rows(torch.float32, _TOKENS, 512, torch.Generator().manual_seed(count)) for _ in layout]
             summed, _, _ = buffer.combine(world.expert_rows(values).to(device), result[4])
             same("combined_x", summed, world.combined(values[rank], [], list(layout), False))

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -186,6 +187,7 @@ def _serve(
     connection: Connection,
     begin: Callable[[int], None] | None,
 ) -> None:
+    _end_with_parent(connection)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops everyone
     gc.freeze()  # what the server of forks has imported is no garbage: a collection need not go through it
     if begin is not None:
@@ -209,6 +211,19 @@ def _serve(
             answer = (False, traceback.format_exc())
         connection.send(answer)
     dist.destroy_process_group()
+
+
+def _end_with_parent(connection: Connection) -> None:
+    """End this process some time after the other end of the connection, however that ends, if it still goes on."""
+
+    def watch() -> None:
+        look = select.poll()
+        look.register(connection.fileno(), 0)  # only for the end of it
+        look.poll()
+        time.sleep(_GRACE_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -19,7 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tokenferry.cli import soak_shrink
+from tokenferry.cli.paths import why_unwritable
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.cli.soak_ranks import Look, Report, Settings, soak
 
@@ -61,13 +64,19 @@ def main(args: argparse.Namespace) -> int:
         args: parsed options, see :func:`add_arguments`.
 
     Returns:
-        0; 1 if a result was wrong, a rank failed, something leaked, or ``--plot`` finds no matplotlib; 130 after
-        Ctrl-C.
+        0; 1 if a result was wrong, a rank failed, something leaked, or ``--plot`` finds no matplotlib; 2 if there is
+        no GPU or the plot cannot be written; 130 after Ctrl-C.
     """
     settings = Settings(60 * args.minutes, args.seed, args.device, args.tokens)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         print("error: --plot needs matplotlib: pip install 'tokenferry[cli]'", file=sys.stderr)
         return 1
+    if args.plot is not None and (problem := why_unwritable(args.plot.parent)):
+        print(f"error: --plot: {problem}", file=sys.stderr)
+        return 2
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: --device: got cuda; allowed: cpu, since there is no GPU", file=sys.stderr)
+        return 2
     before = named_segments()
     began = time.monotonic()
     pool = RankPool(args.ranks, num_threads=1)

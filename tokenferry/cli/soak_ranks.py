@@ -155,7 +155,7 @@ class _Soak:
             layout = self.common.choice(layouts) if report.episodes % 2 else layouts[0]
             try:
                 self._episode(layout)
-            except BaseException as error:
+            except Exception as error:
                 where = f"episode {report.episodes} (nodes {layout}), {self.what}"
                 raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
             report.episodes += 1

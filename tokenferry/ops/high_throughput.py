@@ -122,6 +122,7 @@ def _config(owner: Buffer, preset: Callable[[int, int], Config], num_sms: int, c
     config = preset(owner.group_size, num_sms or Buffer.num_sms)
     if not chunked_recv_tokens:
         return config
+    check_int("chunked_recv_tokens", chunked_recv_tokens, minimum=2)
     return dataclasses.replace(
         config, num_max_rdma_chunked_send_tokens=1, num_max_rdma_chunked_recv_tokens=chunked_recv_tokens
     )
