@@ -187,11 +187,11 @@ def _serve(
     connection: Connection,
     begin: Callable[[int], None] | None,
 ) -> None:
-    _end_with_parent(connection)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops everyone
     gc.freeze()  # what the server of forks has imported is no garbage: a collection need not go through it
     if begin is not None:
         begin(rank)
+    _end_with_parent(connection)  # by a thread: only processes without may enter namespaces, for example
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(num_threads)
     dist.init_process_group(
