@@ -101,3 +101,8 @@ def check_int(name: str, value: object, *, minimum: int, multiple_of: int = 1) -
         raise ArgumentError(name, repr(value), allowed) from error
     require(number >= minimum and number % multiple_of == 0, name, number, allowed)
     return number
+
+
+def expert_out_of_range() -> ArgumentError:
+    """What to raise where a device has looked at expert ids, and does not say which one it was."""
+    return ArgumentError("topk_idx", "an expert id out of range", "-1, or ids below the number of experts")

@@ -213,8 +213,9 @@ def _check(
         zero_padding=sizes.zero_padding,
     )
     operation = OperationKind.EXPANDED_DISPATCH if sizes.expand else OperationKind.DISPATCH
-    signature = signature_of(operation, rows, num_topk, num_experts)._replace(
-        num_max_tokens=sizes.num_max_tokens, has_weights=int(topk_weights is not None)
+    has_weights = topk_weights is not None
+    signature = signature_of(
+        operation, rows, num_topk, num_experts, num_max_tokens=sizes.num_max_tokens, has_weights=has_weights
     )
     return _Kind(sizes, num_topk, worst, experts, signature, rows_are_packed, choices_are_packed)
 
@@ -265,9 +266,8 @@ def cached_dispatch(
         ),
     )
     kind = OperationKind.CACHED_EXPANDED_DISPATCH if handle.do_expand else OperationKind.CACHED_DISPATCH
-    signature = signature_of(kind, rows, num_topk, num_experts, handle=_checksum(party, routes))._replace(
-        has_weights=int(topk_weights is not None)
-    )
+    checksum, has_weights = _checksum(party, routes), topk_weights is not None
+    signature = signature_of(kind, rows, num_topk, num_experts, handle=checksum, has_weights=has_weights)
     with party.plane.dispatch(signature, plan) as exchange:
         received = _outputs(party, rows, num_topk, num_rows, expanded, handle.do_expand)
         exchange.pull(_for_plane(received, None, None))

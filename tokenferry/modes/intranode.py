@@ -288,6 +288,8 @@ def signature_of(
     num_experts: int = 0,
     *,
     handle: int = 0,
+    num_max_tokens: int = 0,
+    has_weights: bool = False,
 ) -> Signature:
     """What all ranks must agree on when they call ``operation`` with such rows."""
     x, scales = rows
@@ -300,6 +302,8 @@ def signature_of(
         0 if scales is None else scales.shape[1] * scales.itemsize,
         0 if scales is None else dtype_code(scales.dtype),
         handle,
+        num_max_tokens,
+        int(has_weights),
     )
 
 

@@ -52,7 +52,7 @@ from tokenferry.modes.shares import (
 from tokenferry.rail import Parts, Rail, RailError, Transfer
 from tokenferry.stats import Recorder
 from tokenferry.topology import Topology
-from tokenferry.validation import MEMORY_BYTES
+from tokenferry.validation import MEMORY_BYTES, expert_out_of_range
 
 _CPU = torch.device("cpu")
 _OFFER_WORDS = len(Signature._fields) + 3
@@ -329,7 +329,7 @@ class Operation:
         try:
             if has_bad_input:
                 self.who.plane.forgive()
-                raise ArgumentError("topk_idx", "an expert id out of range", "-1, or ids below the number of experts")
+                raise expert_out_of_range()
             rows = self._gather(mine)
         except (StepBackError, ArgumentError) as error:
             failure = error

@@ -23,6 +23,7 @@ from tokenferry.errors import (
     TokenferryError,
 )
 from tokenferry.stats import Recorder
+from tokenferry.validation import expert_out_of_range
 
 logger = logging.getLogger("tokenferry")
 
@@ -199,7 +200,7 @@ class Status:
         if code == words.PEER_PROBLEM.value and self._rank not in here:
             return MismatchError(name, epoch, ranks, "gave expert ids out of range")
         if code in (words.PEER_PROBLEM.value, words.BAD_EXPERT.value):
-            return ArgumentError("topk_idx", "an expert id out of range", "-1, or ids below the number of experts")
+            return expert_out_of_range()
         if code == words.CROWDED.value:
             allowed = "at most num_max_dispatch_tokens_per_rank choices of one expert; the others were not sent"
             return ArgumentError("topk_idx", f"more choices of one expert ({name}, epoch {epoch})", allowed)

@@ -34,11 +34,7 @@ from tokenferry.dataplane.cuda.kernels.combine import (
     rows_of_reader,
 )
 from tokenferry.dataplane.cuda.kernels.dispatch import agree
-from tokenferry.dataplane.cuda.kernels.flags import (
-    is_usable,
-    message_word,
-    zero,
-)
+from tokenferry.dataplane.cuda.kernels.flags import is_usable, message_word, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
     pass_all_rounds,

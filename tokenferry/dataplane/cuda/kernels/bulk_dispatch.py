@@ -38,12 +38,7 @@ from tokenferry.dataplane.cuda.kernels.bulk_columns import (
     zero_tail,
 )
 from tokenferry.dataplane.cuda.kernels.dispatch import agree, lacks_room, range_of_source, rows_from, staged_rounds
-from tokenferry.dataplane.cuda.kernels.flags import (
-    is_usable,
-    message_word,
-    report_bad_peer,
-    zero,
-)
+from tokenferry.dataplane.cuda.kernels.flags import is_usable, message_word, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
     pass_all_rounds,
     publish_round,

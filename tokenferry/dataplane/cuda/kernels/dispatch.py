@@ -6,13 +6,7 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.expert_major import choose_copies, copy_to_copies, weigh_copies
-from tokenferry.dataplane.cuda.kernels.flags import (
-    is_usable,
-    message_word,
-    report,
-    report_bad_peer,
-    zero,
-)
+from tokenferry.dataplane.cuda.kernels.flags import is_usable, message_word, report, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
     is_staged,
     lower_bound,

@@ -121,13 +121,13 @@ def compare(own, status, signature, list_capacity, code, R: tl.constexpr, RB: tl
     source = tl.arange(0, RB)
     inside = source < R
     problem = tl.load(message_word(own, source, PROBLEM), mask=inside, other=0) != 0
-    differs = tl.load(message_word(own, source, SIGNATURE), mask=inside, other=signature) != signature
+    theirs = tl.load(message_word(own, source, SIGNATURE), mask=inside, other=signature)
+    differs = theirs != signature
     tokens = tl.load(message_word(own, source, NUM_TOKENS), mask=inside, other=0)
     cannot_be = (tokens < 0) | (tokens > list_capacity)
     kinds = tl.sum(problem.to(tl.int32) + 256 * differs.to(tl.int32) + 65536 * cannot_be.to(tl.int32))
     if kinds != 0:
-        withdrawn = tl.load(message_word(own, source, SIGNATURE), mask=inside, other=signature) == WITHDRAWN
-        details = 1 + withdrawn.to(tl.int64)
+        details = 1 + (theirs == WITHDRAWN).to(tl.int64)
         tl.store(status + DETAIL + source, details, mask=problem | differs | cannot_be)
         if kinds % 256 != 0:
             code = PEER_PROBLEM

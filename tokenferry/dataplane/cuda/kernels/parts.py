@@ -20,15 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.flags import (
-    is_usable,
-    message_word,
-    progress,
-    report,
-    signal,
-    word,
-    zero,
-)
+from tokenferry.dataplane.cuda.kernels.flags import is_usable, message_word, progress, report, signal, word, zero
 from tokenferry.dataplane.cuda.kernels.notify import compare, send_list, step_back
 from tokenferry.dataplane.cuda.kernels.rounds import tokens_of
 from tokenferry.dataplane.cuda.kernels.sync import (
