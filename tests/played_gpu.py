@@ -19,12 +19,14 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
+from torch.distributed import HashStore
 
 from tokenferry import Buffer, runtime_cuda
 from tokenferry.config import ALIGNMENT
 from tokenferry.construction import Wishes
 from tokenferry.dataplane.cuda import expert_major_programs, low_latency_programs, programs
 from tokenferry.dataplane.cuda.launch import Kernel
+from tokenferry.memory import symm
 from tokenferry.memory.direct import Regions
 from tokenferry.memory.driver import Allocation, Driver
 from tokenferry.streams import CommStream
@@ -281,7 +283,7 @@ def played(allocations: Sequence[torch.Tensor] = ()) -> Iterator[Gpu]:
         patch.setattr(runtime_cuda, "CommStream", lambda _, **options: CommStream(torch.device("cuda", 0), **options))
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         patch.setattr(symmetric_memory, "empty", _symmetric)
-        patch.setattr(symmetric_memory, "rendezvous", _rendezvous)
+        patch.setattr(symm, "map_peers", _map_peers)
         yield gpu
         for cached in compiled:
             cached.cache_clear()
@@ -297,9 +299,8 @@ def _symmetric(size: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
     return memory[-memory.data_ptr() % ALIGNMENT :][:size]
 
 
-def _rendezvous(memory: torch.Tensor, group: str) -> Any:
-    ranks = int(group)
-    return SimpleNamespace(buffer_ptrs=[memory.data_ptr() + (rank << 42) for rank in range(ranks)])
+def _map_peers(memory: torch.Tensor, rank: int, num_ranks: int, store: object, name: str) -> Any:
+    return SimpleNamespace(buffer_ptrs=[memory.data_ptr() + (peer << 42) for peer in range(num_ranks)])
 
 
 def runtime_of(
@@ -307,9 +308,8 @@ def runtime_of(
 ) -> tuple[runtime_cuda.CudaRuntime, list[Regions]]:
     """As :func:`runtime_of_rank_0`; not destroyed at the end."""
     each = len(topology.local_ranks)
-    group: Any = SimpleNamespace(group_name=str(each))
     runtime = runtime_cuda.CudaRuntime(
-        topology, group=group, device=CPU, may_mask=False, make_rail=None, exact_combine=False, **options
+        topology, store=HashStore(), device=CPU, may_mask=False, make_rail=None, exact_combine=False, **options
     )
     peers = [Regions(rank, each, PlayedDriver(gpu, ())) for rank in range(1, each)]
     name, size, heap, _ = json.loads(runtime.get_local_ipc_handle())
@@ -330,8 +330,7 @@ def runtime_of_rank_0(
 ) -> Iterator[tuple[runtime_cuda.CudaRuntime, list[Regions]]]:
     """The runtime of rank 0 of a node, and what its peers follow its memory by.
 
-    Every rank is on the GPU of ``gpus``. Ranks of other nodes have no memory of their own; who has a rail plays
-    ``node_group`` of the runtime's module.
+    Every rank is on the GPU of ``gpus``. Ranks of other nodes have no memory of their own.
     """
     runtime, peers = runtime_of(gpu, topology, gpus, options)
     try:

@@ -27,7 +27,6 @@ OPTIONS: dict[str, Any] = {"stage_limit": 1 << 20, "push_bytes": 1 << 22, "heap_
 @contextmanager
 def runtime_of(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[runtime_cuda.CudaRuntime, Any]]:
     """The runtime of rank 0 and its plane, every rank on a GPU of its own."""
-    monkeypatch.setattr(runtime_cuda, "node_group", lambda group, *_: group)
     with (
         played_gpu.played([torch.zeros(1 << 16, dtype=torch.uint8)]) as gpu,
         played_gpu.runtime_of_rank_0(gpu, topology, range(topology.num_ranks), OPTIONS) as (found, _),
@@ -106,7 +105,6 @@ def test_nothing_is_launched_once_the_memory_is_gone() -> None:
 
 def test_a_runtime_that_is_dropped_goes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when the garbage collector comes: memory of peers stays mapped until then."""
-    monkeypatch.setattr(runtime_cuda, "node_group", lambda group, *_: group)
     with played_gpu.played([torch.zeros(1 << 16, dtype=torch.uint8)]) as gpu:
         dropped, peers = played_gpu.runtime_of(gpu, Topology(0, (0, 0)), range(2), OPTIONS)
         plane, mailbox = weakref.ref(dropped._plane), dropped._regions._finalizer

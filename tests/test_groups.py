@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from tests.cases import TIMEOUT, Case, Scenario, check_works
 from tests.conftest import PoolOf
-from tokenferry import ArgumentError, Buffer
-from tokenferry.rendezvous import node_group
+from tokenferry import ArgumentError, Buffer, PeerTimeoutError, TokenferryError
+from tokenferry.rendezvous import ExchangeStore
 
 CASE = Case(tokens=(9, 0, 20), num_topk=4, bias="one")
 OTHER = Case(tokens=(2, 14), num_topk=2, routing="sparse", seed=5)
 
 
-def _on_parts(rank: int, num_ranks: int, parts: tuple[tuple[int, ...], ...]) -> None:
+def check_parts(rank: int, num_ranks: int, parts: tuple[tuple[int, ...], ...], device: str = "cpu") -> None:
     """Every part has a Buffer of its own; a rank may be in none."""
     groups = [dist.new_group(list(part)) for part in parts]
     for part, group in zip(parts, groups, strict=True):
         if rank not in part:
             continue
-        with Buffer(group, timeout=TIMEOUT) as buffer:
+        with Buffer(group, timeout=TIMEOUT, device=device) as buffer:
             assert (buffer.rank, buffer.group_size) == (part.index(rank), len(part))
             assert buffer.group is group
-            Scenario(CASE, buffer.rank, buffer.group_size).check_all(buffer)
+            Scenario(CASE, buffer.rank, buffer.group_size, device).check_all(buffer)
     dist.barrier()
 
 
@@ -35,20 +35,20 @@ def _on_parts(rank: int, num_ranks: int, parts: tuple[tuple[int, ...], ...]) -> 
 )
 def test_sub_groups(pool_of: PoolOf, parts: tuple[tuple[int, ...], ...]) -> None:
     parts = tuple(tuple(sorted(part)) for part in parts)  # torch numbers a group's ranks in ascending order
-    pool_of(5).run(_on_parts, parts)
+    pool_of(5).run(check_parts, parts)
 
 
-def _overlapping(rank: int, num_ranks: int) -> None:
+def check_overlapping(rank: int, num_ranks: int, device: str = "cpu") -> None:
     """Rows and columns of a 2 x 2 mesh, both alive, as expert and tensor parallel groups are."""
     rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     with (
-        Buffer(rows[rank // 2], timeout=TIMEOUT) as across,
-        Buffer(columns[rank % 2], 65536, timeout=TIMEOUT) as down,
-        Buffer(dist.group.WORLD, timeout=TIMEOUT) as whole,
+        Buffer(rows[rank // 2], timeout=TIMEOUT, device=device) as across,
+        Buffer(columns[rank % 2], 65536, timeout=TIMEOUT, device=device) as down,
+        Buffer(dist.group.WORLD, timeout=TIMEOUT, device=device) as whole,
     ):
         scenarios = [
-            (buffer, Scenario(case, buffer.rank, buffer.group_size))
+            (buffer, Scenario(case, buffer.rank, buffer.group_size, device))
             for buffer, case in ((across, CASE), (down, OTHER), (whole, CASE))
         ]
         results = [scenario.dispatch(buffer) for buffer, scenario in scenarios]
@@ -58,7 +58,7 @@ def _overlapping(rank: int, num_ranks: int) -> None:
 
 
 def test_buffers_on_overlapping_groups(pool_of: PoolOf) -> None:
-    pool_of(4).run(_overlapping)
+    pool_of(4).run(check_overlapping)
 
 
 def _same_group(rank: int, num_ranks: int) -> None:
@@ -103,15 +103,53 @@ def test_construction_outside_of_the_group_raises(pool_of: PoolOf) -> None:
     pool_of(2).run(_outside)
 
 
-def _meet_by_node(rank: int, num_ranks: int) -> list[int]:
-    """What the ranks of this one's node say, of nodes whose ranks are not contiguous."""
-    ranks = [rank % 2, rank % 2 + 2]
-    group = node_group(dist.group.WORLD, ranks, 20.0)
-    assert node_group(dist.group.WORLD, ranks, 20.0) is group
-    said = [torch.zeros(1, dtype=torch.int64) for _ in ranks]
-    dist.all_gather(said, torch.tensor([10 * rank]), group=group)
-    return [int(value) for value in said]
+class Exchanges:
+    """How torch's symmetric memory exchanges values: a process numbers all its exchanges, whomever they are with."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def all_gather(self, store: Store, rank: int, num_ranks: int, value: bytes) -> list[bytes]:
+        """Through a store of C++, as torch calls it."""
+        there = dist.PrefixStore(f"Played/{self.number}", store)
+        self.number += 1
+        there.set(str(rank), value)
+        values = []
+        for other in range(num_ranks):
+            there.wait([str(other)])
+            values.append(there.get(str(other)))
+        return values
 
 
-def test_group_of_a_node(pool_of: PoolOf) -> None:
-    assert pool_of(4).run(_meet_by_node) == [[0, 20], [10, 30], [0, 20], [10, 30]]
+def _exchange_with_different_pasts(rank: int, num_ranks: int, parts: list[list[int]]) -> list[list[bytes]]:
+    """What the ranks of each part say, twice; some ranks have been in more of them than others."""
+    exchanges, found, default = Exchanges(), [], _get_default_store()
+    for number, part in enumerate(parts):
+        if rank in part:
+            store = ExchangeStore(default, f"pasts/{number}", part, 20.0)
+            for turn in range(2):
+                said = f"{number} {turn} {rank}".encode()
+                found.append(exchanges.all_gather(store, part.index(rank), len(part), said))
+    return found
+
+
+def test_ranks_exchange_whatever_their_pasts_are(pool_of: PoolOf) -> None:
+    parts = [[0, 1], [1, 2], [1, 2], [0, 1, 2]]
+    for rank, found in enumerate(pool_of(3).run(_exchange_with_different_pasts, parts)):
+        mine = [(number, part) for number, part in enumerate(parts) if rank in part]
+        assert found == [
+            [f"{number} {turn} {other}".encode() for other in part] for number, part in mine for turn in range(2)
+        ]
+
+
+def test_a_rank_that_exchanges_nothing_is_named() -> None:
+    store = ExchangeStore(dist.HashStore(), "alone", [3, 7], 0.05)
+    with pytest.raises(PeerTimeoutError, match=r"map their memory within 0\.05 s") as caught:
+        Exchanges().all_gather(store, 0, 2, b"here")
+    assert caught.value.ranks == (7,)
+
+
+def test_entries_of_another_kind_are_refused() -> None:
+    store = ExchangeStore(dist.HashStore(), "other", [0], 1.0)
+    with pytest.raises(TokenferryError, match="what"):
+        dist.PrefixStore("Played", store).set("all", b"")

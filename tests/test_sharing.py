@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests import played_gpu
-from tokenferry import runtime_cuda
 from tokenferry.topology import Topology
 
 SMS = 132
@@ -23,7 +22,6 @@ def test_programs_fit(num_nodes: int, each: int, on_one_gpu: bool, monkeypatch: 
     num_ranks = num_nodes * each
     topology = Topology(0, tuple(rank // each for rank in range(num_ranks)))
     options = {"stage_limit": 1 << 20, "push_bytes": 1 << 22, "heap_bytes": 0, "timeout": 10.0}
-    monkeypatch.setattr(runtime_cuda, "node_group", lambda group, *_: group)
     gpus = [0] * num_ranks if on_one_gpu else range(num_ranks)
     with (
         played_gpu.played([torch.zeros(1 << 16, dtype=torch.uint8)]) as gpu,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import Store
 
 from tests.cases import Case, Scenario, named_segments, segments, wait_for
 from tests.conftest import PoolOf, slow
@@ -19,6 +19,7 @@ from tests.internode_cases import NodeScenario
 from tests.low_latency_cases import Case as QuickCase
 from tests.low_latency_cases import Scenario as QuickScenario
 from tests.low_latency_cases import check_case
+from tests.test_groups import Exchanges
 from tokenferry import (
     ArgumentError,
     Buffer,
@@ -31,6 +32,7 @@ from tokenferry import (
     runtime_cuda,
 )
 from tokenferry.cli.ranks import RankError, RankPool
+from tokenferry.rendezvous import ExchangeStore
 from tokenferry.runtime import Runtime
 from tokenferry.topology import Topology
 from tokenferry.waits import wait_report
@@ -78,22 +80,22 @@ def test_survivors_go_on(num_ranks: int, victims: list[int]) -> None:
 
 
 class PlayedRuntime(Runtime):
-    """As on GPUs, where the heaps are mapped through a process group, but on the CPU."""
+    """As on GPUs, where the heaps are mapped through what ranks exchange in a store, but on the CPU."""
 
-    groups: ClassVar[list[dist.ProcessGroup]] = []
+    exchanges = Exchanges()
 
-    def __init__(self, topology: Topology, *, group: dist.ProcessGroup, device: torch.device, **given: Any) -> None:
+    def __init__(self, topology: Topology, *, store: Store, device: torch.device, **given: Any) -> None:
         assert device.type == "cuda"
         wanted = ("stage_limit", "timeout", "may_mask", "make_rail", "exact_combine", "paranoid")
         super().__init__(topology, *(given[name] for name in wanted))
-        self.groups.append(group)
+        self.store = store
 
     def sync(self, ipc_handles: Any) -> None:
-        """Collective, as symmetric memory is: the ranks of the group exchange something, in its order and by name."""
-        group = _resolve_process_group(self.groups[-1].group_name)
-        said = [torch.zeros(1, dtype=torch.int64) for _ in range(self.topology.num_ranks)]
-        dist.all_gather(said, torch.tensor([self.topology.rank]), group=group)
-        assert [int(word) for word in said] == list(range(self.topology.num_ranks))
+        """The ranks exchange something first."""
+        rank, ranks = self.topology.rank, range(self.topology.num_ranks)
+        store = ExchangeStore(self.store, f"{self.key}/heap", ranks, 10.0)
+        said = self.exchanges.all_gather(store, rank, len(ranks), str(rank).encode())
+        assert said == [str(other).encode() for other in ranks]
         super().sync(ipc_handles)
 
 
@@ -115,12 +117,11 @@ def _as_on_gpus(rank: int, num_ranks: int, victims: list[int]) -> list[int]:
                 tuple(place for place, old in enumerate(left) if old != victim), len(left)
             )
             left.remove(victim)
-            assert dist.get_process_group_ranks(PlayedRuntime.groups[-1]) == left
         Scenario(CASE, buffer.rank, len(left)).check_all(buffer)
         return left
 
 
-def test_survivors_meet_in_a_process_group_of_their_own_on_gpus() -> None:
+def test_survivors_map_their_memory_anew_on_gpus() -> None:
     victims = [1, 3]
     with RankPool(4, 1) as pool, pytest.raises(RankError) as caught:
         pool.run(_as_on_gpus, victims)

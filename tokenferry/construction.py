@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from tokenferry.errors import ArgumentError, TokenferryError
 from tokenferry.modes.paranoid import PARANOID_VARIABLE
@@ -106,7 +107,7 @@ def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
 
     return CudaRuntime(
         topology,
-        group=wishes.group,
+        store=_get_default_store(),
         device=wishes.device,
         stage_limit=wishes.stage_limit,
         push_bytes=wishes.push_bytes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -17,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
-from tokenferry.errors import ArgumentError, PeerLostError, PeerTimeoutError
+from tokenferry.errors import ArgumentError, PeerLostError, PeerTimeoutError, TokenferryError
 
 COMPILING_SECONDS = 300.0
 """What ranks that compile are given beyond the deadline."""
 _FAREWELL_SECONDS = 2.0
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.005
+_ENTRY = re.compile(r"(.*)/(\d+)/(\d+)")
 
 
 class Rendezvous(NamedTuple):
@@ -136,30 +138,51 @@ def _wait(store: Store, names: dict[int, str], seconds: float) -> list[int]:
     return []
 
 
-_node_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+class ExchangeStore(Store):
+    """Where the ranks of one Buffer exchange what maps their memory, for torch, which names an entry by a number.
 
-
-def node_group(group: dist.ProcessGroup, ranks: Sequence[int], timeout: float) -> dist.ProcessGroup:
-    """A process group of some ranks of a group, over Gloo; made once, and kept. Collective among them.
+    The number counts the exchanges of a process, whomever they are with. So ranks of which one had been in another
+    group would wait for entries that never come. In here it counts the exchanges of this store.
 
     Args:
-        group: a process group.
-        ranks: of the group, this one among them.
-        timeout: seconds to wait for the others.
+        store: that the ranks reach.
+        key: never used before in it.
+        ranks: whose entries they are, as errors name them.
+        seconds: to wait for one.
     """
-    everywhere = tuple(dist.get_global_rank(group, rank) for rank in ranks)
-    known = _node_groups.get(everywhere)
-    if known is None or not _is_registered(known):
-        deadline = timedelta(seconds=min(timeout, 365 * 86400.0))
-        known = dist.new_group(list(everywhere), deadline, "gloo", use_local_synchronization=True)
-        assert isinstance(known, dist.ProcessGroup)
-        _node_groups[everywhere] = known
-    return known
 
+    def __init__(self, store: Store, key: str, ranks: Sequence[int], seconds: float) -> None:
+        super().__init__()
+        self._store = store
+        self._key = key
+        self._ranks = ranks
+        self._seconds = seconds
+        self._numbers: dict[str, int] = {}
 
-def _is_registered(group: dist.ProcessGroup) -> bool:
-    """Whether the process groups have not been destroyed since."""
-    try:
-        return bool(dist.get_process_group_ranks(group))
-    except (KeyError, ValueError, RuntimeError):
-        return False
+    def _entry(self, name: str) -> tuple[str, int]:
+        """What an entry is called here, and by which rank it is."""
+        found = _ENTRY.fullmatch(name)
+        if found is None:
+            raise TokenferryError(f"torch exchanges {name!r}, where '<what>/<number>/<rank>' is expected")
+        what, number, rank = found.groups()
+        mine = self._numbers.setdefault(number, len(self._numbers))
+        return f"{self._key}/{what}/{mine}/{rank}", self._ranks[int(rank)]
+
+    def set(self, key: str, value: Any) -> None:
+        """See torch."""
+        self._store.set(self._entry(key)[0], value)
+
+    def get(self, key: str) -> bytes:
+        """See torch."""
+        return self._store.get(self._entry(key)[0])
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """See torch; until this store's own deadline.
+
+        Raises:
+            PeerTimeoutError: ranks did not come.
+        """
+        names = {rank: name for name, rank in map(self._entry, keys)}
+        if missing := _wait(self._store, names, self._seconds):
+            reason = f"did not map their memory within {self._seconds:g} s"
+            raise PeerTimeoutError("sync", len(self._numbers), missing, reason)

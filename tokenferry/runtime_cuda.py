@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from tokenferry.dataplane.cuda import CudaDataPlane
 from tokenferry.dataplane.cuda.kernels import words
@@ -22,7 +22,7 @@ from tokenferry.modes.inputs import Party
 from tokenferry.modes.nodes import Nodes
 from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.rail import Rail
-from tokenferry.rendezvous import node_group
+from tokenferry.rendezvous import ExchangeStore
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
 from tokenferry.stats import Recorder, Waits
 from tokenferry.streams import CommStream
@@ -34,7 +34,7 @@ class CudaRuntime:
 
     Args:
         topology: who is where.
-        group: the process group, of any backend.
+        store: that all ranks of the Buffer reach.
         device: the GPU of this rank.
         stage_limit: ceiling for the stage in bytes; 0 for the default.
         push_bytes: bytes for low-latency operations.
@@ -54,7 +54,7 @@ class CudaRuntime:
         self,
         topology: Topology,
         *,
-        group: dist.ProcessGroup,
+        store: Store,
         device: torch.device,
         stage_limit: int,
         push_bytes: int,
@@ -75,7 +75,7 @@ class CudaRuntime:
         if paranoid:
             reason = f"with {PARANOID_VARIABLE} the host looks at all results"
         self.comm = CommStream(device, takes_all=reason)
-        self._group = group
+        self._store = store
         self._timeout = timeout
         self._plane: CudaDataPlane | None = None
         self._options = may_mask, exact_combine
@@ -122,10 +122,9 @@ class CudaRuntime:
         sizes = sorted({int(size) for _, _, size, _ in offers})
         if len(sizes) > 1:
             raise HeapError(f"the ranks want heaps of {sizes} bytes: num_nvl_bytes and heap_bytes must be equal")
-        group, ranks = self._group, self.topology.local_ranks
-        if self.topology.num_nodes > 1:
-            group = node_group(group, ranks, self._timeout)
-        self._heap.attach(group)  # first: all ranks come to this, whatever fails on one of them afterwards
+        name = f"{self.key}/heap {self.topology.node}"
+        store = ExchangeStore(self._store, name, self.topology.local_ranks, self._timeout)
+        self._heap.attach(store, name)  # first: all ranks come to this, whatever fails on one of them afterwards
         self._regions.attach([(str(name), int(size)) for name, size, _, _ in offers])
         self._regions.set_heap(self._heap.addresses, self._heap.size)
         gpus = [gpu for _, _, _, gpu in everyone]  # a test of nodes may have several on one GPU

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from tokenferry.construction import AnyRuntime, Wishes, construct_runtime
-from tokenferry.errors import ArgumentError, BufferStateError, MismatchError, TokenferryError
-from tokenferry.rendezvous import Meetings, Rendezvous, node_group
+from tokenferry.errors import ArgumentError, BufferStateError, MismatchError
+from tokenferry.rendezvous import Meetings, Rendezvous
 from tokenferry.validation import check_int, require
 
 
@@ -111,18 +110,8 @@ class ShrinkMethods:
         named = rendezvous.all_gather(dead)
         if any(other != dead for other in named):
             raise MismatchError("shrink", 1, ranks, f"ranks disagree on dead_ranks: {named}")
-        if self._wishes.device.type != "cpu":
-            self._wishes = self._wishes._replace(group=_group_of(self._wishes.group, ranks, seconds))
         self.runtime = construct_runtime(rendezvous, self._wishes, self._node)
         self.rank, self.group_size = rendezvous.rank, rendezvous.num_ranks
         self._rendezvous = rendezvous
         self._meetings = Meetings(rendezvous, self.runtime.key, seconds)
         return survivors
-
-
-def _group_of(group: dist.ProcessGroup, ranks: Sequence[int], timeout: float) -> dist.ProcessGroup:
-    """A process group of the survivors: made without a word to the others, whom the group has still."""
-    try:
-        return node_group(group, ranks, timeout)
-    except RuntimeError as error:
-        raise TokenferryError(f"no process group of ranks {list(ranks)}: {error}") from error

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from tokenferry.config import ALIGNMENT, align_up
 from tokenferry.errors import HeapError
@@ -75,7 +76,6 @@ class SymmetricHeap:
         tensors = align_up(self.push + self.push_bytes, 512)
         self.size = tensors + align_up(tensor_bytes, 512)
         self.addresses: tuple[int, ...] = ()
-        self._memory: Any = symmetric_memory
         self._peers: Any = None
         try:
             with torch.inference_mode(False):
@@ -98,14 +98,18 @@ class SymmetricHeap:
         """
         return self._pool.tensor(shape, dtype, self.device)
 
-    def attach(self, group: Any) -> None:
-        """Learn where the heaps of all ranks are. Collective over ``group``, the process group of the Buffer.
+    def attach(self, store: Store, name: str) -> None:
+        """Learn where the heaps of all ranks are. Collective over the ranks.
+
+        Args:
+            store: where they exchange that, and nothing else; it bounds the waits.
+            name: of the heap, never used before in this process.
 
         Raises:
             HeapError: the GPUs cannot reach each other's memory.
         """
         try:
-            self._peers = self._memory.rendezvous(self.bytes, group.group_name)
+            self._peers = map_peers(self.bytes, self.rank, self.num_ranks, store, name)
         except RuntimeError as error:
             raise HeapError(f"the ranks cannot map each other's memory on {self.device}: {error}") from error
         self.addresses = tuple(int(address) for address in self._peers.buffer_ptrs)
@@ -117,3 +121,25 @@ class SymmetricHeap:
         self._peers = None
         self._pool = Pool(0, 0, lambda: None)
         self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+def map_peers(memory: torch.Tensor, rank: int, num_ranks: int, store: Store, name: str) -> Any:
+    """What torch knows of symmetric memory once all ranks have exchanged its handles, ``buffer_ptrs`` above all.
+
+    As ``torch.distributed._symmetric_memory.rendezvous``, which takes a process group where here is a store.
+    """
+    from torch._C._distributed_c10d import (
+        ProcessGroup,
+        _register_process_group,
+        _SymmetricMemory,
+        _unregister_process_group,
+    )
+    from torch.distributed.distributed_c10d import GroupName
+
+    group = ProcessGroup(store, rank, num_ranks)  # without a backend: torch asks it for the store and the rank only
+    registered = GroupName(name)
+    _register_process_group(registered, group)
+    try:
+        return _SymmetricMemory.rendezvous(memory, name)
+    finally:
+        _unregister_process_group(registered)
