@@ -236,7 +236,9 @@ def low_latency_dispatch(
     shrinks: bool = False,
 ) -> None:  # fmt: skip
     part = low_latency_programs.part_of(7168, tokens * ranks)
-    shape = low_latency_programs.DispatchShape(scale_format, 7168, topk, 256 // ranks, nodes, part, shrinks, 4)
+    shape = low_latency_programs.DispatchShape(
+        scale_format, 7168, topk, 256 // ranks, nodes, part, shrinks, 4, capability() >= 90
+    )
     low_latency_programs.dispatch.cache_clear()
     getattr(low_latency_programs.dispatch(shape, low_latency_target(ranks)), phase)
 
@@ -245,13 +247,17 @@ def low_latency_combine(
     ranks: int, phase: str, exact: bool, topk: int = 8, tokens: int = 4, *, shrinks: bool = False
 ) -> None:
     part = low_latency_programs.part_of(7168, tokens * ranks, topk)
-    shape = low_latency_programs.CombineShape(7168, topk, 256 // ranks, part, shrinks, exact, 4)
+    shape = low_latency_programs.CombineShape(7168, topk, 256 // ranks, part, shrinks, exact, 4, capability() >= 90)
     low_latency_programs.combine.cache_clear()
     getattr(low_latency_programs.combine(shape, low_latency_target(ranks)), phase)
 
 
 def low_latency_target(ranks: int) -> programs.Target:
-    return programs.Target(ranks, False, 0, triton.runtime.driver.active.get_current_target().arch >= 89)
+    return programs.Target(ranks, False, 0, capability() >= 89)
+
+
+def capability() -> int:
+    return int(triton.runtime.driver.active.get_current_target().arch)
 
 
 LAUNCHES: dict[str, Callable[[], None]] = {

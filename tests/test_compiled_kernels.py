@@ -51,6 +51,7 @@ class Compiled:
     """The kernels of one architecture, once their process has made them."""
 
     def __init__(self, capability: int, names: set[str], folder: Path) -> None:
+        self.capability = capability
         self.folder = folder
         self._output = folder / "output"
         command = [sys.executable, "-m", "tests.compile_kernels", str(capability), str(folder), *names]
@@ -198,3 +199,17 @@ def test_no_other_thread_is_between_a_barrier_and_a_release(compiled: Compiled, 
 def test_polls_are_not_cloned_into_loops_over_rows(compiled: Compiled, name: str) -> None:
     """The compiler copies inline assembly to wherever its result is used."""
     assert compiled.ptx(name).count("ld.acquire.sys.global.b64") <= 16
+
+
+@each(name for name in NAMES if name.startswith("low latency"))
+def test_the_kernel_before_is_waited_for_first(compiled: Compiled, name: str) -> None:
+    """Programs that may be placed while it ends touch no memory before; older GPUs place them later."""
+    found = instructions(compiled.ptx(name))
+    waits = [place for place, line in enumerate(found) if line.startswith("griddepcontrol.wait")]
+    if compiled.capability < 90:
+        assert not waits
+        return
+    (wait,) = waits
+    touching = re.compile(r"(@%?\w+ )?(ld|st|atom|red|cp)\.")
+    assert all(line.startswith("ld.param") for line in found[:wait] if touching.match(line))
+    assert any(touching.match(line) and "global" in line for line in found[wait:])

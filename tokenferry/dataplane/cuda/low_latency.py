@@ -46,6 +46,11 @@ class Place(NamedTuple):
     shrinks: bool
     exact: bool
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether programs are placed while the kernel before ends. They would take SMs from other ranks'."""
+        return self.target.can_bulk and not self.shares_gpu
+
 
 class _Prepared(NamedTuple):
     """What calls of the same shapes share."""
@@ -176,7 +181,9 @@ class LowLatency:
         depth = self.num_slots(layouts)
         layout = layouts[scale_format != ScaleFormat.NONE]
         part = programs.part_of(hidden, num_rows * place.num_ranks)
-        shape = programs.DispatchShape(scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth)
+        shape = programs.DispatchShape(
+            scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth, place.overlaps
+        )
         parts = -(-hidden // part)
         prepared = self._prepare(
             programs.dispatch(shape, place.target),
@@ -219,7 +226,9 @@ class LowLatency:
         layouts = self._layouts(most, hidden, num_topk, num_local, each)
         depth, layout = self.num_slots(layouts), layouts[2]
         part = programs.part_of(hidden, num_rows * place.num_ranks, num_topk)
-        shape = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
+        shape = programs.CombineShape(
+            hidden, num_topk, num_local, part, place.shrinks, place.exact, depth, place.overlaps
+        )
         parts = -(-hidden // part)
         prepared = self._prepare(
             programs.combine(shape, place.target),
@@ -241,11 +250,13 @@ class LowLatency:
         for num_tokens in {1, most} if relays is None else {most}:
             part = programs.part_of(hidden, num_tokens * place.num_ranks)
             shape = programs.DispatchShape(
-                scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth
+                scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth, place.overlaps
             )
             programs.dispatch(shape, place.target).warm()
             part = programs.part_of(hidden, num_tokens * place.num_ranks, num_topk)
-            combines = programs.CombineShape(hidden, num_topk, num_local, part, place.shrinks, place.exact, depth)
+            combines = programs.CombineShape(
+                hidden, num_topk, num_local, part, place.shrinks, place.exact, depth, place.overlaps
+            )
             programs.combine(combines, place.target).warm()
 
     def _numbers(self, num_rows: int, most: int, signature: Signature, layout: tuple[int, ...]) -> tuple[int, ...]:

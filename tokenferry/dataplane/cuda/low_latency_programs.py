@@ -22,20 +22,22 @@ _EXACT = {"enable_fp_fusion": False}
 _REGISTERS = {4: 128, 2: 255}
 """That a thread may take, by the programs that then run on an SM."""
 _DISPATCH = {
-    an_sm: Kernel(
+    (an_sm, overlaps): Kernel(
         dispatch_kernels.dispatch,
         (_I64, _I64, _I64, _I64, _I64, _BF16, _I8, _I32, _I32, _I64, _I32, *(None,) * 16),
-        {**_EXACT, "maxnreg": registers},
+        {**_EXACT, "maxnreg": registers, "launch_pdl": overlaps},
     )
     for an_sm, registers in _REGISTERS.items()
+    for overlaps in (False, True)
 }
 _COMBINE = {
-    an_sm: Kernel(
+    (an_sm, overlaps): Kernel(
         combine_kernels.combine,
         (_I64, _I64, _I64, _I64, _I64, _F32, _BF16, _I32, _BF16, *(None,) * 12),
-        {**_EXACT, "maxnreg": registers},
+        {**_EXACT, "maxnreg": registers, "launch_pdl": overlaps},
     )
     for an_sm, registers in _REGISTERS.items()
+    for overlaps in (False, True)
 }
 GROUP = 128
 NUM_WARPS = 4
@@ -61,6 +63,8 @@ class DispatchShape(NamedTuple):
     part: int
     shrinks: bool
     depth: int
+    overlaps: bool = False
+    """Whether programs are placed while the kernel before ends."""
 
 
 class CombineShape(NamedTuple):
@@ -73,6 +77,7 @@ class CombineShape(NamedTuple):
     shrinks: bool
     exact: bool
     depth: int
+    overlaps: bool = False
 
 
 def _power_of_two(number: int) -> int:
@@ -165,7 +170,7 @@ def combine(shape: CombineShape, target: Target) -> Variants:
 def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target) -> Variant:
     topk = _power_of_two(shape.num_topk)
     num_experts = shape.num_local_experts * target.num_ranks
-    return _DISPATCH[programs_of_dispatch(shape.num_topk, target)].variant(
+    return _DISPATCH[programs_of_dispatch(shape.num_topk, target), shape.overlaps].variant(
         NUM_WARPS,
         SENDS=sends,
         RECEIVES=receives,
@@ -188,11 +193,12 @@ def _dispatch(sends: bool, receives: bool, shape: DispatchShape, target: Target)
         VB=_power_of_two(target.num_ranks * shape.num_sources),
         DEPTH=shape.depth,
         THREADS=max(THREADS, _power_of_two(target.num_ranks)),
+        OVERLAPS=shape.overlaps,
     )
 
 
 def _combine(sends: bool, receives: bool, shape: CombineShape, target: Target) -> Variant:
-    return _COMBINE[programs_of_combine(shape.part, shape.num_topk, shape.exact)].variant(
+    return _COMBINE[programs_of_combine(shape.part, shape.num_topk, shape.exact), shape.overlaps].variant(
         NUM_WARPS,
         SENDS=sends,
         RECEIVES=receives,
@@ -209,4 +215,5 @@ def _combine(sends: bool, receives: bool, shape: CombineShape, target: Target) -
         RB=_power_of_two(target.num_ranks),
         DEPTH=shape.depth,
         THREADS=max(THREADS, _power_of_two(target.num_ranks)),
+        OVERLAPS=shape.overlaps,
     )

@@ -61,6 +61,12 @@ NOTHING = tl.constexpr(1 << 16)
 
 
 @triton.jit
+def follow():
+    """The beginning of a program that may be placed while the last ones of the kernel before end: wait for them."""
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def either(first, second):
     """For reductions to a set of bits."""
     return first | second

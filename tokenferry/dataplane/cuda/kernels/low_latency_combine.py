@@ -25,6 +25,7 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     either,
     end,
     first_look,
+    follow,
     give_up,
     has,
     lacks,
@@ -322,9 +323,12 @@ def combine(
     RB: tl.constexpr,
     DEPTH: tl.constexpr,
     THREADS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """As :func:`.low_latency_dispatch.dispatch`; the table lies behind ``src_info``."""
     PARTS: tl.constexpr = (H + WIDTH - 1) // WIDTH
+    if OVERLAPS:
+        follow()
     if SENDS:
         epoch, failed = first_look(state, state + PUSH_EPOCH, THREADS)
         epoch += 1

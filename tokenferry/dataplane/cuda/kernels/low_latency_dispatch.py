@@ -26,6 +26,7 @@ from tokenferry.dataplane.cuda.kernels.low_latency import (
     either,
     end,
     first_look,
+    follow,
     has,
     ints_at,
     lacks,
@@ -418,6 +419,7 @@ def dispatch(
     VB: tl.constexpr,
     DEPTH: tl.constexpr,
     THREADS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """The first ``num_senders`` programs send if any are to, the others receive. ``stats`` are addresses, or 0.
 
@@ -428,6 +430,8 @@ def dispatch(
     PARTS: tl.constexpr = (H + GROUPS * GROUP - 1) // (GROUPS * GROUP)
     ITEM: tl.constexpr = 2 if FORMAT == 0 else 1
     SB: tl.constexpr = GROUPS // 4 if FORMAT == 3 else GROUPS
+    if OVERLAPS:
+        follow()
     if SENDS:
         epoch, failed = first_look(state, state + PUSH_EPOCH, THREADS)
         epoch += 1
