@@ -61,6 +61,28 @@ def test_compact(monkeypatch: Any) -> None:
         rank.check_dispatch()
 
 
+def test_the_smallest_rings(monkeypatch: Any) -> None:
+    """As with rows of which few fit: four warps, of three slots each."""
+    case = CASES["fp8"]
+    slot = bulk_dispatch.slot_bytes(case.row_bytes, 4 * case.scale_columns, case.num_topk)
+    monkeypatch.setattr(programs, "SHARED_BYTES", bulk_dispatch.TABLE_BYTES + 1024 + 15 * slot)
+    world = world_of(monkeypatch, 3, "mixed", 1 << 9)
+    made: list[dict[str, Any]] = []
+    make = programs._BULK_DISPATCH.variant
+    monkeypatch.setattr(
+        programs._BULK_DISPATCH, "variant", lambda *warps, **given: made.append(given) or make(*warps, **given)
+    )
+    ranks = [Rank(world, case, rank) for rank in range(2)]
+    for rank in ranks:
+        rank.layout()
+        rank.notify(30)
+        rank.pull(30)
+    world.run()
+    for rank in ranks:
+        rank.check_dispatch()
+    assert {(given["W"], given["SLOTS"], given["LAG"]) for given in made} == {(4, 3, 2)}
+
+
 def along_a_handle(monkeypatch: Any, module: ModuleType | None = None) -> None:
     """Twice, behind the dispatch it is of; the rows past the last one are zeroed there, and once here."""
     world = world_of(monkeypatch, 1, "mixed", 1 << 13, module)

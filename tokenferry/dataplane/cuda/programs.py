@@ -55,6 +55,8 @@ _TOKENS_PER_BLOCK = 256
 _CLEARING_PROGRAMS = 264
 """Two an SM, or a little more."""
 _FEWEST_SLOTS = 4
+_FEWEST_COPIED, _FEWEST_ASKED_FOR = 3, 2
+"""Slots of a warp's ring in a dispatch, and rows that it asks for ahead."""
 _BEHIND = 3
 """Slots of a ring that are being written to global memory, or wait for it."""
 _MOST_SUMS = 64
@@ -303,9 +305,9 @@ def _dispatch(
     """The variant by the bulk-copy engine, unless a few rows do not fit shared memory."""
     slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk, expand)
     room = SHARED_BYTES - bulk_dispatch_kernels.TABLE_BYTES - 1024 if target.can_bulk else 0
-    for num_warps in (4, 2, 1) if row_bytes <= 2048 else (2, 1):
+    for num_warps in (4, 2, 1):
         slots = min(room // (num_warps * slot), 16)
-        if slots >= _FEWEST_SLOTS:
+        if slots >= _FEWEST_COPIED:
             return _BULK_DISPATCH.variant(
                 num_warps,
                 CACHED=cached,
@@ -318,7 +320,7 @@ def _dispatch(
                 W=num_warps,
                 SLOT=slot,
                 SLOTS=slots,
-                LAG=slots - _BEHIND,
+                LAG=max(slots - _BEHIND, _FEWEST_ASKED_FOR),
                 TABLE=bulk_dispatch_kernels.TABLE_BYTES,
             )
     return _DISPATCH.variant(
