@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _g
 
 from tests.conftest import PoolOf
 from tokenferry.errors import TokenferryError
-from tokenferry.rail import RailError
+from tokenferry.rail import RailError, device_group
 from tokenferry.rail.device_group import _FAILED_GROUPS, DeviceRail, _errors_left_to_us, nccl_rail
 from tokenferry.rail.process_group import ProcessGroupRail
 from tokenferry.rail.watch import Watch, Watched
@@ -303,6 +303,40 @@ def _closed_before_it_is_abandoned(rank: int, num_ranks: int, key: str) -> int:
 
 def test_a_failed_group_is_kept_whoever_ends_it(pool_of: PoolOf) -> None:
     assert pool_of(2).run(_closed_before_it_is_abandoned, "device/closed-between") == [1, 1]
+
+
+def _captured(rank: int, num_ranks: int, key: str, fails: bool) -> tuple[float, bool, bool]:
+    """The group does not end before a graph is gone that holds an exchange."""
+    rail, group = rail_of(rank, num_ranks, key, True)
+    other, row = 1 - rank, torch.ones(16, dtype=torch.uint8)
+    with mock.patch.object(device_group, "_is_capturing", return_value=True):
+        rail.post({other: [row]}, {other: [torch.empty_like(row)]}).wait(other)
+    graph, is_told, has_ended = threading.Event(), threading.Event(), threading.Event()
+
+    def abort() -> None:
+        is_told.set()
+        graph.wait()
+        has_ended.set()
+
+    group.abort = abort
+    kept, began = len(_FAILED_GROUPS), time.monotonic()
+    rail.abandon() if fails else rail.close()
+    took = time.monotonic() - began
+    assert is_told.is_set()
+    assert not has_ended.is_set()
+    is_kept = len(_FAILED_GROUPS) == kept + 1
+    del _FAILED_GROUPS[kept:]
+    graph.set()
+    rail.close()
+    return took, is_kept, has_ended.wait(5.0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_may_outlive_the_rail(pool_of: PoolOf, fails: bool) -> None:
+    for took, is_kept, has_ended in pool_of(2).run(_captured, f"graph {fails}", fails):
+        assert took < 3.0
+        assert is_kept
+        assert has_ended
 
 
 def test_a_watch_is_not_idle_behind_a_failure() -> None:

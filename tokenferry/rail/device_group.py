@@ -4,7 +4,7 @@ Exchanges are put into the order of the current stream, and run beside what is p
 the stream wait, ``finish`` the host, until a deadline; behind ``settle`` a thread looks at the deadline. A
 communicator that misses it is aborted, on this rank alone, so that the stream goes on and the GPU stays usable; then
 the peers miss theirs. A captured exchange is the graph's: of its replays nothing is known here, and nobody looks at a
-deadline.
+deadline. NCCL ends a communicator only when all graphs that hold its exchanges are gone: nobody waits for that.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ _SLEEP_SHARE = 0.05
 _LOOK_FOR_ERRORS_EVERY = 0.01
 _GRACE_SECONDS = 1.0
 """Between the moment when an exchange counts as over and that when its marker must have passed, or it has failed."""
+_ABORT_SECONDS = 1.0
+"""That the end of a group is waited for where graphs hold exchanges: these end at once, it when they are gone."""
 _ERRORS_LEFT_TO_US = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
@@ -92,6 +94,7 @@ class DeviceRail:
         self._bytes_sent = 0
         self._unfinished: deque[DeviceTransfer] = deque()
         self._failure: tuple[Sequence[int], str] | None = None
+        self._was_captured = False
         self.watch = Watch(timeout, self._miss, in_thread)
         others = [node for node in range(topology.num_nodes) if node != topology.node]
         tokens = torch.zeros((2, topology.num_nodes, 16), dtype=torch.uint8, device=device)
@@ -124,6 +127,7 @@ class DeviceRail:
         if given is None or given.device != self._device:
             return self._words.post(sends, receives)
         is_captured = _is_capturing(self._device)
+        self._was_captured |= is_captured
         while not is_captured and len(unfinished := list(self._unfinished)) >= MOST_UNFINISHED:
             unfinished[0].finish()
         coming = [(node, part) for node, parts in receives.items() for part in bytes_of(parts)]
@@ -182,25 +186,30 @@ class DeviceRail:
 
     def abandon(self) -> None:
         """Something has failed: end what is under way, wherever it is. The rail is of no use any more."""
-        _keep(self._end())
+        _keep(self._end()[0])
 
     def close(self) -> None:
         """See :meth:`tokenferry.rail.Rail.close`."""
         self._words.close()
         is_idle = not self._unfinished and self.watch.is_idle
-        group = self._end()
-        if not is_idle:
+        group, has_ended = self._end()
+        if not (is_idle and has_ended):
             _keep(group)
 
-    def _end(self) -> Any:
-        """Abort the process group, and return it, if it is there yet."""
+    def _end(self) -> tuple[Any, bool]:
+        """Abort the process group; returns it, if it is there yet, and whether that is over."""
         group, self._group = self._group, None
         self._unfinished.clear()
         self.watch.clear()
-        if group is not None:
-            with contextlib.suppress(RuntimeError):  # Gloo has nothing to abort
-                group.abort()
-        return group
+        if group is None:
+            return None, True
+        if not self._was_captured:
+            _abort(group)
+            return group, True
+        thread = threading.Thread(target=_abort, args=(group,), name="tokenferry rail's end", daemon=True)
+        thread.start()
+        thread.join(_ABORT_SECONDS)
+        return group, not thread.is_alive()
 
 
 class DeviceTransfer:
@@ -284,6 +293,11 @@ class DeviceTransfer:
             self._rail.watch.add(Watched(self._marker, self._nodes, self._parts, time.monotonic()))
         self._works, self._parts = [], []
         self._rail.is_done_with(self)
+
+
+def _abort(group: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # Gloo has nothing to abort
+        group.abort()
 
 
 def _keep(group: Any) -> None:
