@@ -208,6 +208,9 @@ class PlayedDriver(Driver):
     def close_peer(self, address: int) -> None:
         pass
 
+    def capture(self, stream: int) -> int | None:
+        return 1 if self._gpu.capturing else None
+
     @contextmanager
     def relaxed_capture(self) -> Iterator[None]:
         yield

@@ -50,6 +50,7 @@ class FakeDriver:
         self.refuses_to_close = False
         self.calls: Counter[str] = Counter()
         self.capture_depth = 0
+        self.captured: int | None = None
         self._next_base = FIRST
         self._next_mapping = FIRST + (1 << 40)
         self._next_identity = 1
@@ -117,6 +118,9 @@ class FakeDriver:
         if self.refuses_to_close:
             raise HeapError("cuIpcCloseMemHandle: CUDA_ERROR_MAP_FAILED (205)")
 
+    def capture(self, stream: int) -> int | None:
+        return self.captured
+
     @contextmanager
     def relaxed_capture(self) -> Iterator[None]:
         self.capture_depth += 1
@@ -127,7 +131,7 @@ class FakeDriver:
 
 
 def driver_of(regions: Regions) -> FakeDriver:
-    driver = regions._driver
+    driver = regions.driver
     assert isinstance(driver, FakeDriver)
     return driver
 

@@ -100,6 +100,40 @@ def test_replays_mixed_with_eager_calls(gpu_pool_of: Callable[[int], RankPool], 
     gpu_pool_of(num_ranks).run(check_replays)
 
 
+def check_memory_of_the_graph(rank: int, num_ranks: int) -> None:
+    """Rows that a graph makes in its own memory are read there, once that is open: no call but replays is needed."""
+    with Buffer(dist.group.WORLD, timeout=20.0, device="cuda") as buffer:
+        step = Step(buffer, rank, num_ranks)
+        first = inputs_of(num_ranks, 4)
+        step.load(first)
+        step.check(step.run(TOKENS * num_ranks), first)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step.run(TOKENS * num_ranks)
+        rows, runtime = captured[0][0], buffer.runtime
+        plane = runtime.party().plane  # type: ignore[union-attr]
+        with runtime.comm.lock:  # type: ignore[union-attr]
+            region, _ = runtime._regions.expose(rows.data_ptr(), rows.nbytes)  # type: ignore[union-attr]
+        assert region > 0
+        end = time.monotonic() + 10
+        while not runtime._regions.is_ready(region):  # type: ignore[union-attr]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        dist.barrier()
+        for seed in range(3):
+            inputs = inputs_of(num_ranks, seed)
+            step.load(inputs)
+            graph.replay()
+            step.check(captured, inputs)
+        assert int(plane._follower.ready[region]) == 1  # type: ignore[attr-defined]
+        step.check(step.run(0), inputs)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_memory_of_a_graph_is_read_where_it_lies(gpu_pool_of: Callable[[int], RankPool], num_ranks: int) -> None:
+    gpu_pool_of(num_ranks).run(check_memory_of_the_graph)
+
+
 def check_waits_of_replays(rank: int, num_ranks: int) -> None:
     """Kernels count for whom they wait, also where no host calls anything."""
     with Buffer(dist.group.WORLD, timeout=20.0, device="cuda") as buffer:

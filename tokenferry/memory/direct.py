@@ -112,6 +112,7 @@ class Regions:
         tables: int64 [2, num_ranks, NUM_REGIONS], both.
         ready: int32 [NUM_REGIONS], 1 = every peer can read this region of this rank.
         version: grows whenever the tables or the outstanding acknowledgements change.
+        driver: as given.
 
     Raises:
         HeapError: shared memory cannot be created.
@@ -121,7 +122,7 @@ class Regions:
         self.rank = rank
         self.num_ranks = num_ranks
         self.version = 0
-        self._driver = driver
+        self.driver = driver
         self._peers = tuple(peer for peer in range(num_ranks) if peer != rank)
         self._states = _ANSWERED + num_ranks * _LINE_WORDS
         self._entries = self._states + NUM_REGIONS
@@ -263,7 +264,7 @@ class Regions:
             known = self._known[index]
             base, end, identity, region = known
             if address < end:
-                if base in self._verified or self._driver.identity(address) == identity:
+                if base in self._verified or self.driver.identity(address) == identity:
                     self._verified.add(base)
                     return (region, address - base) if address + nbytes <= end else (NO_REGION, 0)
                 self._retire(known)
@@ -279,13 +280,13 @@ class Regions:
     def sweep(self) -> None:
         """Retire the regions whose allocation is gone."""
         for known in list(self._known):
-            if self._driver.identity(known.base) != known.identity:
+            if self.driver.identity(known.base) != known.identity:
                 self._retire(known)
 
     def _register(self, address: int) -> _Known | None:
         """Give a region to the allocation of an address that no current region has."""
         self._check_usable()
-        identity = self._driver.identity(address)
+        identity = self.driver.identity(address)
         if identity is None or identity in self._refused:
             return None
         if not self._free:
@@ -293,9 +294,9 @@ class Regions:
                 self._may_sweep = False
                 self.sweep()
             return None
-        with self._driver.relaxed_capture():
-            allocation = self._driver.locate(address)
-            handle = self._driver.export(allocation.base) if allocation is not None else None
+        with self.driver.relaxed_capture():
+            allocation = self.driver.locate(address)
+            handle = self.driver.export(allocation.base) if allocation is not None else None
         if allocation is None or handle is None:
             if len(self._refused) >= _MOST_REFUSALS:
                 self._refused.clear()
@@ -465,8 +466,8 @@ class Regions:
         if not 0 < size <= _LARGEST_ALLOCATION or not any(handle):
             raise HeapError(f"rank {peer} posted region {region} with {size} bytes and the handle {handle.hex()}")
         try:
-            with self._driver.relaxed_capture():
-                return self._driver.open_peer(handle), size
+            with self.driver.relaxed_capture():
+                return self.driver.open_peer(handle), size
         except HeapError as error:
             level = logging.DEBUG if self._warned else logging.WARNING
             self._warned = True
@@ -478,8 +479,8 @@ class Regions:
         mapped = self._mappings.pop((peer, region), None)
         if mapped is not None:
             try:
-                with self._driver.relaxed_capture():
-                    self._driver.close_peer(mapped)
+                with self.driver.relaxed_capture():
+                    self.driver.close_peer(mapped)
             except HeapError as error:  # nothing reads it any more, so that is a leak at worst
                 logger.debug("rank %d cannot close memory of rank %d: %s", self.rank, peer, error)
 

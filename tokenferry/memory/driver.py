@@ -23,6 +23,7 @@ _LIBRARY = "libcuda.so.1"
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_CAPTURE_ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _NO_SUCH_MEMORY = (1, 500)  # CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_NOT_FOUND
 
 
@@ -54,7 +55,10 @@ class DriverCalls(Protocol):
         """Undo one :meth:`open_peer`, or raise HeapError."""
 
     def relaxed_capture(self) -> AbstractContextManager[None]:
-        """Allow all of these calls while this thread captures a CUDA graph."""
+        """Allow all of these calls while this thread, or another, captures a CUDA graph."""
+
+    def capture(self, stream: int) -> int | None:
+        """The number of the capture that a stream takes part in; None if the driver does not tell."""
 
 
 class _IpcHandle(ctypes.Structure):
@@ -164,9 +168,18 @@ class Driver:
         """
         self._check("cuIpcCloseMemHandle", self._library.cuIpcCloseMemHandle(address))
 
+    def capture(self, stream: int) -> int | None:
+        """The number of the capture that a stream takes part in; None if it is in none, or nobody tells."""
+        ask = getattr(self._library, "cuStreamGetCaptureInfo_v2", None)
+        if ask is None:
+            return None
+        state, number, none = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
+        failed = ask(ctypes.c_void_p(stream), ctypes.byref(state), ctypes.byref(number), none, none, none)
+        return None if failed or state.value != _CAPTURE_ACTIVE else number.value
+
     @contextmanager
     def relaxed_capture(self) -> Iterator[None]:
-        """Allow all of these calls while this thread captures a CUDA graph."""
+        """Allow all of these calls while this thread, or another, captures a CUDA graph."""
         mode = ctypes.c_int(_CAPTURE_RELAXED)
         exchange = self._library.cuThreadExchangeStreamCaptureMode
         self._check("cuThreadExchangeStreamCaptureMode", exchange(ctypes.byref(mode)))

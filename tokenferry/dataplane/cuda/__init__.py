@@ -133,7 +133,7 @@ class CudaDataPlane(CudaRank):
         if plan.experts is not None and plan.experts.metadata is not None:
             metadata = self._aligned(plan.experts.metadata)
             plan = plan._replace(experts=plan.experts._replace(metadata=metadata))
-        self._follow_regions()
+        self._follower.follow()
         exchange = CudaDispatch(self, signature, plan)
         if plan.handle is None:
             exchange.notify()
@@ -150,7 +150,7 @@ class CudaDataPlane(CudaRank):
         call = self._calls.get(key)
         if call is None:
             call = self._calls.keep(key, self._dispatch_call(signature, plan))
-        self._follow_regions()
+        self._follower.follow()
         places = self._places(rows, scales)
         self._queue.start()
         # What ``dispatch_tensors`` would return, which is a function more.
@@ -328,7 +328,7 @@ class CudaDataPlane(CudaRank):
                 self._target, self._num_programs(num_sms), held is not None,
             )  # fmt: skip
             self._calls.keep(key, call)
-        self._follow_regions()
+        self._follower.follow()
         places = self._places(*columns)
         self._queue.start()
         tensors = programs.combine_tensors(columns, outs, biases, handle, held)
@@ -460,6 +460,7 @@ class CudaDataPlane(CudaRank):
     def close(self) -> None:
         """Refuse operations, and hooks that were not called."""
         self.status.close()
+        self._follower.close()
         self._low_latency.close()
 
     def set_masked(self, rank: int, masked: bool) -> None:

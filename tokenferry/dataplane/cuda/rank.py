@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from tokenferry.dataplane.cuda import programs
+from tokenferry.dataplane.cuda.follow import Follower
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.status import Status
 from tokenferry.dataplane.cuda.waits import DeviceWaits
@@ -31,11 +32,18 @@ class Queue(Protocol):
     def handle(self) -> int:
         """Its address for the driver."""
 
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by whoever calls an operation."""
+
     def start(self) -> None:
         """Make it wait for what the operation depends on; called before the first launch of every operation."""
 
     def keep(self, tensor: torch.Tensor) -> None:
         """Hold memory that its work reads until the current stream waits for that work."""
+
+    def copy_aside(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy beside all that is queued, and wait for that copy alone."""
 
 
 class CudaRank:
@@ -77,14 +85,18 @@ class CudaRank:
             most_counts = self.num_ranks * (1 + words.MAX_LOCAL_EXPERTS)
             self._sums = torch.zeros(most_counts, dtype=torch.int32, device=device)
             self._heap_table = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
-            self._region_table = torch.zeros_like(regions.tables, device=device, pin_memory=False)
-            self._ready = torch.zeros_like(regions.ready, device=device, pin_memory=False)
+        self._follower = Follower(regions, queue, device)
         self.waits = DeviceWaits(self._state, self.rank, self.num_ranks)
-        self._copies: deque[tuple[torch.cuda.Event, int]] = deque()
         torch.cuda.synchronize(device)
         self._context = tuple(
             tensor.data_ptr()
-            for tensor in (self._heap_table, self._state, self._ready, self._region_table, self.status.words)
+            for tensor in (
+                self._heap_table,
+                self._state,
+                self._follower.ready,
+                self._follower.region_table,
+                self.status.words,
+            )
         )
         capability = torch.cuda.get_device_capability(device)
         self._target = programs.Target(self.num_ranks, capability >= (9, 0), device.index, capability >= (8, 9))
@@ -112,25 +124,6 @@ class CudaRank:
         """See :meth:`tokenferry.dataplane.DataPlane.forgive`."""
         with torch.cuda.stream(self._queue.stream):
             self._state[words.BAD_INPUT.value].zero_()
-
-    def _follow_regions(self) -> None:
-        """Learn what memory peers exposed, and tell them what the device here knows by now.
-
-        The tables change in the order of the operations: one that runs sees them as they were when it began, and
-        all of its programs see the same.
-        """
-        if torch.cuda.is_current_stream_capturing():
-            return
-        if self._regions.poll():
-            self._queue.start()
-            with torch.cuda.stream(self._queue.stream):
-                self._region_table.copy_(self._regions.tables, non_blocking=True)
-                self._ready.copy_(self._regions.ready, non_blocking=True)
-                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                copied.record()
-            self._copies.append((copied, self._regions.version))
-        while self._copies and self._copies[0][0].query():  # type: ignore[no-untyped-call]
-            self._regions.acknowledge(self._copies.popleft()[1])
 
     def _places(self, *columns: torch.Tensor | None) -> list[int]:
         """Where peers find the tensors of an operation, each in one word; 0 where there is nothing to find."""
