@@ -211,6 +211,9 @@ class PlayedDriver(Driver):
     def capture(self, stream: int) -> int | None:
         return 1 if self._gpu.capturing else None
 
+    def copy_aside(self, to: int, source: int, nbytes: int) -> None:
+        ctypes.memmove(to, source, nbytes)
+
     @contextmanager
     def relaxed_capture(self) -> Iterator[None]:
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 import weakref
@@ -17,6 +19,7 @@ from tests.host_path import EXPERTS, MOST, TOKENS, TOPK, Rank, rank_on_a_gpu
 from tests.test_host_path import Log
 from tokenferry import ArgumentError, BufferStateError, HeapError, PeerLostError, PeerTimeoutError, runtime_cuda
 from tokenferry.dataplane.cuda.exchange import Rooms
+from tokenferry.dataplane.cuda.follow import THREAD
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.status import Status
 from tokenferry.topology import Topology
@@ -118,6 +121,48 @@ def test_a_runtime_that_is_dropped_goes_at_once(monkeypatch: pytest.MonkeyPatch)
             peer.close()
 
 
+def test_a_child_waits_for_no_lock_of_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtime_of(Topology(0, (0, 0)), monkeypatch) as (runtime, _):
+        is_held, is_over = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with runtime.comm.lock:
+                is_held.set()
+                is_over.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        is_held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            runtime.destroy()
+            os._exit(0)
+        is_over.set()
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0
+        assert runtime._plane is not None
+
+
+def test_a_runtime_that_the_following_thread_drops_waits_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be in the middle of following the mailboxes of that very runtime."""
+    with played_gpu.played([torch.zeros(1 << 16, dtype=torch.uint8)]) as gpu:
+        dropped, peers = played_gpu.runtime_of(gpu, Topology(0, (0, 0)), range(2), OPTIONS)
+        held, mailbox = [dropped], dropped._regions._finalizer
+        dropped.device = dropped.comm.device
+        del dropped
+        thread = threading.Thread(target=held.clear, name=THREAD)
+        thread.start()
+        thread.join()
+        assert mailbox.alive
+        other, more = played_gpu.runtime_of(gpu, Topology(0, (0, 0)), range(2), OPTIONS)
+        assert not mailbox.alive
+        other.device = other.comm.device
+        other.destroy()
+        for peer in (*peers, *more):
+            peer.close()
+
+
 class Rail:
     """Ends when it is closed what the device waits for."""
 
@@ -125,7 +170,7 @@ class Rail:
         self.ended = threading.Event()
         self.closed = 0
 
-    def close(self) -> None:
+    def close(self, is_stuck: bool = False) -> None:
         self.closed += 1
         self.ended.set()
 

@@ -305,8 +305,8 @@ def test_a_failed_group_is_kept_whoever_ends_it(pool_of: PoolOf) -> None:
     assert pool_of(2).run(_closed_before_it_is_abandoned, "device/closed-between") == [1, 1]
 
 
-def _captured(rank: int, num_ranks: int, key: str, fails: bool) -> tuple[float, bool, bool]:
-    """The group does not end before a graph is gone that holds an exchange."""
+def _captured(rank: int, num_ranks: int, key: str, how: str) -> tuple[float, bool, bool]:
+    """The group does not end before a graph is gone that holds an exchange; if nothing is wrong it is left alone."""
     rail, group = rail_of(rank, num_ranks, key, True)
     other, row = 1 - rank, torch.ones(16, dtype=torch.uint8)
     with mock.patch.object(device_group, "_is_capturing", return_value=True):
@@ -320,20 +320,20 @@ def _captured(rank: int, num_ranks: int, key: str, fails: bool) -> tuple[float, 
 
     group.abort = abort
     kept, began = len(_FAILED_GROUPS), time.monotonic()
-    rail.abandon() if fails else rail.close()
+    rail.abandon() if how == "failed" else rail.close(is_stuck=how == "stuck")
     took = time.monotonic() - began
-    assert is_told.is_set()
+    assert is_told.is_set() == (how != "idle")
     assert not has_ended.is_set()
     is_kept = len(_FAILED_GROUPS) == kept + 1
     del _FAILED_GROUPS[kept:]
     graph.set()
     rail.close()
-    return took, is_kept, has_ended.wait(5.0)
+    return took, is_kept, how == "idle" or has_ended.wait(5.0)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_graph_may_outlive_the_rail(pool_of: PoolOf, fails: bool) -> None:
-    for took, is_kept, has_ended in pool_of(2).run(_captured, f"graph {fails}", fails):
+@pytest.mark.parametrize("how", ["idle", "stuck", "failed"])
+def test_a_graph_may_outlive_the_rail(pool_of: PoolOf, how: str) -> None:
+    for took, is_kept, has_ended in pool_of(2).run(_captured, f"graph {how}", how):
         assert took < 3.0
         assert is_kept
         assert has_ended

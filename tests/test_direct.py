@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections import Counter
@@ -120,6 +121,10 @@ class FakeDriver:
 
     def capture(self, stream: int) -> int | None:
         return self.captured
+
+    def copy_aside(self, to: int, source: int, nbytes: int) -> None:
+        assert self.capture_depth
+        ctypes.memmove(to, source, nbytes)
 
     @contextmanager
     def relaxed_capture(self) -> Iterator[None]:

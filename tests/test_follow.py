@@ -14,6 +14,7 @@ import torch
 
 from tests import played_gpu
 from tests.test_direct import FakeDriver, Machine, connect, driver_of
+from tokenferry.dataplane.cuda import follow
 from tokenferry.dataplane.cuda.follow import Follower
 from tokenferry.memory import direct
 from tokenferry.memory.direct import Regions
@@ -37,9 +38,6 @@ class Queue:
     def keep(self, tensor: torch.Tensor) -> None:
         pass
 
-    def copy_aside(self, to: torch.Tensor, source: torch.Tensor) -> None:
-        to.copy_(source)
-
 
 class Graph:
     """Takes the copies to tables that are made while it is captured, and makes them when it is replayed."""
@@ -52,11 +50,10 @@ class Graph:
 
     @contextmanager
     def captured(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        copy, main = torch.Tensor.copy_, threading.get_ident()
+        main = threading.get_ident()
 
         def note(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-            if threading.get_ident() != main:  # on a stream of its own
-                return copy(to, source)
+            assert threading.get_ident() == main  # the thread has a stream of its own
             self.copies.append((to, source))
             return to
 
@@ -174,6 +171,79 @@ def test_calls_between_find_what_the_thread_has_left(
     wait_for(lambda: one._regions.is_ready(region))
     one.follow()
     assert one.ready[region] == 1
+
+
+def start_threads(gpu: played_gpu.Gpu, followers: list[Follower], monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Graph(gpu, 1, followers)
+    with graph.captured(monkeypatch):
+        for follower in followers:
+            follower.follow()
+
+
+def test_what_a_call_left_under_way_is_acknowledged_without_another(
+    ranks: tuple[played_gpu.Gpu, list[Follower]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, (one, two) = ranks
+    start_threads(gpu, [one, two], monkeypatch)
+    is_over = threading.Event()
+    monkeypatch.setattr(torch.cuda.Event, "query", lambda event: is_over.is_set())
+    with one.lock, two.lock:
+        region, _ = one._regions.expose(alloc(one), ROWS)
+        two.follow()
+    time.sleep(0.3)
+    assert not one._regions.is_ready(region)  # the device of the other may not know it yet
+    is_over.set()
+    wait_for(lambda: one._regions.is_ready(region))
+
+
+def test_the_thread_closes_nothing(
+    ranks: tuple[played_gpu.Gpu, list[Follower]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel may be running that reads there, if its owner has given up."""
+    gpu, (one, two) = ranks
+    start_threads(gpu, [one, two], monkeypatch)
+    with one.lock:
+        base = alloc(one)
+        region, _ = one._regions.expose(base, ROWS)
+    wait_for(lambda: one._regions.is_ready(region))
+    mapped = driver_of(two._regions).mapped
+    assert len(mapped) == 1
+    with one.lock:
+        driver_of(one._regions).free(base)
+        one._regions.sweep()
+        other, _ = one._regions.expose(alloc(one), ROWS)
+    wait_for(lambda: one._regions.is_ready(other))
+    assert len(mapped) == 2
+    with two.lock:
+        two.follow()
+        two.follow()
+    assert len(mapped) == 1
+
+
+def test_a_thread_that_ended_is_followed_by_another(
+    ranks: tuple[played_gpu.Gpu, list[Follower]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, (one, two) = ranks
+    with monkeypatch.context() as patch:
+        patch.setattr(Regions, "poll", lambda regions: 1 // 0)
+        start_threads(gpu, [one], monkeypatch)
+        first = one._thread
+        assert first is not None
+        first.join(5.0)
+    start_threads(gpu, [one, two], monkeypatch)
+    assert one._thread is not first
+    with one.lock:
+        region, _ = one._regions.expose(alloc(one), ROWS)
+    wait_for(lambda: one._regions.is_ready(region))
+
+
+def test_threads_end_before_the_interpreter_does(
+    ranks: tuple[played_gpu.Gpu, list[Follower]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, followers = ranks
+    start_threads(gpu, followers, monkeypatch)
+    follow._end_threads()
+    assert not any(follower._thread.is_alive() for follower in followers if follower._thread is not None)
 
 
 def test_the_thread_ends_with_its_buffer(

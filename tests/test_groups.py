@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
@@ -147,6 +149,44 @@ def test_a_rank_that_exchanges_nothing_is_named() -> None:
     with pytest.raises(PeerTimeoutError, match=r"map their memory within 0\.05 s") as caught:
         Exchanges().all_gather(store, 0, 2, b"here")
     assert caught.value.ranks == (7,)
+
+
+def _as_newer_versions_do(rank: int, num_ranks: int) -> list[bytes]:
+    """They ask for all entries at once, and have barriers of the store's where it has them."""
+    store = ExchangeStore(_get_default_store(), "newer", range(num_ranks), 20.0)
+    number = 3 + rank
+    there = dist.PrefixStore(f"Played/{number}", store)
+    there.set(str(rank), f"from {rank}".encode())
+    found = there.multi_get([str(other) for other in range(num_ranks)])
+    if hasattr(dist.Store, "barrier"):
+        dist.Store.barrier(store, f"Played/{number + 1}", num_ranks)
+    return list(found)
+
+
+def test_ranks_exchange_as_newer_versions_do(pool_of: PoolOf) -> None:
+    assert pool_of(3).run(_as_newer_versions_do) == [[b"from 0", b"from 1", b"from 2"]] * 3
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_one_deadline_for_an_exchange(newer: bool) -> None:
+    """Not one for each rank that does not come; all are named that are known not to have."""
+    store = ExchangeStore(dist.HashStore(), "deadline", [3, 5, 7, 9], 0.3)
+    there = dist.PrefixStore("Played/1", store)
+    there.set("0", b"here")
+    began = time.monotonic()
+    for other in ("1", "2", "3"):
+        with pytest.raises(PeerTimeoutError) as caught:
+            there.multi_get(["0", "1", "2", "3"]) if newer else there.wait([other])
+        assert caught.value.ranks == ((5, 7, 9) if newer else ([5, 7, 9][int(other) - 1],))
+    assert time.monotonic() - began < 0.6
+
+
+@pytest.mark.skipif(not hasattr(dist.Store, "barrier"), reason="a barrier is an exchange in this version")
+def test_a_barrier_ends_at_the_deadline() -> None:
+    store = ExchangeStore(dist.HashStore(), "barrier", [3, 7], 0.1)
+    with pytest.raises(PeerTimeoutError) as caught:
+        dist.Store.barrier(store, "Played/2", 2)
+    assert caught.value.ranks == (3, 7)
 
 
 def test_entries_of_another_kind_are_refused() -> None:

@@ -24,7 +24,7 @@ COMPILING_SECONDS = 300.0
 """What ranks that compile are given beyond the deadline."""
 _FAREWELL_SECONDS = 2.0
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.005
-_ENTRY = re.compile(r"(.*)/(\d+)/(\d+)")
+_ENTRY = re.compile(r"([^/]+)/(\d+)/(.*)")
 
 
 class Rendezvous(NamedTuple):
@@ -148,7 +148,7 @@ class ExchangeStore(Store):
         store: that the ranks reach.
         key: never used before in it.
         ranks: whose entries they are, as errors name them.
-        seconds: to wait for one.
+        seconds: to wait for the others in an exchange.
     """
 
     def __init__(self, store: Store, key: str, ranks: Sequence[int], seconds: float) -> None:
@@ -158,31 +158,47 @@ class ExchangeStore(Store):
         self._ranks = ranks
         self._seconds = seconds
         self._numbers: dict[str, int] = {}
+        self._ends: dict[int, float] = {}
 
-    def _entry(self, name: str) -> tuple[str, int]:
-        """What an entry is called here, and by which rank it is."""
+    def _entry(self, name: str) -> tuple[str, int, str]:
+        """What an entry is called here, the number of its exchange, and what it is of that: a rank, mostly."""
         found = _ENTRY.fullmatch(name)
         if found is None:
             raise TokenferryError(f"torch exchanges {name!r}, where '<what>/<number>/<rank>' is expected")
-        what, number, rank = found.groups()
+        what, number, of = found.groups()
         mine = self._numbers.setdefault(number, len(self._numbers))
-        return f"{self._key}/{what}/{mine}/{rank}", self._ranks[int(rank)]
+        self._ends.setdefault(mine, time.monotonic() + self._seconds)
+        return f"{self._key}/{what}/{mine}/{of}", mine, of
 
     def set(self, key: str, value: Any) -> None:
         """See torch."""
         self._store.set(self._entry(key)[0], value)
 
+    def add(self, key: str, value: int) -> int:
+        """See torch, whose barriers count by it."""
+        return self._store.add(self._entry(key)[0], value)
+
     def get(self, key: str) -> bytes:
         """See torch."""
         return self._store.get(self._entry(key)[0])
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """See torch; waits as :meth:`wait` does."""
+        self.wait(keys)
+        return [self.get(key) for key in keys]
+
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """See torch; until this store's own deadline.
+        """See torch; until the deadline of the exchange.
 
         Raises:
             PeerTimeoutError: ranks did not come.
         """
-        names = {rank: name for name, rank in map(self._entry, keys)}
-        if missing := _wait(self._store, names, self._seconds):
+        entries = [self._entry(key) for key in keys]
+        seconds = self._ends[entries[0][1]] - time.monotonic() if entries else 0.0
+        missing = _wait(self._store, {place: name for place, (name, _, _) in enumerate(entries)}, seconds)
+        if missing:
+            named = {of for _, _, of in (entries[place] for place in missing)}
+            are_ranks = all(of.isdecimal() for of in named)
+            ranks = sorted(self._ranks[int(of)] for of in named) if are_ranks else list(self._ranks)
             reason = f"did not map their memory within {self._seconds:g} s"
-            raise PeerTimeoutError("sync", len(self._numbers), missing, reason)
+            raise PeerTimeoutError("sync", len(self._numbers), ranks, reason)

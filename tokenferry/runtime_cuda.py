@@ -13,6 +13,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from tokenferry.dataplane.cuda import CudaDataPlane
+from tokenferry.dataplane.cuda.follow import THREAD
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.errors import BufferStateError, HeapError, TokenferryError
 from tokenferry.memory.direct import Regions
@@ -65,6 +66,7 @@ class CudaRuntime:
         exact_combine: bool,
         paranoid: bool = False,
     ) -> None:
+        _destroy_dropped()
         rank, num_ranks = topology.local_index, len(topology.local_ranks)
         if num_ranks > words.MAX_RANKS:
             raise TokenferryError(f"{num_ranks} ranks share this node: at most {words.MAX_RANKS} can on GPUs")
@@ -238,6 +240,9 @@ class CudaRuntime:
         if self._destroyed:
             return
         self._destroyed = True
+        if os.getpid() != self._process:  # a child: the GPU, and whoever held the lock, stay with its parent
+            self._regions.close()
+            return
         with self.comm.lock, torch.cuda.device(self.device):
             if self._nodes is None:
                 self._synchronize()
@@ -262,7 +267,7 @@ class CudaRuntime:
         waiting.start()
         waiting.join(self._timeout)
         if waiting.is_alive():
-            rail.close()
+            rail.close(is_stuck=True)
             waiting.join(self._timeout)
 
     def __del__(self) -> None:
@@ -270,8 +275,20 @@ class CudaRuntime:
         if getattr(self, "_destroyed", True) or sys.is_finalizing() or os.getpid() != self._process:
             return
         with contextlib.suppress(Exception):
-            if not torch.cuda.is_current_stream_capturing():
+            if threading.current_thread().name == THREAD:  # the collector came there, in the middle of something
+                _dropped.append(self)
+            elif not torch.cuda.is_current_stream_capturing():
                 self.destroy()
+
+
+_dropped: list[CudaRuntime] = []
+"""To be destroyed when the next one is made."""
+
+
+def _destroy_dropped() -> None:
+    while _dropped:
+        with contextlib.suppress(Exception):
+            _dropped.pop().destroy()
 
 
 def _resident_programs(device: torch.device, num_sharing: int, has_rails: bool) -> int:

@@ -46,7 +46,7 @@ class CommStream:
         index: of the GPU.
         stream: ``comm``.
         handle: its address for the driver.
-        lock: held by whoever has a turn.
+        lock: held by whoever has a turn, or follows what peers expose.
     """
 
     def __init__(self, device: torch.device, takes_all: str = "") -> None:
@@ -59,7 +59,6 @@ class CommStream:
         self._key = (self.stream.stream_id, self.stream.device_index, self.stream.device_type)
         self._record_entry, self._wait_for_entry = _new_event()
         self._record_exit, self._wait_for_exit = _new_event()
-        self._aside: torch.cuda.Stream | None = None
         self._waiting_for: torch.cuda.Stream | None = None
         self._has_started = False
         """Whether the turn has made ``comm`` wait for anything, before its first launch."""
@@ -103,14 +102,6 @@ class CommStream:
     def keep(self, tensor: torch.Tensor) -> None:
         """Hold memory of ``cur`` that work on ``comm`` reads until the turn ends, when ``cur`` waits for that."""
         self._kept.append(tensor)
-
-    def copy_aside(self, to: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy pinned memory to the device beside all that is queued, and wait for that copy alone. Under the lock."""
-        if self._aside is None:
-            self._aside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._aside):
-            to.copy_(source, non_blocking=True)
-        self._aside.synchronize()
 
     def turn(self, event: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool) -> Turn:
         """One operation's turn on the stream, a context manager."""

@@ -101,7 +101,7 @@ class Regions:
     Construction creates the own mailbox; :meth:`attach` opens those of the peers; both are local. Not thread safe:
     the caller holds the lock of its Buffer.
 
-    Every operation calls, in this order: :meth:`poll`; if that returned True, it has ``tables`` and ``ready``
+    Every operation calls, in this order: :meth:`poll`; if ``version`` is new, it has ``tables`` and ``ready``
     copied to the device, on the stream of the operations; :meth:`acknowledge` for copies that are finished;
     :meth:`expose`. The tables may change while a copy of them runs: to the kernels before the next copy, any mix
     of old and new words means the same.
@@ -393,23 +393,28 @@ class Regions:
         self._reported = self.version
         return changed
 
-    def acknowledge(self, version: int | None = None) -> None:
+    def acknowledge(self, version: int | None = None, openings_only: bool = False) -> None:
         """Tell the owners which of their regions are open here, and close and tell those that they retired.
 
         An owner that knows this lets its kernels point at the region at once. So it is said only when the device
         *has* the tables: when the copy of them that was started after :meth:`poll` is finished, not only started.
-        This host may be some operations ahead of the owner's; their kernels are on the stream before that copy.
+        This host may be some operations ahead of the owner's; their kernels are on the stream before that copy, if
+        it is in the order of the operations. If it is not, some may still run.
 
         Args:
             version: ``self.version`` right after the poll whose tables the device has; None = the last poll.
+            openings_only: close nothing: the copy was not in the order of the operations.
         """
         if not self._answers:
             return
         self._check_usable()
         limit = self._reported if version is None else version
         answers: list[_Answer] = []
-        while self._answers and self._answers[0].version <= limit:
-            answers.append(self._answers.popleft())
+        later: deque[_Answer] = deque()
+        for answer in self._answers:
+            is_due = answer.version <= limit and (_is_open(answer.state) or not openings_only)
+            (answers if is_due else later).append(answer)
+        self._answers = later
         for answer in answers:
             if not _is_open(answer.state):
                 self._close_mapping(answer.owner, answer.region)

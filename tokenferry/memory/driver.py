@@ -24,6 +24,7 @@ _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _CAPTURE_ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _NO_SUCH_MEMORY = (1, 500)  # CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_NOT_FOUND
 
 
@@ -58,7 +59,10 @@ class DriverCalls(Protocol):
         """Allow all of these calls while this thread, or another, captures a CUDA graph."""
 
     def capture(self, stream: int) -> int | None:
-        """The number of the capture that a stream takes part in; None if the driver does not tell."""
+        """The number of the capture that a stream takes part in; None if it is in none, or nobody tells."""
+
+    def copy_aside(self, to: int, source: int, nbytes: int) -> None:
+        """Copy pinned memory to the device beside all that is queued, and wait for that copy alone."""
 
 
 class _IpcHandle(ctypes.Structure):
@@ -91,6 +95,10 @@ class Driver:
         library.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _IpcHandle, ctypes.c_uint]
         library.cuIpcCloseMemHandle.argtypes = [address]
         library.cuThreadExchangeStreamCaptureMode.argtypes = [ctypes.POINTER(ctypes.c_int)]
+        library.cuStreamCreate.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint]
+        library.cuMemcpyHtoDAsync_v2.argtypes = [address, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        library.cuStreamSynchronize.argtypes = [ctypes.c_void_p]
+        self._aside = ctypes.c_void_p()
         self._library = library
         self._pointer_attribute = library.cuPointerGetAttribute
         self._identity = ctypes.c_uint64()
@@ -176,6 +184,20 @@ class Driver:
         state, number, none = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
         failed = ask(ctypes.c_void_p(stream), ctypes.byref(state), ctypes.byref(number), none, none, none)
         return None if failed or state.value != _CAPTURE_ACTIVE else number.value
+
+    def copy_aside(self, to: int, source: int, nbytes: int) -> None:
+        """Copy pinned memory to the device beside all that is queued, and wait for that copy alone.
+
+        On a stream of its own: one of torch's may be somebody's who captures a graph on it.
+
+        Raises:
+            HeapError: the driver refuses; the message has its reason.
+        """
+        library = self._library
+        if not self._aside:
+            self._check("cuStreamCreate", library.cuStreamCreate(ctypes.byref(self._aside), _NON_BLOCKING))
+        self._check("cuMemcpyHtoDAsync", library.cuMemcpyHtoDAsync_v2(to, source, nbytes, self._aside))
+        self._check("cuStreamSynchronize", library.cuStreamSynchronize(self._aside))
 
     @contextmanager
     def relaxed_capture(self) -> Iterator[None]:

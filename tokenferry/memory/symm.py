@@ -17,7 +17,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from tokenferry.config import ALIGNMENT, align_up
-from tokenferry.errors import HeapError
+from tokenferry.errors import HeapError, TokenferryError
 from tokenferry.memory.pool import Point, Pool
 
 LIST_BYTES = 8 << 20
@@ -107,9 +107,12 @@ class SymmetricHeap:
 
         Raises:
             HeapError: the GPUs cannot reach each other's memory.
+            PeerTimeoutError: ranks did not come.
         """
         try:
             self._peers = map_peers(self.bytes, self.rank, self.num_ranks, store, name)
+        except TokenferryError:
+            raise
         except RuntimeError as error:
             raise HeapError(f"the ranks cannot map each other's memory on {self.device}: {error}") from error
         self.addresses = tuple(int(address) for address in self._peers.buffer_ptrs)

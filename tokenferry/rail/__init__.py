@@ -79,8 +79,12 @@ class Rail(Protocol):
     def post(self, sends: Parts, receives: Parts) -> Transfer:
         """Begin an exchange with other nodes. Tensors without elements do not travel."""
 
-    def close(self) -> None:
-        """Let go. Local: nobody is waited for. Peers that still wait for this rank find out. May be called again."""
+    def close(self, is_stuck: bool = False) -> None:
+        """Let go. Local: nobody is waited for. Peers that still wait for this rank find out. May be called again.
+
+        Args:
+            is_stuck: the device does not come to an end, whatever this rail knows of its exchanges.
+        """
 
 
 def _process_group(topology: Topology, key: str, timeout: float, device: torch.device) -> Rail:

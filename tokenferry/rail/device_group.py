@@ -4,7 +4,7 @@ Exchanges are put into the order of the current stream, and run beside what is p
 the stream wait, ``finish`` the host, until a deadline; behind ``settle`` a thread looks at the deadline. A
 communicator that misses it is aborted, on this rank alone, so that the stream goes on and the GPU stays usable; then
 the peers miss theirs. A captured exchange is the graph's: of its replays nothing is known here, and nobody looks at a
-deadline. NCCL ends a communicator only when all graphs that hold its exchanges are gone: nobody waits for that.
+deadline. NCCL ends a communicator only when all graphs that hold its exchanges are gone: nobody waits for that long.
 """
 
 from __future__ import annotations
@@ -186,30 +186,41 @@ class DeviceRail:
 
     def abandon(self) -> None:
         """Something has failed: end what is under way, wherever it is. The rail is of no use any more."""
-        _keep(self._end()[0])
-
-    def close(self) -> None:
-        """See :meth:`tokenferry.rail.Rail.close`."""
-        self._words.close()
-        is_idle = not self._unfinished and self.watch.is_idle
-        group, has_ended = self._end()
-        if not (is_idle and has_ended):
+        group = self._let_go()
+        if group is not None:
+            self._abort(group)
             _keep(group)
 
-    def _end(self) -> tuple[Any, bool]:
-        """Abort the process group; returns it, if it is there yet, and whether that is over."""
+    def close(self, is_stuck: bool = False) -> None:
+        """See :meth:`tokenferry.rail.Rail.close`.
+
+        A communicator that graphs hold is left alone if nothing is wrong: what it has goes with the process.
+        """
+        self._words.close()
+        is_idle = not is_stuck and not self._unfinished and self.watch.is_idle
+        group = self._let_go()
+        if group is None:
+            return
+        if not (is_idle and self._was_captured):
+            self._abort(group)
+        if not is_idle or self._was_captured:
+            _keep(group)
+
+    def _let_go(self) -> Any:
+        """The process group, if it is there yet, of which this rail knows nothing any more."""
         group, self._group = self._group, None
         self._unfinished.clear()
         self.watch.clear()
-        if group is None:
-            return None, True
+        return group
+
+    def _abort(self, group: Any) -> None:
+        """End what is under way, by a thread if that may last."""
         if not self._was_captured:
             _abort(group)
-            return group, True
+            return
         thread = threading.Thread(target=_abort, args=(group,), name="tokenferry rail's end", daemon=True)
         thread.start()
         thread.join(_ABORT_SECONDS)
-        return group, not thread.is_alive()
 
 
 class DeviceTransfer:

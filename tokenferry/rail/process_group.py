@@ -87,7 +87,7 @@ class ProcessGroupRail:
                 self.bytes_sent += part.numel()
         return transfer
 
-    def close(self) -> None:
+    def close(self, is_stuck: bool = False) -> None:
         """See :meth:`tokenferry.rail.Rail.close`."""
         self._group = None
         for transfer in list(self._unfinished):

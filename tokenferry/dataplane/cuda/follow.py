@@ -6,12 +6,14 @@ And as no host may come back after a capture, a thread follows the mailboxes fro
 its own.
 
 Where regions lie may change on the device at any time: a kernel looks for those only that their owner counts as open
-everywhere, and these stay. Which own regions are open everywhere must not change under an operation, whose programs
-would rate their rows differently. So that is copied in the order of the operations alone.
+everywhere, and these stay while it runs. So the thread acknowledges what it has opened, but closes nothing: only what
+is in the order of the operations knows that none is running. Which own regions are open everywhere must not change
+under an operation, whose programs would rate their rows differently: that, too, is copied in order alone.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -21,7 +23,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tokenferry.errors import TokenferryError
 from tokenferry.memory.direct import Regions
 
 if TYPE_CHECKING:
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tokenferry")
 
+THREAD = "tokenferry regions"
+"""What the threads are called."""
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.001, 0.1
 """Seconds between two looks of the thread: the longer nothing has been captured, the longer."""
+_LAST_SECONDS = 5.0
+"""That a thread is waited for when the interpreter ends."""
 
 
 class Follower:
@@ -44,6 +49,7 @@ class Follower:
     Attributes:
         region_table: int64 [2, R, regions] on the device, as ``regions.tables``.
         ready: int32 [regions] on the device, as ``regions.ready``.
+        ended: set when there is nothing to follow any more.
     """
 
     def __init__(self, regions: Regions, queue: Queue, device: torch.device) -> None:
@@ -53,13 +59,13 @@ class Follower:
         with torch.inference_mode(False):
             self.region_table = regions.tables.to(device, copy=True)  # the heaps are there
             self.ready = regions.ready.to(device, copy=True)
-        self._copied = regions.version
-        """The version of the regions whose tables are copied in the order of the operations."""
+        self._in_order = self._known = regions.version
+        """The versions of the regions of which both tables were copied in order, and where they lie in any way."""
         self._copies: deque[tuple[torch.cuda.Event, int]] = deque()
         self._capture: int | None = None
-        self._thread: threading.Thread | None = None
         self._last_capture = 0.0
-        self._is_closed = False
+        self._thread: threading.Thread | None = None
+        self.ended = threading.Event()
 
     def follow(self) -> None:
         """In front of every operation, under the lock of the queue."""
@@ -68,8 +74,8 @@ class Follower:
             return
         regions = self._regions
         regions.poll()
-        if regions.version != self._copied:
-            self._copied = regions.version
+        if regions.version != self._in_order:
+            self._in_order = self._known = regions.version
             self._queue.start()
             with torch.cuda.stream(self._queue.stream):
                 self.region_table.copy_(regions.tables, non_blocking=True)
@@ -91,27 +97,39 @@ class Follower:
                 self.ready.copy_(self._regions.ready, non_blocking=True)
             self._capture = capture
         self._last_capture = time.monotonic()
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=_look, args=(weakref.ref(self), self._device), name="tokenferry regions", daemon=True
-            )
-            self._thread.start()
+        if self._thread is None or not self._thread.is_alive():
+            arguments = weakref.ref(self), self._device, self.ended
+            thread = threading.Thread(target=_look, args=arguments, name=THREAD, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads: the graph passes its rows through the stage
+                logger.warning("what peers' memory graphs read is not followed: %s", error)
+                return
+            self._thread = thread
+            _followers.add(self)
 
-    def follow_aside(self) -> bool:
-        """As :meth:`follow`, by the thread: not in the order of the operations. Returns whether to go on.
-
-        Under the lock of the queue, so that nobody else follows meanwhile.
-        """
-        if self._is_closed:
-            return False
-        if self._regions.poll():
-            self._queue.copy_aside(self.region_table, self._regions.tables)
-            self._regions.acknowledge()
-        return True
+    def follow_aside(self) -> None:
+        """As :meth:`follow`, by the thread: not in the order of the operations. Under the lock of the queue."""
+        if self.ended.is_set():
+            return
+        regions = self._regions
+        regions.poll()
+        while self._copies and self._copies[0][0].query():  # type: ignore[no-untyped-call]
+            regions.acknowledge(self._copies.popleft()[1], openings_only=True)
+        if regions.version != self._known and not self._copies:  # none may land behind this one
+            self._known = regions.version
+            regions.driver.copy_aside(self.region_table.data_ptr(), regions.tables.data_ptr(), regions.tables.nbytes)
+            regions.acknowledge(openings_only=True)
 
     def close(self) -> None:
         """The mailboxes go away."""
-        self._is_closed = True
+        self.ended.set()
+
+    def end(self) -> None:
+        """Close, and wait for the thread."""
+        self.close()
+        if self._thread is not None:
+            self._thread.join(_LAST_SECONDS)
 
     @property
     def pause(self) -> float:
@@ -124,23 +142,32 @@ class Follower:
         return self._queue.lock
 
 
-def _look(of: weakref.ref[Follower], device: torch.device) -> None:
+def _look(of: weakref.ref[Follower], device: torch.device, ended: threading.Event) -> None:
     """The thread: for as long as the follower is there, and open."""
-    pause = 0.0
+    is_first = True
     try:
-        torch.cuda.set_device(device)
-        while (follower := of()) is not None:
+        while not ended.is_set() and (follower := of()) is not None:
             with follower._regions.driver.relaxed_capture():  # graphs are captured beside
-                if pause == 0.0:
+                if is_first:
+                    torch.cuda.set_device(device)
                     torch.cuda.mem_get_info(device)  # the first call of a thread makes the GPU's context its own
+                    is_first = False
                 with follower.lock:
-                    if not follower.follow_aside():
-                        return
+                    follower.follow_aside()
             pause = follower.pause
             del follower
-            time.sleep(pause)
-    except (
-        TokenferryError,
-        RuntimeError,
-    ) as error:  # the next operation finds out by itself; graphs stage their rows
-        logger.warning("what peers' memory graphs read is not followed any more: %s", error)
+            ended.wait(pause)
+    except Exception as error:  # the next operation finds out by itself; graphs pass their rows through the stage
+        if not ended.is_set():
+            logger.warning("what peers' memory graphs read is not followed any more: %s", error)
+
+
+_followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+"""Those with a thread."""
+
+
+@atexit.register
+def _end_threads() -> None:
+    """While the interpreter is whole: a thread that comes back from CUDA when it is not ends the process."""
+    for follower in list(_followers):
+        follower.end()

@@ -55,10 +55,8 @@ _TOKENS_PER_BLOCK = 256
 _CLEARING_PROGRAMS = 264
 """Two an SM, or a little more."""
 _FEWEST_SLOTS = 4
-_FEWEST_COPIED, _FEWEST_ASKED_FOR = 3, 2
-"""Slots of a warp's ring in a dispatch, and rows that it asks for ahead."""
-_BEHIND = 3
-"""Slots of a ring that are being written to global memory, or wait for it."""
+_FEWEST_SHARED = 3
+"""Slots of a dispatching warp's ring where several warps share the memory."""
 _MOST_SUMS = 64
 """Float32 sums that a thread keeps in registers."""
 _SUMMING_WARPS = 8
@@ -307,7 +305,7 @@ def _dispatch(
     room = SHARED_BYTES - bulk_dispatch_kernels.TABLE_BYTES - 1024 if target.can_bulk else 0
     for num_warps in (4, 2, 1):
         slots = min(room // (num_warps * slot), 16)
-        if slots >= _FEWEST_COPIED:
+        if slots >= (_FEWEST_SHARED if num_warps > 1 else _FEWEST_SLOTS):
             return _BULK_DISPATCH.variant(
                 num_warps,
                 CACHED=cached,
@@ -320,7 +318,7 @@ def _dispatch(
                 W=num_warps,
                 SLOT=slot,
                 SLOTS=slots,
-                LAG=max(slots - _BEHIND, _FEWEST_ASKED_FOR),
+                LAG=slots - _behind(slots),
                 TABLE=bulk_dispatch_kernels.TABLE_BYTES,
             )
     return _DISPATCH.variant(
@@ -337,6 +335,11 @@ def _dispatch(
         BLOCK=min(_power_of_two(row_bytes // 4), 1024),
         SMALL=min(_power_of_two(max(scale_bytes // 4, 2 * num_topk)), 256),
     )
+
+
+def _behind(slots: int) -> int:
+    """Slots of a ring that are being written to global memory, or wait for it."""
+    return 3 if slots > 5 else 2 if slots > 3 else 1
 
 
 def combine_call(

@@ -34,16 +34,13 @@ class Queue(Protocol):
 
     @property
     def lock(self) -> threading.RLock:
-        """Held by whoever calls an operation."""
+        """Held by whoever calls an operation, or follows what peers expose."""
 
     def start(self) -> None:
         """Make it wait for what the operation depends on; called before the first launch of every operation."""
 
     def keep(self, tensor: torch.Tensor) -> None:
         """Hold memory that its work reads until the current stream waits for that work."""
-
-    def copy_aside(self, to: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy beside all that is queued, and wait for that copy alone."""
 
 
 class CudaRank:

@@ -20,6 +20,7 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     load_bulk,
     load_shared,
     load_shared_long,
+    meet,
     reserve,
     shared_base,
     store_bulk,
@@ -247,6 +248,8 @@ def move_rows(
                 weights_from, skip, weights_size = granules(column_of(entry, WEIGHTS_AT, token), K * 4)
                 skips = skips | (skip << 16)
                 total += on * (ids_size + weights_size)
+            if SLOTS - LAG == 1:
+                meet(tid)  # all lanes have read what the row before left there
             store_shared(slot + HEADER, on, lane0)
             store_shared(slot + HEADER + 4, row, lane0)
             if PLACED and not STAGE:
