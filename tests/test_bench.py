@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import slow
 from tests.oracle import membership
-from tokenferry.cli import main
+from tokenferry.cli import bench_plot, main
 from tokenferry.cli.bench_baseline import expert_major
 from tokenferry.cli.bench_cases import (
     BASELINE,
@@ -32,7 +32,14 @@ from tokenferry.cli.bench_cases import (
     run_case,
 )
 from tokenferry.cli.bench_machine import describe_command
-from tokenferry.cli.bench_report import case_key, fit_tokens, report_of, slowest_rank_statistics
+from tokenferry.cli.bench_report import (
+    CaseReport,
+    Statistics,
+    case_key,
+    fit_tokens,
+    report_of,
+    slowest_rank_statistics,
+)
 from tokenferry.cli.ranks import RankPool
 
 LOW_LATENCY = ["--mode", "low-latency"]
@@ -129,6 +136,46 @@ def test_other_plots(sweep: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def a_report(mode: str, tokens: int, median: float, p90: float) -> CaseReport:
+    statistics = Statistics(9, median, median / 3, p90, median / 4, 2 * p90)
+    return CaseReport(a_case(mode=mode, tokens=tokens), {OURS: statistics, BASELINE: statistics}, 0.0, 0.0, 0)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved."""
+    saved: list[Any] = []
+    module = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(module.Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    return saved
+
+
+MACHINE = {"memory_bytes": 1 << 30, "cpu": "a CPU", "cores": 2, "system": "Linux"}
+
+
+@pytest.mark.parametrize("p90", [1.1e-3, 9.0])
+def test_bands_are_inside_of_the_picture(p90: float, figures: list[Any]) -> None:
+    reports = [a_report(mode, tokens, 1e-3, p90) for mode in ("dispatch", "combine") for tokens in (8, 9, 4096)]
+    bench_plot.draw(reports, MACHINE, Path("none"))
+    for axes in figures[0].axes:
+        low, high = axes.get_ylim()
+        for band in axes.collections:
+            ends = band.get_paths()[0].vertices[:, 1]
+            assert low < ends.min() < ends.max() < high
+        assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) > 1
+
+
+def test_what_goes_on_over_a_bar_is_marked(figures: list[Any]) -> None:
+    bench_plot.draw([a_report("dispatch", 8, 1e-3, 1.2e-3), a_report("combine", 8, 1e-3, 9.0)], MACHINE, Path("none"))
+    (axes,) = figures[0].axes
+    ends = [path.vertices[:, 1].max() for bars in axes.collections for path in bars.get_paths()]
+    assert max(ends) < axes.get_ylim()[1]
+    (marks,) = [line for line in axes.get_lines() if "higher" in line.get_label()]
+    assert [round(x) for x in marks.get_xdata()] == [1, 1]
+    named = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert named == [OURS, BASELINE, "90th percentile is higher"]
+
+
 def test_mb_fixes_bytes_and_no_plot_writes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--mb", "1", "--dtype", "fp8", "--modes", "cached", "--no-plot", "--output", str(tmp_path)]
     assert main(["bench", *SMALL, *arguments]) == 0
@@ -205,6 +252,7 @@ def test_against_refuses_other_files(content: str | None, tmp_path: Path) -> Non
         (["--seconds", "1", "--iterations", "1"], "--iterations"),
         (["--save", "../name"], "--save"),
         (["--loud"], "--loud"),
+        (["--force"], "--force"),
         (["--nodes", "3"], "--nodes"),
         (["--nodes", "2", "--modes", "expanded"], "--modes"),
         (["--beside", "operators"], "--beside"),

@@ -186,7 +186,7 @@ def test_what_was_found_before_a_failure_is_written(
             return super().run(function, *args)
 
     monkeypatch.setattr(bench_cuda, "RankPool", Interrupted)
-    assert main([*arguments, "--tokens", "8", "16"]) == 1
+    assert main([*arguments, "--tokens", "8", "16"]) == 130
     assert json.loads((tmp_path / "bench.json").read_text())["notes"][-1] == "ended early: interrupted"
 
 

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 
 from tests.conftest import slow
 from tests.test_bench import LOW_LATENCY
@@ -509,3 +510,19 @@ def test_plot_of_results_by_hand(names: tuple[str, ...], tokens: tuple[int, ...]
     results = {"machine": machine, "cases": cases, "fits": [fit], "method": {"captured": 10, "chain": 20}}
     draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bands_are_inside_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    found = {"median_seconds": 1e-5, "p10_seconds": 1e-7, "p90_seconds": 1e-1}
+    operations = {operation: {"graph": found} for operation in ("dispatch", "combine", "pair")}
+    shape = {"ranks": 2, "hidden": 7168, "topk": 8, "experts": 256, "exact": True, "dtype": "fp8"}
+    cases = [{"case": {**shape, "tokens": count}, "contenders": {OURS: operations}} for count in (1, 2)]
+    machine = describe_gpus([a_device(0, 1)] * 2, 2)
+    draw({"machine": machine, "cases": cases, "fits": [], "method": {"captured": 10}}, tmp_path / "plot.png")
+    (axes,) = figures[0].axes
+    low, high = axes.get_ylim()
+    for band in axes.collections:
+        ends = band.get_paths()[0].vertices[:, 1]
+        assert low < ends.min() < ends.max() < high

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +19,8 @@ import torch.distributed as dist
 
 from tests.conftest import PoolOf, slow
 from tokenferry import ArgumentError, Buffer, ops
-from tokenferry.cli import main
+from tokenferry.cli import COMMANDS, bench, bench_low_latency, main
+from tokenferry.cli.ranks import RankPool
 from tokenferry.waits import wait_report
 
 
@@ -33,20 +38,73 @@ def test_what_cannot_be_written_is_told_before_the_work(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    try:
-        code = main([word.replace("FILE", str(file)) for word in command])
-    except SystemExit as end:
-        code = end.code  # type: ignore[assignment]
+    with pytest.raises(SystemExit) as stopped:
+        main([word.replace("FILE", str(file)) for word in command])
+    assert stopped.value.code == 2
+    option = next(word for word in command if word in ("--output", "--plot"))
+    assert f"{command[0]}: error: argument {option}: {file}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [["soak"], ["doctor", "--live"], ["bench"], ["bench", "--mode", "low-latency"]])
+def test_a_gpu_that_is_not_there_is_told(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--device", "cuda"])
+    assert stopped.value.code == 2
+    told = f"{command[0]}: error: argument --device: got cuda; allowed: cpu, since there is no GPU"
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_ctrl_c_while_a_command_is_imported(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib, "import_module", mock.Mock(side_effect=KeyboardInterrupt))
+    assert main([command]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "is_quiet"),
+    [(["-m", "tokenferry", "plan"], True), (["tokenferry", "plan"], True), (["-c", "import tokenferry"], False)],
+)
+class StoppedPool(RankPool):
+    """Ctrl-C comes after the first case."""
+
+    asked = False
+
+    def run(self, function: Any, *args: Any) -> Any:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        return super().run(function, *args)
+
+
+@pytest.mark.parametrize(
+    ("mode", "module", "file"),
+    [("high-throughput", bench, "bench"), ("low-latency", bench_low_latency, "bench-low-latency")],
+)
+def test_what_a_benchmark_found_before_ctrl_c_is_written(
+    mode: str,
+    module: Any,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, "RankPool", StoppedPool)
+    shape = ["--ranks", "2", "--hidden", "128", "--experts", "8", "--topk", "2", "--iterations", "2"]
+    tokens = ["--tokens", "8", "200", "--dtype", "bf16", "--output", str(tmp_path)]
+    assert main(["bench", "--mode", mode, *shape, *tokens]) == 130
+    results = json.loads((tmp_path / f"{file}.json").read_text())
+    assert [entry["case"]["tokens"] for entry in results["cases"]] == [8]
+    assert results["notes"][-1] == "ended early: interrupted"
+    assert not (tmp_path / f"{file}.png").exists()
     shown = capsys.readouterr()
-    assert code == 2
-    assert "--output: " in shown.err or "--plot: " in shown.err
-    assert str(file) in shown.err.splitlines()[-1]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_soak_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["soak", "--device", "cuda"]) == 2
-    assert "there is no GPU" in capsys.readouterr().err
+    assert shown.err.splitlines()[-1] == "interrupted"
+    assert f"written: {tmp_path / file}.json" in shown.out
 
 
 PARENT = """

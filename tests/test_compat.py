@@ -234,6 +234,52 @@ def test_distribution_resolves_every_spelling(site: Path) -> None:
     assert Version(result["version"]).local == f"tokenferry.{tokenferry.__version__}"
 
 
+TYPED = """
+from typing import assert_type
+import deep_ep, deep_ep_cpp, tokenferry, torch
+from deep_ep import Buffer, ElasticBuffer
+from deep_ep.buffer import Config
+from deep_ep.buffers.elastic import EPHandle
+from deep_ep.buffers.legacy import Buffer as legacy
+from deep_ep.legacy import Buffer as newer
+from deep_ep.utils import EventOverlap, check_nvlink_connections
+from deep_ep.utils.event import EventHandle
+from tokenferry.handles import Handle
+Scaled = tuple[torch.Tensor, torch.Tensor]
+def calls(buffer: Buffer, x: torch.Tensor, scaled: Scaled, either: torch.Tensor | Scaled) -> None:
+    rows, _, _, counts, handle, event = buffer.dispatch(x, topk_idx=x)
+    assert_type((rows, counts, handle), tuple[torch.Tensor, list[int], Handle])
+    assert_type(buffer.dispatch(scaled, handle)[:2], tuple[Scaled, None])
+    assert_type(buffer.dispatch(either)[0], torch.Tensor | Scaled)
+    assert_type(event, EventOverlap)
+assert_type(legacy(), tokenferry.Buffer)
+assert_type(newer(), tokenferry.Buffer)
+assert_type(deep_ep.utils.EventOverlap(), EventOverlap)
+assert_type(deep_ep_cpp.get_low_latency_rdma_size_hint(1, 2, 3, 4), int)
+"""
+
+
+def test_distribution_says_that_it_is_typed(site: Path) -> None:
+    for path in ("deep_ep/py.typed", "deep_ep_cpp/py.typed"):
+        assert (site / path).exists()
+    for name in SPELLINGS:
+        path = site.joinpath(*name.split("."))
+        files = path.with_suffix(".pyi"), path / "__init__.pyi", path / "__init__.py"
+        assert any(file.exists() for file in files), name
+
+
+@pytest.mark.slow
+def test_types_of_the_distribution(site: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    client = tmp_path / "client.py"
+    client.write_text(TYPED)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", client], env={**os.environ, "MYPYPATH": str(site)}, cwd=ROOT,
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.slow
 def test_install_beside_the_distribution_does_nothing(site: Path) -> None:
     program = "import sys, tokenferry.compat as c; before = list(sys.meta_path); c.install(); import deep_ep; "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.conftest import slow
@@ -158,11 +161,14 @@ def test_json_has_seconds_and_bytes(mode: str, capsys: pytest.CaptureFixture[str
         (["--nodes", "513", "--experts", "4104"], "--nodes"),
         (["--gpus-per-node", "7"], "--experts"),
         (["--nvlink", "nan"], "--nvlink"),
-        (["--network", "0"], "--network"),
+        (["--nodes", "2", "--network", "0"], "--network"),
         (["--sms", "7"], "--sms"),
         (["--sms", "134"], "--sms"),
-        (["--chunks", "-1"], "--chunks"),
-        (["--seed", "-1"], "--seed"),
+        (["--nodes", "2", "--chunks", "-1"], "--chunks"),
+        (["--nodes", "2", "--chunks", "0"], "--chunks"),
+        (["--nodes", "2", "--chunks", "65"], "--chunks"),
+        (["--nodes", "2", "--chunks", "5", "--tokens", "4"], "--chunks"),
+        (["--skew", "1", "--seed", "-1"], "--seed"),
         (["--tokens", "0"], "--tokens"),
         (["--hidden", "100"], "--hidden"),
         (["--hidden", "64", "--dtype", "fp8"], "--hidden"),
@@ -182,7 +188,57 @@ def test_wrong_arguments_are_named(arguments: list[str], named: str, capsys: pyt
     assert re.search(rf"argument {named}:", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "given", "allowed"),
+    [
+        (["--over", "tokens"], "over: got tokens", "with --plot"),
+        (["--mode", "low-latency", "--nodes", "2", "--chunks", "4"], "chunks: got 4", "with --mode high-throughput"),
+        (["--mode", "low-latency", "--sms", "4"], "sms: got 4", "with --mode high-throughput"),
+        (["--chunks", "4"], "chunks: got 4", "with --nodes above 1"),
+        (["--network", "25"], "network: got 25", "with --nodes above 1"),
+        (["--network", "25", "--plot", "x.png", "--over", "tokens"], "network: got 25", "with --nodes above 1"),
+        (["--nodes", "2", "--gpus-per-node", "1", "--nvlink", "9"], "nvlink: got 9", "with --gpus-per-node above 1"),
+        (["--seed", "3"], "seed: got 3", "with --skew, or --topk-groups below --groups"),
+        (["--groups", "4", "--seed", "3"], "seed: got 3", "with --skew, or --topk-groups below --groups"),
+        *((["--check", *words], words[0].strip("-"), "--json") for words in (
+            ["--nodes", "2"], ["--mode", "low-latency"], ["--topk-groups", "1"], ["--dtype", "fp8"], ["--seed", "0"],
+            ["--plot", "x.png"], ["--over", "ranks"],
+        )),
+    ],
+)  # fmt: skip
+def test_what_would_change_nothing_is_refused(
+    arguments: list[str], given: str, allowed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *arguments])
+    assert stopped.value.code == 2
+    assert re.search(rf"argument --{given}.*; allowed: {allowed}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("words", "others"),
+    [
+        (["--nodes", "2"], ["--chunks", "3"]),
+        (["--nodes", "2"], ["--network", "25"]),
+        ([], ["--nvlink", "100"]),
+        ([], ["--sms", "2"]),
+        (["--skew", "0.5"], ["--seed", "3"]),
+        (["--groups", "8", "--topk-groups", "4"], ["--seed", "3"]),
+    ],
+)
+def test_what_is_not_refused_changes_something(
+    words: list[str], others: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for more in ([], others):
+        assert main(["plan", *words, *more]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] != shown[1]
+
+
 def test_wrong_numbers_raise_from_python() -> None:
+    with pytest.raises(ArgumentError, match=r"chunks: got 65; allowed: at most 64"):
+        predict(Machine(2, 8, chunks=65), Shape())
     with pytest.raises(ArgumentError, match=r"dtype: got fp4; allowed: bf16 or fp8"):
         predict(Machine(), Shape(dtype="fp4"))
 
@@ -212,3 +268,37 @@ def test_points_of_the_picture() -> None:
     assert [x for x, _ in tokens] == [64, 100, *(1 << power for power in range(7, 17))]
     assert dict(tokens)[100] == plan.operations
     assert dict(tokens)[64] == predict(Machine(3, 8), Shape(tokens=64, experts=264)).operations
+
+
+def drawn(figure: Any) -> list[dict[str, Any]]:
+    """Lines of each panel by their names."""
+    return [{line.get_label(): line for line in axes.get_lines()} for axes in figure.axes]
+
+
+@pytest.mark.parametrize("words", [["--nodes", "4", "--tokens", "128"], ["--tokens", "1"]])
+def test_what_the_legend_names_is_in_the_picture(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    figures: list[Any] = []
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    assert main(["plan", "--mode", "low-latency", *words, "--plot", str(tmp_path / "plan.png")]) == 0
+    (figure,) = figures
+    low, _ = figure.axes[0].get_ylim()
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    panels = drawn(figure)
+    assert named[-1].startswith("all")
+    for name in named:
+        assert any(name in lines and np.nanmax(lines[name].get_ydata()) > low for lines in panels), name
+    assert all(name in named for lines in panels for name in lines if not name.startswith("_"))
+    figure.canvas.draw()
+    for axes in figure.axes:
+        (text,) = axes.texts
+        box, frame = text.get_window_extent(), axes.get_window_extent()
+        assert frame.x0 <= box.x0 <= box.x1 <= frame.x1
+        highest = max(
+            line.get_window_extent().y1 for name, line in drawn(figure)[0].items() if name.startswith("all")
+        )
+        assert box.y0 > highest
+        ticks = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(ticks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,8 @@ from tokenferry.validation import check_int
 logger = logging.getLogger("tokenferry")
 
 _Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+_AnyRows = TypeVar("_AnyRows", torch.Tensor, tuple[torch.Tensor, torch.Tensor])
+"""What comes is of the kind that is sent."""
 
 
 class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, StatsMethods):
@@ -268,6 +270,42 @@ class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, 
             done = turn.finish((topk_idx,), (*result, per_node))
         return result.num_tokens_per_rank, per_node, result.num_tokens_per_expert, result.is_token_in_rank, done
 
+    @overload
+    def dispatch(
+        self,
+        x: _AnyRows,
+        handle: None = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[_AnyRows, torch.Tensor | None, torch.Tensor | None, list[int], Handle, EventOverlap]: ...
+    @overload
+    def dispatch(
+        self,
+        x: _AnyRows,
+        handle: tuple[torch.Tensor, ...],
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: None = None,
+        topk_weights: None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[_AnyRows, None, None, None, None, EventOverlap]: ...
     @observed(OperationKind.DISPATCH, OperationKind.CACHED_DISPATCH)
     def dispatch(
         self,

@@ -12,6 +12,8 @@ import sys
 
 from tokenferry.version import __version__
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C: that of a process that the signal has ended, as shells have it."""
 COMMANDS = {
     "demo": "watch tokens travel between ranks on this machine",
     "bench": "time dispatch and combine on this machine, beside torch.distributed",
@@ -28,12 +30,19 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments, without the program's name; by default those of the process.
 
     Returns:
-        The exit code.
+        The exit code; 130 after Ctrl-C, when all ranks were stopped.
 
     Raises:
         SystemExit: wrong arguments (code 2), or ``--help`` and ``--version`` (code 0).
     """
-    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: list[str]) -> int:
     top = argparse.ArgumentParser(
         prog="tokenferry",
         description="Expert-parallel dispatch and combine for Mixture-of-Experts models.",
@@ -46,9 +55,5 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(f"tokenferry.cli.{command}")
     parser = argparse.ArgumentParser(prog=f"tokenferry {command}", description=COMMANDS[command])
     module.add_arguments(parser)
-    try:
-        given = argparse.Namespace(command_line=list(arguments))
-        return int(module.main(parser.parse_args(arguments[1:], given)))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    given = argparse.Namespace(command_line=list(arguments))
+    return int(module.main(parser.parse_args(arguments[1:], given)))

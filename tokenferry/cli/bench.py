@@ -57,7 +57,7 @@ from tokenferry.cli.bench_report import (
     report_of,
     results_of,
 )
-from tokenferry.cli.paths import why_unwritable
+from tokenferry.cli.paths import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.config import ALIGNMENT
 from tokenferry.modes.inputs import MAX_TOPK, ROW_ALIGNMENT
@@ -162,10 +162,12 @@ def main(args: argparse.Namespace) -> int:
         args: what :func:`add_arguments` declares.
 
     Returns:
-        0; 1 if a rank failed or the contenders disagree.
+        0; 1 if a rank failed or the contenders disagree, 130 after Ctrl-C: then what was found before is written.
     """
     if args.draw is not None:
         return _draw(args)
+    if args.force and args.against is None:
+        args.fail("argument --force: changes nothing without --against")
     if bench_low_latency.settle(args):
         return _hand_over(args, bench_low_latency)
     _settle(args)
@@ -175,13 +177,18 @@ def main(args: argparse.Namespace) -> int:
     cases = _cases(args)
     machine, commit = describe_machine(args.device), describe_commit()
     earlier = _earlier(args, machine)
+    reports: list[CaseReport] = []
+    notes: list[str] = []
+    code = 0
     try:
         progress = _need("tqdm").tqdm
         plot = _need("tokenferry.cli.bench_plot") if args.plot else None
-        reports = _run(args, cases, machine, progress)
-    except (BenchError, RankError) as error:
-        print(f"tokenferry bench: {error}", file=sys.stderr)
-        return 1
+        _run(args, cases, machine, progress, reports)
+    except (BenchError, RankError, KeyboardInterrupt) as error:
+        early, code = bench_cuda.tell_end(error)
+        if not reports:
+            return code
+        notes, plot = [f"ended early: {early.splitlines()[-1]}"], None
     fits = fits_of(reports)
     if fits:
         print("\ntime of a call, fitted over the token counts:")
@@ -202,6 +209,7 @@ def main(args: argparse.Namespace) -> int:
             "statistic": "over iterations, of the slowest rank of each",
             "threads_per_rank": _threads(args),
         },
+        notes=notes,
     )
     directory, name = target
     directory.mkdir(parents=True, exist_ok=True)
@@ -211,18 +219,19 @@ def main(args: argparse.Namespace) -> int:
         written.append(directory / f"{name}.png")
         plot.draw(reports, machine, written[-1])
     print(f"\nwritten: {', '.join(str(path) for path in written)}")
-    return 0
+    return code
 
 
-def _run(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], progress: Any) -> list[CaseReport]:
-    """Run the cases one after the other and print a line for each."""
+def _run(
+    args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], progress: Any, reports: list[CaseReport]
+) -> None:
+    """Run the cases one after the other, print a line for each and add it to the reports."""
     print(f"{_boundary()}\n")
     system = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
     where = f" on {args.nodes} nodes, joined by TCP" if args.nodes > 1 else ""
     print(f"{args.ranks} ranks{where} ({_threads(args)} threads each) on {system}, {machine['system']}")
     print(f"top-{args.topk} of {args.experts} experts, {args.routing}\n")
     print(HEADER)
-    reports = []
     budget = Budget(args.seconds or _DEFAULT_SECONDS, args.iterations)
     with (
         RankPool(args.ranks, num_threads=_threads(args)) as pool,
@@ -233,7 +242,6 @@ def _run(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any], p
             reports.append(report_of(case, pool.run(run_case, case, budget, args.baseline)))
             bar.write(case_line(reports[-1]), file=sys.stdout)
             sys.stdout.flush()
-    return reports
 
 
 def _hand_over(args: argparse.Namespace, runner: ModuleType) -> int:
@@ -272,9 +280,8 @@ def _settle(args: argparse.Namespace) -> None:
             args.fail("argument --seconds: with --device cuda; allowed: --iterations")
         if "wait-statistics" in args.beside:
             args.fail("argument --beside: wait-statistics; allowed: with --mode low-latency")
+        need_gpu(args)
         num_gpus = torch.cuda.device_count()
-        if num_gpus == 0:
-            args.fail("argument --device: cuda, but torch finds no GPU")
         args.ranks = args.ranks or max(num_gpus, args.nodes)
         _check_nodes(args)
         args.dtype = args.dtype or ["bf16", "fp8"]
@@ -358,8 +365,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 def _target(args: argparse.Namespace) -> tuple[Path, str]:
     """Directory and name of the files to write."""
     if args.save is None:
-        if problem := why_unwritable(args.output):
-            args.fail(f"argument --output: {problem}")
+        need_folder(args, "--output", args.output)
         return args.output, "bench"
     directory = results_directory()
     if directory is None:

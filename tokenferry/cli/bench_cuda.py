@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from tokenferry.cli import INTERRUPTED
 from tokenferry.cli.bench_cases import BASELINE, BenchError
 from tokenferry.cli.bench_cuda_cases import (
     BARE,
@@ -83,14 +84,14 @@ def run(
         plot: :mod:`tokenferry.cli.bench_cuda_plot`, or None.
 
     Returns:
-        0; 1 if a rank failed, the contenders disagree, or after Ctrl-C: then what was found before is written.
+        0; 1 if a rank failed or the contenders disagree, 130 after Ctrl-C: then what was found before is written.
     """
     effort = Effort(kernels=args.kernels)
     if args.iterations:
         effort = effort._replace(calls=args.iterations, stretches=min(effort.stretches, args.iterations))
     num_gpus, commit = torch.cuda.device_count(), describe_commit()
     reports: list[CudaReport] = []
-    early = ""
+    early, code = "", 0
     try:
         with sharing_gpus(args.ranks > num_gpus), RankPool(args.ranks, num_threads=1) as pool:
             devices = pool.run(take_device, args.nodes, args.staged)
@@ -110,10 +111,9 @@ def run(
                     reports.append(report)
                 sys.stdout.flush()
     except (BenchError, RankError, KeyboardInterrupt) as error:
-        early = describe_end(error)
-        print(f"tokenferry bench: {early}", file=sys.stderr)
+        early, code = tell_end(error)
         if not reports:
-            return 1
+            return code
         notes.append(f"ended early: {early.splitlines()[-1]}")
     if machine["ranks_share_gpus"]:
         print(f"\n{shared_note(machine)}")
@@ -131,12 +131,15 @@ def run(
         written.append(written[0].with_suffix(".png"))
         plot.draw(results, written[-1])
     print(f"\nwritten: {', '.join(str(path) for path in written)}")
-    return int(bool(early))
+    return code
 
 
-def describe_end(error: BaseException) -> str:
-    """Why a run ended early."""
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+def tell_end(error: BaseException) -> tuple[str, int]:
+    """Print why a run ended early, and return it with the exit code."""
+    is_interrupt = isinstance(error, KeyboardInterrupt)
+    early = "interrupted" if is_interrupt else str(error)
+    print(early if is_interrupt else f"tokenferry bench: {early}", file=sys.stderr)
+    return early, INTERRUPTED if is_interrupt else 1
 
 
 def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> list[list[CudaCase]]:

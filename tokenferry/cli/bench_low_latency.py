@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from tokenferry.cli.bench_cases import BASELINE, BenchError
-from tokenferry.cli.bench_cuda import describe_end, sharing_gpus
+from tokenferry.cli.bench_cuda import sharing_gpus, tell_end
 from tokenferry.cli.bench_cuda_cases import DEEPEP, take_device
 from tokenferry.cli.bench_cuda_report import shared_note
 from tokenferry.cli.bench_low_latency_cases import (
@@ -52,6 +51,7 @@ from tokenferry.cli.bench_machine import (
 )
 from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_report import origin_of
+from tokenferry.cli.paths import need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
 
 HIGH_THROUGHPUT = "high-throughput"
@@ -126,9 +126,8 @@ def _settle(args: argparse.Namespace) -> None:
     for dtype in args.dtype or ():
         if dtype not in DTYPES:
             args.fail(f"argument --dtype: {dtype} with --mode {LOW_LATENCY}; allowed: {', '.join(DTYPES)}")
+    need_gpu(args)
     num_gpus = torch.cuda.device_count() if args.device == "cuda" else 0
-    if args.device == "cuda" and num_gpus == 0:
-        args.fail("argument --device: cuda, but torch finds no GPU")
     args.ranks = args.ranks or max(_FEWEST_RANKS, num_gpus)
     args.tokens = sorted(set(args.tokens or TOKENS))
     args.dtype = args.dtype or list(DTYPES)
@@ -153,7 +152,7 @@ def run(
         plot: :mod:`tokenferry.cli.bench_low_latency_plot`, or None.
 
     Returns:
-        0; 1 if a rank failed, a result is wrong, or after Ctrl-C: then what was found before is written.
+        0; 1 if a rank failed or a result is wrong, 130 after Ctrl-C: then what was found before is written.
     """
     effort, commit = (Effort() if args.device == "cuda" else CPU_EFFORT).limited(args.iterations), describe_commit()
     effort = effort._replace(host_profile=args.host_profile)
@@ -162,7 +161,7 @@ def run(
     threads = 1 if num_gpus else max(1, usable_cores() // args.ranks)
     versions = describe_versions()
     reports: list[LowLatencyReport] = []
-    early = ""
+    early, code = "", 0
     try:
         with sharing_gpus(0 < num_gpus < args.ranks), RankPool(args.ranks, num_threads=threads) as pool:
             machine, deep_ep = describe_machine(args.device), ""
@@ -185,10 +184,9 @@ def run(
                     reports.append(report_of(case, of_case))
                     print("\n".join(case_lines(reports[-1])), flush=True)
     except (BenchError, RankError, KeyboardInterrupt) as error:
-        early = describe_end(error)
-        print(f"tokenferry bench: {early}", file=sys.stderr)
+        early, code = tell_end(error)
         if not reports:
-            return 1
+            return code
         notes.append(f"ended early: {early.splitlines()[-1]}")
     results = {
         **origin_of(machine, versions),
@@ -212,7 +210,7 @@ def run(
         print(f"\nas fast as in {args.against.name} ({earlier.get('date')}), ratio of medians:")
         print("\n".join(comparison_lines(earlier, reports)))
     _conclude(reports, machine)
-    return int(bool(early))
+    return code
 
 
 def groups_of(args: argparse.Namespace, shapes: Sequence[tuple[str, int]]) -> list[list[LowLatencyCase]]:

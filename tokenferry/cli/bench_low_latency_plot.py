@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from tokenferry.cli.bench_cases import BASELINE, OURS
 from tokenferry.cli.bench_cuda_cases import DEEPEP
 from tokenferry.cli.bench_low_latency_cases import WAIT_STATISTICS
 from tokenferry.cli.bench_low_latency_report import kind_of
 from tokenferry.cli.bench_operators import OPERATORS
-from tokenferry.cli.bench_plot import COLORS, HEAD_INCHES, STYLE, empty_figure, show_count, write_head
+from tokenferry.cli.bench_plot import COLORS, HEAD_INCHES, STYLE, empty_figure, scale_log, show_count, write_head
 
 _PAIR = {
     OURS: COLORS[OURS],
@@ -125,8 +125,9 @@ def _panel(axes: Axes, points: Sequence[_Point], fits: Sequence[Mapping[str, Any
         if name != OURS:
             continue
         for tokens, time in zip(x, pair, strict=True):
-            place: Any = {"xytext": (-5, 6), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(unit.show(time), (tokens, time), fontsize=8, color=color, **place)
+            place: Any = {"xytext": (-5, 7), "textcoords": "offset points", "ha": "center", "zorder": 5}
+            behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+            axes.annotate(unit.show(time), (tokens, time), fontsize=8, color=color, bbox=behind, **place)
         for operation, thin in _ALONE.items():
             alone = unit.of(line, operation)
             label = f"{operation} alone"
@@ -156,9 +157,6 @@ def _percentiles(line: Sequence[_Point], operation: str, unit: _Unit) -> tuple[l
 def _scale(axes: Axes, points: Sequence[_Point], unit: _Unit) -> None:
     """Scale the axis that the panels share."""
     ours = [point for point in points if point.name == OURS]
-    drawn = unit.of(points, "pair") + [time for operation in _ALONE for time in unit.of(ours, operation)]
-    axes.set_yscale("log")
-    axes.set_ylim(min(drawn) / 1.3, max(drawn) * _HEADROOM)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+    lines = [(points, "pair"), *((ours, operation) for operation in _ALONE)]
+    drawn = [time for line, operation in lines for ends in _percentiles(line, operation, unit) for time in ends]
+    scale_log(axes, drawn, _HEADROOM)

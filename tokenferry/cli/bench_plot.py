@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from tokenferry.cli.bench_cases import ALL_MODES, BASELINE, OURS
 from tokenferry.cli.bench_report import CaseReport, show_stage, show_time
@@ -20,7 +20,10 @@ COLORS = {OURS: "#0b6e99", BASELINE: "#d9822b"}
 _MARKERS = {OURS: "o", BASELINE: "s"}
 HEAD_INCHES = 1.25
 _MOST_SPREAD = 1.3
-"""Where bars of spread are cut off, in units of the longest median: one disturbed case must not flatten the rest."""
+"""Where spread over bars ends in an arrow, in the longest medians: one disturbed case must not flatten all."""
+_MARGIN = 1.15
+"""Between what is drawn and the ends of a logarithmic axis, a factor."""
+_SPAN = 1.3
 _DASHES = ("-", "--", ":", "-.")
 STYLE: Any = {
     "font.size": 10,
@@ -122,8 +125,8 @@ def _panels(
         axes.set_xticks(ticks, [show(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(title=ALL_MODES[mode], xlabel=label, ylabel="µs per token")
-        highest = max(found.median * 1e6 / r.case.tokens for r in of_mode for found in r.statistics.values())
-        axes.set_ylim(0, _MOST_SPREAD * highest)
+        found = [(r.case.tokens, statistics) for r in of_mode for statistics in r.statistics.values()]
+        scale_log(axes, [seconds * 1e6 / count for count, of in found for seconds in (of.p10, of.p90)])
     for axes in grid[len(modes) :]:
         axes.set_axis_off()
     handles, labels = max(
@@ -134,6 +137,18 @@ def _panels(
     else:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+def scale_log(axes: Axes, drawn: Sequence[float], headroom: float = 1.0) -> None:
+    """Scale an axis so that all that is drawn is inside: one disturbed case hardly flattens the rest."""
+    low, high = min(drawn) / _MARGIN, max(drawn) * _MARGIN
+    if high < 2 * low:  # some figures are to stand on the axis
+        low, high = low / _SPAN, high * _SPAN
+    axes.set_yscale("log")
+    axes.set_ylim(low, high * headroom)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _panel(axes: Axes, reports: Sequence[CaseReport], x_of: Callable[[CaseReport], int]) -> None:
@@ -170,22 +185,35 @@ def _bars(reports: Sequence[CaseReport]) -> Figure:
     unit, scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3) if longest >= 1e-3 else ("µs", 1e6)
     names = _names(reports)
     width = 0.8 / len(names)
+    ceiling = _MOST_SPREAD * longest
+    cut = []
     for offset, name in enumerate(names):
         present = [(x, report.statistics[name]) for x, report in enumerate(reports) if name in report.statistics]
+        places = [x + (offset - (len(names) - 1) / 2) * width for x, _ in present]
+        cut += [place for place, (_, found) in zip(places, present, strict=True) if found.p90 > ceiling]
         axes.bar(
-            [x + (offset - (len(names) - 1) / 2) * width for x, _ in present],
+            places,
             [found.median * scale for _, found in present],
             width * 0.94,
             yerr=[
                 [(found.median - found.p10) * scale for _, found in present],
-                [(found.p90 - found.median) * scale for _, found in present],
+                [(min(found.p90, ceiling) - found.median) * scale for _, found in present],
             ],
             error_kw={"ecolor": "#444444", "elinewidth": 1, "capsize": 3},
             color=COLORS[name],
             label=name,
         )
+    if cut:
+        axes.plot(
+            cut,
+            [ceiling * scale] * len(cut),
+            ls="none",
+            marker="^",
+            color="#444444",
+            label="90th percentile is higher",
+        )
     for x, report in enumerate(reports):
-        top = min(max(found.p90 for found in report.statistics.values()), _MOST_SPREAD * longest) * scale
+        top = min(max(found.p90 for found in report.statistics.values()), ceiling) * scale
         text = show_time(report.statistics[OURS].median).replace("us", "µs")
         if report.ratio is not None:
             text = f"{report.ratio:.2f}x as fast"
@@ -203,5 +231,8 @@ def _bars(reports: Sequence[CaseReport]) -> Figure:
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(f"time of a call, {unit}")
     axes.set_ylim(0, (_MOST_SPREAD + 0.12) * longest * scale)
-    axes.legend(loc="upper left")
+    handles, labels = axes.get_legend_handles_labels()
+    last = int(bool(cut))  # lines come first there
+    handles, labels = handles[last:] + handles[:last], labels[last:] + labels[:last]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure

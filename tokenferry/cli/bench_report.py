@@ -192,7 +192,7 @@ def results_of(
         reports: all cases.
         machine: :func:`tokenferry.cli.bench_machine.describe_machine`.
         versions: :func:`tokenferry.cli.bench_machine.describe_versions`.
-        extra: further entries: git, command, method.
+        extra: further entries: git, command, method, notes.
     """
     return {
         **origin_of(machine, versions),

@@ -16,11 +16,10 @@ import torch
 
 from tokenferry.cli.demo_model import Corpus, Settings
 from tokenferry.cli.demo_train import TOLERANCE, Report, train, train_dense
-from tokenferry.cli.paths import why_unwritable
+from tokenferry.cli.paths import need_folder
 from tokenferry.cli.ranks import RankError, RankPool
 
 _MIN_EXPERTS = 8
-_INTERRUPTED = 130
 _THREADS = 1
 """Of torch, in every process: the matrices are small, and threads that wait for each other on busy cores cost more
 than they bring."""
@@ -34,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: to declare them on.
     """
+    parser.set_defaults(fail=parser.error)
     parser.add_argument("--ranks", type=_positive, default=4, help="processes to start (default: %(default)s)")
     parser.add_argument(
         "--steps", type=_positive, default=Settings().steps, help="training steps (default: %(default)s)"
@@ -54,8 +54,7 @@ def main(args: argparse.Namespace) -> int:
         args: parsed options, see :func:`add_arguments`.
 
     Returns:
-        0; 1 if the ranks disagree with the dense twin or a rank failed; 2 if a package is missing or the folder
-        cannot be written; 130 after Ctrl-C.
+        0; 1 if the ranks disagree with the dense twin or a rank failed; 2 if a package is missing.
     """
     missing = [
         name
@@ -65,9 +64,8 @@ def main(args: argparse.Namespace) -> int:
     if missing:
         print(f"the demo needs {' and '.join(missing)}: pip install 'tokenferry[cli]'", file=sys.stderr)
         return 2
-    if not args.no_plot and (problem := why_unwritable(args.output)):
-        print(f"error: --output: {problem}", file=sys.stderr)
-        return 2
+    if not args.no_plot:
+        need_folder(args, "--output", args.output)
     # Every rank has as many experts as every other.
     experts = args.ranks * -(-_MIN_EXPERTS // args.ranks)
     settings = Settings(steps=args.steps, seed=args.seed, experts=experts)
@@ -76,9 +74,6 @@ def main(args: argparse.Namespace) -> int:
     except RankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted: all ranks were stopped", file=sys.stderr)
-        return _INTERRUPTED
 
 
 def _run(settings: Settings, num_ranks: int, output: Path | None) -> int:

@@ -117,7 +117,9 @@ def _draw_loss(axes: Any, report: Report, twin: Trace, baselines: dict[str, floa
     axes.set_ylim(bottom=max(0.0, min(*losses, *validation, *baselines.values()) - 0.3))
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper right", frameon=False, bbox_to_anchor=(1, 1))
+    axes.legend(
+        loc="lower right", frameon=False, bbox_to_anchor=(1.01, 0.995), ncols=3, fontsize=9, columnspacing=1.2
+    )
 
 
 def _draw_traffic(axes: Any, megabytes: list[list[float]]) -> None:

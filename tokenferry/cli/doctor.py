@@ -20,10 +20,9 @@ import torch
 from tokenferry.cli.doctor_checks import Finding, Level, look_around
 from tokenferry.cli.doctor_live import live
 from tokenferry.cli.doctor_selftest import self_test
-from tokenferry.cli.paths import why_unwritable
+from tokenferry.cli.paths import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError
 
-_INTERRUPTED = 130
 _WIDTH = 118
 
 
@@ -33,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: to declare them on.
     """
+    parser.set_defaults(fail=parser.error)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--ranks", type=_positive, default=4, help="processes to start (default: %(default)s)")
     parser.add_argument(
@@ -59,13 +59,9 @@ def main(args: argparse.Namespace) -> int:
         args: parsed options, see :func:`add_arguments`.
 
     Returns:
-        0; 1 if something is broken; 2 if an option is wrong; 130 after Ctrl-C.
+        0; 1 if something is broken.
     """
-    try:
-        return _live(args) if args.live else _examine(args)
-    except KeyboardInterrupt:
-        print("interrupted: all ranks were stopped", file=sys.stderr)
-        return _INTERRUPTED
+    return _live(args) if args.live else _examine(args)
 
 
 def _examine(args: argparse.Namespace) -> int:
@@ -109,15 +105,10 @@ def _show(finding: Finding, is_quiet: bool) -> None:
 
 def _live(args: argparse.Namespace) -> int:
     if not -1 <= args.slow < args.ranks:
-        print(f"error: --slow: got {args.slow}; allowed: a rank below {args.ranks}, or -1", file=sys.stderr)
-        return 2
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("error: --device: got cuda; allowed: cpu, since there is no GPU", file=sys.stderr)
-        return 2
+        args.fail(f"argument --slow: got {args.slow}; allowed: a rank below {args.ranks}, or -1")
+    need_gpu(args)
+    need_folder(args, "--output", args.output)
     picture = args.output / "waits.png"
-    if problem := why_unwritable(args.output):
-        print(f"error: --output: {problem}", file=sys.stderr)
-        return 2
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture without matplotlib: pip install 'tokenferry[cli]'", file=sys.stderr)
         picture = None

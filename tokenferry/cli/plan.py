@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenferry.cli import plan_check, plan_model
 from tokenferry.cli.plan_model import HIGH_THROUGHPUT, MODES, Operation, Plan
-from tokenferry.cli.plan_routing import DTYPES, Machine, Shape
+from tokenferry.cli.plan_routing import DTYPES, MOST_CHUNKS, Machine, Shape
 from tokenferry.config import Config
 from tokenferry.errors import ArgumentError
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``tokenferry plan``."""
     parser.set_defaults(fail=parser.error)
     machine, shape = Machine(), Shape()
-    parser.add_argument("--mode", choices=MODES, default=HIGH_THROUGHPUT, help=f"(default {HIGH_THROUGHPUT})")
+    parser.add_argument("--mode", choices=MODES, help=f"(default {HIGH_THROUGHPUT})")
     cluster = parser.add_argument_group("cluster")
     for name, kind, metavar, what in (
         ("nodes", int, None, "of the cluster"),
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         _number(cluster, name, kind, getattr(machine, name), what, metavar)
     cluster.add_argument(
-        "--chunks", type=int, default=0, help="of an operation between nodes (default: as many as make it shortest)"
+        "--chunks", type=_chunks, help="of an operation between nodes (default: as many as make it shortest)"
     )
     load = parser.add_argument_group("shape")
     for name, kind, what in (
@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         _number(load, name, kind, getattr(shape, name), what)
     load.add_argument("--topk-groups", type=int, help="groups that a token may choose from (default: all)")
-    load.add_argument(
-        "--dtype", choices=DTYPES, default=shape.dtype, help="of dispatched rows; combine is bf16 (default bf16)"
-    )
+    load.add_argument("--dtype", choices=DTYPES, help="of dispatched rows; combine is bf16 (default bf16)")
     out = parser.add_argument_group("output")
     out.add_argument(
         "--check",
@@ -65,12 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out.add_argument("--json", action="store_true", help="print JSON instead of tables")
     out.add_argument("--plot", type=Path, metavar="FILE.png", help="draw times over ranks or tokens")
-    out.add_argument("--over", choices=("ranks", "tokens"), default="ranks", help="x of the picture (default ranks)")
+    out.add_argument("--over", choices=("ranks", "tokens"), help="x of the picture (default ranks)")
 
 
 def _number(group: Any, name: str, kind: type, default: float, what: str, metavar: str | None = None) -> None:
     shown = f"{what} (default {default:g})"
-    group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=shown)
+    group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=shown)
+
+
+def _chunks(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_CHUNKS:
+        raise argparse.ArgumentTypeError(f"got {text}; allowed: from 1 to {MOST_CHUNKS}")
+    return int(text)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -84,8 +88,10 @@ def main(args: argparse.Namespace) -> int:
     if args.topk_groups is None:
         args.topk_groups = args.groups
     machine, shape = Machine(**_fields(args, Machine)), Shape(**_fields(args, Shape))
+    mode, over = args.mode or HIGH_THROUGHPUT, args.over or "ranks"
+    _refuse_what_changes_nothing(args, machine, shape, mode, over)
     try:
-        plan = plan_model.predict(machine, shape, args.mode)
+        plan = plan_model.predict(machine, shape, mode)
     except ArgumentError as error:
         name = error.name.replace("_", "-")
         args.fail(f"argument --{name}{str(error).removeprefix(error.name)}")
@@ -95,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
         except ImportError as error:
             args.fail(f"argument --plot: {error}; pip install 'tokenferry[cli]'")
         try:
-            plan_plot.draw(plan, args.over, args.plot)
+            plan_plot.draw(plan, over, args.plot)
         except (OSError, ValueError) as error:
             args.fail(f"argument --plot: {error}")
         print(f"wrote {args.plot}", file=sys.stderr)
@@ -104,10 +110,36 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _fields(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
+    """What was given of a machine or a shape; the rest has its defaults there."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _refuse_what_changes_nothing(
+    args: argparse.Namespace, machine: Machine, shape: Shape, mode: str, over: str
+) -> None:
+    """End the program if an argument was given that has no meaning beside the others."""
+    one_node = machine.nodes == 1 and (args.plot is None or over == "tokens")
+    counted = shape.skew == 0 and shape.topk_groups == shape.groups
+    for name, idle, allowed in (
+        ("over", args.plot is None, "with --plot"),
+        ("sms", mode != HIGH_THROUGHPUT, f"with --mode {HIGH_THROUGHPUT}"),
+        ("chunks", mode != HIGH_THROUGHPUT, f"with --mode {HIGH_THROUGHPUT}"),
+        ("chunks", one_node, "with --nodes above 1"),
+        ("network", one_node, "with --nodes above 1"),
+        ("nvlink", machine.gpus_per_node == 1, "with --gpus-per-node above 1"),
+        ("seed", counted, "with --skew, or --topk-groups below --groups: else nothing is random"),
+    ):
+        if idle and getattr(args, name) is not None:
+            args.fail(f"argument --{name}: got {getattr(args, name)}, which changes nothing; allowed: {allowed}")
 
 
 def _check(args: argparse.Namespace) -> int:
+    names = [field.name for kind in (Machine, Shape) for field in dataclasses.fields(kind)]
+    for name in ("mode", *names, "plot", "over"):
+        if getattr(args, name) is not None:
+            given = f"--{name.replace('_', '-')}: got {getattr(args, name)}"
+            args.fail(f"argument {given}, which changes nothing beside --check; allowed: --json")
     rows = plan_check.built_in_rows()
     for path in args.check:
         try:
@@ -123,8 +155,9 @@ def describe(machine: Machine, shape: Shape) -> str:
     groups = f" in {shape.topk_groups} of {shape.groups} groups" if shape.topk_groups < shape.groups else ""
     skew = f", skew {shape.skew:g}" if shape.skew else ""
     return (
-        f"{machine.ranks} ranks ({machine.nodes} x {machine.gpus_per_node}), {shape.tokens:,} tokens each, hidden "
-        f"{shape.hidden}, {shape.dtype}, top-{shape.topk} of {shape.experts} experts{groups}{skew}"
+        f"{machine.ranks} ranks ({machine.nodes} x {machine.gpus_per_node}), {shape.tokens:,} "
+        f"token{'s' * (shape.tokens > 1)} each, hidden {shape.hidden}, {shape.dtype}, "
+        f"top-{shape.topk} of {shape.experts} experts{groups}{skew}"
     )
 
 

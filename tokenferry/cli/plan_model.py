@@ -12,7 +12,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from tokenferry.cli.plan_routing import MOST_SMS, Machine, Routing, Shape, check, route
+from tokenferry.cli.plan_routing import MOST_CHUNKS, MOST_SMS, Machine, Routing, Shape, check, route
 from tokenferry.config import Config, align_up
 from tokenferry.memory.symm import LIST_BYTES
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
@@ -41,7 +41,6 @@ PUSHED_CHOICE_BYTES = 8
 CONTROL_BYTES = 176128
 """In front of the lists of a heap (dataplane/cuda/kernels/words.py)."""
 PUSH_SLOTS = 4
-MOST_CHUNKS = 64
 HIGH_THROUGHPUT, LOW_LATENCY = MODES = ("high-throughput", "low-latency")
 
 _GOOD_ENOUGH = 1.02

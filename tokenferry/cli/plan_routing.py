@@ -22,6 +22,7 @@ NETWORK_GBPS = 50.0
 """Of one GPU, one direction: the line rate of a 400 Gb/s adapter, without headers."""
 MOST_SMS = 132
 """Of an H100."""
+MOST_CHUNKS = 64
 MOST_RANKS = 4096
 MOST_EXPERTS = 1 << 17
 SCALE_BLOCK = 128
@@ -87,6 +88,8 @@ def check(machine: Machine, shape: Shape) -> None:
         check_int(name, machine.chunks if name == "chunks" else shape.seed, minimum=0)
     for name in ("tokens", "topk", "groups", "topk_groups"):
         check_int(name, getattr(shape, name), minimum=1)
+    most = min(MOST_CHUNKS, shape.tokens)
+    require(machine.chunks <= most, "chunks", machine.chunks, f"at most {most}, of at least a token each")
     require(shape.dtype in DTYPES, "dtype", shape.dtype, " or ".join(DTYPES))
     check_int("hidden", shape.hidden, minimum=1, multiple_of=SCALE_BLOCK if shape.dtype == "fp8" else 8)
     check_int("experts", shape.experts, minimum=machine.ranks, multiple_of=machine.ranks)

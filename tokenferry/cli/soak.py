@@ -19,14 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from tokenferry.cli import soak_shrink
-from tokenferry.cli.paths import why_unwritable
+from tokenferry.cli.paths import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.cli.soak_ranks import Look, Report, Settings, soak
 
-_INTERRUPTED = 130
 _MOST_NEW_FILES = 4
 """More open files than after the warm-up are a leak."""
 _LONG = 270.0
@@ -47,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: to declare them on.
     """
+    parser.set_defaults(fail=parser.error)
     parser.add_argument("--minutes", type=_positive_number, default=1.0, help="how long (default: %(default)s)")
     parser.add_argument("--ranks", type=_positive, default=4, help="processes to start (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
@@ -64,19 +62,15 @@ def main(args: argparse.Namespace) -> int:
         args: parsed options, see :func:`add_arguments`.
 
     Returns:
-        0; 1 if a result was wrong, a rank failed, something leaked, or ``--plot`` finds no matplotlib; 2 if there is
-        no GPU or the plot cannot be written; 130 after Ctrl-C.
+        0; 1 if a result was wrong, a rank failed, something leaked, or ``--plot`` finds no matplotlib.
     """
     settings = Settings(60 * args.minutes, args.seed, args.device, args.tokens)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         print("error: --plot needs matplotlib: pip install 'tokenferry[cli]'", file=sys.stderr)
         return 1
-    if args.plot is not None and (problem := why_unwritable(args.plot.parent)):
-        print(f"error: --plot: {problem}", file=sys.stderr)
-        return 2
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("error: --device: got cuda; allowed: cpu, since there is no GPU", file=sys.stderr)
-        return 2
+    if args.plot is not None:
+        need_folder(args, "--plot", args.plot.parent)
+    need_gpu(args)
     before = named_segments()
     began = time.monotonic()
     pool = RankPool(args.ranks, num_threads=1)
@@ -88,9 +82,6 @@ def main(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         print(f"again with: tokenferry soak --ranks {args.ranks} --seed {args.seed}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted: all ranks were stopped", file=sys.stderr)
-        return _INTERRUPTED
     leaks = find_leaks(reports, named_segments() - before, sum(process.is_alive() for process in pool.processes))
     print(summary(settings, reports, leaks, time.monotonic() - began, killed))
     if args.plot is not None:

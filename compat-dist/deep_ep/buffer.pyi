@@ -1,0 +1,1 @@
+from tokenferry.compat.deep_ep.buffer import *  # noqa: F403

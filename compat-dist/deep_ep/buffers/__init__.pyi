@@ -1,0 +1,2 @@
+from . import elastic as elastic
+from . import legacy as legacy

@@ -1,0 +1,1 @@
+from tokenferry.compat.deep_ep.buffers.elastic import *  # noqa: F403

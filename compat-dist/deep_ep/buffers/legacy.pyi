@@ -1,0 +1,1 @@
+from tokenferry.compat.deep_ep.buffers.legacy import *  # noqa: F403
