@@ -97,8 +97,8 @@ class Effort(NamedTuple):
     """Calls right before them, without a pause and not timed: a host is slow in its first ones."""
     replays: int = 10
     """Samples of *graph*."""
-    captured: int = 10
-    """Calls in a graph."""
+    captured: int = 40
+    """Calls in a graph: a step of decoding has one or two for every layer."""
     phases: int = 20
     """Samples of *send* and *receive*."""
     warm_ups: int = 3
