@@ -462,3 +462,20 @@ def test_faster_than_the_baseline(pool_of: Callable[[int], RankPool]) -> None:
 @pytest.mark.timed
 def test_twice_as_fast_as_the_baseline(pool_of: Callable[[int], RankPool]) -> None:
     assert best_speed_over_baseline(pool_of(4), 64, 2.0) >= 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        (["--save", "name", "--output", "there"], "--output: got there"),
+        (["--draw", "file.json", "--tokens", "3"], "--tokens: changes nothing"),
+        (["--force"], "--force: changes nothing"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(
+    arguments: list[str], given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *arguments])
+    assert stopped.value.code == 2
+    assert f"argument {given}" in capsys.readouterr().err

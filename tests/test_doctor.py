@@ -268,3 +268,22 @@ def test_wait_report_is_the_same_on_all_ranks(pool_of: PoolOf, tmp_path: Path) -
     assert text.startswith("Rank 1 is slow")
     assert waited_after_reset == ((0,) * 3,) * 3
     assert (tmp_path / "drawn" / "waits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        (["--slow", "0"], "--slow: got 0"),
+        (["--delay", "9"], "--delay: got 9.0"),
+        (["--device", "cuda"], "--device: got cuda"),
+        (["--output", "there"], "--output: got there"),
+        (["--live", "--no-self-test"], "--no-self-test: changes nothing"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(
+    arguments: list[str], given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", *arguments])
+    assert stopped.value.code == 2
+    assert f"argument {given}" in capsys.readouterr().err

@@ -51,9 +51,10 @@ def most_ranks(item: pytest.Item) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU there is nothing to test here; mark what needs MPS."""
     num_gpus = torch.cuda.device_count()
-    for item in items:
-        if "gpu" not in item.path.parts:
-            continue
+    here = [item for item in items if "gpu" in item.path.parts]
+    if len(here) == len(items):
+        items.sort(key=most_ranks)  # kernels are compiled for one number of ranks after the other
+    for item in here:
         if num_gpus == 0:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
             continue
@@ -63,6 +64,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("shares_gpus")
             if shutil.which(MPS_CONTROL) is None:
                 item.add_marker(pytest.mark.skip(reason="no MPS: several ranks cannot run at a time on one GPU"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """What failed is told at once: a machine may be gone before all tests are through."""
+    if report.failed and "/gpu/" in report.nodeid:
+        sections = [f"-- {name} --\n{text}" for name, text in report.sections]
+        print(f"\n{report.nodeid}\n{report.longreprtext}", *sections, sep="\n", flush=True)
 
 
 def _places(num_gpus: int, fixtures: object) -> int:

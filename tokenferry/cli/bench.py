@@ -62,6 +62,7 @@ from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.config import ALIGNMENT
 from tokenferry.modes.inputs import MAX_TOPK, ROW_ALIGNMENT
 
+_OUTPUT = Path("bench-out")
 _DEFAULT_TOKENS = 4096
 _DEFAULT_RANKS = 4
 _DEFAULT_SMS = 16
@@ -141,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline", action=argparse.BooleanOptionalAction, default=True, help=f"run {BASELINE} too (default: yes)"
     )
     out = parser.add_argument_group("results")
-    out.add_argument("--output", type=Path, default=Path("bench-out"), help="directory for the JSON and the PNG file")
+    out.add_argument("--output", type=Path, help=f"directory for the JSON and the PNG file (default {_OUTPUT})")
     out.add_argument(
         "--save",
         metavar="NAME",
@@ -165,7 +166,13 @@ def main(args: argparse.Namespace) -> int:
         0; 1 if a rank failed or the contenders disagree, 130 after Ctrl-C: then what was found before is written.
     """
     if args.draw is not None:
+        for given in args.command_line:
+            if given.startswith("--") and not given.startswith("--draw"):
+                args.fail(f"argument {given}: changes nothing beside --draw")
         return _draw(args)
+    if args.save is not None and args.output is not None:
+        args.fail(f"argument --output: got {args.output}, which changes nothing beside --save")
+    args.output = args.output or _OUTPUT
     if args.force and args.against is None:
         args.fail("argument --force: changes nothing without --against")
     if bench_low_latency.settle(args):

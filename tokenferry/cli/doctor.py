@@ -24,6 +24,8 @@ from tokenferry.cli.paths import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError
 
 _WIDTH = 118
+_OF_LIVE = {"slow": 1, "delay": 50.0, "device": "cpu", "output": Path("doctor-out")}
+"""Arguments that mean something with ``--live`` only, and what they are by default."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,15 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-self-test", action="store_true", help="only look, start no ranks")
     parser.add_argument("--live", action="store_true", help="show how a slow rank is found, on local ranks")
-    parser.add_argument("--slow", type=int, default=1, help="with --live: the slow rank; -1: none (default: 1)")
+    live = _OF_LIVE
+    parser.add_argument("--slow", type=int, help=f"with --live: the slow rank; -1: none (default: {live['slow']})")
+    parser.add_argument("--delay", type=_seconds, help=f"with --live: its delay, in ms (default: {live['delay']})")
+    devices = ("cpu", "cuda")
+    parser.add_argument("--device", choices=devices, help=f"with --live: of the ranks (default: {live['device']})")
     parser.add_argument(
-        "--delay", type=_seconds, default=50.0, help="with --live: its delay, in ms (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="with --live: of the ranks (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("doctor-out"), help="with --live: folder for the picture (%(default)s)"
+        "--output", type=Path, help=f"with --live: folder for the picture (default: {live['output']})"
     )
 
 
@@ -61,6 +61,13 @@ def main(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if something is broken.
     """
+    if args.live and args.no_self_test:
+        args.fail("argument --no-self-test: changes nothing with --live")
+    for name, default in _OF_LIVE.items():
+        given = getattr(args, name)
+        if given is not None and not args.live:
+            args.fail(f"argument --{name}: got {given}, which changes nothing; allowed: with --live")
+        setattr(args, name, default if given is None else given)
     return _live(args) if args.live else _examine(args)
 
 
