@@ -6,7 +6,6 @@ Each rank is a thread. Where its host would wait for the device, all ranks' laun
 from __future__ import annotations
 
 import threading
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -62,8 +61,8 @@ class Plane(CudaDataPlane):
         self._queue = SimpleNamespace(  # type: ignore[assignment]
             handle=rank, stream=SimpleNamespace(query=None), start=lambda: None, keep=world.kept.append
         )
-        self._regions = SimpleNamespace(poll=lambda: False)  # type: ignore[assignment]
-        self._copies, self.rooms = deque(), Rooms()
+        self._follower = SimpleNamespace(follow=lambda: None)  # type: ignore[assignment]
+        self.rooms = Rooms()
         self._state, self._sums = world.states[rank], world.sums[rank]
         self._context = world.context(rank)
         self._target, self._half = world.target, world.half
