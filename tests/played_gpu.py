@@ -214,6 +214,9 @@ class PlayedDriver(Driver):
     def copy_aside(self, to: int, source: int, nbytes: int) -> None:
         ctypes.memmove(to, source, nbytes)
 
+    def end_aside(self) -> None:
+        pass
+
     @contextmanager
     def relaxed_capture(self) -> Iterator[None]:
         yield

@@ -126,6 +126,9 @@ class FakeDriver:
         assert self.capture_depth
         ctypes.memmove(to, source, nbytes)
 
+    def end_aside(self) -> None:
+        pass
+
     @contextmanager
     def relaxed_capture(self) -> Iterator[None]:
         self.capture_depth += 1
@@ -929,6 +932,7 @@ class FakeLibrary:
         self.statuses: dict[str, int] = {}
         self.mode = 0
         self.closed: list[int] = []
+        self.log: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         """A function, to which argtypes can be assigned."""
@@ -968,6 +972,25 @@ class FakeLibrary:
     def _cuThreadExchangeStreamCaptureMode(self, mode: Any) -> None:
         self.mode, mode._obj.value = mode._obj.value, self.mode
 
+    def _cuStreamGetCaptureInfo_v2(self, stream: Any, state: Any, number: Any, *nothing: Any) -> None:
+        assert [given.value for given in nothing] == [None] * 3
+        state._obj.value, number._obj.value = int(stream.value == 7), 99
+
+    def _cuStreamCreate(self, stream: Any, flags: int) -> None:
+        assert flags == 1
+        self.log.append("create")
+        stream._obj.value = 0x5EA
+
+    def _cuMemcpyHtoDAsync_v2(self, *given: Any) -> None:
+        *where, stream = given
+        self.log.append((*where, stream.value))
+
+    def _cuStreamSynchronize(self, stream: Any) -> None:
+        self.log.append(stream.value)
+
+    def _cuStreamDestroy_v2(self, stream: Any) -> None:
+        self.log.append(("destroy", stream.value))
+
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
@@ -998,6 +1021,28 @@ def test_capture_mode_is_restored(library: FakeLibrary, mode: int) -> None:
     with suppress(KeyError), driver.relaxed_capture():
         raise KeyError
     assert library.mode == mode
+
+
+def test_captures_have_numbers(library: FakeLibrary) -> None:
+    driver = Driver()
+    assert driver.capture(7) == 99
+    assert driver.capture(8) is None  # in no capture
+    library.statuses["cuStreamGetCaptureInfo_v2"] = 1
+    assert driver.capture(7) is None
+
+
+def test_copies_aside_have_a_stream_of_their_own(library: FakeLibrary) -> None:
+    driver = Driver()
+    driver.end_aside()
+    assert not library.log
+    for _ in range(2):
+        driver.copy_aside(1, 2, 3)
+    driver.end_aside()
+    driver.end_aside()
+    assert library.log == ["create", *[(1, 2, 3, 0x5EA), 0x5EA] * 2, ("destroy", 0x5EA)]
+    library.statuses["cuMemcpyHtoDAsync_v2"] = 1
+    with pytest.raises(HeapError, match="cuMemcpyHtoDAsync"):
+        driver.copy_aside(1, 2, 3)
 
 
 def test_driver_errors(library: FakeLibrary) -> None:

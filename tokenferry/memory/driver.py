@@ -64,6 +64,9 @@ class DriverCalls(Protocol):
     def copy_aside(self, to: int, source: int, nbytes: int) -> None:
         """Copy pinned memory to the device beside all that is queued, and wait for that copy alone."""
 
+    def end_aside(self) -> None:
+        """Let go of what such copies need, if there were any."""
+
 
 class _IpcHandle(ctypes.Structure):
     _fields_ = [("reserved", ctypes.c_char * HANDLE_BYTES)]
@@ -98,6 +101,7 @@ class Driver:
         library.cuStreamCreate.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint]
         library.cuMemcpyHtoDAsync_v2.argtypes = [address, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         library.cuStreamSynchronize.argtypes = [ctypes.c_void_p]
+        library.cuStreamDestroy_v2.argtypes = [ctypes.c_void_p]
         self._aside = ctypes.c_void_p()
         self._library = library
         self._pointer_attribute = library.cuPointerGetAttribute
@@ -198,6 +202,12 @@ class Driver:
             self._check("cuStreamCreate", library.cuStreamCreate(ctypes.byref(self._aside), _NON_BLOCKING))
         self._check("cuMemcpyHtoDAsync", library.cuMemcpyHtoDAsync_v2(to, source, nbytes, self._aside))
         self._check("cuStreamSynchronize", library.cuStreamSynchronize(self._aside))
+
+    def end_aside(self) -> None:
+        """Let go of what such copies need, if there were any."""
+        stream, self._aside = self._aside, ctypes.c_void_p()
+        if stream:
+            self._library.cuStreamDestroy_v2(stream)  # a device that has failed has none any more
 
     @contextmanager
     def relaxed_capture(self) -> Iterator[None]:

@@ -122,12 +122,13 @@ class Follower:
             regions.acknowledge(openings_only=True)
 
     def close(self) -> None:
-        """The mailboxes go away."""
+        """The mailboxes go away. Under the lock of the queue."""
         self.ended.set()
+        self._regions.driver.end_aside()
 
     def end(self) -> None:
-        """Close, and wait for the thread."""
-        self.close()
+        """Follow no more, and wait for the thread."""
+        self.ended.set()
         if self._thread is not None:
             self._thread.join(_LAST_SECONDS)
 
