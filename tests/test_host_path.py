@@ -300,22 +300,28 @@ def test_places_of_tensors(rank: Rank) -> None:
 class _Launcher:
     """Like Triton's: puts some things in front of the arguments, and calls ``launch``."""
 
-    def __init__(self, *between: Any) -> None:
-        self.between, self.launched = between, []
+    def __init__(self, *between: Any, takes_tuple: bool = False) -> None:
+        self.between, self.launched, self.takes_tuple = between, [], takes_tuple
         self.launch = lambda *arguments: self.launched.append(arguments)
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: object, *rest: Any) -> None:
         between = [value() if callable(value) else value for value in self.between]
-        self.launch(x, y, z, stream, function, *between, *rest)
+        if self.takes_tuple:
+            hooks, arguments = rest[:4], rest[4:]
+            self.launch(x, y, z, stream, function, *between[:2], *hooks, *between[2:], arguments)
+        else:
+            self.launch(x, y, z, stream, function, *between, *rest)
 
 
 def test_launches_are_those_of_tritons_launcher() -> None:
     leading = (11, (4, 1, 0), None, None, None)
-    for launcher in (_Launcher(False, True, None, None), _Launcher(), _Launcher(7)):
-        run, found = _below(launcher, leading)
+    newer = _Launcher(False, True, None, None, [object()], b"signature", takes_tuple=True)
+    for launcher in (_Launcher(False, True, None, None), _Launcher(), _Launcher(7), newer):
+        run, found, takes_tuple = _below(launcher, leading)
         assert run is launcher.launch
+        assert takes_tuple == launcher.takes_tuple
         assert launcher.launched == []  # it was only asked
-        Variant(run, found, (None, None)).launch(3, 5, (70, 71))
+        Variant(run, found, (None, None), takes_tuple).launch(3, 5, (70, 71))
         launcher(3, 1, 1, 5, *leading, 70, 71, None, None)
         assert launcher.launched[0] == launcher.launched[1]
 
@@ -327,4 +333,4 @@ def test_launchers_that_allocate_or_are_of_another_make_are_called_themselves() 
         pass
 
     for launcher in (_Launcher(lambda: torch.empty(1)), other):
-        assert _below(launcher, leading) == (launcher, leading)
+        assert _below(launcher, leading) == (launcher, leading, False)

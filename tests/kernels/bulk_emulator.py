@@ -263,7 +263,6 @@ def _gluon() -> dict[str, ModuleType]:
     offers.BlockedLayout = offers.SwizzledSharedLayout = offers.SliceLayout = lambda *sizes, **options: None
     offers.arange = lambda start, end, layout=None: tl.arange(start, end)
     offers.zeros = lambda shape, dtype, layout=None: tl.zeros(shape, dtype)
-    offers.thread_barrier = lambda: tl.debug_barrier()
     offers.allocate_shared_memory = lambda dtype, shape, layout: _Slots(dtype, shape)
     hopper: Any = ModuleType(f"{language.__name__}.nvidia.hopper")
     hopper.mbarrier = SimpleNamespace(MBarrierLayout=lambda: None, init=lambda barrier, count: None)

@@ -7,6 +7,7 @@ its constexpr parameters, whatever the values of the others, and launched with a
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,11 +24,16 @@ class Variant(NamedTuple):
     """Takes the grid, the stream, ``leading``, the kernel's arguments, ``constants``."""
     leading: tuple[Any, ...]
     constants: tuple[None, ...]
+    takes_tuple: bool = False
+    """Whether it takes arguments and constants as one."""
 
     def launch(self, grid: int, stream: int, arguments: Sequence[int]) -> None:
         """Queue ``grid`` programs with addresses and integers, in the order of the kernel's parameters."""
-        run, leading, constants = self
-        run(grid, 1, 1, stream, *leading, *arguments, *constants)
+        run, leading, constants, takes_tuple = self
+        if takes_tuple:
+            run(grid, 1, 1, stream, *leading, (*arguments, *constants))
+        else:
+            run(grid, 1, 1, stream, *leading, *arguments, *constants)
 
 
 class Address(int):
@@ -59,26 +65,28 @@ class Call(NamedTuple):
         variant.launch(grid, stream, (*context, *addresses, *places, *numbers))
 
 
-def _below(run: Any, leading: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+def _below(run: Any, leading: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], bool]:
     """The function that Triton's launcher calls in the end, and what it puts in front of a kernel's arguments.
 
     Triton's own Python takes longer than that function. What it passes on differs between its versions, so it is
-    asked: it launches nothing, once. Where the answer is not the same at every call (a kernel with scratch memory),
-    and for launchers of another make, it is Triton's own that is called.
+    asked: it launches nothing, twice. Where the answers are not the same (a kernel with scratch memory), and for
+    launchers of another make, it is Triton's own that is called. Then: whether it takes the arguments as a tuple.
     """
     asked, passed = copy.copy(run), []
     try:
         launch = run.launch
         asked.launch = lambda *arguments: passed.append(arguments)
-        asked(3, 1, 1, 5, *leading, _ARGUMENT)
-        (found,) = passed
+        for stream in (5, 6):
+            asked(3, 1, 1, stream, *leading, _ARGUMENT)
+        found, again = passed
     except (AttributeError, TypeError, ValueError, RuntimeError):
-        return run, leading
+        return run, leading, False
     between = found[4:-1]
-    is_plain = all(value is None or type(value) in (int, bool) or value in leading for value in between)
-    if found[:4] == (3, 1, 1, 5) and found[-1] is _ARGUMENT and is_plain:
-        return launch, between
-    return run, leading
+    is_plain = len(found) == len(again) and all(map(operator.is_, between, again[4:-1]))
+    takes_tuple = type(found[-1]) is tuple and found[-1] == (_ARGUMENT,)
+    if found[:4] == (3, 1, 1, 5) and (found[-1] is _ARGUMENT or takes_tuple) and is_plain:
+        return launch, between, takes_tuple
+    return run, leading, False
 
 
 _ARGUMENT = object()
@@ -112,7 +120,8 @@ class Kernel:
         run = compiled.run  # loads the module
         leading = (compiled.function, compiled.packed_metadata, None, None, None)
         Kernel.variants += 1
-        return Variant(*_below(run, leading), (None,) * len(constants))
+        below, passed, takes_tuple = _below(run, leading)
+        return Variant(below, passed, (None,) * len(constants), takes_tuple)
 
     def compile(self, num_warps: int, number: int, **constants: object) -> Any:
         """Compile as for a launch whose integers are all ``number``, which is to make no difference."""

@@ -10,6 +10,7 @@ tested on the compiled code.
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -27,7 +28,7 @@ def reserve():
     third = gl.allocate_shared_memory(gl.int32, [8192], flat)
     anchor = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(anchor.index(0), count=1)  # some use of shared memory, so that the compiler declares its symbol
-    gl.thread_barrier()
+    tl.debug_barrier()
     return first, second, third
 
 

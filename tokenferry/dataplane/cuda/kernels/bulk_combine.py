@@ -191,7 +191,7 @@ def stage_rows(
                         there = (target + slot * RECORD + AT).to(gl.pointer_type(gl.float32))
                         wanted = (tid < K) & fits
                         gl.store(there + tid, gl.load(weights + row * K + tid, mask=wanted), mask=wanted)
-            gl.thread_barrier()
+            tl.debug_barrier()
             publish_round(heap, state, rank, this, epoch, workers, R)
 
 
@@ -271,7 +271,7 @@ def combine(
     for index in gl.static_range(SLOTS * G):
         init_barrier(extra + BARS + index * 8, tid * 0 + 1, first_thread)
         init_barrier(extra + FREE + index * 8, tid * 0 + W // G, first_thread)
-    gl.thread_barrier()
+    tl.debug_barrier()
     pid = gl.program_id(0)
     epoch = tl.load(state + EPOCH) + 1
     if is_usable(state):
@@ -323,7 +323,7 @@ def combine(
                         heap, regions, prefix, x.to(tl.int64), weights.to(tl.int64), rank, this, per_round, stage,
                         half, extra, first_thread, RECORD, AT, ROW, K, HELD, R,
                     )  # fmt: skip
-                    gl.thread_barrier()
+                    tl.debug_barrier()
                     fence_before_loads(tid)
                     # ``ahead_*``: the item that is asked for next, LAG items before it is summed.
                     ahead_source = zero()

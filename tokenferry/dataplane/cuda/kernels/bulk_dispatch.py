@@ -386,7 +386,7 @@ def dispatch(
     lane0 = (lane == 0).to(gl.int32)
     for slot in gl.static_range(SLOTS):
         init_barrier(bars + slot * 8, tid * 0 + 1, lane0)
-    gl.thread_barrier()
+    tl.debug_barrier()
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     epoch = gl.load(state + EPOCH) + 1
@@ -432,14 +432,14 @@ def dispatch(
                     first = this * per_round
                     count = tl.minimum(per_round, num_tokens - first)
                     none = zero().to(tl.int64)
-                    gl.thread_barrier()
+                    tl.debug_barrier()
                     put_column(table, 0, ROWS_AT, x.to(tl.int64), none + ROW, none, lane0)
                     put_column(table, 0, SCALES_AT, scales.to(tl.int64), none + SCALES, none, lane0)
                     put_column(table, 0, IDS_AT, ids.to(tl.int64), none + K * 8, none, lane0)
                     put_column(table, 0, WEIGHTS_AT, weights.to(tl.int64), none + K * 4, none, lane0)
                     put(table, 0, COUNT, count, lane0)
                     put(table, 0, START, none, lane0)
-                    gl.thread_barrier()
+                    tl.debug_barrier()
                     fence_before_loads(tid)
                     slot_at, use_at, parity, _, _ = move_rows(
                         table, bars, ring, tid, lane, warp, rank, count.to(tl.int32), first.to(tl.int32), slot_at,
@@ -449,7 +449,7 @@ def dispatch(
                         SLOT, SLOTS, LAG,
                     )  # fmt: skip
                     wait_stores(tid)
-                    gl.thread_barrier()
+                    tl.debug_barrier()
                     publish_round(heap, state, rank, this, epoch, stagers, R)
         else:
             worker = pid - stagers
@@ -463,7 +463,7 @@ def dispatch(
                 alive = True
                 for this in range(tl.maximum(by_rounds, 1)):
                     if alive:
-                        gl.thread_barrier()
+                        tl.debug_barrier()
                         most = zero().to(tl.int64)
                         for source in range(R):
                             there, count = prepare_source(
@@ -474,7 +474,7 @@ def dispatch(
                             )  # fmt: skip
                             alive = alive & there
                             most = tl.maximum(most, count)
-                        gl.thread_barrier()
+                        tl.debug_barrier()
                         fence_before_loads(tid)
                         slot_at, use_at, parity, wrong, crowded = move_rows(
                             table, bars, ring, tid, lane, warp, rank, (most * R).to(tl.int32), zero(), slot_at,
