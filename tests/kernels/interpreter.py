@@ -271,17 +271,18 @@ def _ask_programs() -> None:
         program = running.program
         return stock_grid(self, axis) if program is None else self.get_int32(program.grid[axis])
 
-    def load(self, pointers, mask, other, cache_modifier, eviction_policy, is_volatile):
+    def load(self, pointers, mask, other, *policies_and_is_volatile):  # which differ between versions
         def perform():
-            return stock_load(self, pointers, mask, other, cache_modifier, eviction_policy, is_volatile)
+            return stock_load(self, pointers, mask, other, *policies_and_is_volatile)
 
         if running.program is None:
             return perform()
+        is_volatile = policies_and_is_volatile[-1]
         return running.program.load(pointers.data[mask.data], is_volatile=is_volatile, perform=perform)
 
-    def store(self, pointers, value, mask, cache_modifier, eviction_policy):
+    def store(self, pointers, value, mask, *policies):
         if running.program is None:
-            return stock_store(self, pointers, value, mask, cache_modifier, eviction_policy)
+            return stock_store(self, pointers, value, mask, *policies)
         is_scalar = pointers.data.size == 1
         return running.program.store(pointers.data[mask.data], value.data[mask.data], is_scalar=is_scalar)
 
