@@ -210,8 +210,15 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch._C._are_functorch_transforms_active():
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+            return _of_one_level(function).apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+@functools.cache
+def _of_one_level(function: type[torch.autograd.Function]) -> Any:
+    """The same function, of which ``torch.func`` is not told."""
+    own = {name: method for name, method in vars(function).items() if isinstance(method, staticmethod)}
+    return type(function.__name__, (torch.autograd.function._SingleLevelFunction,), own)
 
 
 _BELOW = torch._C._after_ADInplaceOrView_keyset
