@@ -74,7 +74,6 @@ class Graph:
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[played_gpu.Gpu, list[Follower]]]:
     """The followers of two ranks; the threads of both need no GPU."""
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     machine = Machine()
     with played_gpu.played() as gpu:
@@ -97,6 +96,13 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[played_gpu.Gpu, lis
 
 def alloc(follower: Follower) -> int:
     return driver_of(follower._regions).alloc(ROWS)
+
+
+def start_threads(gpu: played_gpu.Gpu, followers: list[Follower], monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Graph(gpu, 1, followers)
+    with graph.captured(monkeypatch):
+        for follower in followers:
+            follower.follow()
 
 
 def wait_for(condition: Any) -> None:
@@ -173,13 +179,6 @@ def test_calls_between_find_what_the_thread_has_left(
     assert one.ready[region] == 1
 
 
-def start_threads(gpu: played_gpu.Gpu, followers: list[Follower], monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = Graph(gpu, 1, followers)
-    with graph.captured(monkeypatch):
-        for follower in followers:
-            follower.follow()
-
-
 def test_what_a_call_left_under_way_is_acknowledged_without_another(
     ranks: tuple[played_gpu.Gpu, list[Follower]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,9 +249,7 @@ def test_the_thread_ends_with_its_buffer(
     ranks: tuple[played_gpu.Gpu, list[Follower]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu, followers = ranks
-    graph = Graph(gpu, 7, followers)
-    with graph.captured(monkeypatch):
-        followers[0].follow()
+    start_threads(gpu, followers[:1], monkeypatch)
     thread = followers[0]._thread
     assert thread is not None
     followers[0].close()
@@ -264,13 +261,12 @@ def test_a_mailbox_that_is_garbage_ends_the_thread_alone(
     ranks: tuple[played_gpu.Gpu, list[Follower]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu, followers = ranks
-    graph = Graph(gpu, 7, followers)
-    with graph.captured(monkeypatch):
-        followers[0].follow()
+    start_threads(gpu, followers[:1], monkeypatch)
     thread = followers[0]._thread
     assert thread is not None
-    words = followers[1]._regions._words(1)
-    words[followers[1]._regions._states + 3] = 9
+    peer = followers[1]._regions
+    words = peer._words(1)
+    words[peer._states + 3] = 9
     words[direct._POSTED] += 1
     thread.join(5.0)
     assert not thread.is_alive()

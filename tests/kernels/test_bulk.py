@@ -41,6 +41,18 @@ def run(monkeypatch: Any, case: Case, seed: int, direct: str, module: ModuleType
     assert [world.code(rank) for rank in range(2)] == [0, 0]
 
 
+def compact(world: World, case: Case, num_rows: int, **options: Any) -> None:
+    """A dispatch of both ranks to ``num_rows`` rows each at most, and what it brought."""
+    ranks = [Rank(world, case, rank, **options) for rank in range(2)]
+    for rank in ranks:
+        rank.layout()
+        rank.notify(num_rows)
+        rank.pull(num_rows)
+    world.run()
+    for rank in ranks:
+        rank.check_dispatch()
+
+
 @pytest.mark.parametrize(
     ("name", "direct"),
     [("fp8", "staged"), *slow(("plain", "direct"), ("sparse", "mixed"))],
@@ -50,15 +62,7 @@ def test_expanded(monkeypatch: Any, name: str, direct: str) -> None:
 
 
 def test_compact(monkeypatch: Any) -> None:
-    world = world_of(monkeypatch, 1, "mixed", 1 << 9)
-    ranks = [Rank(world, CASES["fp8"], rank) for rank in range(2)]
-    for rank in ranks:
-        rank.layout()
-        rank.notify(30)
-        rank.pull(30)
-    world.run()
-    for rank in ranks:
-        rank.check_dispatch()
+    compact(world_of(monkeypatch, 1, "mixed", 1 << 9), CASES["fp8"], 30)
 
 
 def test_the_smallest_rings(monkeypatch: Any) -> None:
@@ -72,14 +76,7 @@ def test_the_smallest_rings(monkeypatch: Any) -> None:
     monkeypatch.setattr(
         programs._BULK_DISPATCH, "variant", lambda *warps, **given: made.append(given) or make(*warps, **given)
     )
-    ranks = [Rank(world, case, rank) for rank in range(2)]
-    for rank in ranks:
-        rank.layout()
-        rank.notify(30)
-        rank.pull(30)
-    world.run()
-    for rank in ranks:
-        rank.check_dispatch()
+    compact(world, case, 30)
     assert {(given["W"], given["SLOTS"], given["LAG"]) for given in made} == {(4, 3, 2)}
 
 
@@ -113,14 +110,7 @@ def many_rows(monkeypatch: Any, seed: int, module: ModuleType | None = None) -> 
     monkeypatch.setattr(programs, "SHARED_BYTES", slots + programs.bulk_dispatch_kernels.TABLE_BYTES + 1024)
     world = world_of(monkeypatch, seed, "direct", 1 << 10, module)
     case = Case(tokens=(30, 40), num_topk=2, row_bytes=32, routing="all", seed=seed)
-    ranks = [Rank(world, case, rank, num_sms=2) for rank in range(2)]
-    for rank in ranks:
-        rank.layout()
-        rank.notify(80)
-        rank.pull(80)
-    world.run()
-    for rank in ranks:
-        rank.check_dispatch()
+    compact(world, case, 80, num_sms=2)
 
 
 def test_rings_go_round(monkeypatch: Any) -> None:

@@ -57,7 +57,7 @@ from tokenferry.cli.bench_report import (
     report_of,
     results_of,
 )
-from tokenferry.cli.paths import need_folder, need_gpu
+from tokenferry.cli.needs import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.config import ALIGNMENT
 from tokenferry.modes.inputs import MAX_TOPK, ROW_ALIGNMENT

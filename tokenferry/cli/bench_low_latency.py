@@ -51,7 +51,7 @@ from tokenferry.cli.bench_machine import (
 )
 from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_report import origin_of
-from tokenferry.cli.paths import need_gpu
+from tokenferry.cli.needs import need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
 
 HIGH_THROUGHPUT = "high-throughput"

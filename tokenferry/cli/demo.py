@@ -16,7 +16,7 @@ import torch
 
 from tokenferry.cli.demo_model import Corpus, Settings
 from tokenferry.cli.demo_train import TOLERANCE, Report, train, train_dense
-from tokenferry.cli.paths import need_folder
+from tokenferry.cli.needs import need_folder
 from tokenferry.cli.ranks import RankError, RankPool
 
 _MIN_EXPERTS = 8

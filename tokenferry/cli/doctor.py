@@ -20,7 +20,7 @@ import torch
 from tokenferry.cli.doctor_checks import Finding, Level, look_around
 from tokenferry.cli.doctor_live import live
 from tokenferry.cli.doctor_selftest import self_test
-from tokenferry.cli.paths import need_folder, need_gpu
+from tokenferry.cli.needs import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError
 
 _WIDTH = 118

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenferry.cli import soak_shrink
-from tokenferry.cli.paths import need_folder, need_gpu
+from tokenferry.cli.needs import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.cli.soak_ranks import Look, Report, Settings, soak
 
