@@ -236,6 +236,25 @@ def test_a_thread_that_ended_is_followed_by_another(
     wait_for(lambda: one._regions.is_ready(region))
 
 
+def test_a_capture_wakes_the_thread(
+    ranks: tuple[played_gpu.Gpu, list[Follower]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which looks seldom where nothing has been captured for long."""
+    gpu, (one, two) = ranks
+    with monkeypatch.context() as patch:
+        patch.setattr(follow, "_SHORTEST_SLEEP", 60.0)
+        patch.setattr(follow, "_LONGEST_SLEEP", 60.0)
+        start_threads(gpu, [one, two], monkeypatch)
+        time.sleep(0.1)  # both sleep by then
+        patch.setattr(follow, "_LONGEST_SLEEP", 0.01)
+        with one.lock:
+            region, _ = one._regions.expose(alloc(one), ROWS)
+        time.sleep(0.1)
+        assert not one._regions.is_ready(region)
+        start_threads(gpu, [one, two], monkeypatch)
+        wait_for(lambda: one._regions.is_ready(region))
+
+
 def test_threads_end_before_the_interpreter_does(
     ranks: tuple[played_gpu.Gpu, list[Follower]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,8 +139,8 @@ MUTANTS = {
     "direct rows by token": (BY_TOKEN, "token", "direct"),
     "staged rows by head": (BY_TOKEN, "head", "staged"),
     "rows of one source": (
-        "store_shared_long(entry + ROWS_AT, base + none",
-        "store_shared_long(table + ROWS_AT, base + none",
+        "store_shared_long(entry + ROWS_AT, base",
+        "store_shared_long(table + ROWS_AT, base",
         "direct",
     ),
     "steps of rows": ("entry + ROWS_STEP, step", "entry + ROWS_STEP, 0 * step", "direct"),

@@ -285,7 +285,7 @@ class Mutant:
 
 MUTANTS = {
     "sizes of regions": Mutant(
-        sync, "(offset + rows * row_bytes <= size)", "(size > 0)", ("dispatch", "place", PLACE + ARENA - 16)
+        sync, "(rows * row_bytes <= room)", "(room > 0)", ("dispatch", "place", PLACE + ARENA - 16)
     ),
     "rows of a combine": Mutant(sync, "rows * row_bytes", "row_bytes", ("combine", "place", PLACE + ARENA - 16)),
     "tokens of lists": Mutant(

@@ -299,7 +299,7 @@ WRITE_MESSAGE = """            write_message(
 """
 SIGNAL_MESSAGE = """            if at_once == 0:
                 tl.debug_barrier()
-                signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))
+                signal(word(heap_of(heap, reader), PUBLISHED + rank * LINE), progress(epoch, 1))
 """
 SIGNAL_MESSAGES = """    if at_once:
         signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, 1), R)
@@ -405,7 +405,7 @@ MUTANTS = {
     "refused dispatch stays open": Mutant(notify, "if HOST_WAITS & (code != BAD_PEER):", "if False:", "refused"),
     "refused dispatch goes on": Mutant(notify, "tl.store(state + SKIPPED, epoch)", "pass", "refused, no host waits"),
     "refused combine goes on": Mutant(
-        dispatch, "if first_mismatch(heap, rank, signature, R) >= 0:", "if rank < 0:", "refused, no host waits"
+        dispatch, "if all_mean(heap, rank, signature, R) == 0:", "if rank < 0:", "refused, no host waits"
     ),
 }
 
@@ -457,10 +457,9 @@ def test_repeated_operations_of_three_ranks(monkeypatch: Any, direct: str) -> No
 @pytest.mark.parametrize("seed", but_slow(range(3), 1, 2))
 def test_no_program_steps_back_alone_unnoticed(monkeypatch: Any, seed: int) -> None:
     """One program of every combine, another one in turn, finds a signature that nobody sent."""
-    differs = "(theirs != signature)"
-    alone = f"({differs} | ((signature == 43) & (tl.program_id(0) == {seed + 1})))"
-    found = "tl.where((found < 0) & {}, source, found)"
-    modules = Mutant(sync, found.format(differs), found.format(alone), "direct").modules()
+    agreed = "signature, rank, R, MESSAGE_BYTES)"
+    not_alone = f"{agreed} & ((signature != 43) | (tl.program_id(0) != {seed + 1}))"
+    modules = Mutant(sync, agreed, not_alone, "direct").modules()
     world = World(monkeypatch, 2, seed, modules=modules, max_steps=20_000)
     calls = [Calls(world, number, seed) for number in range(2)]
     calls[0].dispatch()

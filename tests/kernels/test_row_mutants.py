@@ -356,7 +356,7 @@ MUTANTS = {
     "round begins at 0": Mutant(
         dispatch, "low = lower_bound(tokens, zero().to(tl.int64), count, first)", "low = low", "staged"
     ),
-    "round has no wait": Mutant(dispatch, "if first < num_tokens:", "if first < 0:", "staged"),
+    "round has no wait": Mutant(dispatch, "if this * per_round < tl.minimum", "if 0 > tl.minimum", "staged"),
     "rounds of one source": Mutant(
         dispatch, "rounds = tl.maximum(rounds, rounds_of(", "rounds = tl.minimum(1, rounds_of(", "staged"
     ),
@@ -389,7 +389,7 @@ MUTANTS = {
     ),
     "own rows are staged": Mutant(rounds, "(source != rank) & ", "", "staged"),
     "tokens of this rank": Mutant(
-        rounds, "tl.load(heap + rank), source, NUM_TOKENS", "tl.load(heap + rank), rank, NUM_TOKENS", "staged"
+        rounds, "heap_of(heap, rank), source, NUM_TOKENS", "heap_of(heap, rank), rank, NUM_TOKENS", "staged"
     ),
     "regions of another source": Mutant(sync, "regions + source * REGIONS", "regions + 9 * source", "direct"),
     # Combine.
@@ -424,9 +424,9 @@ MUTANTS = {
         "source = R - 1 - source\n            head = tl.load(send_head",
         "combine mixed",
     ),
-    "nobody is staged": Mutant(combine, "return found != 0", "return found < 0", "combine staged"),
+    "nobody is staged": Mutant(rounds, "STAGED * 8, 0, rank", "STAGED * 8, 0 * rank, rank", "combine staged"),
     "too many rows": Mutant(combine, " | (end > brought)", "", "prefixes of other rows"),
-    "fewer rows than none": Mutant(combine, " | (end < start)", "", "prefixes of other rows"),
+    "fewer rows than none": Mutant(combine, " | (count < 0)", "", "prefixes of other rows"),
     "rows below 0": Mutant(combine, "(start < 0) | ", "", "prefixes of other rows"),
     "sums of a bad handle": Mutant(
         combine,

@@ -65,6 +65,7 @@ class Follower:
         self._capture: int | None = None
         self._last_capture = 0.0
         self._thread: threading.Thread | None = None
+        self._woken = threading.Event()
         self.ended = threading.Event()
 
     def follow(self) -> None:
@@ -97,8 +98,9 @@ class Follower:
                 self.ready.copy_(self._regions.ready, non_blocking=True)
             self._capture = capture
         self._last_capture = time.monotonic()
+        self._woken.set()
         if self._thread is None or not self._thread.is_alive():
-            arguments = weakref.ref(self), self._device, self.ended
+            arguments = weakref.ref(self), self._device, self.ended, self._woken
             thread = threading.Thread(target=_look, args=arguments, name=THREAD, daemon=True)
             try:
                 thread.start()
@@ -123,18 +125,22 @@ class Follower:
 
     def close(self) -> None:
         """The mailboxes go away. Under the lock of the queue."""
-        self.ended.set()
+        self._stop()
         self._regions.driver.end_aside()
 
     def end(self) -> None:
         """Follow no more, and wait for the thread."""
-        self.ended.set()
+        self._stop()
         if self._thread is not None:
             self._thread.join(_LAST_SECONDS)
 
+    def _stop(self) -> None:
+        self.ended.set()
+        self._woken.set()
+
     @property
     def pause(self) -> float:
-        """Seconds until the thread looks again."""
+        """Seconds until the thread looks again, if no capture wakes it."""
         return min(max(time.monotonic() - self._last_capture, _SHORTEST_SLEEP), _LONGEST_SLEEP)
 
     @property
@@ -143,7 +149,7 @@ class Follower:
         return self._queue.lock
 
 
-def _look(of: weakref.ref[Follower], device: torch.device, ended: threading.Event) -> None:
+def _look(of: weakref.ref[Follower], device: torch.device, ended: threading.Event, woken: threading.Event) -> None:
     """The thread: for as long as the follower is there, and open."""
     is_first = True
     try:
@@ -157,7 +163,8 @@ def _look(of: weakref.ref[Follower], device: torch.device, ended: threading.Even
                     follower.follow_aside()
             pause = follower.pause
             del follower
-            ended.wait(pause)
+            woken.wait(pause)
+            woken.clear()
     except Exception as error:  # the next operation finds out by itself; graphs pass their rows through the stage
         if not ended.is_set():
             logger.warning("what peers' memory graphs read is not followed any more: %s", error)

@@ -152,14 +152,17 @@ def wait_stores_read(like, PENDING: gl.constexpr):
 
 @gluon.jit
 def wait_stores(like):
-    """Wait until all stores of this thread have landed, and order them before its later signals."""
-    _wait_group(like, "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0; // $1")
+    """Wait until all stores of this thread have landed, and order them before its later signals.
+
+    They are to global memory: a fence of that alone makes no thread wait for what else it has under way.
+    """
+    _wait_group(like, "cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.u32 $0, 0; // $1")
 
 
 @gluon.jit
 def fence_before_loads(like):
-    """Order what this thread has seen before its later bulk copies."""
-    _wait_group(like, "fence.proxy.async; mov.u32 $0, 0; // $1")
+    """Order what this thread has seen of global memory before its later bulk copies from there."""
+    _wait_group(like, "fence.proxy.async.global; mov.u32 $0, 0; // $1")
 
 
 @gluon.jit

@@ -26,16 +26,17 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     store_shared_long,
     wait_parity,
 )
+from tokenferry.dataplane.cuda.kernels.bulk_columns import blame, complain
 from tokenferry.dataplane.cuda.kernels.combine import (
-    any_staged,
-    check_sources,
     place_of,
+    rate_source,
     rounds_of_readers,
     rows_of_reader,
 )
 from tokenferry.dataplane.cuda.kernels.dispatch import agree
-from tokenferry.dataplane.cuda.kernels.flags import is_usable, message_word, zero
+from tokenferry.dataplane.cuda.kernels.flags import heap_of, is_usable, message_word, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
+    any_staged,
     is_staged,
     pass_all_rounds,
     publish_round,
@@ -45,7 +46,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_round,
 )
 from tokenferry.dataplane.cuda.kernels.sync import finish
-from tokenferry.dataplane.cuda.kernels.words import EPOCH, STAGED
+from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, EPOCH, STAGED
 
 EXTRA_BYTES = 16384
 """Shared memory behind the rings: the table, the barriers and windows of weights."""
@@ -58,6 +59,8 @@ WEIGHTS_AT = gl.constexpr(16)
 WEIGHTS_STEP = gl.constexpr(24)
 BY_TOKEN = gl.constexpr(32)
 COUNT = gl.constexpr(40)
+FAULT = gl.constexpr(48)
+"""Not 0: nothing can be read of this operation."""
 BARS = gl.constexpr(32 * 64)
 """Behind the table's entries for 32 sources."""
 FREE = gl.constexpr(32 * 64 + 256)
@@ -72,27 +75,40 @@ WINDOW = gl.constexpr(160)
 
 @gluon.jit
 def prepare(
-    heap, regions, prefix, x, weights, rank, this, per_round, stage, half, table, first_thread,
+    heap, regions, status, prefix, x, weights, rank, operation, epoch, this, per_round, stage, half, table, tid,
     RECORD: gl.constexpr, AT: gl.constexpr, ROW: gl.constexpr, K: gl.constexpr, HELD: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
-    """Write the table of a round."""
-    for source in range(R):
-        base, step, staged, _, count = place_of(
-            heap, regions, prefix, x, rank, source, this, per_round, stage, half, 0, RECORD, 0, ROW, HELD, R
+    """Write the table of a round, a thread the entry of a source: all that is looked up is under way at a time."""
+    source = gl.minimum(tid % 32, R - 1)
+    on = tid < R
+    mine = on.to(gl.int32)
+    entry = table + source * ENTRY
+    base, step, staged, _, count = place_of(
+        heap, regions, prefix, x, rank, source, this, per_round, stage, half, 0, RECORD, 0, ROW, HELD, R
+    )
+    store_shared_long(entry + ROWS_AT, base, mine)
+    store_shared_long(entry + ROWS_STEP, step.to(gl.int64), mine)
+    store_shared_long(entry + BY_TOKEN, staged.to(gl.int64), mine)
+    store_shared_long(entry + COUNT, count.to(gl.int64), mine)
+    if K > 0:
+        base, step, _, _, _ = place_of(
+            heap, regions, prefix, weights, rank, source, this, per_round, stage, half, 1, RECORD, AT, K * 4, HELD, R
         )
-        entry = table + source * ENTRY
-        none = first_thread.to(gl.int64) * 0
-        store_shared_long(entry + ROWS_AT, base + none, first_thread)
-        store_shared_long(entry + ROWS_STEP, step.to(gl.int64) + none, first_thread)
-        store_shared_long(entry + BY_TOKEN, staged.to(gl.int64) + none, first_thread)
-        store_shared_long(entry + COUNT, count.to(gl.int64) + none, first_thread)
-        if K > 0:
-            base, step, staged, _, count = place_of(
-                heap, regions, prefix, weights, rank, source, this, per_round, stage, half, 1, RECORD, AT, K * 4,
-                HELD, R,
-            )  # fmt: skip
-            store_shared_long(entry + WEIGHTS_AT, base + none, first_thread)
-            store_shared_long(entry + WEIGHTS_STEP, step.to(gl.int64) + none, first_thread)
+        store_shared_long(entry + WEIGHTS_AT, base, mine)
+        store_shared_long(entry + WEIGHTS_STEP, step.to(gl.int64), mine)
+    misfits, hidden = rate_source(heap, regions, prefix, rank, source, ROW, K, HELD, R)
+    store_shared_long(entry + FAULT, (misfits | hidden).to(gl.int64), mine)
+    complain(status, operation, epoch, on & misfits, tid, BAD_HANDLE)
+    blame(status, operation, epoch, gl.where(on & hidden, source, -1), tid)
+
+
+@gluon.jit
+def has_no_fault(table, R: gl.constexpr):
+    """Whether nothing is wrong with any source, by the table at a scalar address."""
+    fault = zero().to(gl.int64)
+    for source in range(R):
+        fault = fault | load_shared_long(table + source * ENTRY + FAULT)
+    return fault == 0
 
 
 @gluon.jit
@@ -168,7 +184,7 @@ def stage_rows(
     AT: gl.constexpr = (WIDTH * ITEM + 15) // 16 * 16
     RECORD: gl.constexpr = AT + (K * 4 + 15) // 16 * 16
     per_round = half // (RECORD * R)
-    own = tl.load(heap + rank) + stage
+    own = heap_of(heap, rank) + stage
     alive = True
     for this in range(rounds_of_readers(heap, rank, per_round, R)):
         if alive:
@@ -280,20 +296,16 @@ def combine(
             heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places,
             prefix if HELD else None, operation, timeout, True, 2, R,
         )  # fmt: skip
-        fits = False
         staged = zero()
         if going:
-            fits = check_sources(
-                heap, regions, status, prefix, rank, operation, epoch, ROW, K, HELD, R
-            )  # fmt: skip
-            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
+            staged = tl.load(message_word(heap_of(heap, rank), rank, STAGED)).to(tl.int32)
         stagers = tl.where(staged != 0, num_stagers, 0)
         if pid < stagers:
             stage_rows(
                 heap, state, status, x, weights, prefix, src_idx, num_rows, rank, epoch, operation, timeout, stage,
                 half, pid, stagers, tid, staged_cols, WIDTH, ITEM, K, HELD, R,
             )  # fmt: skip
-        elif fits:
+        elif going:
             # Group g of program p has the tokens p + g * programs + n * workers; the variables are of its group 0.
             worker = pid - stagers
             programs = gl.num_programs(0) - stagers
@@ -304,6 +316,7 @@ def combine(
             per_round = half // (RECORD * R)
             rounds = tl.where(by_rounds, rounds_of(num_tokens, per_round), 1)
             alive = True
+            fits = True
             slot_at = zero()
             use_at = zero()
             parity = zero()
@@ -316,15 +329,17 @@ def combine(
                                 heap, state, status, rank, source, this, operation, epoch, timeout, R
                             )
                 if alive:
-                    first = tl.where(by_rounds, this * per_round, 0)
-                    end = tl.where(by_rounds, tl.minimum(first + per_round, num_tokens), num_tokens)
-                    mine = tl.maximum((end - first - worker + workers - 1) // workers, 0)
                     prepare(
-                        heap, regions, prefix, x.to(tl.int64), weights.to(tl.int64), rank, this, per_round, stage,
-                        half, extra, first_thread, RECORD, AT, ROW, K, HELD, R,
+                        heap, regions, status, prefix, x.to(tl.int64), weights.to(tl.int64), rank, operation, epoch,
+                        this, per_round, stage, half, extra, tid, RECORD, AT, ROW, K, HELD, R,
                     )  # fmt: skip
                     tl.debug_barrier()
                     fence_before_loads(tid)
+                    fits = has_no_fault(shared_base(zero()) + SLOTS * G * SLOT, R)
+                if alive & fits:
+                    first = tl.where(by_rounds, this * per_round, 0)
+                    end = tl.where(by_rounds, tl.minimum(first + per_round, num_tokens), num_tokens)
+                    mine = tl.maximum((end - first - worker + workers - 1) // workers, 0)
                     # ``ahead_*``: the item that is asked for next, LAG items before it is summed.
                     ahead_source = zero()
                     ahead_token = (first + worker).to(tl.int32)
@@ -369,8 +384,8 @@ def combine(
                             gl.store(out_weights + t * K + lane, sums, mask=(lane < K) & (t < end))
                     if by_rounds:
                         release_round(heap, state, rank, this, epoch, programs, R)
-        elif going & (pid == stagers):
-            pass_all_rounds(heap, rank, epoch, R)
+            if (fits == 0) & (pid == stagers):
+                pass_all_rounds(heap, rank, epoch, R)
         finish(heap, state, status, rank, epoch, staged, operation, timeout, R)
     memory._keep_alive()
     rest._keep_alive()

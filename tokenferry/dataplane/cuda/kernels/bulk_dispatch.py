@@ -38,21 +38,32 @@ from tokenferry.dataplane.cuda.kernels.bulk_columns import (
     fill_tail,
     zero_tail,
 )
-from tokenferry.dataplane.cuda.kernels.dispatch import agree, lacks_room, range_of_source, rows_from, staged_rounds
-from tokenferry.dataplane.cuda.kernels.flags import is_usable, message_word, report_bad_peer, zero
+from tokenferry.dataplane.cuda.kernels.dispatch import (
+    agree,
+    lacks_room,
+    list_of,
+    rows_from,
+    staged_rounds,
+    wait_for_sources,
+)
+from tokenferry.dataplane.cuda.kernels.flags import heap_of, is_usable, message_word, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
+    is_staged,
     pass_all_rounds,
     publish_round,
     release_round,
     rounds_of,
+    tokens_of,
     wait_for_half,
 )
-from tokenferry.dataplane.cuda.kernels.sync import column_address, finish
+from tokenferry.dataplane.cuda.kernels.sync import column_region, finish, inside
 from tokenferry.dataplane.cuda.kernels.words import (
     ALONE,
     BAD_HANDLE,
     EPOCH,
+    MAX_TOKENS,
     NO_ROOM,
+    PLACE_MASK,
     STAGED,
 )
 
@@ -72,6 +83,8 @@ FIRST = gl.constexpr(88)
 LAST = gl.constexpr(96)
 FIRST_TOKEN = gl.constexpr(104)
 """What is added to tokens where they are written down."""
+SEARCH_STEPS = gl.constexpr(MAX_TOKENS.bit_length())
+"""After which a search among the tokens of a rank is over."""
 TABLE_BYTES = 32 * 128
 """Entries for as many sources as ranks can share a node."""
 SLOT_HEADER = 16
@@ -106,51 +119,101 @@ def put_column(table, source, field, at, step, first, lane0):
 
 
 @gluon.jit
-def prepare_source(
-    heap, state, regions, status, x, scales, ids, weights, src_idx, prefix, num_rows, list_capacity, rank, source,
-    epoch, operation, timeout, stage, half, this, table, lane0,
+def bounds_in(tokens, end, first, last):
+    """The first indices, up to ``end``, of each thread's ascending tokens not below ``first``, and ``last``."""
+    low = end * 0
+    below = end
+    high = end * 0
+    above = end
+    for _ in range(SEARCH_STEPS):
+        middle = (low + below) // 2
+        is_less = (low < below) & (gl.load(tokens + middle, mask=low < below, other=0) < first)
+        low, below = gl.where(is_less, middle + 1, low), gl.where(is_less, below, middle)
+        middle = (high + above) // 2
+        is_less = (high < above) & (gl.load(tokens + middle, mask=high < above, other=0) < last)
+        high, above = gl.where(is_less, middle + 1, high), gl.where(is_less, above, middle)
+    return low, high
+
+
+@gluon.jit
+def place_of(heap, regions, rank, source, column, staged, on_stage, own, ALIGN: gl.constexpr, R: gl.constexpr):
+    """Where a column of each thread's source lies, and how many bytes of it can be read from there."""
+    at, room = column_region(heap, regions, rank, source, column, ALIGN, R)
+    at = gl.where(staged, on_stage, gl.where(source == rank, own, at))
+    return at, gl.where(staged | (source == rank), PLACE_MASK, room)
+
+
+@gluon.jit
+def prepare(
+    heap, regions, status, x, scales, ids, weights, src_idx, prefix, num_rows, list_capacity, rank, epoch, operation,
+    stage, half, this, by_rounds, table, tid,
     CACHED: gl.constexpr, PLACED: gl.constexpr, ROW: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr,
     R: gl.constexpr, RECORD: gl.constexpr, SCALES_OFF: gl.constexpr, IDS_OFF: gl.constexpr,
     WEIGHTS_OFF: gl.constexpr,
 ):  # fmt: skip
-    """Wait for a source's round, and write its table entry."""
-    tokens, start, low, high, first, last, staged, alive = range_of_source(
-        heap, state, status, src_idx, prefix, num_rows, list_capacity, rank, source, epoch, operation, timeout, this,
-        half // RECORD, CACHED, PLACED, R,
-    )  # fmt: skip
-    base = tl.load(heap + source) + stage + (this % 2) * half
-    own = source == rank
-    rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0, last, ROW, 16, R))
-    rows_at = tl.where(own, x.to(tl.int64), rows_at)
-    unknown = rows_at == 0
-    put_column(table, source, ROWS_AT, rows_at, tl.where(staged, RECORD, ROW), first, lane0)
+    """Write the table of a round, a thread the entry of a source: all that is looked up is under way at a time."""
+    source = gl.minimum(tid % 32, R - 1)
+    mine = (tid < R).to(gl.int32)
+    staged = is_staged(heap, rank, source)
+    base = heap_of(heap, source) + stage + (this % 2) * half
+    rows_at, rows_room = place_of(heap, regions, rank, source, 0, staged, base, x.to(tl.int64), 16, R)
+    scales_at, scales_room = rows_at, rows_room
+    ids_at, ids_room = rows_at, rows_room
+    weights_at, weights_room = rows_at, rows_room
     if SCALES > 0:
-        there = column_address(heap, regions, rank, source, 1, last, SCALES, 4, R)
-        scales_at = tl.where(staged, base + SCALES_OFF, there)
-        scales_at = tl.where(own, scales.to(tl.int64), scales_at)
-        unknown = unknown | (scales_at == 0)
-        put_column(table, source, SCALES_AT, scales_at, tl.where(staged, RECORD, SCALES), first, lane0)
+        scales_at, scales_room = place_of(
+            heap, regions, rank, source, 1, staged, base + SCALES_OFF, scales.to(tl.int64), 4, R
+        )
     if K > 0:
-        there = column_address(heap, regions, rank, source, 2, last, K * 8, 8, R)
-        ids_at = tl.where(staged, base + IDS_OFF, there)
-        ids_at = tl.where(own, ids.to(tl.int64), ids_at)
-        there = column_address(heap, regions, rank, source, 3, last, K * 4, 4, R)
-        weights_at = tl.where(staged, base + WEIGHTS_OFF, there)
-        weights_at = tl.where(own, weights.to(tl.int64), weights_at)
+        ids_at, ids_room = place_of(heap, regions, rank, source, 2, staged, base + IDS_OFF, ids.to(tl.int64), 8, R)
+        weights_at, weights_room = place_of(
+            heap, regions, rank, source, 3, staged, base + WEIGHTS_OFF, weights.to(tl.int64), 4, R
+        )
+    start, end = rows_from(prefix, num_rows, rank, source, R, PLACED)
+    tokens = list_of(heap, src_idx, rank, source, start, list_capacity, CACHED)
+    last = tl.minimum(tokens_of(heap, rank, source), list_capacity)
+    count = tl.minimum(end - start, last)
+    low = count * 0
+    first = low
+    high = gl.where(this == 0, count, low)
+    if by_rounds > 0:
+        per_round = half // RECORD
+        first = gl.where(staged, this * per_round, first)
+        last = gl.where(staged, tl.minimum(first + per_round, last), last)
+        begin, stop = bounds_in(tokens, count, first, first + per_round)
+        low = gl.where(staged, begin, low)
+        high = gl.where(staged, stop, high)
+    rows_at = inside(rows_at, rows_room, last, ROW)
+    unknown = rows_at == 0
+    put_column(table, source, ROWS_AT, rows_at, gl.where(staged, RECORD, ROW), first, mine)
+    if SCALES > 0:
+        scales_at = inside(scales_at, scales_room, last, SCALES)
+        unknown = unknown | (scales_at == 0)
+        put_column(table, source, SCALES_AT, scales_at, gl.where(staged, RECORD, SCALES), first, mine)
+    if K > 0:
+        ids_at = inside(ids_at, ids_room, last, K * 8)
+        weights_at = inside(weights_at, weights_room, last, K * 4)
         unknown = unknown | (ids_at == 0) | (weights_at == 0)
-        put_column(table, source, IDS_AT, ids_at, tl.where(staged, RECORD, K * 8), first, lane0)
-        put_column(table, source, WEIGHTS_AT, weights_at, tl.where(staged, RECORD, K * 4), first, lane0)
-    if unknown & (low < high):
-        report_bad_peer(status, source, operation, epoch)
-        high = low
-    put(table, source, LIST_AT, tokens.to(tl.int64) + low * 4, lane0)
-    put(table, source, COUNT, high - low, lane0)
-    put(table, source, START, start + low, lane0)
-    put(table, source, FIRST, first, lane0)
-    put(table, source, LAST, last, lane0)
+        put_column(table, source, IDS_AT, ids_at, gl.where(staged, RECORD, K * 8), first, mine)
+        put_column(table, source, WEIGHTS_AT, weights_at, gl.where(staged, RECORD, K * 4), first, mine)
+    unknown = unknown & (low < high)
+    blame(status, operation, epoch, gl.where(unknown & (tid < R), source, -1), tid)
+    put(table, source, LIST_AT, tokens.to(tl.int64) + low * 4, mine)
+    put(table, source, COUNT, gl.where(unknown, 0, high - low), mine)
+    put(table, source, START, start + low, mine)
+    put(table, source, FIRST, first, mine)
+    put(table, source, LAST, last, mine)
     if PLACED:
-        put(table, source, FIRST_TOKEN, tl.load(prefix + 2 * R + source).to(gl.int64), lane0)
-    return alive, high - low
+        put(table, source, FIRST_TOKEN, tl.load(prefix + 2 * R + source).to(gl.int64), mine)
+
+
+@gluon.jit
+def most_rows(table, R: gl.constexpr):
+    """The most rows of a source, by the table at a scalar address."""
+    most = zero().to(gl.int64)
+    for source in range(R):
+        most = tl.maximum(most, load_shared_long(table + source * ENTRY + COUNT))
+    return most
 
 
 @gluon.jit
@@ -401,14 +464,14 @@ def dispatch(
         received = zero().to(tl.int64)
         expanded = zero().to(tl.int64)
         if going:
-            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
+            staged = tl.load(message_word(heap_of(heap, rank), rank, STAGED)).to(tl.int32)
             if not CACHED and not PLACED:
                 received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
                 if EXPAND:
                     expanded = tl.load(bases + R * num_local).to(tl.int64)
         elif tl.load(state + ALONE) == epoch:
             is_alone = True
-            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
+            staged = tl.load(message_word(heap_of(heap, rank), rank, STAGED)).to(tl.int32)
         too_few = lacks_room(received, num_rows, expanded, num_expanded)
         num_rows = tl.maximum(num_rows, 0)
         received = tl.minimum(tl.maximum(received, 0), num_rows)
@@ -421,7 +484,7 @@ def dispatch(
         parity = zero()
         if pid < stagers:
             per_round = half // RECORD
-            own = tl.load(heap + rank) + stage
+            own = heap_of(heap, rank) + stage
             alive = True
             for this in range(rounds_of(num_tokens, per_round)):
                 if alive:
@@ -462,20 +525,20 @@ def dispatch(
                 by_rounds = staged_rounds(heap, rank, half // RECORD, list_capacity, R)
                 alive = True
                 for this in range(tl.maximum(by_rounds, 1)):
+                    if alive & (by_rounds > 0):
+                        alive = wait_for_sources(
+                            heap, state, status, rank, this, half // RECORD, list_capacity, operation, epoch, timeout,
+                            R,
+                        )  # fmt: skip
                     if alive:
-                        tl.debug_barrier()
-                        most = zero().to(tl.int64)
-                        for source in range(R):
-                            there, count = prepare_source(
-                                heap, state, regions, status, x, scales, ids, weights, src_idx, prefix, num_rows,
-                                list_capacity, rank, source, epoch, operation, timeout, stage, half, this, table,
-                                lane0, CACHED, PLACED, ROW, SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF,
-                                WEIGHTS_OFF,
-                            )  # fmt: skip
-                            alive = alive & there
-                            most = tl.maximum(most, count)
+                        prepare(
+                            heap, regions, status, x, scales, ids, weights, src_idx, prefix, num_rows, list_capacity,
+                            rank, epoch, operation, stage, half, this, by_rounds, table, tid, CACHED, PLACED, ROW,
+                            SCALES, K, R, RECORD, SCALES_OFF, IDS_OFF, WEIGHTS_OFF,
+                        )  # fmt: skip
                         tl.debug_barrier()
                         fence_before_loads(tid)
+                        most = most_rows(shared_base(zero()), R)
                         slot_at, use_at, parity, wrong, crowded = move_rows(
                             table, bars, ring, tid, lane, warp, rank, (most * R).to(tl.int32), zero(), slot_at,
                             use_at, parity, worker, workers, out_x.to(tl.int64), out_scales.to(tl.int64), out_ids,
@@ -489,7 +552,7 @@ def dispatch(
                             blame(status, operation, epoch, wrong, tid)
                         if EXPAND:
                             complain(status, operation, epoch, crowded, tid, BAD_HANDLE if CACHED else NO_ROOM)
-                        if alive & (this < by_rounds):
+                        if this < by_rounds:
                             release_round(heap, state, rank, this, epoch, workers, R)
                 if not EXPAND and not PLACED:
                     if num_expanded != 0:

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.dispatch import agree, copy_rows, rows_from
-from tokenferry.dataplane.cuda.kernels.flags import is_usable, message_word, report, report_bad_peer, zero
+from tokenferry.dataplane.cuda.kernels.flags import heap_of, is_usable, message_word, report, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
+    any_staged,
     is_staged,
     lower_bound,
     pass_all_rounds,
@@ -63,7 +64,7 @@ def stage_combine(
     RECORD: tl.constexpr = (WORDS * 4 + 15) // 16 * 16 + (K * 4 + 15) // 16 * 16
     WEIGHTS_AT: tl.constexpr = (WORDS * 4 + 15) // 16 * 16
     per_round = half // (RECORD * R)
-    own = tl.load(heap + rank) + stage
+    own = heap_of(heap, rank) + stage
     alive = True
     for this in range(rounds_of_readers(heap, rank, per_round, R)):
         if alive:
@@ -92,7 +93,7 @@ def stage_combine(
 def start_at(heap, prefix, rank, source, HELD: tl.constexpr, R: tl.constexpr):
     """Where a rank's rows for this rank's tokens begin among all of its rows."""
     if HELD:
-        start = tl.load(message_word(tl.load(heap + rank), source, FIRST_ROW))
+        start = tl.load(message_word(heap_of(heap, rank), source, FIRST_ROW))
     else:
         start = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0).to(tl.int64)
     return start
@@ -124,7 +125,7 @@ def place_of(
     direct = tl.where(source == rank, own_address, direct)
     known = staged | ((direct != 0) & (start >= 0))
     first = this * per_round
-    half_at = tl.load(heap + source) + stage + (this % 2) * half + AT
+    half_at = heap_of(heap, source) + stage + (this % 2) * half + AT
     by_token = half_at + (rank * per_round - first) * RECORD
     return (
         tl.where(staged, by_token, direct + start * ROW_BYTES),
@@ -168,6 +169,24 @@ def sum_rows(
 
 
 @triton.jit
+def rate_source(
+    heap, regions, prefix, rank, source, ROW_BYTES: tl.constexpr, K: tl.constexpr, HELD: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """Whether the handle's counts do not fit the rows that a rank brought, and whether these cannot be read."""
+    start = start_at(heap, prefix, rank, source, HELD, R)
+    count = count_at(prefix, rank, source, start, HELD, R)
+    end = start + count
+    brought = tl.minimum(tl.load(message_word(heap_of(heap, rank), source, NUM_ROWS)), MOST_ROWS)
+    misfits = (start < 0) | (count < 0) | (end > brought)
+    if HELD:
+        misfits = misfits | (count != tl.load(message_word(heap_of(heap, rank), source, ROW_COUNT)))
+    hidden = column_address(heap, regions, rank, source, 0, end, ROW_BYTES, 16, R) == 0
+    if K > 0:
+        hidden = hidden | (column_address(heap, regions, rank, source, 1, end, K * 4, 16, R) == 0)
+    return misfits, hidden & (source != rank) & (count > 0) & (is_staged(heap, rank, source) == 0)
+
+
+@triton.jit
 def check_sources(
     heap, regions, status, prefix, rank, operation, epoch, ROW_BYTES: tl.constexpr, K: tl.constexpr,
     HELD: tl.constexpr, R: tl.constexpr,
@@ -175,37 +194,14 @@ def check_sources(
     """Whether the handle's counts fit the rows that every rank brought, all of them readable."""
     fits = True
     for source in range(R):
-        if HELD:
-            start = start_at(heap, prefix, rank, source, HELD, R)
-            end = start + count_at(prefix, rank, source, start, HELD, R)
-            if end - start != tl.load(message_word(tl.load(heap + rank), source, ROW_COUNT)):
-                report(status, BAD_HANDLE, operation, epoch)
-                fits = False
-        else:
-            end = tl.load(prefix + rank * R + source).to(tl.int64)
-            before = tl.load(prefix + (rank - 1) * R + source, mask=rank > 0, other=0)
-            start = before.to(tl.int64)
-        brought = tl.minimum(tl.load(message_word(tl.load(heap + rank), source, NUM_ROWS)), MOST_ROWS)
-        if (start < 0) | (end < start) | (end > brought):
+        misfits, hidden = rate_source(heap, regions, prefix, rank, source, ROW_BYTES, K, HELD, R)
+        if misfits:
             report(status, BAD_HANDLE, operation, epoch)
             fits = False
-        if (source != rank) & (end > start) & (is_staged(heap, rank, source) == 0):
-            found = column_address(heap, regions, rank, source, 0, end, ROW_BYTES, 16, R) != 0
-            if K > 0:
-                found = found & (column_address(heap, regions, rank, source, 1, end, K * 4, 16, R) != 0)
-            if found == 0:
-                report_bad_peer(status, source, operation, epoch)
-                fits = False
+        if hidden:
+            report_bad_peer(status, source, operation, epoch)
+            fits = False
     return fits
-
-
-@triton.jit
-def any_staged(heap, rank, R: tl.constexpr):
-    """Whether some peer's rows come through its stage."""
-    found = zero()
-    for source in range(R):
-        found = found | is_staged(heap, rank, source).to(tl.int32)
-    return found != 0
 
 
 @triton.jit(
@@ -274,7 +270,7 @@ def combine(
             fits = check_sources(
                 heap, regions, status, prefix, rank, operation, epoch, WIDTH * ITEM, K, HELD, R
             )  # fmt: skip
-            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
+            staged = tl.load(message_word(heap_of(heap, rank), rank, STAGED)).to(tl.int32)
         stagers = tl.where(staged != 0, num_stagers, 0)
         if pid < stagers:
             stage_combine(

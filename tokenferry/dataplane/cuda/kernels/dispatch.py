@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.expert_major import choose_copies, copy_to_copies, weigh_copies
-from tokenferry.dataplane.cuda.kernels.flags import is_usable, message_word, report, report_bad_peer, zero
+from tokenferry.dataplane.cuda.kernels.flags import heap_of, is_usable, message_word, report, report_bad_peer, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
+    any_staged,
     is_staged,
     lower_bound,
     pass_all_rounds,
@@ -19,9 +20,9 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     wait_for_round,
 )
 from tokenferry.dataplane.cuda.kernels.sync import (
+    all_mean,
     column_address,
     finish,
-    first_mismatch,
     publish_all,
     report_mismatches,
     wait_all_published,
@@ -67,7 +68,7 @@ def stage_dispatch(
     WEIGHTS_AT: tl.constexpr = IDS_AT + (K * 8 + 15) // 16 * 16
     RECORD: tl.constexpr = WEIGHTS_AT + (K * 4 + 15) // 16 * 16
     per_round = half // RECORD
-    own = tl.load(heap + rank) + stage
+    own = heap_of(heap, rank) + stage
     alive = True
     for this in range(rounds_of(num_tokens, per_round)):
         if alive:
@@ -177,7 +178,7 @@ def list_of(heap, src_idx, rank, source, start, list_capacity, CACHED: tl.conste
     if CACHED:
         return src_idx + start
     else:
-        own = tl.load(heap + rank)
+        own = heap_of(heap, rank)
         return (own + LISTS + source * list_capacity * 4).to(tl.pointer_type(tl.int32))
 
 
@@ -185,25 +186,38 @@ def list_of(heap, src_idx, rank, source, start, list_capacity, CACHED: tl.conste
 def staged_rounds(heap, rank, per_round, list_capacity, R: tl.constexpr):
     """Rounds in which all staged sources pass; 0 if there is none."""
     rounds = zero().to(tl.int64)
-    for source in range(R):
-        if is_staged(heap, rank, source):
-            num_tokens = tl.minimum(tokens_of(heap, rank, source), list_capacity)
-            rounds = tl.maximum(rounds, rounds_of(num_tokens, per_round))
+    if any_staged(heap, rank, R):
+        for source in range(R):
+            if is_staged(heap, rank, source):
+                num_tokens = tl.minimum(tokens_of(heap, rank, source), list_capacity)
+                rounds = tl.maximum(rounds, rounds_of(num_tokens, per_round))
     return rounds
 
 
 @triton.jit
+def wait_for_sources(
+    heap, state, status, rank, this, per_round, list_capacity, operation, epoch, timeout, R: tl.constexpr
+):  # fmt: skip
+    """Wait for a round of every source that is staged and has one; whether all came."""
+    alive = True
+    for source in range(R):
+        if is_staged(heap, rank, source):
+            if this * per_round < tl.minimum(tokens_of(heap, rank, source), list_capacity):
+                there = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout, R)
+                alive = alive & there
+    return alive
+
+
+@triton.jit
 def range_of_source(
-    heap, state, status, src_idx, prefix, num_rows, list_capacity, rank, source, epoch, operation, timeout, this,
-    per_round,
+    heap, rank, source, src_idx, prefix, num_rows, list_capacity, this, per_round,
     CACHED: tl.constexpr, PLACED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Wait for a source's round, and tell which of its rows come in it.
+    """Which rows of a source come in a round.
 
     Returns:
-        The list of the source's tokens and the row of its first one; from where to where the round goes in it (no
-        rows if they did not come); the first token that can be read now, and the one after the last; whether the
-        rows are staged; whether they came.
+        The list of the source's tokens and the row of its first one; from where to where the round goes in it; the
+        first token that can be read now, and the one after the last; whether the rows are staged.
     """
     start, end = rows_from(prefix, num_rows, rank, source, R, PLACED)
     tokens = list_of(heap, src_idx, rank, source, start, list_capacity, CACHED)
@@ -214,24 +228,19 @@ def range_of_source(
     high = tl.where(this == 0, count, 0)
     first = zero().to(tl.int64)
     last = num_tokens
-    alive = True
     if staged:
         first = this * per_round
         last = tl.minimum(first + per_round, num_tokens)
         low = lower_bound(tokens, zero().to(tl.int64), count, first)
         high = lower_bound(tokens, low, count, first + per_round)
-        if first < num_tokens:
-            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout, R)
-        if not alive:
-            high = low
-    return tokens, start, low, high, first, last, staged, alive
+    return tokens, start, low, high, first, last, staged
 
 
 @triton.jit
 def pull_source(
-    heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids, out_weights, src_idx, prefix,
+    heap, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids, out_weights, src_idx, prefix,
     metadata, bases, num_rows, first_expert, num_local, num_max_tokens, num_expanded, list_capacity, rank, source,
-    epoch, operation, timeout, stage, half, this, worker, workers,
+    epoch, operation, stage, half, this, worker, workers,
     CACHED: tl.constexpr, EXPAND: tl.constexpr, PLACED: tl.constexpr, WORDS: tl.constexpr,
     SCALE_WORDS: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
     BLOCK: tl.constexpr, SMALL: tl.constexpr,
@@ -241,12 +250,11 @@ def pull_source(
     IDS_AT: tl.constexpr = SCALES_AT + (SCALE_WORDS * 4 + 15) // 16 * 16
     WEIGHTS_AT: tl.constexpr = IDS_AT + (K * 8 + 15) // 16 * 16
     RECORD: tl.constexpr = WEIGHTS_AT + (K * 4 + 15) // 16 * 16
-    tokens, start, low, high, first, last, staged, alive = range_of_source(
-        heap, state, status, src_idx, prefix, num_rows, list_capacity, rank, source, epoch, operation, timeout, this,
-        half // RECORD, CACHED, PLACED, R,
-    )  # fmt: skip
+    tokens, start, low, high, first, last, staged = range_of_source(
+        heap, rank, source, src_idx, prefix, num_rows, list_capacity, this, half // RECORD, CACHED, PLACED, R
+    )
     if low < high:
-        base = tl.load(heap + source) + stage + (this % 2) * half
+        base = heap_of(heap, source) + stage + (this % 2) * half
         own = source == rank
         rows_at = tl.where(staged, base, column_address(heap, regions, rank, source, 0, last, WORDS * 4, 16, R))
         rows_at = tl.where(own, x.to(tl.int64), rows_at)
@@ -313,7 +321,6 @@ def pull_source(
                 tl.store(src_idx + row, t + tl.load(prefix + 2 * R + source), mask=noted)
             elif not CACHED:
                 tl.store(src_idx + row, t, mask=live)
-    return alive
 
 
 @triton.jit
@@ -335,7 +342,7 @@ def agree(
     going = wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, counts, R)
     if going:
         if CACHED:
-            if first_mismatch(heap, rank, signature, R) >= 0:
+            if all_mean(heap, rank, signature, R) == 0:
                 going = False
                 tl.atomic_add(state + DIFFERED, 1, sem="relaxed", scope="gpu")
                 if tl.program_id(0) == 0:
@@ -428,14 +435,14 @@ def dispatch(
         received = zero().to(tl.int64)
         expanded = zero().to(tl.int64)
         if going:
-            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
+            staged = tl.load(message_word(heap_of(heap, rank), rank, STAGED)).to(tl.int32)
             if not CACHED and not PLACED:
                 received = tl.load(prefix + (R - 1) * R + rank).to(tl.int64)
                 if EXPAND:
                     expanded = tl.load(bases + R * num_local).to(tl.int64)
         elif tl.load(state + ALONE) == epoch:
             is_alone = True
-            staged = tl.load(message_word(tl.load(heap + rank), rank, STAGED)).to(tl.int32)
+            staged = tl.load(message_word(heap_of(heap, rank), rank, STAGED)).to(tl.int32)
         too_few = lacks_room(received, num_rows, expanded, num_expanded)
         num_rows = tl.maximum(num_rows, 0)
         received = tl.minimum(tl.maximum(received, 0), num_rows)
@@ -459,14 +466,19 @@ def dispatch(
                 by_rounds = staged_rounds(heap, rank, half // RECORD, list_capacity, R)
                 alive = True
                 for this in range(tl.maximum(by_rounds, 1)):
-                    for step in range(R):
-                        if alive:
-                            alive = pull_source(
-                                heap, state, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids,
+                    if alive & (by_rounds > 0):
+                        alive = wait_for_sources(
+                            heap, state, status, rank, this, half // RECORD, list_capacity, operation, epoch, timeout,
+                            R,
+                        )  # fmt: skip
+                    if alive:
+                        for step in range(R):
+                            pull_source(
+                                heap, regions, status, x, scales, ids, weights, out_x, out_scales, out_ids,
                                 out_weights, src_idx, prefix, metadata, bases, num_rows, first_expert, num_local,
                                 num_max_tokens, num_expanded, list_capacity, rank, (rank + 1 + step) % R, epoch,
-                                operation, timeout, stage, half, this, worker, workers, CACHED, EXPAND, PLACED,
-                                WORDS, SCALE_WORDS, K, KB, R, RT, BLOCK, SMALL,
+                                operation, stage, half, this, worker, workers, CACHED, EXPAND, PLACED, WORDS,
+                                SCALE_WORDS, K, KB, R, RT, BLOCK, SMALL,
                             )  # fmt: skip
                     if alive & (this < by_rounds):
                         release_round(heap, state, rank, this, epoch, workers, R)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.flags import message_word, report, zero
+from tokenferry.dataplane.cuda.kernels.flags import heap_of, message_word, report, zero
 from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, COUNTS, EPOCH, EXPERTS, EXPERTS_BYTES, NO_ROOM
 
 PACK_SHIFT = tl.constexpr(32)
@@ -143,7 +143,7 @@ def lay_out_experts(
     local experts; [L] where their rows end. If expanded, then: [R, L] ``bases``, and behind these how many rows there
     are in all, those that align experts among them; 0 where the outputs have as many as could be (``num_worst``).
     """
-    own = tl.load(heap + rank)
+    own = heap_of(heap, rank)
     received = zero().to(tl.int64)
     for source in range(R):
         received += tl.load(message_word(own, source, COUNTS + rank))

@@ -46,6 +46,17 @@ def zero():
 
 
 @triton.jit
+def heap_of(heap, rank):
+    """Where the heap of a rank begins. The table never changes: the compiler may keep what was read once."""
+    if INTERPRET:
+        return tl.load(heap + rank)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b64 $0, [$1];", "=l,l", [heap + rank], tl.int64, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def now():
     """Nanoseconds of the device's clock; the interpreter has none, and so no deadlines."""
     if INTERPRET:
@@ -104,6 +115,27 @@ def acquire_all(flags, R: tl.constexpr, STEP: tl.constexpr = LINE):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def others_say(words, value, rank, R: tl.constexpr, STEP: tl.constexpr):
+    """Whether the words of all other ranks, STEP bytes each from ``words`` on, are ``value``: looked at in one go."""
+    if INTERPRET:
+        same = True
+        for peer in range(R):
+            same = same & ((peer == rank) | (tl.load(word(words, peer * STEP)) == value))
+        return same
+    else:
+        theirs = tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .u32 t; .reg .u64 a; mov.u32 t, %tid.x; rem.u32 t, t, $2;
+            mad.wide.u32 a, t, $3, $1; setp.ne.u32 p, t, $4; mov.b64 $0, $5; @p ld.global.b64 $0, [a]; }""",
+            "=&l,l,r,r,r,l",
+            [words, zero() + R, zero() + STEP, rank, zero().to(tl.int64) + value],
+            tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+        return agreed(theirs == value)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.expert_major import lay_out_experts
 from tokenferry.dataplane.cuda.kernels.flags import (
+    heap_of,
     is_usable,
     message_word,
     progress,
@@ -18,6 +19,7 @@ from tokenferry.dataplane.cuda.kernels.flags import (
 )
 from tokenferry.dataplane.cuda.kernels.sync import (
     close_operation,
+    is_settled,
     must_stage,
     wait_all_published,
     wait_released,
@@ -91,8 +93,13 @@ def tell(
     NUM_COLUMNS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One rank's message, counts and list for one reader."""
-    if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout, R):
-        base = tl.load(heap + reader)
+    free = is_settled(state, epoch)
+    if free == 0:
+        free = wait_released(
+            heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout, R
+        )
+    if free:
+        base = heap_of(heap, reader)
         staged = must_stage(ready, places, NUM_COLUMNS, R)
         problem = tl.load(state + BAD_INPUT)
         write_message(
@@ -159,7 +166,7 @@ def judge(
     Whether a rank sends more rows than it has tokens, or more choices of an expert than these have, is looked at only
     where all call the same: others send no counts.
     """
-    own = tl.load(heap + rank)
+    own = heap_of(heap, rank)
     r = tl.arange(0, RB)
     inside = r < R
     ends = tl.zeros([RB], tl.int64)
@@ -190,7 +197,7 @@ def judge(
 @triton.jit
 def add_experts(heap, host, rank, num_local, R: tl.constexpr):
     """Sum the sources' counts of each local expert, for the host."""
-    own = tl.load(heap + rank)
+    own = heap_of(heap, rank)
     for start in range(0, num_local, 256):
         e = start + tl.arange(0, 256)
         total = tl.zeros([256], tl.int32)

@@ -20,7 +20,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.flags import is_usable, message_word, progress, report, signal, word, zero
+from tokenferry.dataplane.cuda.kernels.flags import (
+    heap_of,
+    is_usable,
+    message_word,
+    progress,
+    report,
+    signal,
+    word,
+    zero,
+)
 from tokenferry.dataplane.cuda.kernels.notify import compare, send_list, step_back
 from tokenferry.dataplane.cuda.kernels.rounds import tokens_of
 from tokenferry.dataplane.cuda.kernels.sync import (
@@ -49,7 +58,7 @@ def tell_part(
 ):  # fmt: skip
     """This rank's message and list for one reader."""
     if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout, R):
-        base = tl.load(heap + reader)
+        base = heap_of(heap, reader)
         staged = must_stage(ready, places, NUM_COLUMNS, R)
         problem = tl.load(state + BAD_INPUT)
         write_message(heap, rank, reader, signature, num_tokens, num_tokens, 0, problem, staged, places, NUM_COLUMNS)
@@ -65,7 +74,7 @@ def write_places(heap, status, table, starts, first_tokens, num_rows, rank, oper
     """Write the table, and let the next part begin behind this one. What does not fit is not received."""
     for source in range(R):
         start = tl.load(starts + source)
-        count = tl.load(message_word(tl.load(heap + rank), source, ROW_COUNT))
+        count = tl.load(message_word(heap_of(heap, rank), source, ROW_COUNT))
         fits = (start >= 0) & (count >= 0) & (count <= tokens_of(heap, rank, source)) & (start + count <= num_rows)
         if fits == 0:
             report(status, BAD_HANDLE, operation, epoch)
@@ -117,7 +126,7 @@ def announce_part(
                 (rank + pid) % R, epoch, operation, timeout, NUM_COLUMNS, R, BLOCK,
             )  # fmt: skip
         elif wait_all_published(heap, state, status, rank, epoch, 1, operation, timeout, True, R):
-            code = compare(tl.load(heap + rank), status, signature, list_capacity, zero(), R, RB)
+            code = compare(heap_of(heap, rank), status, signature, list_capacity, zero(), R, RB)
             if code == 0:
                 write_places(heap, status, table, starts, first_tokens, num_rows, rank, operation, epoch, R)
             else:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.flags import message_word, progress, signal_all
+from tokenferry.dataplane.cuda.kernels.flags import heap_of, message_word, others_say, progress, signal_all
 from tokenferry.dataplane.cuda.kernels.sync import is_last, release_all, wait_published, wait_released
 from tokenferry.dataplane.cuda.kernels.words import (
     ALL,
     FOR_RELEASE,
     LINE,
+    MESSAGE_BYTES,
+    MESSAGES,
     MOST_TOKENS,
     NUM_TOKENS,
     PUBLISHED,
@@ -36,13 +38,19 @@ def rounds_of(num_tokens, per_round):
 @triton.jit
 def is_staged(heap, rank, source):
     """Whether a peer's rows come through its stage; own rows never do."""
-    return (source != rank) & (tl.load(message_word(tl.load(heap + rank), source, STAGED)) != 0)
+    return (source != rank) & (tl.load(message_word(heap_of(heap, rank), source, STAGED)) != 0)
+
+
+@triton.jit
+def any_staged(heap, rank, R: tl.constexpr):
+    """Whether some peer's rows come through its stage."""
+    return others_say(heap_of(heap, rank) + MESSAGES + STAGED * 8, 0, rank, R, MESSAGE_BYTES) == 0
 
 
 @triton.jit
 def tokens_of(heap, rank, source):
     """Tokens of a rank, as its message says, if that may be."""
-    said = tl.load(message_word(tl.load(heap + rank), source, NUM_TOKENS))
+    said = tl.load(message_word(heap_of(heap, rank), source, NUM_TOKENS))
     return tl.minimum(tl.maximum(said, 0), MOST_TOKENS)
 
 

@@ -12,8 +12,10 @@ from tokenferry.dataplane.cuda.kernels.flags import (
     acquire,
     acquire_all,
     agreed,
+    heap_of,
     is_usable,
     message_word,
+    others_say,
     progress,
     report,
     report_missing,
@@ -50,6 +52,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     REGIONS,
     RELEASED,
     ROW_COUNT,
+    SETTLED,
     SIGNATURE,
     STAGED,
     WITHDRAWN,
@@ -65,7 +68,7 @@ def wait_released(
     Not counted before an operation: a reader that is still at the one before has not published this one either, and
     that wait is counted.
     """
-    own = tl.load(heap + rank)
+    own = heap_of(heap, rank)
     flag = word(own, RELEASED + reader * LINE)
     there = wait_at_least(state, flag, value, timeout, operation, reader, KIND=KIND)
     if not there:
@@ -76,7 +79,7 @@ def wait_released(
 @triton.jit
 def wait_published(heap, state, status, rank, source, value, operation, epoch, timeout, R: tl.constexpr):
     """Wait until ``source`` is as far as ``value`` with its rows."""
-    own = tl.load(heap + rank)
+    own = heap_of(heap, rank)
     flag = word(own, PUBLISHED + source * LINE)
     there = wait_at_least(state, flag, value, timeout, operation, source, KIND=FOR_ROWS)
     if not there:
@@ -89,7 +92,7 @@ def write_message(
     heap, rank, reader, signature, num_tokens, num_rows, num_worst, problem, staged, places, NUM_COLUMNS: tl.constexpr
 ):
     """Write this rank's message to one reader; the caller signals. ``places``: where each column lies."""
-    base = tl.load(heap + reader)
+    base = heap_of(heap, reader)
     tl.store(message_word(base, rank, SIGNATURE), signature)
     tl.store(message_word(base, rank, NUM_TOKENS), num_tokens)
     tl.store(message_word(base, rank, NUM_ROWS), num_rows)
@@ -103,7 +106,7 @@ def write_message(
 @triton.jit
 def write_held(heap, rank, reader, table, R: tl.constexpr):
     """Write into the message to one reader which rows are for it; ``table``: see :mod:`.parts`."""
-    base = tl.load(heap + reader)
+    base = heap_of(heap, reader)
     first = tl.load(table + reader).to(tl.int64)
     tl.store(message_word(base, rank, FIRST_ROW), first)
     tl.store(message_word(base, rank, ROW_COUNT), tl.load(table + R + reader).to(tl.int64) - first)
@@ -122,15 +125,13 @@ def must_stage(ready, places, NUM_COLUMNS: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def column_address(
-    heap, regions, rank, source, column, rows, row_bytes, ALIGN: tl.constexpr, R: tl.constexpr
-):  # fmt: skip
-    """Where a column of a source lies that is not staged; 0 if so many rows are not inside a region known here.
+def column_region(heap, regions, rank, source, column, ALIGN: tl.constexpr, R: tl.constexpr):
+    """Where a column of a source lies that is not staged, and how many bytes of a region known here begin there.
 
-    Then, too, if it does not begin on ALIGN bytes. So, whatever a peer says, nothing is read but what it has opened.
-    ``regions``: where the regions of all ranks begin, then their sizes.
+    -1 bytes if it is in none, or does not begin on ALIGN bytes. ``regions``: where the regions of all ranks begin,
+    then their sizes.
     """
-    own = tl.load(heap + rank)
+    own = heap_of(heap, rank)
     place = tl.load(message_word(own, source, COLUMNS + column))
     region = place >> PLACE_SHIFT
     known = (region >= 0) & (region < REGIONS)
@@ -138,8 +139,32 @@ def column_address(
     base = tl.load(entry, mask=known, other=0)
     size = tl.load(entry + R * REGIONS, mask=known, other=0)
     offset = place & PLACE_MASK
-    inside = (rows >= 0) & (rows <= MOST_ROWS) & (offset + rows * row_bytes <= size) & ((offset & (ALIGN - 1)) == 0)
-    return tl.where((base != 0) & inside, base + offset, 0)
+    return base + offset, tl.where((base != 0) & ((offset & (ALIGN - 1)) == 0), size - offset, -1)
+
+
+@triton.jit
+def inside(address, room, rows, row_bytes):
+    """The address of so many rows, 0 if they are not in the ``room`` bytes there.
+
+    So, whatever a peer says, nothing is read but what it has opened.
+    """
+    fits = (rows >= 0) & (rows <= MOST_ROWS) & (rows * row_bytes <= room)
+    return tl.where(fits, address, 0)
+
+
+@triton.jit
+def column_address(
+    heap, regions, rank, source, column, rows, row_bytes, ALIGN: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """Where so many rows of a column of a source lie that is not staged; 0 if nothing can be read there."""
+    address, room = column_region(heap, regions, rank, source, column, ALIGN, R)
+    return inside(address, room, rows, row_bytes)
+
+
+@triton.jit
+def is_settled(state, epoch):
+    """Whether the operation before ``epoch`` ended when all readers had released: there is nothing to wait for."""
+    return tl.load(state + SETTLED) == epoch - 1
 
 
 @triton.jit
@@ -154,7 +179,9 @@ def publish_all(
     """
     staged = must_stage(ready, places, NUM_COLUMNS, R)
     before = progress(epoch - 1, ALL)
-    at_once = agreed(acquire_all(tl.load(heap + rank) + RELEASED, R) >= before)
+    at_once = is_settled(state, epoch)
+    if at_once == 0:
+        at_once = agreed(acquire_all(heap_of(heap, rank) + RELEASED, R) >= before)
     alive = True
     for step in range(R):
         reader = (rank + step) % R
@@ -168,7 +195,7 @@ def publish_all(
             )  # fmt: skip
             if at_once == 0:
                 tl.debug_barrier()
-                signal(word(tl.load(heap + reader), PUBLISHED + rank * LINE), progress(epoch, 1))
+                signal(word(heap_of(heap, reader), PUBLISHED + rank * LINE), progress(epoch, 1))
     if at_once:
         signal_all(heap, PUBLISHED + rank * LINE, progress(epoch, 1), R)
 
@@ -176,27 +203,22 @@ def publish_all(
 @triton.jit
 def wait_all_published(heap, state, status, rank, epoch, step, operation, timeout, counts, R: tl.constexpr):
     """Wait for every source; every one that does not come is reported. ``counts``: as in ``wait_all``."""
-    flags = tl.load(heap + rank) + PUBLISHED
+    flags = heap_of(heap, rank) + PUBLISHED
     return wait_all(
         heap, state, status, flags, progress(epoch, step), rank, operation, epoch, timeout, counts, R
     )  # fmt: skip
 
 
 @triton.jit
-def first_mismatch(heap, rank, signature, R: tl.constexpr):
-    """The first source whose signature differs from this rank's, or -1."""
-    own = tl.load(heap + rank)
-    found = zero() - 1
-    for source in range(R):
-        theirs = tl.load(message_word(own, source, SIGNATURE))
-        found = tl.where((found < 0) & (theirs != signature), source, found)
-    return found
+def all_mean(heap, rank, signature, R: tl.constexpr):
+    """Whether all ranks have sent this signature."""
+    return others_say(heap_of(heap, rank) + MESSAGES + SIGNATURE * 8, signature, rank, R, MESSAGE_BYTES)
 
 
 @triton.jit
 def report_mismatches(heap, status, rank, signature, operation, epoch, R: tl.constexpr):
     """Tell the host whose signatures differ from this rank's: 1, or 2 if the rank has given up."""
-    own = tl.load(heap + rank)
+    own = heap_of(heap, rank)
     for source in range(R):
         theirs = tl.load(message_word(own, source, SIGNATURE))
         differs = (theirs != signature).to(tl.int64)
@@ -237,8 +259,9 @@ def close_operation(heap, state, status, rank, epoch, staged, operation, timeout
     """The end of an operation, by its last program: release; wait for readers of direct rows; count."""
     release_all(heap, rank, epoch, ALL, R)
     if (staged == 0) & is_usable(state):
-        flags = tl.load(heap + rank) + RELEASED
-        wait_all(heap, state, status, flags, progress(epoch, ALL), rank, operation, epoch, timeout, True, R)
+        flags = heap_of(heap, rank) + RELEASED
+        if wait_all(heap, state, status, flags, progress(epoch, ALL), rank, operation, epoch, timeout, True, R):
+            tl.store(state + SETTLED, epoch)
     tl.store(state + EPOCH, epoch)
 
 
@@ -256,8 +279,8 @@ def is_last(counter, total):
 def finish(heap, state, status, rank, epoch, staged, operation, timeout, R: tl.constexpr):
     """The end of an operation, called by every program when its reads and stores are done."""
     programs = tl.num_programs(0).to(tl.int64)
+    own = heap_of(heap, rank)  # under way while the program counts itself in
     if is_last(state + ARRIVED, programs):
-        own = tl.load(heap + rank)
         differed = tl.load(state + DIFFERED)
         # All threads meet here, and have loaded what one of them writes below.
         if all_stand_by(state, own, R) == 0:
