@@ -50,10 +50,10 @@ NUMBERS = (1, 16, 17, 2**33)
 """Values of integer parameters that Triton would make variants of, unless told not to."""
 
 
-def layout(ranks: int, topk: int) -> None:
-    ids, counts = torch.empty(TOKENS, topk, dtype=torch.int64), torch.empty(ranks + 64, dtype=torch.int32)
+def layout(ranks: int, topk: int, experts: int = 64, *, spans: bool = False) -> None:
+    ids, counts = torch.empty(TOKENS, topk, dtype=torch.int64), torch.empty(ranks + experts, dtype=torch.int32)
     member, state = torch.empty(TOKENS, ranks, dtype=torch.bool), torch.empty(16, dtype=torch.int64)
-    programs.layout(0, ids, counts, counts, member, state, 64, programs.Target(ranks, False, 0))
+    programs.layout(0, ids, counts, counts, member, state, experts, programs.Target(ranks, False, 0), int(spans))
 
 
 def plan_of(ranks: int, row_bytes: int, topk: int, scale_bytes: int = 0, *, cached: bool = False) -> SendPlan:
@@ -137,8 +137,8 @@ def expanded_outputs(row_bytes: int, topk: int, scale_bytes: int = 0) -> Outputs
 
 
 def pack(topk: int, experts: int) -> None:
-    ids = torch.empty(TOKENS, topk, dtype=torch.int64)
-    expert_major_programs.pack(0, ids, ids, experts, programs.Target(8, False, 0))
+    ids, counts = torch.empty(TOKENS, topk, dtype=torch.int64), torch.empty(experts, dtype=torch.int32)
+    expert_major_programs.pack(0, ids, ids, counts, experts, programs.Target(8, False, 0))
 
 
 def sources() -> None:
@@ -281,7 +281,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "local find rows": lambda: parts_programs._find_rows.__wrapped__(programs.Target(8, False, 0)),
     "local sum rows": lambda: sum_rows(7168, BFLOAT16, BFLOAT16, 2),
     "local sum rows fp32": lambda: sum_rows(7168, FLOAT32, BFLOAT16, 1),
+    "local layout of spans": lambda: layout(8, 8, 256, spans=True),
     "local pack": lambda: pack(8, 256),
+    "local pack, many experts": lambda: pack(32, 8192),
     "notify, expanded": lambda: notify(8, expand=True),
     "notify, compact": lambda: notify(2, expand=False),
     "local sources": sources,

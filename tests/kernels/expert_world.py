@@ -30,11 +30,14 @@ def simulate(monkeypatch: Any, world: World, module: ModuleType | None = None) -
     sums = expert_major_programs._SUM_COPIES
     simulated = {key: Simulated(world.simulator, module.sum_copies, kernel) for key, kernel in sums.items()}
     monkeypatch.setattr(expert_major_programs, "_SUM_COPIES", simulated)
-    monkeypatch.setattr(expert_major_programs, "_PACK_SPAN", 4)
-    monkeypatch.setattr(expert_major_programs, "_PACK_TILE", 8)
+    monkeypatch.setattr(programs, "_PAIRS_PER_TILE", 8)
+    monkeypatch.setattr(programs, "MOST_SPANS", 4)
+    monkeypatch.setattr(expert_major_programs, "_COUNTS", 16)
     monkeypatch.setattr(expert_major_programs, "_PROGRAMS", 3)
     for name in (*KERNELS, "sum_copies"):
         getattr(expert_major_programs, f"_{name}").cache_clear()
+    for cached in (programs.spans_of, programs._layout):
+        cached.cache_clear()
 
 
 class ExpandedRank(Rank):
@@ -74,7 +77,7 @@ class ExpandedRank(Rank):
         self.packed = torch.full_like(self.given.topk_idx, -9)
         if self.expand:
             expert_major_programs.pack(
-                self.rank, self.given.topk_idx, self.packed, self.num_experts, self.world.target
+                self.rank, self.given.topk_idx, self.packed, self.per_expert, self.num_experts, self.world.target
             )
 
     def make_tables(self) -> torch.Tensor:

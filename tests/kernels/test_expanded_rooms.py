@@ -111,7 +111,7 @@ MUTANTS: dict[str, tuple[Any, str, str]] = {
     "copies of all but the last source": (dispatch, TOTAL, TOTAL.replace("R * num_local", "R * num_local - 1")),
     "no total": (expert_major, "tl.where(num_worst > 0, 0, running)", "0"),
     "no total without a worst case": (expert_major, "num_worst > 0, 0, running", "num_worst > 0, running, 0"),
-    "rows of the sources before": (expert_major, "received += tl.load(mess", "received = tl.load(mess"),
+    "rows of the sources before": (expert_major, "tl.cumsum(received, 0)", "received"),
 }
 
 

@@ -11,6 +11,7 @@ from tests.cases import Case
 from tests.conftest import slow
 from tests.kernels.expert_world import ExpandedRank, run_ranks, simulate
 from tests.kernels.world import World
+from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.kernels import words
 
 DIRECT = {"direct": (True,), "staged": (False,), "mixed": (True, False)}
@@ -50,6 +51,17 @@ def run(
 @pytest.mark.parametrize(("name", "direct"), [*zip(CASES, [*DIRECT] * 2, strict=True), *slow(("plain", "staged"))])
 def test_expanded(monkeypatch: Any, name: str, direct: str) -> None:
     run(monkeypatch, CASES[name], len(name), direct)
+
+
+def test_spans() -> None:
+    programs.spans_of.cache_clear()
+    for num_tokens in (0, 1, 31, 32, 33, 4095, 4096, 4097, 1 << 17):
+        for num_topk in (1, 3, 8, 32):
+            spans, words_behind = programs.spans_of(num_tokens, num_topk, 96)
+            assert 1 <= spans <= 128
+            assert spans == 128 or spans * programs.tokens_per_tile(num_topk) >= num_tokens
+            assert words_behind == 128 * spans + 3
+    assert programs.spans_of(4096, 8, 256)[0] == 128
 
 
 def test_small_stage_and_three_ranks(monkeypatch: Any) -> None:

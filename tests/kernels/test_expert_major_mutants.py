@@ -18,15 +18,24 @@ from tests.kernels.mutants import mutated_modules
 from tests.kernels.schedules import Scheduler, stop_at_deadlocks
 from tests.kernels.world import World
 from tokenferry.dataplane import Outputs
-from tokenferry.dataplane.cuda.kernels import dispatch, expert_major, notify, words
+from tokenferry.dataplane.cuda.kernels import dispatch, expert_major, layout, notify, words
 
 Modules = dict[str, ModuleType]
+MODULES: Modules = {"layout": layout, "notify": notify, "dispatch": dispatch, "expert_major": expert_major}
 
 PLAIN = Case(tokens=(5, 6), num_topk=3, alignment=4, row_bytes=16, combine_bytes=16, routing="sparse", seed=2)
 SCALES = replace(PLAIN, scales=torch.float32, scale_columns=3)
 ORDERED = replace(PLAIN, routing="own", num_topk=5, combine_dtype=torch.float32)
 ROUNDED = replace(PLAIN, routing="own", num_topk=5)
 MANY = replace(PLAIN, tokens=(3, 2), num_topk=2, local_experts=300, routing="random", seed=3)
+PACKED = (
+    Case(tokens=(3, 12), num_topk=3, local_experts=3, routing="duplicates"),
+    Case(tokens=(7, 13), num_topk=2, local_experts=5, routing="sparse"),
+    Case(tokens=(19, 37), num_topk=1, local_experts=2, routing="random"),
+    Case(tokens=(2, 9), num_topk=5, local_experts=40, routing="sparse"),
+    Case(tokens=(1, 0), num_topk=4, routing="one_expert"),
+    Case(tokens=(6, 9), num_topk=2, routing="nothing"),
+)
 CROWD = Case(tokens=(8, 5), num_topk=3, routing="one_expert", alignment=4, row_bytes=16, combine_bytes=16)
 WORST = 14
 """Rows at most."""
@@ -61,7 +70,7 @@ class Guards:
 
 def world_of(monkeypatch: Any, modules: Modules | None, direct: tuple[bool, ...] = (True,)) -> World:
     """Programs take turns only where they may wait, and memory is strong: faults here do not come from the order."""
-    modules = modules or {"dispatch": dispatch, "notify": notify, "expert_major": expert_major}
+    modules = modules or MODULES
     world = World(monkeypatch, 2, 0, direct=direct, stage_bytes=512, modules=modules, max_steps=20_000)
     world.simulator.switch = world.simulator.weak = 0.0
     world.simulator.random = Scheduler(0)
@@ -80,6 +89,21 @@ def begin(rank: ExpandedRank) -> None:
     rank.pack()
     rank.notify(WORST)
     rank.pull(WORST)
+
+
+def packs(monkeypatch: Any, modules: Modules | None) -> None:
+    """What comes before a dispatch, of spans of several tiles and of one."""
+    for case in PACKED:
+        world = world_of(monkeypatch, modules)
+        ranks = [ExpandedRank(world, case, rank) for rank in range(2)]
+        for rank in ranks:
+            rank.layout()
+            rank.pack()
+        world.run()
+        for rank in ranks:
+            rank.check_layout()
+            rank.check_packed()
+        assert codes(world) == [0, 0]
 
 
 def operations(
@@ -169,6 +193,7 @@ def copies_that_do_not_exist(monkeypatch: Any, modules: Modules | None, *, combi
 
 
 SCENARIOS: dict[str, Callable[..., None]] = {
+    "packed": packs,
     "expanded": lambda *given: operations(*given, SCALES),
     "again": lambda *given: operations(*given, SCALES, again=True),
     "compact": lambda *given: operations(*given, expand=False),
@@ -182,7 +207,6 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "bad copies in a combine": lambda *given: copies_that_do_not_exist(*given, combines=True),
 }
 
-SPANS = "seen += tl.histogram(tl.reshape(expert"
 EARLIER = "earlier = tl.gather(seen, expert, 0) + tl"
 HERE = "here = (packed >= 0) & (expert >= 0) & (expert < num_local)"
 OWNER = "(source * num_max_tokens + token).to(tl.int32)"
@@ -191,19 +215,25 @@ SCALE_ZEROS = "tl.zeros([BLOCK], tl.int32), mask=word < SCALE_WORDS"
 
 MUTANTS = {
     # What goes before a dispatch.
-    "earlier choices of other spans": (SPANS, SPANS.replace("tl.", "0 * tl.", 1), "expanded"),
-    "own span twice": ("live = (t < first)[:, None]", "live = (t < end)[:, None]", "expanded"),
-    "earlier choices of the tile": (EARLIER, EARLIER + ".full([1], 0, tl.int32) * tl", "expanded"),
-    "choices before themselves": ("(i[None, :] < i[:, None])", "(i[None, :] <= i[:, None])", "expanded"),
-    "earlier choices of the span": ("        seen += tl.histogram(expert, EB, mask=chosen)\n", "", "expanded"),
-    "choices that are none count": ("& chosen[None, :] & (i[", "& (i[", "expanded"),
-    "choices that are none are sent": ("tl.where(chosen, value, -1)", "value", "expanded"),
-    "sources before": (
-        "                start += tl.load(counts",
-        "                start += 0 * tl.load(counts",
+    "choices of other spans": ("seen += tl.sum(tl.load(spans", "seen += 0 * tl.sum(tl.load(spans", "packed"),
+    "choices of some spans": ("seen += tl.sum(tl.load(spans", "seen = tl.sum(tl.load(spans", "packed"),
+    "choices of the own span": ("(row < tl.program_id(0))", "(row <= tl.program_id(0))", "packed"),
+    "choices of the tile": (EARLIER, EARLIER + ".full([1], 0, tl.int32) * tl", "packed"),
+    "choices before themselves": ("(i[:, None] < i[None, :])", "(i[:, None] <= i[None, :])", "packed"),
+    "earlier choices of the span": (
+        "            seen += tl.histogram(expert, EB, mask=chosen)\n",
+        "            pass\n",
+        "packed",
+    ),
+    "choices that are none count": ("counted = tl.where(chosen, expert, -1)", "counted = expert", "packed"),
+    "choices that are none are sent": ("tl.where(chosen, value, -1)", "value", "packed"),
+    "sources before": ("start[None, :] + tl.cumsum(pairs, 0) - pairs", "start[None, :] + 0 * pairs", "expanded"),
+    "sources up to": (
+        "start[None, :] + tl.cumsum(pairs, 0) - pairs",
+        "start[None, :] + tl.cumsum(pairs, 0)",
         "expanded",
     ),
-    "pairs of one source": ("total += tl.load(counts", "total = tl.load(counts", "expanded"),
+    "pairs of one source": ("total = tl.sum(pairs, 0)", "total = tl.max(pairs, 0)", "expanded"),
     "pairs with padding": ("tl.store(num_pairs + e, total", "tl.store(num_pairs + e, aligned", "expanded"),
     "alignment": (
         "(total + alignment - 1) // alignment * alignment\n        start",
@@ -285,30 +315,45 @@ MUTANTS = {
     "copies past the rows": (" | (copy >= num_given):", ":", "bad copies in a combine"),
 }
 
+SPAN_MUTANTS = {
+    "choices of one tile of a span": ("of_span += picked", "of_span = picked", "packed"),
+    "spans of whole tiles": ("live = (t < end)[:, None]", "live = (t < num_tokens)[:, None]", "packed"),
+    "spans end early": ("tl.cdiv(num_tokens, tl.num_programs(0))", "num_tokens // tl.num_programs(0)", "packed"),
+    "spans anywhere": ("(counts.to(tl.int64) + 15)", "(counts.to(tl.int64) + 31)", "packed"),
+    "spans over the counts": ("spans_behind(counts + R + num_experts)", "spans_behind(counts + R)", "packed"),
+}
+"""Of ``layout``, which counts the choices of spans."""
+
 
 @dataclass(frozen=True)
 class Mutant:
     """A fault: ``old`` replaced by ``new``, to be found in one of the scenarios."""
 
+    module: ModuleType
     old: str
     new: str
     scenario: str
 
     def modules(self) -> Modules:
-        copies = mutated_modules(expert_major, self.old, self.new, entries=(dispatch, notify, expert_major))
-        return dict(zip(("dispatch", "notify", "expert_major"), copies, strict=True))
+        copies = mutated_modules(self.module, self.old, self.new, entries=MODULES.values())
+        return dict(zip(MODULES, copies, strict=True))
+
+
+FAULTS = {name: Mutant(expert_major, *fault) for name, fault in MUTANTS.items()} | {
+    name: Mutant(layout, *fault) for name, fault in SPAN_MUTANTS.items()
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_found(monkeypatch: Any, name: str) -> None:
-    mutant = Mutant(*MUTANTS[name])
+    mutant = FAULTS[name]
     with pytest.raises(AssertionError):
         SCENARIOS[mutant.scenario](monkeypatch, mutant.modules())
 
 
 @pytest.mark.parametrize(
-    "scenario", but_slow(SCENARIOS, *(name for name in SCENARIOS if name not in ("expanded", "no room")))
+    "scenario", but_slow(SCENARIOS, *(name for name in SCENARIOS if name not in ("packed", "expanded", "no room")))
 )
 def test_right_kernels_pass(monkeypatch: Any, scenario: str) -> None:
     SCENARIOS[scenario](monkeypatch, None)

@@ -19,6 +19,8 @@ from tokenferry.handles import DispatchHandle
 
 LIST_CAPACITY = 512
 TIMEOUT = 1 << 40
+GUARD = 4
+"""Words behind the counts that nobody may write."""
 KERNELS = {"layout": "_LAYOUT", "notify": "_NOTIFY", "dispatch": "_DISPATCH"}
 ALL_MODULES = ("layout", "notify", "dispatch", "combine")
 
@@ -137,7 +139,13 @@ class World:
 
 
 class Rank:
-    """One rank's calls on a case; launches are only queued."""
+    """One rank's calls on a case; launches are only queued.
+
+    Attributes:
+        expand: whether an expanded dispatch is to follow the layout.
+    """
+
+    expand = False
 
     def __init__(self, world: World, case: Case, rank: int, num_sms: int = 4) -> None:
         self.world, self.case, self.rank, self.num_sms = world, case, rank, num_sms
@@ -166,13 +174,16 @@ class Rank:
 
     def layout(self) -> None:
         ranks, world = self.num_ranks, self.world
-        counts = torch.full((ranks + self.num_experts,), -7, dtype=torch.int32)
-        self.member = torch.full((self.given.topk_idx.size(0), ranks), 3, dtype=torch.uint8)
+        num_tokens, num_topk = self.given.topk_idx.shape
+        spans, behind = programs.spans_of(num_tokens, num_topk, self.num_experts) if self.expand else (0, 0)
+        counts = torch.full((ranks + self.num_experts + behind + GUARD,), -7, dtype=torch.int32)
+        self.guard = counts[-GUARD:]
+        self.member = torch.full((num_tokens, ranks), 3, dtype=torch.uint8)
         programs.layout(
             self.rank, self.given.topk_idx, world.sums[self.rank], counts, self.member,
-            world.states[self.rank], self.num_experts, world.target,
+            world.states[self.rank], self.num_experts, world.target, spans,
         )  # fmt: skip
-        self.per_rank, self.per_expert = counts[:ranks], counts[ranks:]
+        self.per_rank, self.per_expert = counts[:ranks], counts[ranks:][: self.num_experts]
 
     def notify(self, num_worst_tokens: int = 0, signature: int = 42, *, pulls_meanwhile: bool = False) -> None:
         ranks, num_tokens = self.num_ranks, self.given.topk_idx.size(0)
@@ -252,6 +263,7 @@ class Rank:
         )
 
     def check_layout(self) -> None:
+        assert (self.guard == -7).all()
         assert self.per_rank.tolist() == self.wanted.channel_prefix_matrix.flatten().tolist()
         assert self.per_expert.tolist() == oracle.choices_of_experts(self.given.topk_idx, self.num_experts)
         assert self.member.tolist() == self.wanted.is_token_in_rank.int().tolist()

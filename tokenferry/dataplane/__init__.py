@@ -355,8 +355,11 @@ class DataPlane(Protocol):
     def epoch(self) -> int:
         """Number of the last operation; 0 where the host does not count them."""
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
-        """Counts and membership of int64 [T, K] expert ids (-1: no choice) among R ranks. No communication."""
+    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int, *, expands: bool = False) -> Layout:
+        """Counts and membership of int64 [T, K] expert ids (-1: no choice) among R ranks. No communication.
+
+        ``expands``: for a dispatch to expanded rows, whose plan has ``num_tokens_per_expert`` itself, not a copy.
+        """
 
     def dispatch(self, signature: Signature, plan: SendPlan) -> AbstractContextManager[DispatchExchange]:
         """Publish the rows and agree on the counts; the caller allocates and calls ``pull`` inside."""

@@ -106,7 +106,7 @@ def dispatch(
     sizes, num_topk, worst, experts, signature, _, choices_are_packed = kind
     # The copy is made while the device works, in memory that no earlier part of the operation may still use.
     kept = plane.empty_rows(ids.shape[0], ids.shape[1], ids.dtype) if copy_topk else ids
-    counts = plane.layout(ids, sizes.num_experts, party.num_ranks)
+    counts = plane.layout(ids, sizes.num_experts, party.num_ranks, expands=sizes.expand)
     per_rank, per_expert, member = counts
     plan = make(
         SendPlan,

@@ -54,7 +54,7 @@ class CpuDataPlane:
         """See :attr:`tokenferry.dataplane.DataPlane.epoch`."""
         return self.heap.epoch
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
+    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int, *, expands: bool = False) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
         per_rank = num_experts // num_ranks
         absent = topk_idx < 0

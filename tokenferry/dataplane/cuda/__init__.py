@@ -98,7 +98,7 @@ class CudaDataPlane(CudaRank):
 
     # High throughput.
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
+    def layout(self, topk_idx: torch.Tensor, num_experts: int, num_ranks: int, *, expands: bool = False) -> Layout:
         """See :meth:`tokenferry.dataplane.DataPlane.layout`."""
         self.check()
         ranks, target = num_ranks, self._target
@@ -106,13 +106,16 @@ class CudaDataPlane(CudaRank):
         if num_experts > limit:
             raise ArgumentError("num_experts", num_experts, f"at most {limit} on a GPU with {self.num_ranks} ranks")
         topk_idx = self._aligned(topk_idx)
-        counts = self.empty(ranks + num_experts)
-        member = self.empty_rows(topk_idx.shape[0], ranks, torch.bool)
+        num_tokens, num_topk = topk_idx.shape
+        # What ``pack`` is to read lies behind the counts of experts, in memory that lives as long as these.
+        num_spans, words_behind = programs.spans_of(num_tokens, num_topk, num_experts) if expands else (0, 0)
+        counts = self.empty(ranks + num_experts + words_behind)
+        member = self.empty_rows(num_tokens, ranks, torch.bool)
         if ranks != self.num_ranks:
             target = target._replace(num_ranks=ranks)
         self._queue.start()
         programs.layout(
-            self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, target
+            self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, target, num_spans
         )  # fmt: skip
         return make(
             Layout, (counts.as_strided((ranks,), (1,)), counts.as_strided((num_experts,), (1,), ranks), member)
@@ -206,8 +209,11 @@ class CudaDataPlane(CudaRank):
         if experts is not None and experts.expand:
             assert given is not None
             assert plan.topk_idx is not None
-            num_experts = experts.num_local * self.num_ranks
-            expert_major_programs.pack(self._queue.handle, given, plan.topk_idx, num_experts, self._target)
+            assert plan.num_tokens_per_expert is not None
+            expert_major_programs.pack(
+                self._queue.handle, given, plan.topk_idx, plan.num_tokens_per_expert,
+                experts.num_local * self.num_ranks, self._target,
+            )  # fmt: skip
         context = heap, state, ready, status, host.data_ptr()
         call.launch(self._queue.handle, context, programs.notify_tensors(plan, *tables), places)
         return plan

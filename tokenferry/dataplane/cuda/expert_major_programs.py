@@ -11,11 +11,11 @@ import triton.language as tl
 from tokenferry.dataplane import Outputs
 from tokenferry.dataplane.cuda.kernels import expert_major as kernels
 from tokenferry.dataplane.cuda.launch import Kernel, Variant
-from tokenferry.dataplane.cuda.programs import Target, row_bytes
+from tokenferry.dataplane.cuda.programs import MOST_SPANS, Target, row_bytes, spans_of, tokens_per_tile
 
 _I8, _I32, _I64, _F32 = torch.uint8, torch.int32, torch.int64, torch.float32
 
-_PACK = Kernel(kernels.pack, (_I64, _I64, None, None, None))
+_PACK = Kernel(kernels.pack, (_I64, _I64, _I32, None, None))
 _SOURCES = Kernel(kernels.sources, (_I32, _I32, _I32, _I64, None, None, None))
 _PAD = Kernel(kernels.pad, (_I32, _I32, _F32, _I32, None, None))
 _SUM_COPIES = {
@@ -23,11 +23,8 @@ _SUM_COPIES = {
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     for wide in {dtype, torch.promote_types(dtype, torch.float32)}
 }
-_PACK_SPAN = 64
-"""Tokens that a program of ``pack`` has at least."""
-_PACK_TILE = 64
-"""Choices that it compares with each other at a time."""
-_MOST_PACKING = 64
+_COUNTS = 32768
+"""Counts of the spans before its own that a program of ``pack`` has under way at a time."""
 _PROGRAMS = 512
 """Programs of kernels that wait for nobody."""
 
@@ -36,24 +33,30 @@ def _power_of_two(number: int) -> int:
     return int(triton.next_power_of_2(max(number, 1)))
 
 
-def pack(stream: int, topk_idx: torch.Tensor, packed: torch.Tensor, num_experts: int, target: Target) -> None:
-    """Launch ``pack``."""
+def pack(
+    stream: int,
+    topk_idx: torch.Tensor,
+    packed: torch.Tensor,
+    per_expert: torch.Tensor,
+    num_experts: int,
+    target: Target,
+) -> None:
+    """Launch ``pack``; ``per_expert``: of the ``layout`` of these choices, with the counts of spans behind."""
     num_tokens, num_topk = topk_idx.shape
-    programs = min(max(-(-num_tokens // _PACK_SPAN), 1), _MOST_PACKING)
-    numbers = (num_tokens, num_experts, -(-num_tokens // programs))
-    _pack(num_topk, num_experts, target).launch(programs, stream, (topk_idx.data_ptr(), packed.data_ptr(), *numbers))
+    arguments = topk_idx.data_ptr(), packed.data_ptr(), per_expert.data_ptr(), num_tokens, num_experts
+    _pack(num_topk, num_experts, target).launch(spans_of(num_tokens, num_topk, num_experts)[0], stream, arguments)
 
 
 @functools.cache
 def _pack(num_topk: int, num_experts: int, target: Target) -> Variant:
-    topk_block = _power_of_two(num_topk)
+    bins = _power_of_two(num_experts)
     return _PACK.variant(
-        4,
+        8,
         K=num_topk,
-        KB=topk_block,
-        EB=_power_of_two(num_experts),
-        BLOCK=max(1024 // topk_block, 1),
-        TILE=max(_PACK_TILE // topk_block, 1),
+        KB=_power_of_two(num_topk),
+        EB=bins,
+        TILE=tokens_per_tile(num_topk),
+        ROWS=min(max(_COUNTS // bins, 1), MOST_SPANS),
     )
 
 

@@ -52,6 +52,10 @@ _BULK_COMBINE = {
     if torch.float64 not in dtypes
 }
 _TOKENS_PER_BLOCK = 256
+_PAIRS_PER_TILE = 256
+"""Choices that a program looks at in one step where each program has a span of tokens."""
+MOST_SPANS = 128
+"""A power of two: about as many programs run at a time, and each reads what those before it have counted."""
 _CLEARING_PROGRAMS = 264
 """Two an SM, or a little more."""
 _FEWEST_SLOTS = 4
@@ -148,31 +152,45 @@ def layout(
     state: torch.Tensor,
     num_experts: int,
     target: Target,
+    num_spans: int = 0,
 ) -> None:
-    """Launch ``layout``."""
+    """Launch ``layout``; ``num_spans``: those that ``counts`` has room for behind the counts."""
     num_tokens, num_topk = topk_idx.shape
-    variant = _layout(num_topk, num_experts, target)
+    variant = _layout(num_topk, num_experts, num_spans > 0, target)
     arguments = (
         topk_idx.data_ptr(), sums.data_ptr(), counts.data_ptr(), member.data_ptr(), state.data_ptr(), num_tokens,
         num_experts,
     )  # fmt: skip
-    variant.launch(_layout_programs(num_tokens), stream, arguments)
+    variant.launch(num_spans or _layout_programs(num_tokens), stream, arguments)
 
 
 @functools.cache
-def _layout(num_topk: int, num_experts: int, target: Target) -> Variant:
+def _layout(num_topk: int, num_experts: int, spans: bool, target: Target) -> Variant:
     return _LAYOUT.variant(
         8,
         R=target.num_ranks,
         K=num_topk,
         KB=_power_of_two(num_topk),
         EB=_power_of_two(num_experts),
-        BLOCK=_TOKENS_PER_BLOCK,
+        BLOCK=tokens_per_tile(num_topk) if spans else _TOKENS_PER_BLOCK,
+        SPANS=spans,
     )
 
 
 def _layout_programs(num_tokens: int) -> int:
     return min(max(-(-num_tokens // _TOKENS_PER_BLOCK), 1), 16)
+
+
+def tokens_per_tile(num_topk: int) -> int:
+    """Tokens with as many choices as a program looks at in one step."""
+    return max(_PAIRS_PER_TILE // _power_of_two(num_topk), 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def spans_of(num_tokens: int, num_topk: int, num_experts: int) -> tuple[int, int]:
+    """Spans of tokens that are counted apart, one a program; int32 words of their counts, with some to align them."""
+    spans = min(max(-(-num_tokens // tokens_per_tile(num_topk)), 1), MOST_SPANS)
+    return spans, spans * _power_of_two(num_experts) + 3
 
 
 def notify_call(
@@ -453,7 +471,8 @@ def warm(
     _clear(target)
     for plan in plans:
         if plan.topk_idx is not None:
-            _layout(plan.topk_idx.size(1), num_experts, target._replace(num_ranks=plan.is_token_in_rank.size(1)))
+            ranks = plan.is_token_in_rank.size(1)
+            _layout(plan.topk_idx.size(1), num_experts, False, target._replace(num_ranks=ranks))
         widths = row_bytes(plan.rows), row_bytes(plan.scales), _width(plan.topk_idx)
         _dispatch(plan.handle is not None, *widths, target, False, plan.part is not None)
     for columns in reduces:

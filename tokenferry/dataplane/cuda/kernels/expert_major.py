@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from tokenferry.dataplane.cuda.kernels.flags import heap_of, message_word, report, zero
+from tokenferry.dataplane.cuda.kernels.layout import span_of_program, spans_behind
 from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, COUNTS, EPOCH, EXPERTS, EXPERTS_BYTES, NO_ROOM
 
 PACK_SHIFT = tl.constexpr(32)
@@ -90,35 +91,31 @@ def weigh_copies(
     tl.store(out_weights + copies, tl.load(at[:, None] + k[None, :], mask=wanted), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_experts", "span"])
+@triton.jit(do_not_specialize=["num_tokens", "num_experts"])
 def pack(
     topk_idx,
     packed,
+    per_expert,
     num_tokens: tl.int64,
     num_experts: tl.int32,
-    span: tl.int64,
     K: tl.constexpr,
     KB: tl.constexpr,
     EB: tl.constexpr,
-    BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """``packed[t, k]`` = earlier pairs of the same expert << 32 | expert, or -1; pairs are ordered by (t, k).
 
-    Program p has the tokens from p * span to (p + 1) * span, and counts those before by itself.
+    ``per_expert``: of a ``layout`` by as many programs, which has left the pairs of each one's span behind it.
     """
-    k = tl.arange(0, KB)
-    i = tl.arange(0, TILE * KB)
-    first = tl.program_id(0) * span
-    end = tl.minimum(first + span, num_tokens)
+    i, bins = tl.arange(0, TILE * KB), tl.arange(0, EB)
+    spans = spans_behind(per_expert + num_experts)
     seen = tl.zeros([EB], tl.int32)
-    for start in range(0, tl.minimum(first, num_tokens), BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        live = (t < first)[:, None] & (k < K)[None, :]
-        ids = tl.load(topk_idx + t[:, None] * K + k[None, :], mask=live, other=-1)
-        chosen = (ids >= 0) & (ids < num_experts)
-        expert = tl.where(chosen, ids, 0).to(tl.int32)
-        seen += tl.histogram(tl.reshape(expert, (BLOCK * KB,)), EB, mask=tl.reshape(chosen, (BLOCK * KB,)))
+    for start in range(0, tl.program_id(0), ROWS):
+        row = start + tl.arange(0, ROWS)
+        before = tl.broadcast_to((row < tl.program_id(0))[:, None], (ROWS, EB))
+        seen += tl.sum(tl.load(spans + row[:, None] * EB + bins[None, :], mask=before, other=0), 0)
+    first, end = span_of_program(num_tokens)
     for start in range(first, end, TILE):
         t = start + i // KB
         live = (t < end) & (i % KB < K)
@@ -126,16 +123,18 @@ def pack(
         ids = tl.load(topk_idx + at, mask=live, other=-1)
         chosen = (ids >= 0) & (ids < num_experts)
         expert = tl.where(chosen, ids, 0).to(tl.int32)
-        same = (expert[:, None] == expert[None, :]) & chosen[None, :] & (i[None, :] < i[:, None])
-        earlier = tl.gather(seen, expert, 0) + tl.sum(same.to(tl.int32), 1)
+        counted = tl.where(chosen, expert, -1)
+        same = (counted[:, None] == expert[None, :]) & (i[:, None] < i[None, :])
+        earlier = tl.gather(seen, expert, 0) + tl.sum(same.to(tl.int32), 0)
         value = (earlier.to(tl.int64) << PACK_SHIFT) | expert.to(tl.int64)
         tl.store(packed + at, tl.where(chosen, value, -1), mask=live)
-        seen += tl.histogram(expert, EB, mask=chosen)
+        if start + TILE < end:
+            seen += tl.histogram(expert, EB, mask=chosen)
 
 
 @triton.jit
 def lay_out_experts(
-    heap, tables, num_local, alignment, num_worst, rank, EXPAND: tl.constexpr, R: tl.constexpr
+    heap, tables, num_local, alignment, num_worst, rank, EXPAND: tl.constexpr, R: tl.constexpr, RB: tl.constexpr
 ):  # fmt: skip
     """Write where the rows of sources and experts begin and end, once the counts are there; one program.
 
@@ -144,32 +143,29 @@ def lay_out_experts(
     are in all, those that align experts among them; 0 where the outputs have as many as could be (``num_worst``).
     """
     own = heap_of(heap, rank)
-    received = zero().to(tl.int64)
-    for source in range(R):
-        received += tl.load(message_word(own, source, COUNTS + rank))
-        tl.store(tables + source, received.to(tl.int32))
+    source = tl.arange(0, RB)
+    told = source < R
+    received = tl.load(message_word(own, source, COUNTS + rank), mask=told, other=0)
+    tl.store(tables + source, tl.cumsum(received, 0).to(tl.int32), mask=told)
     step = (num_local + 3) // 4 * 4
     num_pairs = tables + (R + 3) // 4 * 4
     ends = num_pairs + step
     bases = ends + step
+    counts = (own + EXPERTS + source * EXPERTS_BYTES).to(tl.pointer_type(tl.int32))
     running = zero()
     for first in range(0, num_local, 256):
         e = first + tl.arange(0, 256)
         inside = e < num_local
-        total = tl.zeros([256], tl.int32)
-        for source in range(R):
-            counts = (own + EXPERTS + source * EXPERTS_BYTES).to(tl.pointer_type(tl.int32))
-            total += tl.load(counts + e, mask=inside, other=0)
+        pairs = tl.load(counts[:, None] + e[None, :], mask=told[:, None] & inside[None, :], other=0)
+        total = tl.sum(pairs, 0)
         aligned = (total + alignment - 1) // alignment * alignment
         start = running + tl.cumsum(aligned, 0) - aligned
         running += tl.sum(aligned)
         tl.store(num_pairs + e, total, mask=inside)
         tl.store(ends + e, start + (total if EXPAND else aligned), mask=inside)
         if EXPAND:
-            for source in range(R):
-                tl.store(bases + source * num_local + e, start, mask=inside)
-                counts = (own + EXPERTS + source * EXPERTS_BYTES).to(tl.pointer_type(tl.int32))
-                start += tl.load(counts + e, mask=inside, other=0)
+            base = start[None, :] + tl.cumsum(pairs, 0) - pairs
+            tl.store(bases + source[:, None] * num_local + e[None, :], base, mask=told[:, None] & inside[None, :])
     if EXPAND:
         tl.store(bases + R * num_local, tl.where(num_worst > 0, 0, running))
 

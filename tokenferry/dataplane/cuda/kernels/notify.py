@@ -240,7 +240,7 @@ def listen(
     tell_host(host + HOST_DONE, epoch)
     if TABLES:
         if code == 0:
-            lay_out_experts(heap, tables, num_local, alignment, num_worst, rank, EXPAND, R)
+            lay_out_experts(heap, tables, num_local, alignment, num_worst, rank, EXPAND, R, RB)
 
 
 @triton.jit(
