@@ -45,7 +45,7 @@ class Cost(NamedTuple):
     c: int
     """Calls of functions and methods that are written in C."""
     operators: int
-    """Operators of torch, allocations among them."""
+    """Operators of torch, and allocations: below the dispatcher too. Views that are made below it are not counted."""
     allocations: int
     events: int
     """Recorded or waited for."""
@@ -253,10 +253,11 @@ def rank_on_this_gpu() -> Iterator[Rank]:
 
 def breakdown(rank: Rank, name: str, rounds: int) -> dict[str, float]:
     """Microseconds of host time in a call, and of these: the parts below Python. With what it costs to time them."""
-    comm: Any = rank.buffer.runtime.comm  # type: ignore[union-attr]
+    runtime: Any = rank.buffer.runtime
+    comm, plane = runtime.comm, runtime.party().plane
     parts: dict[str, list[tuple[Any, str]]] = {
         "launches": [(Variant, "launch")],
-        "allocations": [(torch, "empty"), (torch.Tensor, "new_empty_strided")],
+        "allocations": [(torch, "empty"), (torch.Tensor, "new_empty_strided"), (plane, "empty_strided")],
         "events": [(comm, f"_{verb}_{place}") for verb in ("record", "wait_for") for place in ("entry", "exit")],
         "driver": [(Driver, "identity")],
     }
@@ -315,6 +316,14 @@ def python_calls(call: Callable[[Rank], object], rank: Rank) -> tuple[Counter[st
     return names, num_c
 
 
+def _counted(allocate: Callable[..., torch.Tensor], names: Counter[str]) -> Callable[..., torch.Tensor]:
+    def call(*args: Any) -> torch.Tensor:
+        names["empty_strided, below"] += 1
+        return allocate(*args)
+
+    return call
+
+
 def cost(rank: Rank, name: str, rounds: int = 0) -> Cost:
     """What the call of that name costs; no time is taken with 0 ``rounds``."""
     call = CALLS[name]
@@ -323,7 +332,9 @@ def cost(rank: Rank, name: str, rounds: int = 0) -> Cost:
     names, num_c = python_calls(call, rank)
     counts = rank.gpu.counts
     counts.clear()
-    with _Operators() as operators:
+    plane: Any = rank.buffer.runtime.party().plane  # type: ignore[union-attr]
+    with pytest.MonkeyPatch.context() as patch, _Operators() as operators:
+        patch.setattr(plane, "empty_strided", _counted(plane.empty_strided, operators.names))
         call(rank)
     aten = {kind: number for kind, number in operators.names.items() if not kind.startswith("tokenferry")}
     return Cost(

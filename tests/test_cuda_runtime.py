@@ -18,6 +18,7 @@ from tests import played_gpu
 from tests.host_path import EXPERTS, MOST, TOKENS, TOPK, Rank, rank_on_a_gpu
 from tests.test_host_path import Log
 from tokenferry import ArgumentError, BufferStateError, HeapError, PeerLostError, PeerTimeoutError, runtime_cuda
+from tokenferry.dataplane.cuda import tensors
 from tokenferry.dataplane.cuda.exchange import Rooms
 from tokenferry.dataplane.cuda.follow import THREAD
 from tokenferry.dataplane.cuda.kernels import words
@@ -264,6 +265,49 @@ def test_a_rank_without_tokens_serves_the_others(rank: Rank) -> None:
     assert own <= 2
     assert receivers >= all_tokens[0][1] > 8
     assert for_others >= all_tokens[1][0] > 8
+
+
+def test_what_kernels_load_sixteen_bytes_of_is_copied_if_it_begins_in_between(rank: Rank) -> None:
+    odd_x = torch.zeros(rank.x.numel() + 1, dtype=rank.x.dtype)[1:].view_as(rank.x)
+    odd_ids = torch.zeros(rank.ids.numel() + 1, dtype=rank.ids.dtype)[1:].view_as(rank.ids)
+    odd_weights = torch.zeros(rank.weights.numel() + 1)[1:].view_as(rank.weights)
+    odd_slabs = torch.zeros(rank.slabs.numel() + 1, dtype=rank.slabs.dtype)[1:].view_as(rank.slabs)
+    odd = {tensor.data_ptr() for tensor in (odd_x, odd_ids, odd_weights, odd_slabs)}
+    assert any(address % 16 for address in odd)
+    handle = rank.low_latency_handle
+    for how in ({}, {"return_recv_hook": True}):
+        rank.gpu.log = []
+        hooks = [
+            rank.buffer.low_latency_dispatch(odd_x, odd_ids, MOST, EXPERTS, **how)[-1],
+            rank.buffer.low_latency_combine(odd_slabs, odd_ids, odd_weights, handle, **how)[-1],
+        ]
+        launched = [line for line in rank.gpu.log if line[0] == "launch"]
+        rank.gpu.log = None
+        assert len(launched) == 2
+        assert not any(address in odd and address % 16 for line in launched for address in line)  # type: ignore[operator]
+        for hook in hooks:
+            if hook is not None:
+                hook()
+    out = torch.zeros(rank.x.numel() + 1, dtype=rank.x.dtype)[1:].view_as(rank.x)
+    with pytest.raises(ArgumentError, match=r"out.*16 bytes"):
+        rank.buffer.low_latency_combine(rank.slabs, rank.ids, rank.weights, handle, out=out)
+
+
+def test_tensors_made_below_the_dispatcher_are_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, strides = (2, 3, 4), (12, 1, 3)
+    wanted = torch.empty_strided(shape, strides, dtype=torch.float8_e4m3fn)
+    given = torch.arange(20, dtype=torch.int32)
+    for functions in (tensors._functions, {}):
+        monkeypatch.setattr(tensors, "_functions", functions)
+        for device in (torch.device("cpu"), torch.device("meta")):
+            with torch.inference_mode(False):
+                made = tensors.allocator_of(device)(shape, strides, torch.float8_e4m3fn)
+            looks = (made.shape, made.stride(), made.dtype, made.device, made.requires_grad, made.is_inference())
+            assert looks == (shape, strides, wanted.dtype, device, False, False)
+    for piece_of in (tensors.piece_of, tensors._as_strided):
+        piece = piece_of(given, (2, 3), (3, 1), 5)
+        assert torch.equal(piece, given[5:11].view(2, 3))
+        assert piece.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
 def test_rows_for_a_combine_wait_for_the_one_before(rank: Rank) -> None:

@@ -28,10 +28,10 @@ MOST = {
     "elastic, compact":              (110, 106,       24,           9,      8,          3,        2,        4),
     "elastic, cached":                (93, 72,         4,           3,      4,          3,        1,        1),
     "elastic combine":                (65, 58,         2,           2,      6,          1,        1,        2),
-    "low_latency_dispatch":           (27, 38,         8,           3,      0,          0,        0,        1),
-    "low_latency_combine":            (27, 36,         1,           1,      0,          0,        0,        1),
-    "low_latency_dispatch, hook":     (40, 49,         9,           4,      0,          0,        2,        2),
-    "low_latency_combine, hook":      (40, 47,         2,           2,      0,          0,        2,        2),
+    "low_latency_dispatch":           (22, 34,         5,           3,      0,          0,        0,        1),
+    "low_latency_combine":            (22, 27,         1,           1,      0,          0,        0,        1),
+    "low_latency_dispatch, hook":     (36, 45,         6,           4,      0,          0,        2,        2),
+    "low_latency_combine, hook":      (36, 38,         2,           2,      0,          0,        2,        2),
 }  # fmt: skip
 """Two Python functions and four of C more than with torch 2.13, whose wrappers are among them."""
 

@@ -13,7 +13,7 @@ from tests.host_path import EXPERTS, MOST, RANKS, ROWS, TOKENS, Rank, rank_on_a_
 from tokenferry import ArgumentError, BufferStateError, Config
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.handles import DispatchHandle
-from tokenferry.kept import MOST_KEPT, Kept, kind_of
+from tokenferry.kept import MOST_KEPT, Kept, Known, kind_of
 from tokenferry.modes import inputs, intranode, low_latency
 
 Call = Callable[[Rank], Any]
@@ -31,7 +31,7 @@ def all_kept(rank: Rank) -> list[Kept[Any]]:
     return [value for value in found if isinstance(value, Kept)] + [
         plane._calls,
         plane._low_latency._prepared,
-        plane._low_latency._sizes,
+        plane._low_latency._tables,
     ]
 
 
@@ -458,6 +458,34 @@ def test_kept_forgets_everything_when_it_is_full() -> None:
         assert len(kept) <= MOST_KEPT
     assert kept.keep((1, None), 7) == 7
     assert (1, None) not in kept
+
+
+def test_calls_are_found_by_all_that_checks_look_at() -> None:
+    x, ids = torch.zeros(4, 6), torch.zeros(4, 2, dtype=torch.int64)
+    known: Known[str] = Known()
+    assert known.find((1,), x, ids) is None
+    assert known.add((1,), "usual", x, ids) == "usual"
+    assert known.find((1,), x, ids) == known.find((1,), x + 1, ids + 1) == "usual"
+    assert known.find((2,), x, ids) is None
+    nested = [torch.nested.nested_tensor([x, x[:2]], layout=layout) for layout in (torch.strided, torch.jagged)]
+    others: list[Any] = [x.double(), x[:, :3], x[:3], x[None], columns(x), x.to("meta"), x.to_sparse(), *nested]
+    others += [x.clone().requires_grad_(), torch.nn.Parameter(x), torch.zeros(4, 7)[:, :6], x.tolist(), None, 3]
+    for other in others:
+        assert known.find((1,), other, ids) is None
+        assert known.find((1,), x, other) is None
+    known.add((1,), "columns", columns(x), ids)
+    assert known.find((1,), columns(x), ids) == "columns"
+    for few in (x[:1], x[:0]):
+        known.add((1,), "few", few, ids)
+        assert known.find((1,), torch.zeros(4, 12)[: len(few), :6], ids) == "few"
+    for number in range(9):
+        known.add((1,), str(number), x, ids.new_zeros(4, 3 + number))
+    assert known.find((1,), x, ids) is None, "of those of one shape the last four are known"
+    assert len(known) == 3
+    for never in (nested[0], torch.nn.Parameter(x), x.to_sparse()):
+        known.add((3,), "never", never, ids)
+    known.add((None,), "never", x, ids)
+    assert len(known) == 3
 
 
 def test_kinds() -> None:

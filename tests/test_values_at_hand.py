@@ -85,8 +85,8 @@ class MetaPlane:
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty((num_rows, width), dtype=dtype, device=META)
 
-    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty((num_slabs, num_rows, width), dtype=dtype, device=META)
+    def empty_strided(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=META)
 
 
 def party() -> tuple[Party, list[Any]]:

@@ -44,6 +44,7 @@ class LowLatencyMethods:
     enable_shrink: bool
     group_size: int
     rank: int
+    runtime: Runtime | CudaRuntime | None
     _proves_low_latency: bool
     _meetings: Meetings
 
@@ -124,7 +125,7 @@ class LowLatencyMethods:
             )
         if async_finish and return_recv_hook:
             raise _two_ways_to_finish()
-        runtime = self._live_runtime()
+        runtime = self.runtime or self._live_runtime()
         party = self._low_latency_party(runtime)
         run = paranoid_low_latency.dispatch if self._proves_low_latency else low_latency.dispatch
         given = (
@@ -195,7 +196,7 @@ class LowLatencyMethods:
             raise _two_ways_to_finish()
         if use_logfmt and zero_copy:
             raise ArgumentError("use_logfmt", "True with zero_copy", "one of the two")
-        runtime = self._live_runtime()
+        runtime = self.runtime or self._live_runtime()
         party = self._low_latency_party(runtime)
         known = low_latency.check_handle(party, handle)
         run = paranoid_low_latency.combine if self._proves_low_latency else low_latency.combine

@@ -102,6 +102,36 @@ class Alike(Kept[list[Any]]):
             del known[:-_MOST_GUARDS]
 
 
+class Known(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
+    """Preparations of calls with some tensors, all of which one call looks at to find one again.
+
+    It looks at what :func:`kind_of` does, at gradients, dispatch keys, and strides of dimensions that have several
+    elements.
+    """
+
+    def find(self, key: tuple[Any, ...], *tensors: object) -> _Preparation | None:
+        """What was added for that key and tensors like these, of which the first are those whose shapes vary."""
+        for tensor in tensors:
+            if type(tensor) is not _Tensor or tensor.is_nested:
+                return None
+        for guards, preparation in self.get((tensors[0].shape, key), ()):  # type: ignore[attr-defined]
+            if guards.check(*tensors):
+                return preparation
+        return None
+
+    def add(self, key: tuple[Any, ...], preparation: _Preparation, *tensors: torch.Tensor) -> _Preparation:
+        """Find it again for such tensors, instead of one that was added long before; and return it."""
+        if None in key or None in map(kind_of, tensors):
+            return preparation
+        guards = _guards(tensors, [list(tensor.shape) for tensor in tensors], [*map(_strides_that_count, tensors)])
+        if guards is not None:
+            place = tensors[0].shape, key
+            known = self.get(place) or self.keep(place, [])
+            known.append((guards, preparation))
+            del known[:-_MOST_GUARDS]
+        return preparation
+
+
 def guards_of_any_size(tensors: Sequence[torch.Tensor]) -> Any:
     """Guards whose ``check`` tells whether as many tensors are like these, but for sizes and strides.
 
@@ -110,6 +140,11 @@ def guards_of_any_size(tensors: Sequence[torch.Tensor]) -> Any:
     """
     free: list[Any] = [[None] * tensor.dim() for tensor in tensors]
     return _guards(tensors, free, free)
+
+
+def _strides_that_count(tensor: torch.Tensor) -> list[int | None]:
+    """None for dimensions that have one element, or none."""
+    return [stride if size > 1 else None for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 def _guards(tensors: Sequence[torch.Tensor], sizes: list[Any], strides: list[Any]) -> Any:

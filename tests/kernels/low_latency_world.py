@@ -15,6 +15,7 @@ from tokenferry.dataplane.cuda import low_latency as host
 from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.programs import Target
+from tokenferry.dataplane.cuda.tensors import allocator_of
 from tokenferry.modes import low_latency as mode
 from tokenferry.modes.inputs import Party
 
@@ -72,8 +73,9 @@ class LowLatencyWorld:
             self.heaps[rank][: words.CONTROL_BYTES] = 0
             context = tuple(t.data_ptr() for t in (self.table, self.states[rank], self.status[rank]))
             low_latency = host.LowLatency(
-                place._replace(rank=rank, address=self.heaps[rank].data_ptr()), context, lambda: None, lambda: False
-            )
+                place._replace(rank=rank, address=self.heaps[rank].data_ptr()), context, lambda: None, lambda: False,
+                lambda tensor: tensor,
+            )  # fmt: skip
             self.buffers.append(SimulatedBuffer(low_latency, rank, num_ranks))
 
     def run(self) -> None:
@@ -96,11 +98,11 @@ class _Plane:
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         return poisoned(torch.empty(num_rows, width, dtype=dtype))
 
-    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        return self.empty_rows(num_slabs * num_rows, width, dtype).view(num_slabs, num_rows, width)
+    def empty_strided(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self.empty_rows(shape[0] * shape[1], shape[2], dtype).as_strided(shape, strides)
 
     def low_latency_tables(self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int) -> Any:
-        tables = self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, torch.empty(0))
+        tables = self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, allocator_of(CPU))
         tables[0].untyped_storage().fill_(0x5A)
         return tables
 

@@ -24,6 +24,7 @@ from tokenferry import ElasticBuffer
 from tokenferry.dataplane.cuda import CudaDataPlane
 from tokenferry.dataplane.cuda.exchange import Rooms
 from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.dataplane.cuda.tensors import allocator_of
 from tokenferry.kept import Kept
 from tokenferry.modes.inputs import Party
 from tokenferry.streams import NoStream
@@ -53,6 +54,7 @@ class Plane(CudaDataPlane):
         self._world, self.rank, self.num_ranks = world, rank, world.num_ranks
         self._wait = wait_for_device
         self._device = CPU
+        self.empty_strided = allocator_of(CPU)
         self.heap = SimpleNamespace(list_capacity=LIST_CAPACITY, stage=world.stage, stage_bytes=2 * world.half)  # type: ignore[assignment]
         self.status = SimpleNamespace(  # type: ignore[assignment]
             check=self._check, arm=lambda: None, counts=world.counts[rank], unread=world.counts[rank],

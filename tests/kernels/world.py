@@ -49,14 +49,16 @@ class Simulated:
 
 
 class _Launcher:
-    def __init__(self, simulator: Simulator, kernel: Any, types: Any, constants: dict[str, Any]) -> None:
-        self._rest = (simulator, kernel, types, constants)
+    def __init__(self, simulator: Simulator, kernel: Any, types: Any, constants: dict[str, Any], *last: int) -> None:
+        self._rest, self._last = (simulator, kernel, types, constants), last
+
+    def ending(self, *numbers: int) -> _Launcher:
+        return _Launcher(*self._rest, *numbers)
 
     def launch(self, grid: int, stream: int, arguments: Any) -> None:
         simulator, kernel, types, constants = self._rest
-        given = [
-            value if dtype is None else _Address(value, dtype) for value, dtype in zip(arguments, types, strict=True)
-        ]
+        values = zip((*arguments, *self._last), types, strict=True)
+        given = [value if dtype is None else _Address(value, dtype) for value, dtype in values]
         simulator.launch(stream, kernel, (grid,), *given, **constants)
 
 

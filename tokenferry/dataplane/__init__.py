@@ -8,7 +8,7 @@ weights. Dispatch moves columns as they are, and then makes expert ids local; co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -458,5 +458,6 @@ class DataPlane(Protocol):
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised output tensor [num_rows, width]."""
 
-    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised output tensor [num_slabs, num_rows, width]."""
+    @property
+    def empty_strided(self) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+        """What makes an uninitialised output tensor of a shape, strides and a dtype."""

@@ -10,7 +10,7 @@ L = E / R local experts, R ranks, S scale columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -23,7 +23,7 @@ from tokenferry.dataplane import (
     Signature,
 )
 from tokenferry.errors import ArgumentError
-from tokenferry.kept import Kept, kind_of, make
+from tokenferry.kept import Kept, Known, kind_of, make
 from tokenferry.modes import internode_low_latency
 from tokenferry.modes.inputs import MAX_TOPK, Party, check_ids, check_num_experts, check_topk_idx
 from tokenferry.validation import check_int, check_tensor, describe, require
@@ -59,6 +59,10 @@ class Dispatched(NamedTuple):
     pending: Pending
 
 
+_Slabs: TypeAlias = tuple[tuple[int, int, int], tuple[int, int, int], torch.dtype]
+"""Shape, strides and dtype."""
+
+
 class _DispatchKind(NamedTuple):
     """What dispatches with equal keys have in common."""
 
@@ -68,11 +72,11 @@ class _DispatchKind(NamedTuple):
     most: int
     hidden: int
     num_topk: int
-    slab: int
-    recv_dtype: torch.dtype
-    scales: tuple[tuple[int, int, int], tuple[int, int, int], torch.dtype] | None
-    """Shape, strides and dtype."""
+    rows: _Slabs
+    scales: _Slabs | None
     signature: Signature
+    is_plain: bool
+    """Whether the rows are contiguous, and need no gradient."""
 
 
 class _CombineKind(NamedTuple):
@@ -81,10 +85,12 @@ class _CombineKind(NamedTuple):
     num_tokens: int
     num_local: int
     signature: Signature
+    is_plain: bool
+    """Whether rows and weights are contiguous, and need no gradient."""
 
 
-_dispatches: Kept[_DispatchKind] = Kept()
-_combines: Kept[_CombineKind] = Kept()
+_dispatches: Known[_DispatchKind] = Known()
+_combines: Known[_CombineKind] = Known()
 _handles: Kept[bool] = Kept()
 
 
@@ -103,24 +109,22 @@ def dispatch(
 ) -> Dispatched:
     """Send the tokens; see :meth:`tokenferry.Buffer.low_latency_dispatch`."""
     plane, rank, ranks, device, _, nodes = party
-    flags = not use_fp8, not round_scale, not use_ue8m0
     sizes = (num_max_tokens, num_experts) if type(num_max_tokens) is type(num_experts) is int else None
-    key = ranks, device, kind_of(x), kind_of(topk_idx), sizes, flags
-    kind = _dispatches.get(key) or _dispatches.keep(
-        key, _check_dispatch(party, x, topk_idx, num_max_tokens, num_experts, use_fp8, round_scale, use_ue8m0)
-    )
-    scale_format, num_local, num_experts, most, hidden, num_topk, slab, recv_dtype, scales, signature = kind
+    key = ranks, device, sizes, not use_fp8, not round_scale, not use_ue8m0
+    kind = None if sizes is None else _dispatches.find(key, x, topk_idx)
+    if kind is None:
+        kind = _check_dispatch(party, x, topk_idx, num_max_tokens, num_experts, use_fp8, round_scale, use_ue8m0)
+        _dispatches.add(key, kind, x, topk_idx)
+    scale_format, num_local, num_experts, most, hidden, num_topk, slabs, scales, signature, is_plain = kind
     if plane.values_at_hand:
         _check_values(topk_idx, most, num_experts)
     if recv_stats is not None:
         check_stats(party, "cumulative_local_expert_recv_stats", recv_stats, num_local, torch.int32)
     if wait_stats is not None:
         check_stats(party, "dispatch_wait_recv_cost_stats", wait_stats, ranks, torch.int64)
-    rows = (x.detach() if x.requires_grad else x).contiguous()
-    recv_x, recv_scales = plane.empty_slabs(num_local, slab, hidden, recv_dtype), None
-    if scales is not None:
-        shape, strides, dtype = scales
-        recv_scales = recv_x.new_empty_strided(shape, strides, dtype=dtype)
+    rows = x if is_plain else _plain(x)
+    recv_x = plane.empty_strided(*slabs)
+    recv_scales = None if scales is None else plane.empty_strided(*scales)
     src_info, layout_range, count = plane.low_latency_tables(ranks, num_local, most, num_topk)
     plan = make(
         LowLatencyDispatchPlan,
@@ -162,16 +166,27 @@ def _check_dispatch(
     scale_format = scale_format_of(use_fp8, round_scale, use_ue8m0)
     num_topk = check_topk_idx(party, topk_idx, num_tokens, num_experts).shape[1]
     require(num_topk > 0, "topk_idx", "no choices", f"1 to {MAX_TOPK} choices a token")
-    num_local, slab, scales = num_experts // ranks, ranks * most, None
+    num_local, slab = num_experts // ranks, ranks * most
+    scales: _Slabs | None = None
     if use_fp8:
         groups = hidden // GROUP
         columns, dtype = (-(-groups // 4), torch.int32) if use_ue8m0 else (groups, torch.float32)
         scales = (num_local, slab, columns), (columns * slab, 1, slab), dtype
-    recv_dtype = torch.float8_e4m3fn if use_fp8 else torch.bfloat16
+    dtype = torch.float8_e4m3fn if use_fp8 else torch.bfloat16
+    slabs = (num_local, slab, hidden), (slab * hidden, hidden, 1), dtype
     signature = _signature(OperationKind.LOW_LATENCY_DISPATCH, scale_format, hidden, num_topk, num_experts, most)
     return _DispatchKind(
-        scale_format, num_local, num_experts, most, hidden, num_topk, slab, recv_dtype, scales, signature
+        scale_format, num_local, num_experts, most, hidden, num_topk, slabs, scales, signature, _is_plain(rows)
     )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.requires_grad
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous and without a gradient."""
+    return (tensor.detach() if tensor.requires_grad else tensor).contiguous()
 
 
 def _check_values(ids: torch.Tensor, most: int, num_experts: int) -> None:
@@ -196,23 +211,25 @@ def combine(
     """Send the rows home; see :meth:`tokenferry.Buffer.low_latency_combine`."""
     plane, rank, ranks, device, _, nodes = party
     src_info, layout_range, most, hidden, num_experts = known
-    sizes = most, hidden, num_experts
-    key = ranks, device, kind_of(x), kind_of(topk_idx), kind_of(topk_weights), sizes
-    kind = _combines.get(key) or _combines.keep(key, _check_combine(party, x, topk_idx, topk_weights, *sizes))
-    num_tokens, num_local, signature = kind
+    key = ranks, device, most, hidden, num_experts
+    kind = _combines.find(key, topk_idx, topk_weights, x)
+    if kind is None:
+        kind = _check_combine(party, x, topk_idx, topk_weights, most, hidden, num_experts)
+        _combines.add(key, kind, topk_idx, topk_weights, x)
+    num_tokens, num_local, signature, is_plain = kind
     if plane.values_at_hand:
         check_ids(topk_idx, num_experts)
     if wait_stats is not None:
         check_stats(party, "combine_wait_recv_cost_stats", wait_stats, ranks, torch.int64)
     rows, weights = x if zero_copy_buffer is None else zero_copy_buffer, topk_weights
+    if not is_plain or zero_copy_buffer is not None:
+        rows, weights = _plain(rows), _plain(weights)
     if out is None:
-        result = plane.empty_rows(num_tokens, hidden, torch.bfloat16)
+        result = to = plane.empty_rows(num_tokens, hidden, torch.bfloat16)
     else:
         dtypes = (torch.bfloat16,)
         result = check_tensor("out", out, shape=(num_tokens, hidden), dtypes=dtypes, device=device, contiguous=True)
-    rows = (rows.detach() if rows.requires_grad else rows).contiguous()
-    weights = (weights.detach() if weights.requires_grad else weights).contiguous()
-    to = result.detach() if result.requires_grad else result
+        to = result.detach() if result.requires_grad else result
     plan = make(
         LowLatencyCombinePlan,
         (
@@ -235,14 +252,14 @@ def _check_combine(
     ranks, device = party.num_ranks, party.device
     num_local = num_experts // ranks
     shape = (num_local, ranks * most, hidden)
-    check_tensor("x", x, shape=shape, dtypes=(torch.bfloat16,), device=device)
+    rows = check_tensor("x", x, shape=shape, dtypes=(torch.bfloat16,), device=device)
     ids = check_topk_idx(party, topk_idx, None, num_experts)
     num_tokens, num_topk = ids.shape
     if num_tokens > most:
         raise ArgumentError("topk_idx", f"{num_tokens} rows", f"at most num_max_dispatch_tokens_per_rank = {most}")
-    check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
+    weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
     signature = _signature(OperationKind.LOW_LATENCY_COMBINE, ScaleFormat.NONE, hidden, num_topk, num_experts, most)
-    return _CombineKind(num_tokens, num_local, signature)
+    return _CombineKind(num_tokens, num_local, signature, _is_plain(rows) and _is_plain(weights))
 
 
 def warm(

@@ -186,9 +186,11 @@ class CpuDataPlane:
         advise_huge_pages(rows)
         return rows
 
-    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """See :meth:`tokenferry.dataplane.DataPlane.empty_slabs`."""
-        return self.empty_rows(num_slabs * num_rows, width, dtype).view(num_slabs, num_rows, width)
+    def empty_strided(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`tokenferry.dataplane.DataPlane.empty_strided`."""
+        slabs = torch.empty_strided(shape, strides, dtype=dtype, device=_CPU)
+        advise_huge_pages(slabs)
+        return slabs
 
 
 class _Finish(NamedTuple):

@@ -92,9 +92,16 @@ class CudaDataPlane(CudaRank):
             exact=exact_combine,
         )
         context = self._context[0], self._context[1], self._context[4]
-        weak_check: Any = weakref.WeakMethod(self.check)  # no cycle: a Buffer that is dropped goes at once
-        check = lambda: weak_check()()  # noqa: E731  # one call less than a function around it
-        self._low_latency = LowLatency(place, context, check, torch.cuda.is_current_stream_capturing)
+        # No cycle: a Buffer that is dropped goes at once.
+        weak_check: Any = weakref.WeakMethod(self.check)
+        weak_aligned: Any = weakref.WeakMethod(self._aligned)
+        self._low_latency = LowLatency(
+            place,
+            context,
+            lambda: weak_check()(),
+            torch.cuda.is_current_stream_capturing,
+            lambda tensor: weak_aligned()(tensor),
+        )
 
     # High throughput.
 
@@ -427,7 +434,7 @@ class CudaDataPlane(CudaRank):
         self, num_ranks: int, num_local_experts: int, num_max_tokens: int, num_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`."""
-        return self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, self._state)
+        return self._low_latency.tables(num_ranks, num_local_experts, num_max_tokens, num_topk, self.empty_strided)
 
     def warm_low_latency(
         self, scale_format: ScaleFormat, num_max_tokens: int, hidden: int, num_topk: int, num_local_experts: int,
@@ -444,22 +451,12 @@ class CudaDataPlane(CudaRank):
     def low_latency_dispatch(self, signature: Signature, plan: LowLatencyDispatchPlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_dispatch`."""
         self.check()
-        if (plan.topk_idx.data_ptr() | plan.x.data_ptr()) % 16:
-            plan = plan._replace(topk_idx=self._aligned(plan.topk_idx), x=self._aligned(plan.x))
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         return self._low_latency.dispatch(stream, signature, plan)
 
     def low_latency_combine(self, signature: Signature, plan: LowLatencyCombinePlan) -> Pending:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_combine`."""
         self.check()
-        if plan.out.data_ptr() % 16:
-            raise ArgumentError("out", "memory that does not begin on 16 bytes", "memory that does")
-        if (plan.topk_idx.data_ptr() | plan.topk_weights.data_ptr() | plan.x.data_ptr()) % 16:
-            plan = plan._replace(
-                topk_idx=self._aligned(plan.topk_idx),
-                topk_weights=self._aligned(plan.topk_weights),
-                x=self._aligned(plan.x),
-            )
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         return self._low_latency.combine(stream, signature, plan)
 

@@ -23,9 +23,14 @@ class Variant(NamedTuple):
     run: Any
     """Takes the grid, the stream, ``leading``, the kernel's arguments, ``constants``."""
     leading: tuple[Any, ...]
-    constants: tuple[None, ...]
+    constants: tuple[int | None, ...]
+    """None for each, and before these what :meth:`ending` was given."""
     takes_tuple: bool = False
     """Whether it takes arguments and constants as one."""
+
+    def ending(self, *numbers: int) -> Variant:
+        """The same with the last arguments of all launches given."""
+        return self._replace(constants=(*numbers, *self.constants))
 
     def launch(self, grid: int, stream: int, arguments: Sequence[int]) -> None:
         """Queue ``grid`` programs with addresses and integers, in the order of the kernel's parameters."""

@@ -15,7 +15,9 @@ from tokenferry.config import ALIGNMENT, align_up
 from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, Relays, ScaleFormat, Signature
 from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import words
+from tokenferry.dataplane.cuda.launch import Variant
 from tokenferry.dataplane.cuda.programs import Target, number_of
+from tokenferry.dataplane.cuda.tensors import Allocate, piece_of
 from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.kept import Kept
 
@@ -23,8 +25,6 @@ MOST_TOKENS = 1 << 20
 FEWEST_SLOTS = 2
 _FEWEST_ROWS = 16
 """Of another rank, that there are programs for: ranks that decode have different numbers of tokens, or none."""
-_COMBINE = -1
-"""In a key, where dispatches have their format."""
 
 
 class Place(NamedTuple):
@@ -53,12 +53,35 @@ class Place(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What calls of the same shapes share."""
+    """What calls of the same shapes share. The variants end with their numbers."""
 
-    variants: programs.Variants
-    numbers: tuple[int, ...]
+    first: Variant
+    """Sends; and receives, where that is to be done at once."""
+    second: Variant | None
+    """Receives."""
+    grid: int
+    """Programs of the first."""
     senders: int
     receivers: int
+    table_bytes: int
+    """Bytes of all tables of the dispatch."""
+
+
+class _Tables(NamedTuple):
+    """Where tables lie in their memory; see :meth:`LowLatency.tables`."""
+
+    size: int
+    """Words of 8 bytes of all."""
+    slabs: tuple[int, int]
+    """Shape of ``src_info``."""
+    ranges: tuple[int, int]
+    """Shape, in words of 8 bytes."""
+    first_range: int
+    """Words of 8 bytes in front of the ranges."""
+    counts: tuple[int]
+    """Shape."""
+    first_count: int
+    """Words of 4 bytes in front of the counts."""
 
 
 class LowLatency:
@@ -72,6 +95,7 @@ class LowLatency:
         context: addresses of the heap table, the state and the status.
         check: raises what earlier operations reported.
         is_capturing: tells whether a CUDA graph is captured on the current stream.
+        aligned: makes a copy of a tensor, as kernels want one that does not begin on 16 bytes.
     """
 
     def __init__(
@@ -80,11 +104,13 @@ class LowLatency:
         context: tuple[int, int, int],
         check: Callable[[], None],
         is_capturing: Callable[[], bool],
+        aligned: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._place = place
         self._context = context
         self.check = check
         self.is_capturing = is_capturing
+        self._aligned = aligned
         self.is_closed = False
         self.device = place.target.device
         self._depth = 0
@@ -92,7 +118,7 @@ class LowLatency:
         self._pending: deque[Receive] = deque()
         self._prepared: Kept[_Prepared] = Kept()
         self._received = Receive(self, 0)
-        self._sizes: Kept[tuple[int, int]] = Kept()
+        self._tables: Kept[_Tables] = Kept()
         self._relay_tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def num_slots(self, layouts: Sequence[tuple[int, ...]]) -> int:
@@ -116,33 +142,30 @@ class LowLatency:
         )
 
     def tables(
-        self, num_sources: int, num_local_experts: int, num_max_tokens: int, num_topk: int, like: torch.Tensor
+        self, num_sources: int, num_local_experts: int, num_max_tokens: int, num_topk: int, allocate: Allocate
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See :meth:`tokenferry.dataplane.DataPlane.low_latency_tables`; all in one piece of memory.
 
         The ranges, int64 [L, R], follow ``src_info`` and the table behind it, then the counts. ``num_sources``: R;
-        ``num_max_tokens``: of one of them; ``like``: a tensor on the device.
+        ``num_max_tokens``: of one of them.
         """
-        ranks, local, slab = num_sources, num_local_experts, num_sources * num_max_tokens
-        size, first = self._table_sizes(num_sources, num_local_experts, num_max_tokens, num_topk)
-        longs = like.new_empty_strided((size,), (1,), dtype=torch.int64)
+        key = num_sources, num_local_experts, num_max_tokens, num_topk
+        size, slabs, ranges, first_range, counts, first_count = self._tables.get(key) or self._place_tables(*key)
+        longs = allocate((size,), (1,), torch.int64)
         ints = longs.view(torch.int32)
         return (
-            ints.as_strided((local, slab), (slab, 1)),
-            longs.as_strided((local, ranks), (ranks, 1), first),
-            ints.as_strided((local,), (1,), 2 * (first + local * ranks)),
+            piece_of(ints, slabs, (slabs[1], 1), 0),
+            piece_of(longs, ranges, (ranges[1], 1), first_range),
+            piece_of(ints, counts, (1,), first_count),
         )
 
-    def _table_sizes(self, num_sources: int, num_local: int, num_max_tokens: int, num_topk: int) -> tuple[int, int]:
-        """Words of 8 bytes of all tables, and in front of the ranges."""
-        key = num_sources, num_local, num_max_tokens, num_topk
-        sizes = self._sizes.get(key)
-        if sizes is None:
-            each = num_sources // self._place.num_ranks
-            first = self._ranges_at(num_local, each * num_max_tokens, num_topk)
-            size = self._storage_size(num_local, each * num_max_tokens, num_topk, each)
-            sizes = self._sizes.keep(key, (size // 8, first // 8))
-        return sizes
+    def _place_tables(self, num_sources: int, num_local: int, num_max_tokens: int, num_topk: int) -> _Tables:
+        each = num_sources // self._place.num_ranks
+        first = self._ranges_at(num_local, each * num_max_tokens, num_topk) // 8
+        size = self._storage_size(num_local, each * num_max_tokens, num_topk, each) // 8
+        slabs, ranges = (num_local, num_sources * num_max_tokens), (num_local, num_sources)
+        tables = _Tables(size, slabs, ranges, first, (num_local,), 2 * (first + num_local * num_sources))
+        return self._tables.keep((num_sources, num_local, num_max_tokens, num_topk), tables)
 
     def _ranges_at(self, num_local: int, most: int, num_topk: int) -> int:
         """Bytes of the source tokens, the table and the tokens of each source."""
@@ -161,22 +184,42 @@ class LowLatency:
             order, ids = self._relayed(plan.relays, plan.num_local_experts, plan.topk_idx)
             plan, each = plan._replace(topk_idx=ids), self._each(plan.relays)
         (
-            topk_idx, x, scale_format, _, num_local, most, recv_x, recv_scales, src_info, layout_range, count,
-            recv_stats, wait_stats, receives_now, _,
+            topk_idx, x, _, _, _, _, recv_x, recv_scales, src_info, layout_range, count, recv_stats, wait_stats,
+            receives_now, _,
         ) = plan  # fmt: skip
-        num_rows, hidden = x.shape
-        key = scale_format, num_rows, hidden, topk_idx.shape[1], num_local, each, most
-        prepared = self._prepared.get(key) or self._prepare_dispatch(key, signature)
+        key = signature, x.shape[0], each, receives_now
+        prepared = self._prepared.get(key) or self._prepare_dispatch(key, plan)
+        ids_at, x_at = topk_idx.data_ptr(), x.data_ptr()
+        if (ids_at | x_at) % 16:
+            topk_idx, x = self._aligned(topk_idx), self._aligned(x)
+            ids_at, x_at = topk_idx.data_ptr(), x.data_ptr()
+        ticket = None if receives_now else _ticket(topk_idx)
+        arguments = (
+            *self._context,
+            0 if ticket is None else ticket.data_ptr(),
+            ids_at,
+            x_at,
+            recv_x.data_ptr(),
+            0 if recv_scales is None else recv_scales.data_ptr(),
+            src_info.data_ptr(),
+            layout_range.data_ptr(),
+            count.data_ptr(),
+            0 if recv_stats is None else recv_stats.data_ptr(),
+            0 if wait_stats is None else wait_stats.data_ptr(),
+            0 if order is None else order.data_ptr(),
+        )
+        if receives_now:
+            return self._run(stream, prepared, arguments)
         tensors = (
-            topk_idx, x, recv_x, recv_scales, src_info, layout_range, count, recv_stats, wait_stats, order,
+            topk_idx, x, recv_x, recv_scales, src_info, layout_range, count, recv_stats, wait_stats, order, ticket,
         )  # fmt: skip
-        return self._run(stream, prepared, tensors, receives_now)
+        return self._send(stream, prepared, arguments, tensors)
 
-    def _prepare_dispatch(
-        self, key: tuple[ScaleFormat, int, int, int, int, int, int], signature: Signature
-    ) -> _Prepared:
+    def _prepare_dispatch(self, key: tuple[Signature, int, int, bool], plan: LowLatencyDispatchPlan) -> _Prepared:
         place = self._place
-        scale_format, num_rows, hidden, num_topk, num_local, each, most = key
+        signature, num_rows, each, receives_now = key
+        scale_format, num_local, most = plan.scale_format, plan.num_local_experts, plan.num_max_tokens
+        hidden, num_topk = plan.x.shape[1], plan.topk_idx.shape[1]
         layouts = self._layouts(most, hidden, num_topk, num_local, each)
         depth = self.num_slots(layouts)
         layout = layouts[scale_format != ScaleFormat.NONE]
@@ -191,38 +234,71 @@ class LowLatency:
             2 + num_rows * (parts + 1),
             1 + _rows_of_others(num_rows, most) * place.num_ranks * parts,
             programs.programs_of_dispatch(num_topk, place.target),
+            receives_now,
         )
         return self._prepared.keep(key, prepared)
 
     def _prepare(
-        self, variants: programs.Variants, numbers: tuple[int, ...], senders: int, receivers: int, an_sm: int
+        self,
+        variants: programs.Variants,
+        numbers: tuple[int, ...],
+        senders: int,
+        receivers: int,
+        an_sm: int,
+        receives_now: bool,
+        table_bytes: int = 0,
     ) -> _Prepared:
         """As many programs as there is work for, and as run at a time, of which ``an_sm`` fit on an SM."""
         most = self._place.num_sms * (1 if self._place.shares_gpu else an_sm)
-        return _Prepared(variants, numbers, max(min(senders, most), 3), max(min(receivers, most), 2))
+        senders, receivers = max(min(senders, most), 3), max(min(receivers, most), 2)
+        if receives_now:
+            both = variants.both.ending(*numbers, senders)
+            return _Prepared(both, None, senders + receivers, senders, receivers, table_bytes)
+        send, receive = variants.send.ending(*numbers, senders), variants.receive.ending(*numbers, 0)
+        return _Prepared(send, receive, senders, senders, receivers, table_bytes)
 
     def combine(self, stream: int, signature: Signature, plan: LowLatencyCombinePlan) -> Receive:
         """Send, and receive if that is to be done at once."""
-        ranks, each = self._place.num_ranks, 1
+        each = 1
         if plan.relays is not None:
-            num_local = plan.x.shape[0]
-            _, ids = self._relayed(plan.relays, num_local, plan.topk_idx)
+            _, ids = self._relayed(plan.relays, plan.x.shape[0], plan.topk_idx)
             plan, each = plan._replace(topk_idx=ids), self._each(plan.relays)
         x, info, _, _, _, topk_idx, topk_weights, out, wait_stats, receives_now, _ = plan
-        num_local, slab, hidden = x.shape
-        num_rows, num_topk = topk_idx.shape
-        most = slab // ranks
-        size, _ = self._table_sizes(each * ranks, num_local, most // each, num_topk)
-        if info.storage_offset() != 0 or info.untyped_storage().nbytes() != 8 * size:
-            allowed = f"the tensor that the dispatch of {num_topk} choices a token returned, not a copy of it"
-            raise ArgumentError("handle.src_info", "a tensor of another origin", allowed)
-        key = (_COMBINE, num_rows, hidden, num_topk, num_local, each, most)
-        prepared = self._prepared.get(key) or self._prepare_combine(key, signature)
-        return self._run(stream, prepared, (topk_idx, topk_weights, x, info, out, wait_stats), receives_now)
+        out_at = out.data_ptr()
+        if out_at % 16:
+            raise ArgumentError("out", "memory that does not begin on 16 bytes", "memory that does")
+        key = signature, topk_idx.shape[0], each, receives_now
+        prepared = self._prepared.get(key) or self._prepare_combine(key, plan)
+        if info.storage_offset() != 0 or info.untyped_storage().nbytes() != prepared.table_bytes:
+            raise _of_another_origin(plan)
+        ids_at, weights_at, x_at = topk_idx.data_ptr(), topk_weights.data_ptr(), x.data_ptr()
+        if (ids_at | weights_at | x_at) % 16:
+            topk_idx, topk_weights, x = self._aligned(topk_idx), self._aligned(topk_weights), self._aligned(x)
+            ids_at, weights_at, x_at = topk_idx.data_ptr(), topk_weights.data_ptr(), x.data_ptr()
+        ticket = None if receives_now else _ticket(topk_idx)
+        arguments = (
+            *self._context,
+            0 if ticket is None else ticket.data_ptr(),
+            ids_at,
+            weights_at,
+            x_at,
+            info.data_ptr(),
+            out_at,
+            0 if wait_stats is None else wait_stats.data_ptr(),
+        )
+        if receives_now:
+            return self._run(stream, prepared, arguments)
+        tensors = topk_idx, topk_weights, x, info, out, wait_stats, ticket
+        return self._send(stream, prepared, arguments, tensors)
 
-    def _prepare_combine(self, key: tuple[int, int, int, int, int, int, int], signature: Signature) -> _Prepared:
+    def _prepare_combine(self, key: tuple[Signature, int, int, bool], plan: LowLatencyCombinePlan) -> _Prepared:
         place = self._place
-        _, num_rows, hidden, num_topk, num_local, each, most = key
+        signature, num_rows, each, receives_now = key
+        num_local, slab, hidden = plan.x.shape
+        most, num_topk = slab // place.num_ranks, plan.topk_idx.shape[1]
+        table_bytes = self._storage_size(num_local, most, num_topk, each)
+        if plan.src_info.untyped_storage().nbytes() != table_bytes:
+            raise _of_another_origin(plan)
         layouts = self._layouts(most, hidden, num_topk, num_local, each)
         depth, layout = self.num_slots(layouts), layouts[2]
         part = programs.part_of(hidden, num_rows * place.num_ranks, num_topk)
@@ -236,6 +312,8 @@ class LowLatency:
             2 + _rows_of_others(num_rows, most) * place.num_ranks * parts,
             num_rows * parts,
             programs.programs_of_combine(part, num_topk, place.exact),
+            receives_now,
+            table_bytes,
         )
         return self._prepared.keep(key, prepared)
 
@@ -302,31 +380,41 @@ class LowLatency:
             raise ArgumentError("num_max_dispatch_tokens_per_rank", most, f"at most {limit}")
         return programs.layouts(ranks, most, hidden, num_topk, num_local, each, self._place.exact)
 
-    def _run(
-        self, stream: int, prepared: _Prepared, tensors: tuple[torch.Tensor | None, ...], receives_now: bool
-    ) -> Receive:
-        if self._pending and not self.is_capturing():
+    def _run(self, stream: int, prepared: _Prepared, arguments: tuple[int, ...]) -> Receive:
+        """Send and receive."""
+        if self._pending:
+            self._make_room(stream)
+        self._num_sent += 1
+        prepared.first.launch(prepared.grid, stream, arguments)
+        return self._received
+
+    def _make_room(self, stream: int) -> None:
+        """Receive what lies in the slot that is next."""
+        if not self.is_capturing():
             # What was sent in a capture is received in it, or was never sent.
             self._pending = deque(pending for pending in self._pending if not pending.is_captured)
         while self._pending and self._pending[0].number <= self._num_sent + 1 - self._depth:
             self._pending[0].finish(stream)
+
+    def _send(
+        self,
+        stream: int,
+        prepared: _Prepared,
+        arguments: tuple[int, ...],
+        tensors: tuple[torch.Tensor | None, ...],
+    ) -> Receive:
+        """Send, to be received later."""
+        if self._pending:
+            self._make_room(stream)
         self._num_sent += 1
-        variants, numbers, senders, receivers = prepared
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if receives_now:
-            arguments = (*self._context, 0, *addresses, *numbers, senders)
-            variants.both.launch(senders + receivers, stream, arguments)
-            return self._received
-        ids = tensors[0]
-        assert ids is not None
-        ticket = ids.new_empty_strided((1,), (1,), dtype=torch.int64)
-        common = (*self._context, ticket.data_ptr(), *addresses, *numbers)
-        variants.send.launch(senders, stream, (*common, senders))
+        first, second, grid, _, receivers, _ = prepared
+        assert second is not None
+        first.launch(grid, stream, arguments)
 
         def receive(stream: int) -> None:
-            variants.receive.launch(receivers, stream, (*common, 0))
+            second.launch(receivers, stream, arguments)
 
-        pending = Receive(self, self._num_sent, receive, (*tensors, ticket), self.is_capturing(), stream)
+        pending = Receive(self, self._num_sent, receive, tensors, self.is_capturing(), stream)
         self._pending.append(pending)
         return pending
 
@@ -341,6 +429,17 @@ class LowLatency:
         """Refuse what has not been received: the memory goes away."""
         self.is_closed = True
         self._pending.clear()
+
+
+def _ticket(like: torch.Tensor) -> torch.Tensor:
+    """Where an operation that is to be received leaves its number."""
+    return like.new_empty_strided((1,), (1,), dtype=torch.int64)
+
+
+def _of_another_origin(plan: LowLatencyCombinePlan) -> ArgumentError:
+    num_topk = plan.topk_idx.shape[1]
+    allowed = f"the tensor that the dispatch of {num_topk} choices a token returned, not a copy of it"
+    return ArgumentError("handle.src_info", "a tensor of another origin", allowed)
 
 
 def _rows_of_others(num_rows: int, most: int) -> int:

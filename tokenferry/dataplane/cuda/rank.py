@@ -12,6 +12,7 @@ from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.follow import Follower
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.status import Status
+from tokenferry.dataplane.cuda.tensors import allocator_of
 from tokenferry.dataplane.cuda.waits import DeviceWaits
 from tokenferry.errors import ArgumentError
 from tokenferry.memory.direct import Regions
@@ -56,6 +57,7 @@ class CudaRank:
 
     Attributes:
         waits: what the kernels have waited.
+        empty_strided: see :meth:`tokenferry.dataplane.DataPlane.empty_strided`; while the device is the current one.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class CudaRank:
         self._timeout = min(int(timeout * _NANOSECONDS), 1 << 60)
         device = heap.device
         self._device = device
+        self.empty_strided = allocator_of(device)
         with torch.inference_mode(False):
             self._state = torch.zeros(words.STATE_WORDS, dtype=torch.int64, device=device)
             most_counts = self.num_ranks * (1 + words.MAX_LOCAL_EXPERTS)
@@ -150,11 +153,9 @@ class CudaRank:
             given = f"a stage of {self.heap.stage_bytes} bytes"
             raise ArgumentError("num_nvl_bytes", given, f"at least {2 * record_bytes} bytes for rows of this size")
 
-    # This method of a tensor on the device takes a third of what ``torch.empty`` does.
-
     def empty(self, count: int) -> torch.Tensor:
         """int32 [count], unset."""
-        return self._state.new_empty_strided((count,), (1,), dtype=torch.int32)
+        return self.empty_strided((count,), (1,), torch.int32)
 
     def empty_table(self, count: int) -> torch.Tensor:
         """As :meth:`empty`, for work on the queue alone: it may be freed as soon as that is launched."""
@@ -163,9 +164,4 @@ class CudaRank:
 
     def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """See :meth:`tokenferry.dataplane.DataPlane.empty_rows`."""
-        return self._state.new_empty_strided((num_rows, width), (width, 1), dtype=dtype)
-
-    def empty_slabs(self, num_slabs: int, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """See :meth:`tokenferry.dataplane.DataPlane.empty_slabs`."""
-        shape, strides = (num_slabs, num_rows, width), (num_rows * width, width, 1)
-        return self._state.new_empty_strided(shape, strides, dtype=dtype)
+        return self.empty_strided((num_rows, width), (width, 1), dtype)
