@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from tests.conftest import PoolOf, but_slow, slow
 from tests.internode_cases import LAYOUTS
 from tests.internode_low_latency_cases import NodeScenario, check_nodes, make_buffer
 from tests.low_latency_cases import FORMATS, ROUTINGS, Case, check_case
-from tokenferry import BufferStateError, MismatchError, PeerError
+from tokenferry import ArgumentError, BufferStateError, MismatchError, PeerError, PeerTimeoutError
+from tokenferry.rail import RailError
+from tokenferry.rail.process_group import ProcessGroupRail
 
 
 @pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x2", "3x2", "3x1", "2x4"))
@@ -171,3 +174,29 @@ def test_trouble_is_named(pool_of: PoolOf, kind: str) -> None:
         assert sum(text.startswith("MismatchError") for text, _ in found) >= 2
     else:
         assert all("rank 3" in text or "ranks 2, 3" in text for text, _ in found[:3]), found
+
+
+def _garbage(rank: int, num_ranks: int, at_home: bool) -> str:
+    """A rail that ended while nobody waited, and a data plane that reports what came last: the rail is to blame."""
+    failure = RailError([1 - rank], True, "no sign of life for 4.0 s")
+    scenario = NodeScenario(Case(tokens=(5,), hidden=256), rank, "2x1")
+    with make_buffer(rank, "2x1") as buffer:
+        result = scenario.dispatch(buffer)
+        scenario.check_dispatch(result)
+        answer = scenario.combine(buffer, result, return_recv_hook=True)
+        plane: Any = buffer.runtime.party().plane  # type: ignore[union-attr]
+        reported = mock.patch.object(plane, "check", side_effect=ArgumentError("topk_idx", "1 << 40", "less"))
+        ended = mock.patch.object(ProcessGroupRail, "failure", failure)
+        with reported, ended, pytest.raises(PeerTimeoutError) as caught:
+            answer[2]() if at_home else scenario.dispatch(buffer)
+        with pytest.raises(BufferStateError):
+            scenario.dispatch(buffer)
+        dist.barrier()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("at_home", [False, True])
+def test_garbage_of_a_rail_that_ended_is_not_blamed(pool_of: PoolOf, at_home: bool) -> None:
+    for rank, text in enumerate(pool_of(2).run(_garbage, at_home)):
+        assert f"node {1 - rank}" in text
+        assert "4.0 s" in text

@@ -173,8 +173,10 @@ class _Homecoming:
         return (self._out,)
 
     def finish(self) -> None:
-        self._operation.who.plane.check()
+        failure = self._nodes.check(self._operation.who.plane)
         with self._nodes.guarded(self._operation):
+            if failure is not None:
+                raise failure
             for node in self._nodes.others:
                 self._transfer.wait(node)
             self._transfer.settle()

@@ -27,6 +27,7 @@ import torch
 from tokenferry.dataplane import DataPlane, Outputs, SendPlan, Signature, describe_difference
 from tokenferry.errors import (
     ArgumentError,
+    BufferStateError,
     CapacityError,
     MismatchError,
     PeerError,
@@ -100,17 +101,30 @@ class Nodes:
     def operation(self, who: Who, name: str, signature: Signature) -> Iterator[Operation]:
         """Run one operation among all ranks, or its first half. See :meth:`guarded`."""
         with self._lock:
-            try:
-                who.plane.check()
-            except BaseException as error:
-                if not isinstance(error, (ArgumentError, StepBackError)):
-                    self.rail.close()  # whatever made it unusable, the other nodes shall not wait for this rank
-                raise
+            failure = self.check(who.plane)
             self.epoch += 1
             self.rail.meanwhile = who.plane.advance
             operation = Operation(self, who, name, self.epoch, signature)
             with self.guarded(operation):
+                if failure is not None:
+                    raise failure
                 yield operation
+
+    def check(self, plane: DataPlane) -> RailError | None:
+        """Raise what the data plane reports.
+
+        Returns:
+            What has ended the rail instead, if it has: the plane may have been given garbage, and report that.
+        """
+        try:
+            plane.check()
+        except BaseException as error:
+            if not isinstance(error, BufferStateError) and (failure := self.rail.failure) is not None:
+                return failure
+            if not isinstance(error, (ArgumentError, StepBackError)):
+                self.rail.close()  # whatever made it unusable, the other nodes shall not wait for this rank
+            raise
+        return None
 
     @contextmanager
     def guarded(self, operation: Operation) -> Iterator[None]:

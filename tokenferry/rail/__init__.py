@@ -76,6 +76,10 @@ class Rail(Protocol):
     def bytes_sent(self) -> int:
         """Since the rail was made."""
 
+    @property
+    def failure(self) -> RailError | None:
+        """What ended this rail while no host waited for it: then what came over it last may be garbage."""
+
     def post(self, sends: Parts, receives: Parts) -> Transfer:
         """Begin an exchange with other nodes. Tensors without elements do not travel."""
 

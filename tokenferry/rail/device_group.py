@@ -121,6 +121,11 @@ class DeviceRail:
         """Since the rail was made."""
         return self._bytes_sent + self._words.bytes_sent
 
+    @property
+    def failure(self) -> RailError | None:
+        """See :class:`tokenferry.rail.Rail`."""
+        return None if self._failure is None else RailError(self._failure[0], True, self._failure[1])
+
     def post(self, sends: Parts, receives: Parts) -> Transfer:
         """See :meth:`tokenferry.rail.Rail.post`. The tensors are all on the CPU, or all on the GPU."""
         given = next((part for parts in (*sends.values(), *receives.values()) for part in parts), None)
@@ -168,8 +173,8 @@ class DeviceRail:
         Raises:
             RailError: the rail is closed, or has ended.
         """
-        if self._failure is not None:
-            raise RailError(self._failure[0], True, self._failure[1])
+        if (failure := self.failure) is not None:
+            raise failure
         if self._group is None:
             raise RailError([self._node], False, "this rank has closed its rail")
         return self._group

@@ -72,6 +72,11 @@ class ProcessGroupRail:
             raise TokenferryError(f"no rail between ranks {topology.rail}: {error}") from error
         _rails.add(self)
 
+    @property
+    def failure(self) -> None:
+        """See :class:`tokenferry.rail.Rail`: a host waits for all exchanges."""
+        return None
+
     def post(self, sends: Parts, receives: Parts) -> PostedTransfer:
         """See :meth:`tokenferry.rail.Rail.post`."""
         while len(self._unfinished) >= MOST_UNFINISHED:
