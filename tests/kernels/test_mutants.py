@@ -267,6 +267,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "one way": _repeated("direct", routing="one_rank"),
     "mixed, one way": _repeated("mixed", routing="one_rank"),
     "dispatches": _repeated("staged", routing="sparse", stage_bytes=4096, combines=False, length=4),
+    "direct dispatches": _repeated("direct", combines=False),
     "many rounds": _repeated("staged", stage_bytes=256, length=1),
     "alternating": alternating,
     "unread": unread,
@@ -330,9 +331,7 @@ MUTANTS = {
     "message over an unread one": Mutant(
         sync, "before = progress(epoch - 1, ALL)", "before = progress(epoch * 0, 0)", "unread, cached"
     ),
-    "message after its flag": Mutant(
-        sync, WRITE_MESSAGE + SIGNAL_MESSAGE, SIGNAL_MESSAGE + WRITE_MESSAGE, "three ranks"
-    ),
+    "message after its flag": Mutant(sync, WRITE_MESSAGE + SIGNAL_MESSAGE, SIGNAL_MESSAGE + WRITE_MESSAGE, "mixed"),
     "messages after their flags": Mutant(sync, "    alive = True\n    for step", MESSAGES_FIRST, "direct"),
     "nobody waits for messages": Mutant(sync, "progress(epoch, step), rank", "0, rank", "direct"),
     "messages of the previous epoch": Mutant(
@@ -345,8 +344,9 @@ MUTANTS = {
     "all have come when one has": Mutant(
         flags, "            missing = still\n", "            missing = still & 1\n", "three ranks"
     ),
+    "nobody reads any more": Mutant(sync, "tl.load(state + SETTLED) == epoch - 1", "epoch > 0", "unread"),
     "list over an unread one": Mutant(notify, "progress(epoch - 1, ALL)", "0", "unread"),
-    "list after its flag": Mutant(notify, LIST + SIGNAL_LIST, SIGNAL_LIST + LIST, "dispatches"),
+    "list after its flag": Mutant(notify, LIST + SIGNAL_LIST, SIGNAL_LIST + LIST, "direct dispatches"),
     "no barrier after the list": Mutant(notify, SIGNAL_LIST, SIGNAL_LIST.partition("\n")[2], "direct"),
     "nobody listens": Mutant(notify, LISTEN, "alive = True", "direct"),
     "counts after their flag": Mutant(

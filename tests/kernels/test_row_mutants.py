@@ -424,7 +424,7 @@ MUTANTS = {
         "source = R - 1 - source\n            head = tl.load(send_head",
         "combine mixed",
     ),
-    "nobody is staged": Mutant(rounds, "STAGED * 8, 0, rank", "STAGED * 8, 0 * rank, rank", "combine staged"),
+    "nobody is staged": Mutant(rounds, "STAGED * 8, 0, rank", "STAGED * 8, 1, rank", "combine staged"),
     "too many rows": Mutant(combine, " | (end > brought)", "", "prefixes of other rows"),
     "fewer rows than none": Mutant(combine, " | (count < 0)", "", "prefixes of other rows"),
     "rows below 0": Mutant(combine, "(start < 0) | ", "", "prefixes of other rows"),
