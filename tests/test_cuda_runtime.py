@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests import played_gpu
+from tests.cases import filled_memory
 from tests.host_path import EXPERTS, MOST, TOKENS, TOPK, Rank, rank_on_a_gpu
 from tests.test_host_path import Log
 from tokenferry import ArgumentError, BufferStateError, HeapError, PeerLostError, PeerTimeoutError, runtime_cuda
@@ -304,6 +305,8 @@ def test_tensors_made_below_the_dispatcher_are_like_others(monkeypatch: pytest.M
                 made = tensors.allocator_of(device)(shape, strides, torch.float8_e4m3fn)
             looks = (made.shape, made.stride(), made.dtype, made.device, made.requires_grad, made.is_inference())
             assert looks == (shape, strides, wanted.dtype, device, False, False)
+    with filled_memory():
+        assert tensors.allocator_of(torch.device("cpu"))((3,), (1,), torch.float32).isnan().all()
     for piece_of in (tensors.piece_of, tensors._as_strided):
         piece = piece_of(given, (2, 3), (3, 1), 5)
         assert torch.equal(piece, given[5:11].view(2, 3))

@@ -195,6 +195,11 @@ def emulated_bulk() -> ModuleType:
     def meet(like: Any) -> None:
         pass
 
+    @offers
+    def tell(address: Any, value: Any, on: Any) -> None:
+        tl.debug_barrier()  # the thread's own stores come first
+        tl.store(address, value, mask=on != 0)
+
     def words(address: Any, width: int, dtype: tl.dtype) -> tl.tensor:
         shared = engine().shared
         values = np.array([shared[at : at + width].view(f"i{width}")[0] for at in numbers(address)[0]])

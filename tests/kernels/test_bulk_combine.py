@@ -21,7 +21,7 @@ from tests.kernels.schedules import Scheduler, stop_at_deadlocks
 from tests.kernels.test_mutants import DIRECT
 from tests.kernels.world import Rank, Simulated, World
 from tokenferry.dataplane.cuda import programs
-from tokenferry.dataplane.cuda.kernels import bulk_combine
+from tokenferry.dataplane.cuda.kernels import bulk_combine, words
 from tokenferry.dataplane.cuda.programs import Target
 
 SLOTS = 9
@@ -41,7 +41,9 @@ def run(
     num_ranks: int = 2,
     weights: bool = True,
     stage_bytes: int = 1 << 10,
+    too_many: int = 0,
 ) -> None:
+    """``too_many``: rows more than there are that rank 1 has for rank 0, by the handle of rank 0."""
     world = World(monkeypatch, num_ranks, seed, direct=DIRECT[direct], stage_bytes=stage_bytes, max_steps=40_000)
     world.simulator.random = Scheduler(seed)
     stop_at_deadlocks(monkeypatch)
@@ -57,19 +59,34 @@ def run(
         rank.layout()
         rank.notify(worst)
         rank.pull(worst)
+    if too_many:
+        world.run()  # the matrix is there
     world.target = Target(num_ranks, True, 0)
     for rank in ranks:
-        rank.combine(rank.handle(), weights=weights)
+        handle = rank.handle()
+        if too_many and rank.rank == 0:
+            prefix = handle.rank_prefix_matrix.clone()
+            prefix.view(num_ranks, num_ranks)[0, 1] += too_many
+            handle = handle._replace(rank_prefix_matrix=prefix)
+        rank.combine(handle, weights=weights)
     assert programs._combine.cache_info().currsize == 1
     world.run()
-    for rank in ranks:
+    for rank in ranks[bool(too_many) :]:
         rank.check_combine()
-    assert [world.code(rank) for rank in range(num_ranks)] == [0] * num_ranks
+    codes = [words.BAD_HANDLE.value if too_many else 0, *[0] * (num_ranks - 1)]
+    assert [world.code(rank) for rank in range(num_ranks)] == codes
 
 
 @pytest.mark.parametrize("direct", DIRECT)
 def test_sums(monkeypatch: Any, direct: str) -> None:
     run(monkeypatch, PLAIN, direct)
+
+
+@pytest.mark.parametrize("tokens", [(14, 6), (40, 40), (0, 6)])
+@pytest.mark.parametrize("direct", DIRECT)
+def test_a_bad_handle_keeps_nobody_waiting(monkeypatch: Any, direct: str, tokens: tuple[int, ...]) -> None:
+    """Whoever has it reads nothing of any round, and says so; the others have their sums."""
+    run(monkeypatch, replace(PLAIN, tokens=tokens), direct, too_many=1000)
 
 
 def run_several_warps(monkeypatch: Any, direct: str, module: ModuleType | None = None) -> None:

@@ -173,10 +173,10 @@ class _Homecoming:
         return (self._out,)
 
     def finish(self) -> None:
-        failure = self._nodes.check(self._operation.who.plane)
+        is_over = self._nodes.is_over(self._operation.who.plane)
         with self._nodes.guarded(self._operation):
-            if failure is not None:
-                raise failure
+            if is_over:
+                raise self._nodes.end_of_rail()
             for node in self._nodes.others:
                 self._transfer.wait(node)
             self._transfer.settle()

@@ -101,30 +101,37 @@ class Nodes:
     def operation(self, who: Who, name: str, signature: Signature) -> Iterator[Operation]:
         """Run one operation among all ranks, or its first half. See :meth:`guarded`."""
         with self._lock:
-            failure = self.check(who.plane)
+            is_over = self.is_over(who.plane)
             self.epoch += 1
             self.rail.meanwhile = who.plane.advance
             operation = Operation(self, who, name, self.epoch, signature)
             with self.guarded(operation):
-                if failure is not None:
-                    raise failure
+                if is_over:
+                    raise self.end_of_rail()
                 yield operation
 
-    def check(self, plane: DataPlane) -> RailError | None:
-        """Raise what the data plane reports.
+    def is_over(self, plane: DataPlane) -> bool:
+        """Raise what the data plane reports, unless the rail has ended: the plane may have been given garbage.
 
         Returns:
-            What has ended the rail instead, if it has: the plane may have been given garbage, and report that.
+            Whether the rail has ended; the caller raises :meth:`end_of_rail`.
         """
         try:
             plane.check()
         except BaseException as error:
-            if not isinstance(error, BufferStateError) and (failure := self.rail.failure) is not None:
-                return failure
+            is_told = isinstance(error, TokenferryError) and not isinstance(error, BufferStateError)
+            if is_told and self.rail.failure is not None:
+                return True
             if not isinstance(error, (ArgumentError, StepBackError)):
                 self.rail.close()  # whatever made it unusable, the other nodes shall not wait for this rank
             raise
-        return None
+        return False
+
+    def end_of_rail(self) -> RailError:
+        """What has ended the rail."""
+        failure = self.rail.failure
+        assert failure is not None
+        return failure
 
     @contextmanager
     def guarded(self, operation: Operation) -> Iterator[None]:

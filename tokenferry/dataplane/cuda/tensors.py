@@ -1,6 +1,7 @@
 """Unset tensors on the device, and views of them, made as programs that torch compiles make theirs.
 
-Below torch's dispatcher they take half the time. So modes that look at operators do not see them.
+Below torch's dispatcher they take half the time. So modes that look at operators do not see them. Where torch's
+algorithms are to be deterministic, unset memory is torch's own again, which fills it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ Allocate: TypeAlias = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], 
 def allocator_of(device: torch.device) -> Allocate:
     """What makes unset tensors on a device, while it is the current one."""
     below: Allocate | None = _functions.get(f"_empty_strided_{device.type}")
+    is_deterministic = torch._C._get_deterministic_algorithms
 
     def allocate(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        if below is None or is_deterministic():
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        return below(shape, strides, dtype)
 
-    return below or allocate
+    return allocate
 
 
 def _as_strided(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tokenferry.dataplane.cuda.kernels.bulk import load_shared, load_shared_long, meet, store_bulk, store_shared
+from tokenferry.dataplane.cuda.kernels.bulk import (
+    load_shared,
+    load_shared_long,
+    meet,
+    store_bulk,
+    store_shared,
+    tell,
+)
 from tokenferry.dataplane.cuda.kernels.expert_major import PACK_MASK, PACK_SHIFT
 from tokenferry.dataplane.cuda.kernels.words import (
     AT_EPOCH,
@@ -75,7 +82,7 @@ def complain(status, operation, epoch, wrong, tid, PROBLEM: gl.constexpr):
     here = tid * 0
     gl.store(status + OPERATION + here, here + operation, mask=wrong)
     gl.store(status + AT_EPOCH + here, here + epoch, mask=wrong)
-    gl.store(status + CODE + here, here.to(gl.int64) + PROBLEM, mask=wrong)
+    tell(status + CODE + here, here.to(gl.int64) + PROBLEM, wrong.to(gl.int32))
 
 
 @gluon.jit

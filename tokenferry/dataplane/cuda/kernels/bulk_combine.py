@@ -314,21 +314,21 @@ def combine(
             rows_apart = groups * programs
             by_rounds = any_staged(heap, rank, R)
             per_round = half // (RECORD * R)
-            rounds = tl.where(by_rounds, rounds_of(num_tokens, per_round), 1)
+            rounds = tl.where(by_rounds, rounds_of(num_tokens, per_round), 0)
             alive = True
             fits = True
             slot_at = zero()
             use_at = zero()
             parity = zero()
             ask_parity = zero()
-            for this in range(rounds):
-                if by_rounds:
+            for this in range(tl.maximum(rounds, 1)):
+                if this < rounds:
                     for source in range(R):
-                        if alive & is_staged(heap, rank, source):
+                        if alive & fits & is_staged(heap, rank, source):
                             alive = wait_for_round(
                                 heap, state, status, rank, source, this, operation, epoch, timeout, R
                             )
-                if alive:
+                if alive & fits:
                     prepare(
                         heap, regions, status, prefix, x.to(tl.int64), weights.to(tl.int64), rank, operation, epoch,
                         this, per_round, stage, half, extra, tid, RECORD, AT, ROW, K, HELD, R,
@@ -382,7 +382,7 @@ def combine(
                         if K > 0:
                             t = first + worker + n * workers + apart
                             gl.store(out_weights + t * K + lane, sums, mask=(lane < K) & (t < end))
-                    if by_rounds:
+                    if this < rounds:
                         release_round(heap, state, rank, this, epoch, programs, R)
             if (fits == 0) & (pid == stagers):
                 pass_all_rounds(heap, rank, epoch, R)

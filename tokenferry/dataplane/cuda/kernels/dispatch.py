@@ -201,10 +201,9 @@ def wait_for_sources(
     """Wait for a round of every source that is staged and has one; whether all came."""
     alive = True
     for source in range(R):
-        if is_staged(heap, rank, source):
+        if alive & is_staged(heap, rank, source):
             if this * per_round < tl.minimum(tokens_of(heap, rank, source), list_capacity):
-                there = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout, R)
-                alive = alive & there
+                alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout, R)
     return alive
 
 
