@@ -220,9 +220,10 @@ def store_shared_long(address, value, on):
 
 @gluon.jit
 def tell(address, value, on):
-    """Let the host see an int64 in pinned memory, and before it what this thread has stored."""
+    """Let the host see an int64 in pinned memory, and before it what this thread, no other, has stored."""
     gl.inline_asm_elementwise(
-        """{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.release.sys.global.b64 [$1], $2; mov.u32 $0, 0; }""",
+        """{ .reg .pred p; setp.ne.u32 p, $3, 0; @p fence.acq_rel.sys;
+        @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }""",
         "=r,l,l,r",
         [address, value, on],
         dtype=gl.int32,
