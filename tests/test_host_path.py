@@ -17,15 +17,15 @@ from tokenferry.streams import CommStream
 
 MOST = {
     #                              Python   C  operators  allocations  events  identities  captures  launches
-    "get_dispatch_layout":            (33, 25,         4,           2,      4,          0,        0,        1),
-    "dispatch, num_worst_tokens":     (80, 71,         9,           5,      6,          2,        1,        2),
-    "layout and dispatch":           (111, 95,        13,           7,     10,          2,        1,        3),
+    "get_dispatch_layout":            (33, 25,         2,           2,      4,          0,        0,        1),
+    "dispatch, num_worst_tokens":     (80, 71,         5,           5,      6,          2,        1,        2),
+    "layout and dispatch":           (111, 95,         7,           7,     10,          2,        1,        3),
     "cached dispatch":                (38, 32,         1,           1,      4,          1,        1,        1),
     "combine":                        (38, 33,         1,           1,      4,          1,        1,        1),
     "combine, weights":               (44, 45,         2,           2,      4,          2,        1,        1),
     "combine, async_finish":          (48, 34,         1,           1,      5,          1,        1,        1),
-    "elastic, expert-major":         (119, 111,       24,           9,      8,          3,        2,        4),
-    "elastic, compact":              (116, 112,       24,           9,      8,          3,        2,        4),
+    "elastic, expert-major":         (121, 113,       15,           9,      8,          3,        2,        4),
+    "elastic, compact":              (117, 114,       15,           9,      8,          3,        2,        4),
     "elastic, cached":                (93, 72,         4,           3,      4,          3,        1,        1),
     "elastic combine":                (65, 58,         2,           2,      6,          1,        1,        2),
     "low_latency_dispatch":           (25, 36,         5,           3,      0,          0,        0,        1),

@@ -119,7 +119,7 @@ def dispatch(
         while True:
             num_rows, num_copies = exchange.num_rows, exchange.num_expanded_rows
             metadata = plane.empty_rows(num_rows, num_topk + 2, torch.int32)
-            sources = metadata.new_empty_strided((num_rows,), (1,), dtype=torch.int32)
+            sources = plane.empty_strided((num_rows,), (1,), torch.int32)
             received = _outputs(party, rows, num_topk, num_rows, num_copies, sizes.expand)
             if exchange.pull(_for_plane(received, sources, metadata)):
                 break
@@ -303,7 +303,7 @@ def _outputs(
     """Unset tensors for the rows that come."""
     x, scales = empty_rows_like(party, rows, num_expanded_rows if expand else num_rows)
     if expand:
-        return _Outputs(x, scales, None, x.new_empty_strided((num_expanded_rows,), (1,), dtype=torch.float32))
+        return _Outputs(x, scales, None, party.plane.empty_strided((num_expanded_rows,), (1,), torch.float32))
     ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
     return _Outputs(x, scales, ids, party.plane.empty_rows(num_rows, num_topk, torch.float32))
 

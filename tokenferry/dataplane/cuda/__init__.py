@@ -36,6 +36,7 @@ from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.launch import Call, Placed
 from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
 from tokenferry.dataplane.cuda.rank import CudaRank, Queue
+from tokenferry.dataplane.cuda.tensors import piece_of
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle
 from tokenferry.kept import Kept, make
@@ -124,9 +125,8 @@ class CudaDataPlane(CudaRank):
         programs.layout(
             self._queue.handle, topk_idx, self._sums, counts, member, self._state, num_experts, target, num_spans
         )  # fmt: skip
-        return make(
-            Layout, (counts.as_strided((ranks,), (1,)), counts.as_strided((num_experts,), (1,), ranks), member)
-        )
+        of_ranks, of_experts = piece_of(counts, (ranks,), (1,), 0), piece_of(counts, (num_experts,), (1,), ranks)
+        return make(Layout, (of_ranks, of_experts, member))
 
     def dispatch(self, signature: Signature, plan: SendPlan) -> CudaDispatch:
         """See :meth:`tokenferry.dataplane.DataPlane.dispatch`."""

@@ -8,6 +8,7 @@ import torch
 
 from tokenferry.dataplane import Outputs, SendPlan, Signature
 from tokenferry.dataplane.cuda.launch import Address, Placed
+from tokenferry.dataplane.cuda.tensors import piece_of
 from tokenferry.errors import HeapError
 
 if TYPE_CHECKING:
@@ -119,15 +120,15 @@ class CudaDispatch:
         channels, heads, rank_ends, pairs = self._places
         num_tokens, ranks = self._plan.is_token_in_rank.shape
         of_ranks, experts = (ranks, 1), self._plan.experts
-        self._prefix = self.rank_prefix_matrix = small.as_strided((ranks, ranks), (ranks, 1))
-        self.channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), channels)
-        self.recv_channel_prefix_matrix = small.as_strided(of_ranks, (1, 1), channels + ranks)
-        self.send_head = small.as_strided((num_tokens, ranks), (ranks, 1), heads)
+        self._prefix = self.rank_prefix_matrix = piece_of(small, (ranks, ranks), (ranks, 1), 0)
+        self.channel_prefix_matrix = piece_of(small, of_ranks, (1, 1), channels)
+        self.recv_channel_prefix_matrix = piece_of(small, of_ranks, (1, 1), channels + ranks)
+        self.send_head = piece_of(small, (num_tokens, ranks), (ranks, 1), heads)
         if experts is not None:
             local = experts.num_local
-            self.rank_ends = small.as_strided((ranks,), (1,), rank_ends)
-            self.num_pairs = small.as_strided((local,), (1,), pairs)
-            self.expert_ends = small.as_strided((local,), (1,), pairs + -(-local // 4) * 4)
+            self.rank_ends = piece_of(small, (ranks,), (1,), rank_ends)
+            self.num_pairs = piece_of(small, (local,), (1,), pairs)
+            self.expert_ends = piece_of(small, (local,), (1,), pairs + -(-local // 4) * 4)
 
     def __enter__(self) -> CudaDispatch:
         return self
