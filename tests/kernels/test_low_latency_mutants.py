@@ -127,7 +127,7 @@ def refused(*given: Any) -> None:
 BEFORE_SECOND_STEP = {-1: (2, 2)}
 """A receiver sleeps between its first two memory operations."""
 
-PUBLISHED_AND_UNREAD = {1: (9, 16), -2: (4, 8)}
+PUBLISHED_AND_UNREAD = {1: (9, 16), -1: (4, 12)}
 """Sender 1 sleeps when it is about to publish, or has; a receiver sleeps until after that, before it reads."""
 
 SCENARIOS: dict[str, Callable[..., None]] = {
@@ -166,7 +166,7 @@ class Mutant:
     def modules(self, monkeypatch: Any) -> Modules:
         if self.module is host:
             mutated = mutated_module(host, self.old, self.new, self.count)
-            monkeypatch.setattr(host.LowLatency, "_run", mutated.LowLatency._run)
+            monkeypatch.setattr(host.LowLatency, "_make_room", mutated.LowLatency._make_room)
             return {}
         copies = mutated_modules(self.module, self.old, self.new, self.count, entries=(dispatch, combine))
         return dict(zip(("dispatch", "combine"), copies, strict=True))
