@@ -97,9 +97,7 @@ class Alike(Kept[list[Any]]):
             size[0] = None if free else size[0]
         guards = _guards(tensors, sizes, strides)
         if guards is not None:
-            known = self.get(key) or self.keep(key, [])
-            known.append(guards)
-            del known[:-_MOST_GUARDS]
+            _add(self, key, guards)
 
 
 class Known(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
@@ -125,11 +123,15 @@ class Known(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
             return preparation
         guards = _guards(tensors, [list(tensor.shape) for tensor in tensors], [*map(_strides_that_count, tensors)])
         if guards is not None:
-            place = tensors[0].shape, key
-            known = self.get(place) or self.keep(place, [])
-            known.append((guards, preparation))
-            del known[:-_MOST_GUARDS]
+            _add(self, (tensors[0].shape, key), (guards, preparation))
         return preparation
+
+
+def _add(kept: Kept[list[Any]], key: tuple[Any, ...], known: Any) -> None:
+    """Keep one more thing of a key, and of those added before so many."""
+    all_known = kept.get(key) or kept.keep(key, [])
+    all_known.append(known)
+    del all_known[:-_MOST_GUARDS]
 
 
 def guards_of_any_size(tensors: Sequence[torch.Tensor]) -> Any:

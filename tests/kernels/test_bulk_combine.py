@@ -173,7 +173,7 @@ MUTANTS = {
         "ahead_token = (first * 0 + worker)",
         "staged",
     ),
-    "rounds are not awaited": ("if alive & fits & is_staged(", "if (rank < 0) & is_staged(", "staged"),
+    "rounds are not awaited": ("if alive & fits & (this < rounds):", "if rank < 0:", "staged"),
     "second bias is the first": ("gl.load(bias_1 + place", "gl.load(bias_0 + place", "direct"),
     "weights of one source": ("sums += gl.where(", "sums = gl.where(", "direct"),
     # The stage.

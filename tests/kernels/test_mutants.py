@@ -345,7 +345,7 @@ MUTANTS = {
         flags, "            missing = still\n", "            missing = still & 1\n", "three ranks"
     ),
     "nobody reads any more": Mutant(sync, "tl.load(state + SETTLED) == epoch - 1", "epoch > 0", "unread"),
-    "list over an unread one": Mutant(notify, "progress(epoch - 1, ALL)", "0", "unread"),
+    "list over an unread one": Mutant(sync, "reader, progress(epoch - 1, ALL)", "reader, 0", "unread"),
     "list after its flag": Mutant(notify, LIST + SIGNAL_LIST, SIGNAL_LIST + LIST, "direct dispatches"),
     "no barrier after the list": Mutant(notify, SIGNAL_LIST, SIGNAL_LIST.partition("\n")[2], "direct"),
     "nobody listens": Mutant(notify, LISTEN, "alive = True", "direct"),
@@ -398,9 +398,7 @@ MUTANTS = {
     "round is not released": Mutant(rounds, "release_all(heap, rank, epoch, this + 1, R)", "pass", "staged"),
     "dispatch in one half": Mutant(dispatch, "(this % 2) * half", "0 * half", "staged", 2),
     "combine in one half": Mutant(combine, "(this % 2) * half", "0 * half", "staged", 2),
-    "combine does not wait for rounds": Mutant(
-        combine, "if alive & is_staged(", "if (rank < 0) & is_staged(", "staged"
-    ),
+    "combine does not wait for rounds": Mutant(combine, "if alive & by_rounds:", "if rank < 0:", "staged"),
     # Refusals.
     "refused dispatch stays open": Mutant(notify, "if HOST_WAITS & (code != BAD_PEER):", "if False:", "refused"),
     "refused dispatch goes on": Mutant(notify, "tl.store(state + SKIPPED, epoch)", "pass", "refused, no host waits"),

@@ -17,7 +17,7 @@ from tests.kernels.test_mutants import disturb
 from tests.kernels.world import World
 from tokenferry.dataplane import HeldRows, Outputs, SendPlan
 from tokenferry.dataplane.cuda import programs
-from tokenferry.dataplane.cuda.kernels import combine, dispatch, parts, words
+from tokenferry.dataplane.cuda.kernels import combine, dispatch, parts, sync, words
 from tokenferry.errors import BufferStateError
 
 DIRECT = {"direct": (True,), "staged": (False,), "mixed": (True, False, False)}
@@ -212,7 +212,7 @@ MUTANTS = {
     "first token of another": (parts, "tl.load(first_tokens + source)", "tl.load(first_tokens)", received),
     "the tail is filled": (dispatch, TAIL, TAIL.replace(" and not PLACED", ""), received),
     "count after its flag": (parts, COUNT + SIGNAL, SIGNAL + COUNT, received),
-    "message over an unread one": (parts, "progress(epoch - 1, ALL)", "0", ahead),
+    "message over an unread one": (sync, "rank, reader, progress(epoch - 1, ALL)", "rank, reader, 0", ahead),
     "messages of the part before": (parts, "rank, epoch, 1, operation", "rank, epoch - 1, 1, operation", received),
     "any number fits": (parts, "(start + count <= num_rows)", "(num_rows > 0)", too_many),
     "held rows of another": (parts, "tl.load(starts + peer)", "tl.load(starts)", summed),

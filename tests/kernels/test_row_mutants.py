@@ -356,7 +356,7 @@ MUTANTS = {
     "round begins at 0": Mutant(
         dispatch, "low = lower_bound(tokens, zero().to(tl.int64), count, first)", "low = low", "staged"
     ),
-    "round has no wait": Mutant(dispatch, "if this * per_round < tl.minimum", "if 0 > tl.minimum", "staged"),
+    "round has no wait": Mutant(rounds, "(this * per_round < tl.minimum", "(0 > tl.minimum", "staged"),
     "rounds of one source": Mutant(
         dispatch, "rounds = tl.maximum(rounds, rounds_of(", "rounds = tl.minimum(1, rounds_of(", "staged"
     ),

@@ -113,8 +113,8 @@ def dispatch(
     key = ranks, device, sizes, not use_fp8, not round_scale, not use_ue8m0
     kind = None if sizes is None else _dispatches.find(key, x, topk_idx)
     if kind is None:
-        kind = _check_dispatch(party, x, topk_idx, num_max_tokens, num_experts, use_fp8, round_scale, use_ue8m0)
-        _dispatches.add(key, kind, x, topk_idx)
+        found = _check_dispatch(party, x, topk_idx, num_max_tokens, num_experts, use_fp8, round_scale, use_ue8m0)
+        kind = _dispatches.add(key, found, x, topk_idx)
     scale_format, num_local, num_experts, most, hidden, num_topk, slabs, scales, signature, is_plain = kind
     if plane.values_at_hand:
         _check_values(topk_idx, most, num_experts)
@@ -214,8 +214,8 @@ def combine(
     key = ranks, device, most, hidden, num_experts
     kind = _combines.find(key, topk_idx, topk_weights, x)
     if kind is None:
-        kind = _check_combine(party, x, topk_idx, topk_weights, most, hidden, num_experts)
-        _combines.add(key, kind, topk_idx, topk_weights, x)
+        found = _check_combine(party, x, topk_idx, topk_weights, most, hidden, num_experts)
+        kind = _combines.add(key, found, topk_idx, topk_weights, x)
     num_tokens, num_local, signature, is_plain = kind
     if plane.values_at_hand:
         check_ids(topk_idx, num_experts)

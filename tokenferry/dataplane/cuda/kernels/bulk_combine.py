@@ -37,13 +37,12 @@ from tokenferry.dataplane.cuda.kernels.dispatch import agree
 from tokenferry.dataplane.cuda.kernels.flags import heap_of, is_usable, message_word, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
     any_staged,
-    is_staged,
     pass_all_rounds,
     publish_round,
     release_round,
     rounds_of,
     wait_for_half,
-    wait_for_round,
+    wait_for_sources,
 )
 from tokenferry.dataplane.cuda.kernels.sync import finish
 from tokenferry.dataplane.cuda.kernels.words import BAD_HANDLE, EPOCH, STAGED
@@ -322,12 +321,8 @@ def combine(
             parity = zero()
             ask_parity = zero()
             for this in range(tl.maximum(rounds, 1)):
-                if this < rounds:
-                    for source in range(R):
-                        if alive & fits & is_staged(heap, rank, source):
-                            alive = wait_for_round(
-                                heap, state, status, rank, source, this, operation, epoch, timeout, R
-                            )
+                if alive & fits & (this < rounds):
+                    alive = wait_for_sources(heap, state, status, rank, this, operation, epoch, timeout, R)
                 if alive & fits:
                     prepare(
                         heap, regions, status, prefix, x.to(tl.int64), weights.to(tl.int64), rank, operation, epoch,

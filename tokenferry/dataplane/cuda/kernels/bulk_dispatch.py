@@ -44,7 +44,6 @@ from tokenferry.dataplane.cuda.kernels.dispatch import (
     list_of,
     rows_from,
     staged_rounds,
-    wait_for_sources,
 )
 from tokenferry.dataplane.cuda.kernels.flags import heap_of, is_usable, message_word, zero
 from tokenferry.dataplane.cuda.kernels.rounds import (
@@ -55,6 +54,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     rounds_of,
     tokens_of,
     wait_for_half,
+    wait_for_sources,
 )
 from tokenferry.dataplane.cuda.kernels.sync import column_region, finish, inside
 from tokenferry.dataplane.cuda.kernels.words import (
@@ -527,8 +527,8 @@ def dispatch(
                 for this in range(tl.maximum(by_rounds, 1)):
                     if alive & (by_rounds > 0):
                         alive = wait_for_sources(
-                            heap, state, status, rank, this, half // RECORD, list_capacity, operation, epoch, timeout,
-                            R,
+                            heap, state, status, rank, this, operation, epoch, timeout, R, half // RECORD,
+                            list_capacity,
                         )  # fmt: skip
                     if alive:
                         prepare(

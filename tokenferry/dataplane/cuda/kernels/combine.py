@@ -17,7 +17,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     rounds_of,
     tokens_of,
     wait_for_half,
-    wait_for_round,
+    wait_for_sources,
 )
 from tokenferry.dataplane.cuda.kernels.sync import column_address, finish
 from tokenferry.dataplane.cuda.kernels.words import (
@@ -285,12 +285,8 @@ def combine(
             rounds = tl.where(by_rounds, rounds_of(num_tokens, per_round), 1)
             alive = True
             for this in range(rounds):
-                if by_rounds:
-                    for source in range(R):
-                        if alive & is_staged(heap, rank, source):
-                            alive = wait_for_round(
-                                heap, state, status, rank, source, this, operation, epoch, timeout, R
-                            )
+                if alive & by_rounds:
+                    alive = wait_for_sources(heap, state, status, rank, this, operation, epoch, timeout, R)
                 if alive:
                     first = tl.where(by_rounds, this * per_round, 0)
                     end = tl.where(by_rounds, tl.minimum(first + per_round, num_tokens), num_tokens)

@@ -17,7 +17,7 @@ from tokenferry.dataplane.cuda.kernels.rounds import (
     rounds_of,
     tokens_of,
     wait_for_half,
-    wait_for_round,
+    wait_for_sources,
 )
 from tokenferry.dataplane.cuda.kernels.sync import (
     all_mean,
@@ -192,19 +192,6 @@ def staged_rounds(heap, rank, per_round, list_capacity, R: tl.constexpr):
                 num_tokens = tl.minimum(tokens_of(heap, rank, source), list_capacity)
                 rounds = tl.maximum(rounds, rounds_of(num_tokens, per_round))
     return rounds
-
-
-@triton.jit
-def wait_for_sources(
-    heap, state, status, rank, this, per_round, list_capacity, operation, epoch, timeout, R: tl.constexpr
-):  # fmt: skip
-    """Wait for a round of every source that is staged and has one; whether all came."""
-    alive = True
-    for source in range(R):
-        if alive & is_staged(heap, rank, source):
-            if this * per_round < tl.minimum(tokens_of(heap, rank, source), list_capacity):
-                alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout, R)
-    return alive
 
 
 @triton.jit
@@ -467,8 +454,8 @@ def dispatch(
                 for this in range(tl.maximum(by_rounds, 1)):
                     if alive & (by_rounds > 0):
                         alive = wait_for_sources(
-                            heap, state, status, rank, this, half // RECORD, list_capacity, operation, epoch, timeout,
-                            R,
+                            heap, state, status, rank, this, operation, epoch, timeout, R, half // RECORD,
+                            list_capacity,
                         )  # fmt: skip
                     if alive:
                         for step in range(R):

@@ -19,14 +19,12 @@ from tokenferry.dataplane.cuda.kernels.flags import (
 )
 from tokenferry.dataplane.cuda.kernels.sync import (
     close_operation,
-    is_settled,
     must_stage,
     wait_all_published,
-    wait_released,
+    wait_until_free,
     write_message,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
-    ALL,
     ALONE,
     BAD_COUNTS,
     BAD_INPUT,
@@ -93,12 +91,7 @@ def tell(
     NUM_COLUMNS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One rank's message, counts and list for one reader."""
-    free = is_settled(state, epoch)
-    if free == 0:
-        free = wait_released(
-            heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout, R
-        )
-    if free:
+    if wait_until_free(heap, state, status, rank, reader, operation, epoch, timeout, R):
         base = heap_of(heap, reader)
         staged = must_stage(ready, places, NUM_COLUMNS, R)
         problem = tl.load(state + BAD_INPUT)

@@ -35,11 +35,10 @@ from tokenferry.dataplane.cuda.kernels.rounds import tokens_of
 from tokenferry.dataplane.cuda.kernels.sync import (
     must_stage,
     wait_all_published,
-    wait_released,
+    wait_until_free,
     write_message,
 )
 from tokenferry.dataplane.cuda.kernels.words import (
-    ALL,
     BAD_HANDLE,
     BAD_INPUT,
     EPOCH,
@@ -57,7 +56,7 @@ def tell_part(
     NUM_COLUMNS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """This rank's message and list for one reader."""
-    if wait_released(heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout, R):
+    if wait_until_free(heap, state, status, rank, reader, operation, epoch, timeout, R):
         base = heap_of(heap, reader)
         staged = must_stage(ready, places, NUM_COLUMNS, R)
         problem = tl.load(state + BAD_INPUT)

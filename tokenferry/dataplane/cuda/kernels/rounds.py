@@ -104,6 +104,24 @@ def wait_for_round(heap, state, status, rank, source, this, operation, epoch, ti
 
 
 @triton.jit
+def wait_for_sources(
+    heap, state, status, rank, this, operation, epoch, timeout, R: tl.constexpr, per_round=None, list_capacity=None
+):  # fmt: skip
+    """Wait for round ``this`` of every source that is staged; whether all came.
+
+    With ``per_round``: of those that have so many rounds, by their own tokens; else all have.
+    """
+    alive = True
+    for source in range(R):
+        takes_part = is_staged(heap, rank, source)
+        if per_round is not None:
+            takes_part = takes_part & (this * per_round < tl.minimum(tokens_of(heap, rank, source), list_capacity))
+        if alive & takes_part:
+            alive = wait_for_round(heap, state, status, rank, source, this, operation, epoch, timeout, R)
+    return alive
+
+
+@triton.jit
 def pass_all_rounds(heap, rank, epoch, R: tl.constexpr):
     """This rank reads nothing of an operation that others go on with: no owner need wait for it before a round."""
     release_all(heap, rank, epoch, ALL - 1, R)

@@ -168,6 +168,17 @@ def is_settled(state, epoch):
 
 
 @triton.jit
+def wait_until_free(heap, state, status, rank, reader, operation, epoch, timeout, R: tl.constexpr):
+    """Wait until ``reader`` is through with the operation before: its copy of the message may be written."""
+    free = is_settled(state, epoch)
+    if free == 0:
+        free = wait_released(
+            heap, state, status, rank, reader, progress(epoch - 1, ALL), operation, epoch, timeout, R
+        )
+    return free
+
+
+@triton.jit
 def publish_all(
     heap, state, ready, status, rank, epoch, signature, num_tokens, num_rows, places, held, operation, timeout,
     NUM_COLUMNS: tl.constexpr, R: tl.constexpr,
@@ -279,8 +290,8 @@ def is_last(counter, total):
 def finish(heap, state, status, rank, epoch, staged, operation, timeout, R: tl.constexpr):
     """The end of an operation, called by every program when its reads and stores are done."""
     programs = tl.num_programs(0).to(tl.int64)
-    own = heap_of(heap, rank)  # under way while the program counts itself in
     if is_last(state + ARRIVED, programs):
+        own = heap_of(heap, rank)
         differed = tl.load(state + DIFFERED)
         # All threads meet here, and have loaded what one of them writes below.
         if all_stand_by(state, own, R) == 0:

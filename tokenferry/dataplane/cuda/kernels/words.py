@@ -106,12 +106,12 @@ PUSH_BEGUN = tl.constexpr(13)
 PUSH_SENT = tl.constexpr(14)
 ALONE = tl.constexpr(15)
 """The last dispatch that this rank does not receive, though others may: it goes on sending."""
-SETTLED = tl.constexpr(16 + 2 * MAX_SLOTS)
-"""The last operation at whose end all readers had released this rank's rows."""
 VERDICTS = tl.constexpr(16)
 """By slot: the ranks that have come, as the first receiver decided."""
 RECEIVED = tl.constexpr(16 + MAX_SLOTS)
 """By slot: the last epoch that is received when the next kernel begins."""
+SETTLED = tl.constexpr(16 + 2 * MAX_SLOTS)
+"""The last operation at whose end all readers had released this rank's rows."""
 MASKED = tl.constexpr(32)
 """By rank: whether low-latency operations go on without it; what is under way does after a failure, too."""
 SENT_TO = tl.constexpr(32 + MAX_RANKS)
