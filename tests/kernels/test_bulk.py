@@ -16,7 +16,7 @@ from tests.kernels.expert_world import ExpandedRank, run_ranks, simulate
 from tests.kernels.test_expert_major import CASES, DIRECT
 from tests.kernels.world import Rank, Simulated, World
 from tokenferry.dataplane.cuda import programs
-from tokenferry.dataplane.cuda.kernels import bulk_columns, bulk_dispatch
+from tokenferry.dataplane.cuda.kernels import bulk_columns, bulk_dispatch, bulk_sources
 
 WIDE = Case(tokens=(3, 2), num_topk=2, row_bytes=1040, combine_bytes=16, scales=torch.float32, scale_columns=3)
 """Rows of more words than threads that zero them."""
@@ -69,7 +69,7 @@ def test_the_smallest_rings(monkeypatch: Any) -> None:
     """As with rows of which few fit: four warps, of three slots each."""
     case = CASES["fp8"]
     slot = bulk_dispatch.slot_bytes(case.row_bytes, 4 * case.scale_columns, case.num_topk)
-    monkeypatch.setattr(programs, "SHARED_BYTES", bulk_dispatch.TABLE_BYTES + 1024 + 15 * slot)
+    monkeypatch.setattr(programs, "SHARED_BYTES", bulk_sources.TABLE_BYTES + 1024 + 15 * slot)
     world = world_of(monkeypatch, 3, "mixed", 1 << 9)
     made: list[dict[str, Any]] = []
     make = programs._BULK_DISPATCH.variant
@@ -107,7 +107,7 @@ def test_along_a_handle(monkeypatch: Any) -> None:
 def many_rows(monkeypatch: Any, seed: int, module: ModuleType | None = None) -> None:
     """More rows for each warp than its ring has slots."""
     slots = 4 * 128 * 5
-    monkeypatch.setattr(programs, "SHARED_BYTES", slots + programs.bulk_dispatch_kernels.TABLE_BYTES + 1024)
+    monkeypatch.setattr(programs, "SHARED_BYTES", slots + bulk_sources.TABLE_BYTES + 1024)
     world = world_of(monkeypatch, seed, "direct", 1 << 10, module)
     case = Case(tokens=(30, 40), num_topk=2, row_bytes=32, routing="all", seed=seed)
     compact(world, case, 80, num_sms=2)

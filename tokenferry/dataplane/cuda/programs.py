@@ -13,6 +13,7 @@ import triton.language as tl
 from tokenferry.dataplane import Outputs, SendPlan, Signature
 from tokenferry.dataplane.cuda.kernels import bulk_combine as bulk_combine_kernels
 from tokenferry.dataplane.cuda.kernels import bulk_dispatch as bulk_dispatch_kernels
+from tokenferry.dataplane.cuda.kernels import bulk_sources
 from tokenferry.dataplane.cuda.kernels import clear as clear_kernels
 from tokenferry.dataplane.cuda.kernels import combine as combine_kernels
 from tokenferry.dataplane.cuda.kernels import dispatch as dispatch_kernels
@@ -320,7 +321,7 @@ def _dispatch(
 ) -> Variant:
     """The variant by the bulk-copy engine, unless a few rows do not fit shared memory."""
     slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk, expand)
-    room = SHARED_BYTES - bulk_dispatch_kernels.TABLE_BYTES - 1024 if target.can_bulk else 0
+    room = SHARED_BYTES - bulk_sources.TABLE_BYTES - 1024 if target.can_bulk else 0
     for num_warps in (4, 2, 1):
         slots = min(room // (num_warps * slot), 16)
         if slots >= (_FEWEST_SHARED if num_warps > 1 else _FEWEST_SLOTS):
@@ -337,7 +338,7 @@ def _dispatch(
                 SLOT=slot,
                 SLOTS=slots,
                 LAG=slots - _behind(slots),
-                TABLE=bulk_dispatch_kernels.TABLE_BYTES,
+                TABLE=bulk_sources.TABLE_BYTES,
             )
     return _DISPATCH.variant(
         8,
