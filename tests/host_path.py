@@ -127,7 +127,9 @@ class Rank:
     def layout_and_dispatch(self) -> Any:
         return self.dispatch(self.get_dispatch_layout())
 
-    def dispatch(self, layout: Any = None) -> tuple[Any, Any, Any, Any, Handle | None, Any]:
+    def dispatch(
+        self, layout: Any = None, num_worst_tokens: int = ROWS
+    ) -> tuple[Any, Any, Any, Any, Handle | None, Any]:
         per_rank, _, per_expert, member, _ = layout or self.layout
         return self.buffer.dispatch(
             self.x,
@@ -136,7 +138,7 @@ class Rank:
             num_tokens_per_expert=per_expert,
             topk_idx=self.ids,
             topk_weights=self.weights,
-            num_worst_tokens=ROWS,
+            num_worst_tokens=num_worst_tokens,
         )
 
     def cached_dispatch(self) -> Any:
@@ -186,6 +188,7 @@ class Rank:
 
 CALLS: dict[str, Callable[[Rank], object]] = {
     "get_dispatch_layout": Rank.get_dispatch_layout,
+    "dispatch": lambda rank: rank.dispatch(num_worst_tokens=0),
     "dispatch, num_worst_tokens": Rank.dispatch,
     "layout and dispatch": Rank.layout_and_dispatch,
     "cached dispatch": Rank.cached_dispatch,

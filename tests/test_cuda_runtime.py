@@ -19,7 +19,7 @@ from tests.cases import filled_memory
 from tests.host_path import EXPERTS, MOST, TOKENS, TOPK, Rank, rank_on_a_gpu
 from tests.test_host_path import Log
 from tokenferry import ArgumentError, BufferStateError, HeapError, PeerLostError, PeerTimeoutError, runtime_cuda
-from tokenferry.dataplane.cuda import tensors
+from tokenferry.dataplane import tensors
 from tokenferry.dataplane.cuda.exchange import Rooms
 from tokenferry.dataplane.cuda.follow import THREAD
 from tokenferry.dataplane.cuda.kernels import words

@@ -232,6 +232,26 @@ def test_nobody_waits_for_a_peer_that_stays_away() -> None:
             assert not owner.is_ready(region)
 
 
+def test_allocations_of_an_operation_are_known_while_they_are_there() -> None:
+    with regions_of(2) as (owner, _):
+        driver = driver_of(owner)
+        first, second, third = (driver.alloc() for _ in range(3))
+        owner.expose(first, 16)
+        assert [allocation.base for allocation in owner.seen()] == [first]
+        owner.expose(third, 16)
+        owner.expose(second + 4096, 16, goes_on=True)
+        seen = owner.seen()
+        assert {allocation.base for allocation in seen} == {second, third}
+        assert owner.are_there(seen)
+        assert owner.are_there(())
+        driver.free(third)
+        assert not owner.are_there(seen)
+        assert driver.alloc(base=third) == third
+        assert not owner.are_there(seen)
+        owner.expose(third, 16)
+        assert owner.are_there(owner.seen())
+
+
 def test_offsets_in_one_allocation_and_another() -> None:
     with regions_of(2) as (owner, _):
         first, second = driver_of(owner).alloc(), driver_of(owner).alloc()

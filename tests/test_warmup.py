@@ -97,6 +97,7 @@ def test_kernels_made_ready_are_those_that_are_launched() -> None:
             kernel.cache_clear()
         plane: Any = rank.buffer.runtime.party().plane  # type: ignore[union-attr]
         plane._calls.clear()
+        plane._kinds.clear()
         rank.buffer._meetings = Mock()
         rank.buffer.warmup(HIDDEN, TOPK, EXPERTS)
         ready = [kernel.cache_info().misses for kernel in kernels]

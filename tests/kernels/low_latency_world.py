@@ -15,7 +15,7 @@ from tokenferry.dataplane.cuda import low_latency as host
 from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.programs import Target
-from tokenferry.dataplane.cuda.tensors import allocator_of
+from tokenferry.dataplane.tensors import allocator_of
 from tokenferry.modes import low_latency as mode
 from tokenferry.modes.inputs import Party
 

@@ -24,7 +24,7 @@ from tokenferry import ElasticBuffer
 from tokenferry.dataplane.cuda import CudaDataPlane
 from tokenferry.dataplane.cuda.exchange import Rooms
 from tokenferry.dataplane.cuda.kernels import words
-from tokenferry.dataplane.cuda.tensors import allocator_of
+from tokenferry.dataplane.tensors import allocator_of
 from tokenferry.kept import Kept
 from tokenferry.modes.inputs import Party
 from tokenferry.streams import NoStream
@@ -57,7 +57,7 @@ class Plane(CudaDataPlane):
         self.empty_strided = allocator_of(CPU)
         self.heap = SimpleNamespace(list_capacity=LIST_CAPACITY, stage=world.stage, stage_bytes=2 * world.half)  # type: ignore[assignment]
         self.status = SimpleNamespace(  # type: ignore[assignment]
-            check=self._check, arm=lambda: None, counts=world.counts[rank], unread=world.counts[rank],
+            check=self._check, arm=world.counts[rank].data_ptr, unread_address=world.counts[rank].data_ptr(),
             wait_for_counts=self._counts,
         )  # fmt: skip
         self._queue = SimpleNamespace(  # type: ignore[assignment]
@@ -68,7 +68,7 @@ class Plane(CudaDataPlane):
         self._state, self._sums = world.states[rank], world.sums[rank]
         self._context = world.context(rank)
         self._target, self._half = world.target, world.half
-        self._stage, self._calls = (world.stage, world.half), Kept()
+        self._stage, self._calls, self._kinds = (world.stage, world.half), Kept(), Kept()
         self._timeout, self._most_programs = 1 << 40, 4
 
     def _check(self) -> None:

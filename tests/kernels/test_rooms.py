@@ -138,8 +138,9 @@ class Ranks:
             pull = plane.pull
 
             def counted(*arguments: Any) -> None:
-                self.pulls[rank].append(arguments[4])
-                self.copies[rank].append(len(arguments[3].rows))
+                _, _, _, _, outputs, num_rows, _ = arguments
+                self.pulls[rank].append(num_rows)
+                self.copies[rank].append(len(outputs.rows))
                 pull(*arguments)
 
             plane.pull = counted  # type: ignore[method-assign]
@@ -265,20 +266,20 @@ def test_guesses() -> None:
     kind = cast(Signature, "a signature"), 16
 
     def note(num_tokens: int, received: int, expanded: int = 0) -> None:
-        rooms.note(kind, num_tokens, received, expanded)
+        rooms.of(kind).note(num_tokens, received, expanded)
 
-    assert rooms.guess(kind, 100) == (0, 0)
+    assert rooms.of(kind).guess(100) == (0, 0)
     note(100, 160, 320)
-    assert rooms.guess(kind, 100) == (170, 340)
-    assert rooms.guess(kind, 112) == (170, 340)
-    assert rooms.guess(kind, 113) == (0, 0)
-    assert rooms.guess(kind, 87) == (0, 0)
-    assert rooms.guess((cast(Signature, "another"), 16), 100) == (0, 0)
-    assert rooms.guess((kind[0], 128), 100) == (0, 0)
+    assert rooms.of(kind).guess(100) == (170, 340)
+    assert rooms.of(kind).guess(112) == (170, 340)
+    assert rooms.of(kind).guess(113) == (0, 0)
+    assert rooms.of(kind).guess(87) == (0, 0)
+    assert rooms.of((cast(Signature, "another"), 16)).guess(100) == (0, 0)
+    assert rooms.of((kind[0], 128)).guess(100) == (0, 0)
     note(100, 100, 640)
-    assert rooms.guess(kind, 100) == (139, 680)  # of 130, and of more than before
+    assert rooms.of(kind).guess(100) == (139, 680)  # of 130, and of more than before
     note(0, 1000)
-    assert rooms.guess(kind, 0) == (1063, 340)
+    assert rooms.of(kind).guess(0) == (1063, 340)
     for _ in range(11):
         note(0, 0)
-    assert rooms.guess(kind, 0) == (0, 0)
+    assert rooms.of(kind).guess(0) == (0, 0)

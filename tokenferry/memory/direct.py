@@ -36,7 +36,7 @@ import weakref
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ _HANDLE_WORDS = HANDLE_BYTES // 8
 _ENTRY_WORDS = 16
 
 
-class _Known(NamedTuple):
+class Exposed(NamedTuple):
     """An own allocation that has a region."""
 
     base: int
@@ -149,7 +149,7 @@ class Regions:
         self._heap_base = 0
         self._heap_size = 0
         self._bases: list[int] = []
-        self._known: list[_Known] = []
+        self._known: list[Exposed] = []
         self._refused: set[int] = set()
         self._free = deque(range(HEAP_REGION + 1, NUM_REGIONS))
         self._state = [0] * NUM_REGIONS
@@ -273,6 +273,18 @@ class Regions:
             return NO_REGION, 0
         return found.region, address - found.base
 
+    def seen(self) -> tuple[Exposed, ...]:
+        """The allocations that what was exposed for the last operation lies in, but for the heap."""
+        return tuple(exposed for exposed in self._known if exposed.base in self._verified)
+
+    def are_there(self, allocations: Iterable[Exposed]) -> bool:
+        """Whether allocations that were exposed are there yet: then they have the same regions."""
+        identity_of = self.driver.identity
+        for base, _, identity, _ in allocations:  # noqa: SIM110 (half a microsecond)
+            if identity_of(base) != identity:
+                return False
+        return True
+
     def is_ready(self, region: int) -> bool:
         """Whether every peer could read a region of this rank at the last poll."""
         return region != NO_REGION and bool(self._ready[region])
@@ -283,7 +295,7 @@ class Regions:
             if self.driver.identity(known.base) != known.identity:
                 self._retire(known)
 
-    def _register(self, address: int) -> _Known | None:
+    def _register(self, address: int) -> Exposed | None:
         """Give a region to the allocation of an address that no current region has."""
         self._check_usable()
         identity = self.driver.identity(address)
@@ -305,7 +317,7 @@ class Regions:
         end = allocation.base + allocation.size
         for gone in [known for known in self._known if known.base < end and allocation.base < known.end]:
             self._retire(gone)
-        known = _Known(allocation.base, end, identity, self._free.popleft())
+        known = Exposed(allocation.base, end, identity, self._free.popleft())
         index = bisect_right(self._bases, known.base)
         self._bases.insert(index, known.base)
         self._known.insert(index, known)
@@ -313,7 +325,7 @@ class Regions:
         self._post(known, handle)
         return known
 
-    def _post(self, known: _Known, handle: bytes) -> None:
+    def _post(self, known: Exposed, handle: bytes) -> None:
         region = known.region
         words = self._words(self.rank)
         start = self._entries + region * _ENTRY_WORDS
@@ -323,7 +335,7 @@ class Regions:
         self._sizes[self.rank, region] = known.end - known.base
         self._set_state(region, (self._state[region] | 1) + 1)
 
-    def _retire(self, known: _Known) -> None:
+    def _retire(self, known: Exposed) -> None:
         index = bisect_right(self._bases, known.base) - 1
         del self._bases[index], self._known[index]
         self._verified.discard(known.base)

@@ -22,7 +22,7 @@ from tokenferry.config import align_up
 from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, EPHandle
-from tokenferry.kept import Kept, kind_of, make
+from tokenferry.kept import Known, kind_of, make
 from tokenferry.modes.inputs import (
     COMBINE_DTYPES,
     MAX_TOPK,
@@ -39,7 +39,7 @@ from tokenferry.modes.inputs import (
     packed,
     topk_idx_t,
 )
-from tokenferry.modes.intranode import _checksum, check_handle, empty_rows_like, fit, own_handle, signature_of
+from tokenferry.modes.intranode import _checksum, check_handle, empty_rows_like, first_rows, own_handle, signature_of
 from tokenferry.validation import check_int, check_tensor, describe, require
 
 _INT32 = (torch.int32,)
@@ -103,7 +103,7 @@ def dispatch(
     """Dispatch with fresh counts; see :meth:`tokenferry.ElasticBuffer.dispatch`."""
     plane = party.plane
     kind, rows, ids, weights = _given(party, x, topk_idx, topk_weights, sizes)
-    sizes, num_topk, worst, experts, signature, _, choices_are_packed = kind
+    sizes, num_topk, worst, experts, signature, known = kind
     # The copy is made while the device works, in memory that no earlier part of the operation may still use.
     kept = plane.empty_rows(ids.shape[0], ids.shape[1], ids.dtype) if copy_topk else ids
     counts = plane.layout(ids, sizes.num_experts, party.num_ranks, expands=sizes.expand)
@@ -111,7 +111,7 @@ def dispatch(
     plan = make(
         SendPlan,
         (
-            *rows, packed(ids, choices_are_packed), weights, member, per_rank, per_expert, worst, None, party.num_sms,
+            *rows, packed(ids, known), weights, member, per_rank, per_expert, worst, None, party.num_sms,
             experts, None, sizes.host_waits, False,
         ),
     )  # fmt: skip
@@ -124,8 +124,9 @@ def dispatch(
             if exchange.pull(_for_plane(received, sources, metadata)):
                 break
         if (exchange.num_rows, exchange.num_expanded_rows) != (num_rows, num_copies):
-            fit((metadata, sources), exchange.num_rows)
-            fit(received, exchange.num_expanded_rows if sizes.expand else exchange.num_rows)
+            metadata, sources = first_rows((metadata, sources), exchange.num_rows)
+            num_copies = exchange.num_expanded_rows if sizes.expand else exchange.num_rows
+            received = make(_Outputs, first_rows(received, num_copies))
     alignment = sizes.alignment
     handle = EPHandle(
         do_expand=sizes.expand,
@@ -157,45 +158,37 @@ class _Kind(NamedTuple):
     """0 if the host waits."""
     experts: ExpertPlan
     signature: Signature
-    rows_are_packed: bool
-    choices_are_packed: bool
+    are_packed: bool
+    """Whether all strides are known to be those that :func:`tokenferry.modes.inputs.packed` wants."""
 
 
-_kinds: Kept[_Kind] = Kept()
+_kinds: Known[_Kind] = Known()
 _PLAIN = {int, bool}
 
 
 def _given(
-    party: Party, x: object, topk_idx: object, topk_weights: object, sizes: Sizes
+    party: Party, x: Any, topk_idx: Any, topk_weights: Any, sizes: Sizes
 ) -> tuple[_Kind, Rows, torch.Tensor, torch.Tensor]:
     """What a dispatch is given, checked: its kind, rows, ids, and the weights that travel."""
-    kinds = kinds_of_rows(x)
-    top = (kind_of(topk_idx),) if topk_weights is None else (kind_of(topk_idx), kind_of(topk_weights))
+    data, scales = x if type(x) is tuple and len(x) == 2 else (x, None)
+    tensors = (data, topk_idx) if topk_weights is None else (data, topk_idx, topk_weights)
+    if scales is not None:
+        tensors = *tensors, scales
     types = tuple(map(type, sizes))
-    key = (party.num_ranks, party.device, sizes if _PLAIN.issuperset(types) else None, types, len(top), *top, *kinds)
-    kind = _kinds.get(key)
+    of_sizes = sizes if _PLAIN.issuperset(types) else None
+    key = (party.num_ranks, party.device, of_sizes, types, type(x) is tuple, len(tensors))
+    kind = _kinds.find(key, *tensors)
     if kind is None:
-        are_known = None not in top and are_packed(top), None not in kinds and are_packed(kinds)
-        kind = _kinds.keep(key, _check(party, x, topk_idx, topk_weights, sizes, *are_known))
+        kind = _kinds.add(key, _check(party, x, topk_idx, topk_weights, sizes), *tensors)
     elif party.plane.values_at_hand:
-        check_ids(topk_idx, kind.sizes.num_experts)  # type: ignore[arg-type]
-    ids: torch.Tensor = topk_idx  # type: ignore[assignment]
+        check_ids(topk_idx, kind.sizes.num_experts)
     data, scales = x if isinstance(x, tuple) else (x, None)
-    rows_are_packed = kind.rows_are_packed
-    rows = make(Rows, (packed(data, rows_are_packed), None if scales is None else packed(scales, rows_are_packed)))
-    weights = _travelling(party, topk_weights, ids.shape, kind.choices_are_packed)
-    return kind, rows, ids, weights
+    known = kind.are_packed
+    rows = make(Rows, (packed(data, known), None if scales is None else packed(scales, known)))
+    return kind, rows, topk_idx, _travelling(party, topk_weights, topk_idx.shape, known)
 
 
-def _check(
-    party: Party,
-    x: object,
-    topk_idx: object,
-    topk_weights: object,
-    sizes: Sizes,
-    choices_are_packed: bool,
-    rows_are_packed: bool,
-) -> _Kind:
+def _check(party: Party, x: object, topk_idx: Any, topk_weights: Any, sizes: Sizes) -> _Kind:
     rows = check_rows(party, x)
     num_tokens = rows.x.size(0)
     num_experts = check_num_experts(party, "num_experts", sizes.num_experts)
@@ -217,7 +210,8 @@ def _check(
     signature = signature_of(
         operation, rows, num_topk, num_experts, num_max_tokens=sizes.num_max_tokens, has_weights=has_weights
     )
-    return _Kind(sizes, num_topk, worst, experts, signature, rows_are_packed, choices_are_packed)
+    kinds = *kinds_of_rows(x), kind_of(topk_idx), *(() if topk_weights is None else (kind_of(topk_weights),))
+    return _Kind(sizes, num_topk, worst, experts, signature, None not in kinds and are_packed(kinds))
 
 
 def cached_dispatch(
@@ -279,11 +273,11 @@ def _check_weights(party: Party, given: object, num_tokens: int, num_topk: int) 
         check_tensor("topk_weights", given, shape=(num_tokens, num_topk), dtypes=_FLOAT32, device=party.device)
 
 
-def _travelling(party: Party, weights: Any, shape: torch.Size, are_packed: bool) -> torch.Tensor:
+def _travelling(party: Party, weights: Any, shape: torch.Size, is_packed: bool) -> torch.Tensor:
     """The weights that travel, which are checked; unset where the caller has none."""
     if weights is None:
         return party.plane.empty_rows(shape[0], shape[1], torch.float32)
-    return packed(weights, are_packed)
+    return packed(weights, is_packed)
 
 
 class _Outputs(NamedTuple):

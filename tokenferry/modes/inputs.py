@@ -6,15 +6,16 @@ rows.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tokenferry.dataplane import DataPlane
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import OperatorRows
-from tokenferry.kept import Kept, Kind, kind_of, make
+from tokenferry.kept import Kind, Known, kind_of, make
 from tokenferry.modes.nodes import Nodes
 from tokenferry.validation import check_int, check_tensor, describe, require
 
@@ -68,8 +69,8 @@ class Rows(NamedTuple):
     """[T, S], contiguous."""
 
 
-_inputs: Kept[tuple[int, bool, bool]] = Kept()
-"""Experts; whether rows, and choices, are packed."""
+_inputs: Known[tuple[int, bool]] = Known()
+"""Experts; whether the tensors are taken as they are."""
 
 
 def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_experts: int) -> torch.Tensor:
@@ -155,35 +156,37 @@ def check_inputs(
 ) -> Inputs:
     """Check what a dispatch with fresh counts is given."""
     per_rank, member, per_expert = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert
-    kinds = kinds_of_rows(x)
-    # Two different numbers stand for what is not there.
-    top = 0 if topk_idx is None else kind_of(topk_idx), 1 if topk_weights is None else kind_of(topk_weights)
-    worst = num_worst_tokens
+    ids, weights, worst = topk_idx, topk_weights, num_worst_tokens
     are_sizes = type(expert_alignment) is int and (type(worst) is int or type(worst) is OperatorRows)
+    data: Any
+    scales: Any
+    data, scales = x if type(x) is tuple and len(x) == 2 else (x, None)
+    tensors: tuple[Any, ...] = data, member, per_rank, per_expert
+    if ids is not None or weights is not None:
+        tensors = *tensors, ids, weights
+    if scales is not None:
+        tensors = *tensors, scales
     sizes = (expert_alignment, worst) if are_sizes else None
-    counts = kind_of(per_rank), kind_of(member), kind_of(per_expert)
-    key = (party.num_ranks, party.device, sizes, *counts, *top, *kinds)
-    known = _inputs.get(key)
+    key = (party.num_ranks, party.device, sizes, type(x) is tuple, len(tensors))
+    known = _inputs.find(key, *tensors)
     if known is None:
-        given = _check_inputs(
-            party, x, per_rank, member, per_expert, topk_idx, topk_weights, expert_alignment, num_worst_tokens
-        )
-        is_packed = are_packed(kinds), topk_idx is not None and are_packed(top)  # type: ignore[arg-type]
-        _inputs.keep(key, (given.num_experts, *is_packed))
+        given = _check_inputs(party, x, per_rank, member, per_expert, ids, weights, expert_alignment, worst)
+        taken = *given.rows, given.topk_idx, given.topk_weights
+        as_given = all(map(operator.is_, taken, (data, scales, ids, weights)))
+        is_packed = are_packed(kind_of(tensor) for tensor in taken if tensor is not None)
+        _inputs.add(key, (given.num_experts, as_given and is_packed), *tensors)
         return given._replace(num_worst_tokens=worst) if type(worst) is OperatorRows else given
-    assert per_rank is not None
-    assert member is not None
-    assert per_expert is not None
-    num_experts, rows_are_packed, top_is_packed = known
+    num_experts, as_given = known
     if party.plane.values_at_hand:
-        _check_counts(per_rank, member, per_expert)
-    data, scales = x if type(x) is tuple else (x, None)
-    rows = make(Rows, (packed(data, rows_are_packed), None if scales is None else packed(scales, rows_are_packed)))
-    ids = weights = None
-    if topk_idx is not None and topk_weights is not None:
-        if party.plane.values_at_hand:
-            check_ids(topk_idx, num_experts)
-        ids, weights = packed(topk_idx, top_is_packed), packed(topk_weights, top_is_packed)
+        _check_counts(per_rank, member, per_expert)  # type: ignore[arg-type]
+        if ids is not None:
+            check_ids(ids, num_experts)
+    if as_given:
+        rows = make(Rows, (data, scales))
+    else:
+        rows = make(Rows, (packed(data), None if scales is None else packed(scales)))
+        if ids is not None and weights is not None:
+            ids, weights = packed(ids), packed(weights)
     return make(Inputs, (rows, ids, weights, member, per_rank, per_expert, num_experts, expert_alignment, worst))
 
 

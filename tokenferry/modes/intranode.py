@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from tokenferry.config import align_up
 from tokenferry.dataplane import DispatchExchange, Layout, OperationKind, Outputs, ReducePlan, SendPlan, Signature
+from tokenferry.dataplane.tensors import piece_of
 from tokenferry.dtypes import dtype_code
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, Handle, OperatorHandle, OperatorRows
@@ -97,13 +97,16 @@ def own_handle(
     party: Party, exchange: DispatchExchange, recv_src_idx: torch.Tensor, member: torch.Tensor
 ) -> DispatchHandle:
     """The handle of a dispatch, whose shapes need no look any more."""
-    handle = _OwnHandle(
-        rank_prefix_matrix=exchange.rank_prefix_matrix,
-        channel_prefix_matrix=exchange.channel_prefix_matrix,
-        recv_channel_prefix_matrix=exchange.recv_channel_prefix_matrix,
-        recv_src_idx=recv_src_idx,
-        is_token_in_rank=member,
-        send_head=exchange.send_head,
+    handle = make(
+        _OwnHandle,
+        (
+            exchange.rank_prefix_matrix,
+            exchange.channel_prefix_matrix,
+            exchange.recv_channel_prefix_matrix,
+            recv_src_idx,
+            member,
+            exchange.send_head,
+        ),
     )
     handle.fits = (party.num_ranks, party.device, member.shape)
     return handle
@@ -178,30 +181,33 @@ def _checksum(party: Party, handle: DispatchHandle) -> int:
 
 def dispatch(party: Party, given: Inputs) -> Received:
     """Dispatch with fresh counts; see :meth:`tokenferry.Buffer.dispatch`."""
-    rows, ids, weights, member = given.rows, given.topk_idx, given.topk_weights, given.is_token_in_rank
+    plane = party.plane
+    rows, ids, weights, member, per_rank, per_expert, num_experts, alignment, given_worst = given
     num_topk = 0 if ids is None else ids.shape[1]
-    worst = int(given.num_worst_tokens)  # others than plain ones are slow arguments
+    worst = int(given_worst)  # others than plain ones are slow arguments
     may_guess = worst == 0
-    zero_unused = not may_guess and type(given.num_worst_tokens) is OperatorRows
-    counts, how = (given.num_tokens_per_rank, given.num_tokens_per_expert), (may_guess, zero_unused)
-    plan = make(SendPlan, (*rows, ids, weights, member, *counts, worst, None, party.num_sms, None, None, *how))
-    signature = signature_of(OperationKind.DISPATCH, rows, num_topk, given.num_experts)
-    with party.plane.dispatch(signature, plan) as exchange:
+    zero_unused = not may_guess and type(given_worst) is OperatorRows
+    ways = None, party.num_sms, None, None, may_guess, zero_unused
+    plan = make(SendPlan, (*rows, ids, weights, member, per_rank, per_expert, worst, *ways))
+    with plane.dispatch(signature_of(OperationKind.DISPATCH, rows, num_topk, num_experts), plan) as exchange:
         while True:
             num_rows = exchange.num_rows
             recv_x, recv_scales = empty_rows_like(party, rows, num_rows)
             recv_ids = recv_weights = None
             if ids is not None:
-                recv_ids = party.plane.empty_rows(num_rows, num_topk, topk_idx_t)
-                recv_weights = party.plane.empty_rows(num_rows, num_topk, torch.float32)
-            recv_src_idx = recv_x.new_empty_strided((num_rows,), (1,), dtype=torch.int32)
-            if exchange.pull(Outputs(recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx)):
+                recv_ids = plane.empty_rows(num_rows, num_topk, topk_idx_t)
+                recv_weights = plane.empty_rows(num_rows, num_topk, torch.float32)
+            recv_src_idx = plane.empty_strided((num_rows,), (1,), torch.int32)
+            outputs = make(Outputs, (recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx, None))
+            if exchange.pull(outputs):
                 break
         if exchange.num_rows != num_rows:
-            fit((recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx), exchange.num_rows)
+            recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx, _ = first_rows(outputs, exchange.num_rows)
     handle = own_handle(party, exchange, recv_src_idx, member)
-    aligned = [align_up(count, given.expert_alignment) for count in exchange.num_received_per_expert]
-    return Received(recv_x, recv_scales, recv_ids, recv_weights, aligned, handle)
+    counts = exchange.num_received_per_expert
+    if alignment != 1:
+        counts = [-(-count // alignment) * alignment for count in counts]
+    return make(Received, (recv_x, recv_scales, recv_ids, recv_weights, counts, handle))
 
 
 def cached_dispatch(party: Party, x: object, handle: object) -> Received:
@@ -293,17 +299,11 @@ def signature_of(
 ) -> Signature:
     """What all ranks must agree on when they call ``operation`` with such rows."""
     x, scales = rows
-    return Signature(
-        operation,
-        dtype_code(x.dtype),
-        x.shape[1] * x.itemsize,
-        num_topk,
-        num_experts,
-        0 if scales is None else scales.shape[1] * scales.itemsize,
-        0 if scales is None else dtype_code(scales.dtype),
-        handle,
-        num_max_tokens,
-        int(has_weights),
+    of_scales = (0, 0) if scales is None else (scales.shape[1] * scales.itemsize, dtype_code(scales.dtype))
+    of_rows = dtype_code(x.dtype), x.shape[1] * x.itemsize
+    return make(
+        Signature,
+        (operation, *of_rows, num_topk, num_experts, *of_scales, handle, num_max_tokens, int(has_weights)),
     )
 
 
@@ -314,11 +314,19 @@ def empty_rows_like(party: Party, rows: Rows, num_rows: int) -> tuple[torch.Tens
     return recv_x, None if scales is None else party.plane.empty_rows(num_rows, scales.shape[1], scales.dtype)
 
 
-def fit(outputs: Iterable[torch.Tensor | None], num_rows: int) -> None:
-    """Give outputs, which have no fewer, exactly so many rows, in the memory that they have."""
+def first_rows(outputs: Iterable[torch.Tensor | None], num_rows: int) -> list[Any]:
+    """Outputs of exactly so many rows, in the memory of these, which have no fewer and are packed."""
+    cut: list[torch.Tensor | None] = []
     for output in outputs:
         if output is not None:
-            output.resize_(num_rows, *output.shape[1:])
+            shape = output.shape
+            if len(shape) == 1:
+                output = piece_of(output, (num_rows,), (1,), 0)
+            else:
+                width = shape[1]
+                output = piece_of(output, (num_rows, width), (width, 1), 0)
+        cut.append(output)
+    return cut
 
 
 def warm(

@@ -31,12 +31,12 @@ from tokenferry.dataplane import (
     Signature,
 )
 from tokenferry.dataplane.cuda import expert_major_programs, parts_programs, programs
-from tokenferry.dataplane.cuda.exchange import CudaDispatch, Rooms
+from tokenferry.dataplane.cuda.exchange import CudaDispatch, Kind, Rooms
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.launch import Call, Placed
 from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
 from tokenferry.dataplane.cuda.rank import CudaRank, Queue
-from tokenferry.dataplane.cuda.tensors import piece_of
+from tokenferry.dataplane.tensors import piece_of
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle
 from tokenferry.kept import Kept, make
@@ -77,6 +77,7 @@ class CudaDataPlane(CudaRank):
     ) -> None:
         super().__init__(heap, regions, queue, timeout, most_programs, names)
         self.rooms = Rooms()
+        self._kinds: Kept[Kind] = Kept()
         self._calls: Kept[Call] = Kept()
         num_sms = torch.cuda.get_device_properties(heap.device).multi_processor_count
         place = Place(
@@ -179,14 +180,25 @@ class CudaDataPlane(CudaRank):
     def _num_programs(self, num_sms: int) -> int:
         return min(num_sms or DEFAULT_NUM_SMS, self._most_programs)
 
+    def kind_of(self, signature: Signature, plan: SendPlan) -> Kind:
+        """Of a dispatch with fresh counts."""
+        experts = plan.experts
+        of_experts = () if experts is None else (experts.num_local, experts.alignment, experts.expand)
+        key = signature, plan.rows.shape, plan.num_worst_tokens, plan.num_sms, of_experts
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds.keep(key, Kind(plan))
+        return kind
+
     def notify(
-        self, signature: Signature, plan: SendPlan, tables: Sequence[Placed | None], pulls_meanwhile: bool
+        self, signature: Signature, plan: SendPlan, kind: Kind, tables: Sequence[Placed | None], pulls_meanwhile: bool
     ) -> SendPlan:
         """Launch the exchange of counts.
 
         Args:
             signature: of the dispatch.
             plan: of the dispatch.
+            kind: of the dispatch.
             tables: what it writes: ``send_head``, the prefix matrix, the channel matrices, the tables of the experts.
             pulls_meanwhile: whether the pull is launched before the host looks at the counts, whatever they are.
 
@@ -196,22 +208,18 @@ class CudaDataPlane(CudaRank):
         host_reads = plan.num_worst_tokens == 0
         host_waits = host_reads and not pulls_meanwhile
         experts = plan.experts
-        shape = () if experts is None else (experts.num_local, experts.alignment, experts.expand)
-        key = "notify", signature, plan.rows.shape, plan.num_worst_tokens, host_waits, shape
-        call = self._calls.get(key)
+        call = kind.notify[host_waits]
         if call is None:
-            call = self._calls.keep(key, self._notify_call(signature, plan, host_waits))
+            call = kind.notify[host_waits] = self._notify_call(signature, plan, host_waits)
         given = plan.topk_idx
         if experts is not None and experts.expand:
             assert given is not None
             given = self._aligned(given)
             plan = plan._replace(topk_idx=self.empty_rows(given.shape[0], given.shape[1], given.dtype))
         places = self._send_places(plan)
-        host = self.status.unread
-        if host_reads:
-            self.status.arm()
-            host = self.status.counts
-        heap, state, ready, _, status = self._context
+        status = self.status
+        host = status.arm() if host_reads else status.unread_address
+        heap, state, ready, _, words_of_status = self._context
         self._queue.start()
         if experts is not None and experts.expand:
             assert given is not None
@@ -221,7 +229,7 @@ class CudaDataPlane(CudaRank):
                 self._queue.handle, given, plan.topk_idx, plan.num_tokens_per_expert,
                 experts.num_local * self.num_ranks, self._target,
             )  # fmt: skip
-        context = heap, state, ready, status, host.data_ptr()
+        context = heap, state, ready, words_of_status, host
         call.launch(self._queue.handle, context, programs.notify_tensors(plan, *tables), places)
         return plan
 
@@ -264,7 +272,7 @@ class CudaDataPlane(CudaRank):
             raise ArgumentError("x", f"{num_tokens} tokens", f"at most {limit} on a GPU with {self.num_ranks} ranks")
         return limit
 
-    def _send_places(self, plan: SendPlan) -> list[int]:
+    def _send_places(self, plan: SendPlan) -> Sequence[int]:
         return self._places(plan.rows, plan.scales, plan.topk_idx, plan.topk_weights)
 
     def wait_for_counts(self, plan: SendPlan) -> tuple[int, list[int]]:
@@ -294,28 +302,34 @@ class CudaDataPlane(CudaRank):
         self,
         signature: Signature,
         plan: SendPlan,
+        kind: Kind | None,
         prefix: Placed,
         outputs: Outputs,
         num_rows: int,
         bases: Placed | None = None,
     ) -> None:
-        """Launch the pull of a dispatch."""
+        """Launch the pull of a dispatch; one with fresh counts has a kind."""
         self._queue.start()
-        if plan.handle is not None and outputs.topk_idx is not None and outputs.topk_weights is not None:
+        handle = plan.handle
+        if handle is not None and outputs.topk_idx is not None and outputs.topk_weights is not None:
             with torch.cuda.stream(self._queue.stream):  # the rows past the last, of which there is no count here
                 outputs.topk_idx.fill_(-1)
                 outputs.topk_weights.zero_()
-        cached = plan.handle is not None
-        src_idx = plan.handle.recv_src_idx if plan.handle is not None else outputs.recv_src_idx
-        places = self._send_places(plan) if cached else (0, 0, 0, 0)
+        src_idx = outputs.recv_src_idx if handle is None else handle.recv_src_idx
+        places: Sequence[int] = (0, 0, 0, 0) if handle is None else self._send_places(plan)
         num_expanded = int(plan.zero_unused)
         if plan.experts is not None and plan.experts.expand:
             num_expanded = outputs.rows.shape[0]
-        ids_of_part = None if plan.part is None else (plan.part.expert_ids,)
-        key = "pull", signature, plan.rows.shape, plan.num_sms, cached, ids_of_part or 0
-        call = self._calls.get(key)
-        if call is None:
-            call = self._calls.keep(key, self._dispatch_call(signature, plan))
+        if kind is None:
+            ids_of_part = None if plan.part is None else (plan.part.expert_ids,)
+            key = "pull", signature, plan.rows.shape, plan.num_sms, handle is None, ids_of_part or 0
+            call = self._calls.get(key)
+            if call is None:
+                call = self._calls.keep(key, self._dispatch_call(signature, plan))
+        else:
+            call = kind.pull
+            if call is None:
+                call = kind.pull = self._dispatch_call(signature, plan)
         tensors = programs.dispatch_tensors(plan, outputs, src_idx, prefix, bases)
         call.launch(self._queue.handle, self._context, tensors, (*places, num_rows, num_expanded))
 

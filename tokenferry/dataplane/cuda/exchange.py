@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenferry.dataplane import Outputs, SendPlan, Signature
-from tokenferry.dataplane.cuda.launch import Address, Placed
-from tokenferry.dataplane.cuda.tensors import piece_of
+from tokenferry.dataplane.cuda.launch import Address, Call, Placed
+from tokenferry.dataplane.tensors import piece_of
 from tokenferry.errors import HeapError
 
 if TYPE_CHECKING:
@@ -19,58 +19,98 @@ _SLACK = 16
 """A room is larger than what came by one of so many parts."""
 
 
-class Rooms:
+class Room:
     """How many rows dispatches of a kind are likely to receive, and to expand these to, by those before them.
-
-    A kind: a signature, and the alignment of expanded rows (else 1).
 
     So outputs can be made, and the pull be launched, while the counts are still under way: no row waits for the host.
     It costs memory for 1/16 more rows while routing is steady, and a second launch where the guess was too low. What
     a rank guesses is its own affair.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[Signature, int], tuple[int, int, int]] = {}
+    __slots__ = ("_expanded", "_num_tokens", "_rows")
 
-    def guess(self, kind: tuple[Signature, int], num_tokens: int) -> tuple[int, int]:
+    def __init__(self) -> None:
+        self._num_tokens = self._rows = self._expanded = 0
+
+    def guess(self, num_tokens: int) -> tuple[int, int]:
         """Rows to make room for, and expanded ones, if they are (else 0).
 
         (0, 0): nothing to go by, as the number of tokens is far from the last one.
         """
-        before, rows, expanded = self._known.get(kind, (0, 0, 0))
+        before, rows, expanded = self._num_tokens, self._rows, self._expanded
         if 8 * abs(num_tokens - before) > before or rows == 0:
             return 0, 0
         return -(-rows * (_SLACK + 1) // _SLACK), -(-expanded * (_SLACK + 1) // _SLACK)
 
-    def note(self, kind: tuple[Signature, int], num_tokens: int, num_rows: int, num_expanded: int) -> None:
+    def note(self, num_tokens: int, num_rows: int, num_expanded: int) -> None:
         """Remember what came: at once where it is more than before, by and by where it is less."""
-        _, rows, expanded = self._known.get(kind, (0, 0, 0))
-        rows, expanded = max(num_rows, (rows + num_rows) // 2), max(num_expanded, (expanded + num_expanded) // 2)
-        self._known[kind] = num_tokens, rows, expanded
+        self._num_tokens = num_tokens
+        self._rows = max(num_rows, (self._rows + num_rows) // 2)
+        self._expanded = max(num_expanded, (self._expanded + num_expanded) // 2)
+
+
+class Rooms:
+    """Those of a rank, by kinds: a signature, and the alignment of expanded rows (else 1)."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Signature, int], Room] = {}
+
+    def of(self, kind: tuple[Signature, int]) -> Room:
+        """That of a kind."""
+        room = self._known.get(kind)
+        if room is None:
+            room = self._known[kind] = Room()
+        return room
+
+
+class Kind:
+    """What dispatches with fresh counts, of as many tokens and with the same numbers, have in common.
+
+    Attributes:
+        notify: what is launched, if it is known yet, where the host looks at the counts first and where it does not.
+        pull: likewise.
+        size: int32 words of all tables.
+        places: where, in these, they begin: channel matrices, heads, ends of ranks, pairs of experts, bases.
+    """
+
+    __slots__ = ("notify", "places", "pull", "size")
+
+    def __init__(self, plan: SendPlan) -> None:
+        self.notify: list[Call | None] = [None, None]
+        self.pull: Call | None = None
+        num_tokens, ranks = plan.is_token_in_rank.shape
+        experts = plan.experts
+        channels = ranks * ranks
+        heads = channels + 2 * ranks
+        rank_ends = -(-(heads + num_tokens * ranks) // 4) * 4  # on 16 bytes, as all that follow
+        pairs = bases = end = rank_ends + -(-ranks // 4) * 4
+        if experts is not None:
+            bases = pairs + 2 * (-(-experts.num_local // 4) * 4)
+            end = bases + experts.expand * (ranks * experts.num_local + 1)
+        self.size, self.places = end, (channels, heads, rank_ends, pairs, bases)
 
 
 class CudaDispatch:
     """See :class:`tokenferry.dataplane.DispatchExchange`. Of a part, the device alone knows what comes."""
 
+    num_rows = num_expanded_rows = 0
+    _kind: Kind
+    """With fresh counts."""
+    _room: Room
+    """Where the outputs may be made before the counts are known."""
     _prefix: Placed
     _bases: Address | None = None
     _small: torch.Tensor | None = None
     """Memory of all tables, until tensors are made of them."""
-    _places: tuple[int, int, int, int]
-    """Where, in its elements, they begin: channel matrices, heads, ends of ranks, pairs of experts."""
     _tables: tuple[Address, ...]
     """What ``notify`` writes: heads, the prefix matrix, the channel matrices, those of the experts."""
+    _is_open = _guesses = False
 
     def __init__(self, plane: CudaDataPlane, signature: Signature, plan: SendPlan) -> None:
         self._plane = plane
         self._signature = signature
-        experts = plan.experts
-        self._kind = signature, 1 if experts is None or not experts.expand else experts.alignment
         self._plan = plan
-        self._is_open = False
-        self.num_rows = self.num_expanded_rows = 0
         self.num_received_per_expert: list[int] = []
-        self._guesses = False
         self.rank_ends = self.num_pairs = self.expert_ends = plan.is_token_in_rank  # of no use but with experts
         handle = plan.handle
         if plan.part is not None:
@@ -86,6 +126,11 @@ class CudaDispatch:
             ) = handle  # fmt: skip
             self._prefix = self.rank_prefix_matrix
         else:
+            self._kind = plane.kind_of(signature, plan)
+            if plan.may_guess:
+                experts = plan.experts
+                alignment = 1 if experts is None or not experts.expand else experts.alignment
+                self._room = plane.rooms.of((signature, alignment))
             self._make_tables()
 
     def _make_tables(self) -> None:
@@ -93,19 +138,12 @@ class CudaDispatch:
 
         The device gets their addresses; tensors are made of them while it works, by :meth:`_see_tables`.
         """
-        num_tokens, ranks = self._plan.is_token_in_rank.shape
-        experts = self._plan.experts
-        channels = ranks * ranks
-        heads = channels + 2 * ranks
-        rank_ends = -(-(heads + num_tokens * ranks) // 4) * 4  # on 16 bytes, as all that follow
-        pairs = end = rank_ends + -(-ranks // 4) * 4
-        if experts is not None:
-            bases = pairs + 2 * (-(-experts.num_local // 4) * 4)
-            end = bases + experts.expand * (ranks * experts.num_local + 1)
-        self._small, self._places = self._plane.empty(end), (channels, heads, rank_ends, pairs)
+        kind = self._kind
+        channels, heads, rank_ends, _, bases = kind.places
+        self._small = self._plane.empty(kind.size)
         base = self._small.data_ptr()
         self._prefix = Address(base)
-        if experts is not None:
+        if self._plan.experts is not None:
             self._bases = Address(base + 4 * bases)
         # The two channel matrices lie one behind the other, and so do the tables of the experts.
         self._tables = (
@@ -117,7 +155,7 @@ class CudaDispatch:
         small, self._small = self._small, None
         if small is None:
             return
-        channels, heads, rank_ends, pairs = self._places
+        channels, heads, rank_ends, pairs, _ = self._kind.places
         num_tokens, ranks = self._plan.is_token_in_rank.shape
         of_ranks, experts = (ranks, 1), self._plan.experts
         self._prefix = self.rank_prefix_matrix = piece_of(small, (ranks, ranks), (ranks, 1), 0)
@@ -148,9 +186,9 @@ class CudaDispatch:
         if worst:
             self.num_rows, self.num_expanded_rows = worst, 0 if experts is None else experts.num_worst_rows
         elif plan.may_guess:
-            self.num_rows, self.num_expanded_rows = self._plane.rooms.guess(self._kind, plan.rows.shape[0])
+            self.num_rows, self.num_expanded_rows = self._room.guess(plan.rows.shape[0])
             self._guesses = self.num_rows > 0
-        self._plan = self._plane.notify(self._signature, plan, self._tables, self._guesses)
+        self._plan = self._plane.notify(self._signature, plan, self._kind, self._tables, self._guesses)
         self._is_open = True
         if worst or self._guesses:
             return
@@ -175,13 +213,12 @@ class CudaDispatch:
             alignment = experts.alignment
             self.num_expanded_rows = sum([-(-count // alignment) for count in counts[1]]) * alignment
         if plan.may_guess:
-            num_tokens = plan.rows.shape[0]
-            self._plane.rooms.note(self._kind, num_tokens, self.num_rows, self.num_expanded_rows)
+            self._room.note(plan.rows.shape[0], self.num_rows, self.num_expanded_rows)
 
     def pull(self, outputs: Outputs) -> bool:
         """See :meth:`tokenferry.dataplane.DispatchExchange.pull`."""
         self._is_open = False
-        self._plane.pull(self._signature, self._plan, self._prefix, outputs, self.num_rows, self._bases)
+        self._launch(outputs, self.num_rows)
         self._see_tables()
         if self._guesses:  # while the rows travel
             self._guesses = False
@@ -203,6 +240,9 @@ class CudaDispatch:
             none = torch.empty(0, dtype=torch.int32, device=nothing.device)
             columns = (nothing, self._plan.scales, self._plan.topk_idx, self._plan.topk_weights)
             self._is_open = False
-            self._plane.pull(
-                self._signature, self._plan, self._prefix, Outputs(*columns, none, none), -1, self._bases
-            )
+            self._launch(Outputs(*columns, none, none), -1)
+
+    def _launch(self, outputs: Outputs, num_rows: int) -> None:
+        plan = self._plan
+        kind = self._kind if plan.handle is None and plan.part is None else None
+        self._plane.pull(self._signature, plan, kind, self._prefix, outputs, num_rows, self._bases)

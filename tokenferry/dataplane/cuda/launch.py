@@ -51,11 +51,10 @@ Placed: TypeAlias = torch.Tensor | Address
 
 
 class Call(NamedTuple):
-    """A variant, and what its launches have in common."""
+    """A variant, with the last arguments of all its launches, and how many programs these have."""
 
     variant: Variant
     grid: int
-    numbers: tuple[int, ...]
 
     def launch(
         self,
@@ -64,10 +63,9 @@ class Call(NamedTuple):
         tensors: Sequence[Placed | None],
         places: Sequence[int],
     ) -> None:
-        """Queue it, for a kernel whose parameters come in this order, the numbers last."""
-        variant, grid, numbers = self
+        """Queue it, for a kernel whose parameters come in this order."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        variant.launch(grid, stream, (*context, *addresses, *places, *numbers))
+        self[0].launch(self[1], stream, (*context, *addresses, *places))
 
 
 def _below(run: Any, leading: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], bool]:

@@ -17,7 +17,7 @@ from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.launch import Variant
 from tokenferry.dataplane.cuda.programs import Target, number_of
-from tokenferry.dataplane.cuda.tensors import Allocate, piece_of
+from tokenferry.dataplane.tensors import Allocate, piece_of
 from tokenferry.errors import ArgumentError, BufferStateError
 from tokenferry.kept import Kept
 

@@ -212,7 +212,7 @@ def notify_call(
         timeout,
     )  # fmt: skip
     variant = _notify(host_waits, target, experts is not None, experts is not None and experts.expand)
-    return Call(variant, target.num_ranks + 1, numbers)
+    return Call(variant.ending(*numbers), target.num_ranks + 1)
 
 
 def notify_tensors(
@@ -286,7 +286,7 @@ def dispatch_call(
         operation,
         timeout,
     )
-    return Call(variant, max(num_sms, 2), numbers)
+    return Call(variant.ending(*numbers), max(num_sms, 2))
 
 
 def dispatch_tensors(
@@ -380,7 +380,7 @@ def combine_call(
     rows, num_topk = columns[0], 0 if len(columns) == 1 else columns[1].shape[1]
     variant = _combine((rows.dtype, outs[0].dtype), rows.shape[1], num_topk, num_biases, target, held)
     numbers = (*stage, max(num_sms // 2, 1), rank, operation, timeout)
-    return Call(variant, max(num_sms, 2), numbers)
+    return Call(variant.ending(*numbers), max(num_sms, 2))
 
 
 def combine_tensors(

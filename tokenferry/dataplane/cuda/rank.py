@@ -12,10 +12,11 @@ from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.follow import Follower
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.dataplane.cuda.status import Status
-from tokenferry.dataplane.cuda.tensors import allocator_of
 from tokenferry.dataplane.cuda.waits import DeviceWaits
+from tokenferry.dataplane.tensors import allocator_of
 from tokenferry.errors import ArgumentError
-from tokenferry.memory.direct import Regions
+from tokenferry.kept import Kept
+from tokenferry.memory.direct import Exposed, Regions
 from tokenferry.memory.symm import SymmetricHeap
 
 _NANOSECONDS = 1_000_000_000
@@ -100,6 +101,8 @@ class CudaRank:
         )
         capability = torch.cuda.get_device_capability(device)
         self._target = programs.Target(self.num_ranks, capability >= (9, 0), device.index, capability >= (8, 9))
+        self._known_places: Kept[tuple[Sequence[int], Sequence[Exposed]]] = Kept()
+        """Of tensors by their addresses and bytes, for as long as the allocations that they lie in are there."""
         self._half = heap.stage_bytes // 2 // 128 * 128
         self._stage = heap.stage, self._half
 
@@ -125,19 +128,23 @@ class CudaRank:
         with torch.cuda.stream(self._queue.stream):
             self._state[words.BAD_INPUT.value].zero_()
 
-    def _places(self, *columns: torch.Tensor | None) -> list[int]:
+    def _places(self, *columns: torch.Tensor | None) -> Sequence[int]:
         """Where peers find the tensors of an operation, each in one word; 0 where there is nothing to find."""
+        spans = tuple([() if tensor is None else (tensor.data_ptr(), tensor.nbytes) for tensor in columns])
+        known = self._known_places.get(spans)
+        if known is not None and self._regions.are_there(known[1]):
+            return known[0]
         places, goes_on = [0] * len(columns), False
-        for index, tensor in enumerate(columns):
-            if tensor is not None:
-                nbytes = tensor.nbytes
-                if nbytes:
-                    places[index] = -1
-                    if self.num_ranks > 1:
-                        region, offset = self._regions.expose(tensor.data_ptr(), nbytes, goes_on)
-                        goes_on = True
-                        if region >= 0:
-                            places[index] = region << _PLACE_SHIFT | offset
+        for index, span in enumerate(spans):
+            if span and span[1]:
+                places[index] = -1
+                if self.num_ranks > 1:
+                    region, offset = self._regions.expose(*span, goes_on)
+                    goes_on = True
+                    if region >= 0:
+                        places[index] = region << _PLACE_SHIFT | offset
+        if -1 not in places and goes_on:
+            self._known_places.keep(spans, (places, self._regions.seen()))
         return places
 
     def _aligned(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ class Status:
         postpones_input: while set, :meth:`check` leaves what was reported of bad input for later.
         words: int64 in pinned memory; see :mod:`tokenferry.dataplane.cuda.kernels.words`.
         counts: likewise, what ``notify`` leaves for a waiting host.
-        unread: likewise, where ``notify`` writes when no host waits.
+        unread_address: of likewise words, where ``notify`` writes when no host waits.
     """
 
     def __init__(self, rank: int, num_ranks: int, timeout: float, names: Sequence[int] | None = None) -> None:
@@ -78,7 +78,8 @@ class Status:
         with torch.inference_mode(False):
             self.words = torch.zeros(words.STATUS_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
         self.counts = _host_words()
-        self.unread = _host_words()
+        self._unread = _host_words()
+        self.unread_address = self._unread.data_ptr()
         self._left: list[torch.Tensor] = []
         self._words = self.words.numpy()
         self._see_counts()
@@ -117,9 +118,10 @@ class Status:
         self._reason = "the Buffer was destroyed"
         self.failed = True
 
-    def arm(self) -> None:
-        """Before ``notify`` is launched for a host that will wait."""
-        self._counts[words.HOST_DONE.value] = 0
+    def arm(self) -> int:
+        """Before ``notify`` is launched for a host that will wait; returns the address of the counts."""
+        self._is_done[0] = 0
+        return self._counts_address
 
     def leave_counts(self) -> None:
         """Nobody will read the counts that are under way: later ones go elsewhere, lest these be taken for them."""
@@ -129,6 +131,7 @@ class Status:
 
     def _see_counts(self) -> None:
         self._counts = self.counts.numpy()
+        self._counts_address = self.counts.data_ptr()
         view: Any = memoryview(self._counts.data)
         self._is_done = view[words.HOST_DONE.value :][:1]
 
