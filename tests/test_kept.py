@@ -14,7 +14,7 @@ from tokenferry import ArgumentError, BufferStateError, Config
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.handles import DispatchHandle
 from tokenferry.kept import MOST_KEPT, Kept, Known, kind_of
-from tokenferry.modes import inputs, intranode, low_latency
+from tokenferry.modes import expert_major, inputs, intranode, low_latency
 
 Call = Callable[[Rank], Any]
 
@@ -27,9 +27,11 @@ def rank() -> Iterator[Rank]:
 
 def all_kept(rank: Rank) -> list[Kept[Any]]:
     plane: Any = rank.buffer.runtime._plane  # type: ignore[union-attr]
-    found = [value for module in (inputs, intranode, low_latency) for value in vars(module).values()]
+    found = [value for module in (expert_major, inputs, intranode, low_latency) for value in vars(module).values()]
     return [value for value in found if isinstance(value, Kept)] + [
         plane._calls,
+        plane._kinds,
+        plane._known_places,
         plane._low_latency._prepared,
         plane._low_latency._tables,
     ]
@@ -358,8 +360,9 @@ def test_handles_of_tensors_are_known_while_they_fit(rank: Rank, element: int) -
     name = f"handle.{DispatchHandle._fields[element]}"
     good = [tensor.clone() for tensor in rank.tensors]
     wanted = launches(rank, lambda rank: combine_along(rank, good))
-    ((guards,),) = intranode._handles.values()
+    (((guards, is_known),),) = intranode._handles.values()
     assert guards.check(*good)
+    assert is_known
 
     def fails(other: Any, match: str = name) -> None:
         with pytest.raises(ArgumentError, match=re.escape(match)):
@@ -386,7 +389,7 @@ def test_handles_of_tensors_are_known_while_they_fit(rank: Rank, element: int) -
     fails(tensor)
     tensor.resize_(rank.tensors[element].shape)
     assert launches(rank, lambda rank: combine_along(rank, good)) == wanted
-    assert list(intranode._handles.values()) == [[guards]]
+    assert list(intranode._handles.values()) == [[(guards, True)]]
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])
@@ -421,7 +424,7 @@ def test_of_handles_that_differ_the_last_are_known(rank: Rank) -> None:
         last = with_channels(*torch.zeros(2, RANKS, num_channels, dtype=torch.int32).unbind())
     (known,) = intranode._handles.values()
     assert len(known) == 4
-    assert [guards.check(*last) for guards in known] == [False, False, False, True]
+    assert [guards.check(*last) for guards, _ in known] == [False, False, False, True]
 
 
 def test_handles_are_known_in_inference_mode(rank: Rank) -> None:
@@ -496,3 +499,43 @@ def test_kinds() -> None:
     nested = torch.nested.nested_tensor([x, x[:2]])
     for value in (None, 3, [x], x.to_sparse(), nested, torch.nn.Parameter(x)):
         assert kind_of(value) is None
+
+
+ROWS_OF_TOKENS = ("x", "is_token_in_rank", "topk_idx", "topk_weights")
+
+
+@pytest.mark.parametrize("name", ROWS_OF_TOKENS)
+def test_numbers_of_rows_must_fit_in_calls_that_are_known(rank: Rank, name: str) -> None:
+    per_rank, _, per_expert, member, _ = rank.layout
+    tensors = dict(zip(ROWS_OF_TOKENS, (rank.x, member, rank.ids, rank.weights), strict=True))
+
+    def dispatch(**tensors: torch.Tensor) -> Any:
+        counts = {"num_tokens_per_rank": per_rank, "num_tokens_per_expert": per_expert}
+        return rank.buffer.dispatch(**tensors, **counts, num_worst_tokens=ROWS)  # type: ignore[arg-type, call-overload]
+
+    fewer = {name: tensor[:-1] for name, tensor in tensors.items()}
+    for known in (tensors, fewer, tensors):
+        dispatch(**known)
+    for some in (tensors | {name: fewer[name]}, fewer | {name: tensors[name]}):
+        with pytest.raises(ArgumentError, match="is_token_in_rank" if name == "x" else name):
+            dispatch(**some)
+
+
+@pytest.mark.parametrize("name", ["x", "topk_idx", "topk_weights"])
+def test_numbers_of_rows_must_fit_in_elastic_calls_that_are_known(rank: Rank, name: str) -> None:
+    tensors = {"x": rank.x, "topk_idx": rank.ids, "topk_weights": rank.weights}
+    fewer = {name: tensor[:-1] for name, tensor in tensors.items()}
+
+    def dispatch(most: int, **tensors: torch.Tensor) -> Any:
+        return rank.elastic.dispatch(
+            **tensors, num_experts=EXPERTS, num_max_tokens_per_rank=most, do_cpu_sync=False, do_expand=True
+        )
+
+    for known in (tensors, fewer, tensors):
+        dispatch(TOKENS, **known)
+    for some in (tensors | {name: fewer[name]}, fewer | {name: tensors[name]}):
+        with pytest.raises(ArgumentError, match="topk_idx" if name == "x" else name):
+            dispatch(TOKENS, **some)
+    dispatch(TOKENS - 1, **fewer)
+    with pytest.raises(ArgumentError, match="num_max_tokens_per_rank"):
+        dispatch(TOKENS - 1, **tensors)

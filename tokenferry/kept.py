@@ -6,7 +6,7 @@ key has all that the checks and the preparation look at; a call that differs in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -64,40 +64,55 @@ class Kept(dict[tuple[Any, ...], _Preparation], Generic[_Preparation]):
         return preparation
 
 
-class Alike(Kept[list[Any]]):
-    """Groups of tensors that passed checks: others like them, but for numbers of rows, are known by one call.
+class Alike(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
+    """Preparations of calls with groups of tensors: others like them, but for numbers of rows, are known by one look.
 
-    It looks at what :func:`kind_of` does, and at strides.
+    It looks at what :func:`kind_of` does, at gradients, dispatch keys, and strides of contiguous tensors. Whether the
+    numbers of rows fit each other is for the caller to look at.
     """
 
-    def has(self, key: tuple[Any, ...], tensors: Sequence[object]) -> bool:
-        """Whether these, of which there are as many, are like some that were added with that key."""
+    def find(self, key: tuple[Any, ...], tensors: Sequence[object]) -> _Preparation | None:
+        """What was added for that key and as many tensors like these."""
         known = self.get(key)
         if known is None:
-            return False
+            return None
         for tensor in tensors:
             if type(tensor) is not _Tensor or tensor.is_nested:  # of which guards must not be asked for strides
-                return False
-        for guards in known:  # noqa: SIM110 (half a microsecond)
+                return None
+        for guards, preparation in known:
             if guards.check(*tensors):
-                return True
-        return False
+                return preparation
+        return None
 
-    def add(self, key: tuple[Any, ...], tensors: Sequence[torch.Tensor], any_rows: Sequence[bool]) -> None:
-        """Know such tensors again, instead of some that were added long before.
+    def add(
+        self,
+        key: tuple[Any, ...],
+        preparation: _Preparation,
+        tensors: Sequence[torch.Tensor],
+        any_rows: Iterable[bool],
+    ) -> _Preparation:
+        """Find it again for such tensors, instead of one that was added long before; and return it.
 
         Args:
-            key: what else the checks look at.
-            tensors: contiguous; nothing is known of them if they have too few elements to tell in what order.
+            key: what else the checks look at; as long as ``None`` is in it nothing is found again.
+            preparation: depends on no number of rows.
+            tensors: those that are contiguous will be known by their strides too: then these have enough elements to
+                tell in what order they are, or nothing is known of them.
             any_rows: which of them may have any number of rows.
         """
+        if None in key or None in map(kind_of, tensors):
+            return preparation
         sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
-        strides: Any = [[*size[1:], 1] for size in sizes]
+        strides: list[Any] = [
+            [*size[1:], 1] if tensor.is_contiguous() else [None] * tensor.dim()
+            for tensor, size in zip(tensors, sizes, strict=True)
+        ]
         for size, free in zip(sizes, any_rows, strict=True):
             size[0] = None if free else size[0]
         guards = _guards(tensors, sizes, strides)
         if guards is not None:
-            _add(self, key, guards)
+            _add(self, key, (guards, preparation))
+        return preparation
 
 
 class Known(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):

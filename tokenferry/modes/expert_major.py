@@ -22,20 +22,19 @@ from tokenferry.config import align_up
 from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, EPHandle
-from tokenferry.kept import Known, kind_of, make
+from tokenferry.kept import Alike, make
 from tokenferry.modes.inputs import (
     COMBINE_DTYPES,
     MAX_TOPK,
     Party,
     Rows,
-    are_packed,
     check_biases,
     check_ids,
     check_num_experts,
     check_row_bytes,
     check_rows,
     check_topk_idx,
-    kinds_of_rows,
+    have_as_many_rows,
     packed,
     topk_idx_t,
 )
@@ -162,7 +161,7 @@ class _Kind(NamedTuple):
     """Whether all strides are known to be those that :func:`tokenferry.modes.inputs.packed` wants."""
 
 
-_kinds: Known[_Kind] = Known()
+_kinds: Alike[_Kind] = Alike()
 _PLAIN = {int, bool}
 
 
@@ -170,16 +169,18 @@ def _given(
     party: Party, x: Any, topk_idx: Any, topk_weights: Any, sizes: Sizes
 ) -> tuple[_Kind, Rows, torch.Tensor, torch.Tensor]:
     """What a dispatch is given, checked: its kind, rows, ids, and the weights that travel."""
-    data, scales = x if type(x) is tuple and len(x) == 2 else (x, None)
+    data, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
     tensors = (data, topk_idx) if topk_weights is None else (data, topk_idx, topk_weights)
     if scales is not None:
         tensors = *tensors, scales
     types = tuple(map(type, sizes))
     of_sizes = sizes if _PLAIN.issuperset(types) else None
-    key = (party.num_ranks, party.device, of_sizes, types, type(x) is tuple, len(tensors))
-    kind = _kinds.find(key, *tensors)
-    if kind is None:
-        kind = _kinds.add(key, _check(party, x, topk_idx, topk_weights, sizes), *tensors)
+    key = (party.num_ranks, party.device, of_sizes, types, isinstance(x, tuple), len(tensors))
+    kind = _kinds.find(key, tensors)
+    if kind is None or not have_as_many_rows(tensors) or data.shape[0] > kind.sizes.num_max_tokens:
+        kind = _check(party, x, topk_idx, topk_weights, sizes)
+        known_again = kind._replace(are_packed=all(tensor.is_contiguous() for tensor in tensors))
+        _kinds.add(key, known_again, tensors, [True] * len(tensors))
     elif party.plane.values_at_hand:
         check_ids(topk_idx, kind.sizes.num_experts)
     data, scales = x if isinstance(x, tuple) else (x, None)
@@ -210,8 +211,7 @@ def _check(party: Party, x: object, topk_idx: Any, topk_weights: Any, sizes: Siz
     signature = signature_of(
         operation, rows, num_topk, num_experts, num_max_tokens=sizes.num_max_tokens, has_weights=has_weights
     )
-    kinds = *kinds_of_rows(x), kind_of(topk_idx), *(() if topk_weights is None else (kind_of(topk_weights),))
-    return _Kind(sizes, num_topk, worst, experts, signature, None not in kinds and are_packed(kinds))
+    return _Kind(sizes, num_topk, worst, experts, signature, False)
 
 
 def cached_dispatch(

@@ -7,7 +7,7 @@ rows.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from tokenferry.dataplane import DataPlane
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import OperatorRows
-from tokenferry.kept import Kind, Known, kind_of, make
+from tokenferry.kept import Alike, Kind, kind_of, make
 from tokenferry.modes.nodes import Nodes
 from tokenferry.validation import check_int, check_tensor, describe, require
 
@@ -69,8 +69,10 @@ class Rows(NamedTuple):
     """[T, S], contiguous."""
 
 
-_inputs: Known[tuple[int, bool]] = Known()
+_inputs: Alike[tuple[int, bool]] = Alike()
 """Experts; whether the tensors are taken as they are."""
+_COUNTS = 2
+"""Tensors of a dispatch with fresh counts that have no row for each token."""
 
 
 def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_experts: int) -> torch.Tensor:
@@ -160,21 +162,22 @@ def check_inputs(
     are_sizes = type(expert_alignment) is int and (type(worst) is int or type(worst) is OperatorRows)
     data: Any
     scales: Any
-    data, scales = x if type(x) is tuple and len(x) == 2 else (x, None)
-    tensors: tuple[Any, ...] = data, member, per_rank, per_expert
+    data, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+    tensors: tuple[Any, ...] = per_rank, per_expert, data, member
     if ids is not None or weights is not None:
         tensors = *tensors, ids, weights
     if scales is not None:
         tensors = *tensors, scales
     sizes = (expert_alignment, worst) if are_sizes else None
-    key = (party.num_ranks, party.device, sizes, type(x) is tuple, len(tensors))
-    known = _inputs.find(key, *tensors)
-    if known is None:
+    key = (party.num_ranks, party.device, sizes, isinstance(x, tuple), len(tensors))
+    known = _inputs.find(key, tensors)
+    if known is None or not have_as_many_rows(tensors[_COUNTS:]):
         given = _check_inputs(party, x, per_rank, member, per_expert, ids, weights, expert_alignment, worst)
         taken = *given.rows, given.topk_idx, given.topk_weights
         as_given = all(map(operator.is_, taken, (data, scales, ids, weights)))
-        is_packed = are_packed(kind_of(tensor) for tensor in taken if tensor is not None)
-        _inputs.add(key, (given.num_experts, as_given and is_packed), *tensors)
+        is_packed = all(tensor is None or tensor.is_contiguous() for tensor in taken)
+        any_rows = [False] * _COUNTS + [True] * (len(tensors) - _COUNTS)
+        _inputs.add(key, (given.num_experts, as_given and is_packed), tensors, any_rows)
         return given._replace(num_worst_tokens=worst) if type(worst) is OperatorRows else given
     num_experts, as_given = known
     if party.plane.values_at_hand:
@@ -245,6 +248,15 @@ def _check_inputs(
         weights = check_tensor("topk_weights", topk_weights, shape=ids.shape, dtypes=(torch.float32,), device=device)
         weights = packed(weights)
     return Inputs(rows, ids, weights, member, per_rank, per_expert, num_experts, expert_alignment, num_worst_tokens)
+
+
+def have_as_many_rows(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors have equal first dimensions."""
+    num_rows = tensors[0].shape[0]
+    for tensor in tensors:  # noqa: SIM110 (half a microsecond)
+        if tensor.shape[0] != num_rows:
+            return False
+    return True
 
 
 def are_packed(kinds: Iterable[Kind | None]) -> bool:

@@ -72,7 +72,7 @@ class _Kind(NamedTuple):
 
 _cached: Kept[_Kind] = Kept()
 _combines: Kept[_Kind] = Kept()
-_handles = Alike()
+_handles: Alike[bool] = Alike()
 
 
 def layout(party: Party, topk_idx: torch.Tensor, num_experts: int) -> Layout:
@@ -130,7 +130,7 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
     ranks, device = party.num_ranks, party.device
     key = (ranks, device)
     checked: DispatchHandle
-    if _handles.has(key, handle):
+    if _handles.find(key, handle):
         checked = handle if isinstance(handle, DispatchHandle) else make(DispatchHandle, handle)
     else:
         shapes = ((ranks, ranks), (ranks, None), (ranks, None), (None,), (None, ranks), (None, ranks))
@@ -140,7 +140,7 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
             elements.append(element if element.is_contiguous() else element.contiguous())
         checked = DispatchHandle(*elements)
         if all(given is element for given, element in zip(handle, checked, strict=True)):  # nothing had to be copied
-            _handles.add(key, checked, [shape[0] is None for shape in shapes])
+            _handles.add(key, True, checked, [shape[0] is None for shape in shapes])
     num_tokens, num_heads = checked.is_token_in_rank.shape[0], checked.send_head.shape[0]
     if num_heads != num_tokens:
         allowed = f"{num_tokens}, as in is_token_in_rank"
