@@ -335,7 +335,7 @@ def test_nothing_runs_on_a_buffer_that_was_destroyed() -> None:
 
 def test_what_is_kept_is_bounded_and_holds_no_tensor(rank: Rank) -> None:
     forget(rank)
-    for call in (*OTHERS.values(), *(call for _, call in SAME.values())):
+    for call in (*OTHERS.values(), *(call for _, call in SAME.values()), Rank.elastic_dispatch):
         call(rank)
 
     def parts(value: Any) -> Iterator[Any]:
