@@ -2,7 +2,8 @@
 
 A tensor has an element for each thread, and threads of a program go in step. Copies are late: a load lands when its
 barrier is waited for, at the earliest by chance, a store reads shared memory and later writes global memory likewise.
-So a wait that is missing shows as wrong data, and a wait for what nobody sends ends the program.
+So a wait that is missing shows as wrong data, and a wait for what nobody sends ends the program. To read what a copy
+under way is to write is a fault, whatever is done with it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,14 @@ class Engine:
             for store in groups:
                 if self.random.random() < self.soon:
                     self.read(store)
+
+    def may_read(self, first: np.ndarray, nbytes: int) -> None:
+        """Check that what is read, so many bytes from each of some addresses on, is there."""
+        if self.loads:
+            _, targets, _, sizes = np.array(self.loads).T
+            starts = first.reshape(-1, 1)
+            late = (starts < targets + sizes) & (targets < starts + nbytes)
+            assert not late.any(), "what a copy under way is to write is read"
 
     def land(self, load: tuple[int, int, int, int]) -> None:
         self.loads.remove(load)
@@ -201,8 +210,9 @@ def emulated_bulk() -> ModuleType:
         tl.store(address, value, mask=on != 0)
 
     def words(address: Any, width: int, dtype: tl.dtype) -> tl.tensor:
-        shared = engine().shared
-        values = np.array([shared[at : at + width].view(f"i{width}")[0] for at in numbers(address)[0]])
+        machine, (addresses,) = engine(), numbers(address)
+        machine.may_read(addresses, width)
+        values = np.array([machine.shared[at : at + width].view(f"i{width}")[0] for at in addresses])
         if isinstance(address, tl.tensor) and not address.type.is_block():
             return tl.tensor(stock.TensorHandle(values.astype(stock._get_np_dtype(dtype)), dtype), dtype)
         return tensor(values, dtype)
@@ -253,6 +263,7 @@ class _Slots:
         shape = [int(getattr(size, "value", size)) for size in self.shape]
         size = math.prod(shape) * kind.itemsize
         start = self.row * size
+        engine().may_read(np.array([start]), size)
         return tensor(engine().shared[start : start + size].view(kind).reshape(shape), self.dtype)
 
     def _keep_alive(self) -> None:

@@ -25,12 +25,16 @@ from tokenferry.dataplane.cuda.kernels.words import (
 
 
 @gluon.jit
-def copy_window(target, source, nwords, lane, on, WORDS: gl.constexpr):
-    """Words from shared to global memory, a few a lane."""
-    for word in gl.static_range(0, WORDS, 32):
-        inside = (word + lane < nwords) & on
-        value = load_shared(source + (word + lane) * 4)
-        gl.store((target + (word + lane).to(gl.int64) * 4).to(gl.pointer_type(gl.int32)), value, mask=inside)
+def copy_window(target, source, lane, on, WORDS: gl.constexpr):
+    """Words from shared to global memory, a few a lane; none behind them is looked at."""
+    for first in gl.static_range(0, WORDS, 32):
+        word = first + lane
+        mine = on
+        if first + 32 > WORDS:
+            mine = on & (word < WORDS)
+            word = gl.where(word < WORDS, word, first)
+        value = load_shared(source + word * 4)
+        gl.store((target + word.to(gl.int64) * 4).to(gl.pointer_type(gl.int32)), value, mask=mine)
 
 
 @gluon.jit
@@ -68,7 +72,7 @@ def copy_out(
         first = gl.where((first < 0) & (other >= 0), k, first)
         if SCALES > 0:
             at = out_scales + other.to(gl.int64) * SCALES
-            copy_window(at, scales_slot, SCALES // 4, lane, live & (other >= 0), SCALES // 4)
+            copy_window(at, scales_slot, lane, live & (other >= 0), SCALES // 4)
     if not CACHED:
         gl.store(noted + 2 + choice, copy, mask=mine)
         gl.store(noted, (source * num_max_tokens + token).to(gl.int32), mask=live & (lane == 0))

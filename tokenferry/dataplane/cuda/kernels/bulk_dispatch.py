@@ -224,13 +224,13 @@ def move_rows(
                 there = out_scales + row * SCALES
                 if STAGE:
                     there = target + row * RECORD + SCALES_OFF
-                copy_window(there, slot + SMALL_SCALES + (skips & 15), SCALES // 4, lane, live, SCALES // 4)
+                copy_window(there, slot + SMALL_SCALES + (skips & 15), lane, live, SCALES // 4)
             if K > 0 and (STAGE or not EXPAND):
                 ids_slot = slot + SMALL_IDS + ((skips >> 8) & 15)
                 weights_slot = slot + SMALL_WEIGHTS + ((skips >> 16) & 15)
                 if STAGE:
-                    copy_window(target + row * RECORD + IDS_OFF, ids_slot, 2 * K, lane, live, 2 * K)
-                    copy_window(target + row * RECORD + WEIGHTS_OFF, weights_slot, K, lane, live, K)
+                    copy_window(target + row * RECORD + IDS_OFF, ids_slot, lane, live, 2 * K)
+                    copy_window(target + row * RECORD + WEIGHTS_OFF, weights_slot, lane, live, K)
                 else:
                     mine = live & (lane < K)
                     expert = load_shared_long(ids_slot + gl.where(lane < K, lane, 0) * 8) - first_expert
