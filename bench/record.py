@@ -46,9 +46,8 @@ from requirements import Start
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-from tokenferry.cli.bench_cases import BenchError  # noqa: E402
-from tokenferry.cli.bench_cuda import sharing_gpus  # noqa: E402
 from tokenferry.cli.bench_machine import describe_commit  # noqa: E402
+from tokenferry.cli.mps import MpsError, sharing_gpus  # noqa: E402
 
 FORMAT = 1
 KEPT = 200
@@ -75,7 +74,7 @@ def run(step: Step, seconds: float, log: Path) -> Outcome:
     try:
         with sharing_gpus(step.shares_gpus):
             status = _run(step, seconds, log)
-    except BenchError as error:
+    except MpsError as error:
         status = str(error)
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     print("\n".join(lines[-(_SHOWN_OK if status == "ok" else _SHOWN_BAD) :]), flush=True)

@@ -23,6 +23,7 @@ from tests.conftest import slow
 from tests.test_bench import SMALL, a_case
 from tokenferry import Buffer
 from tokenferry.cli import bench_cuda, bench_cuda_cases, main
+from tokenferry.cli import mps as mps_module
 from tokenferry.cli.bench_cases import BASELINE, CUDA_MODES, OURS, BenchError
 from tokenferry.cli.bench_cuda_cases import (
     BARE,
@@ -75,7 +76,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What would control MPS; where it writes what it was told."""
-    control, told = tmp_path / bench_cuda.MPS_CONTROL, tmp_path / "told"
+    control, told = tmp_path / mps_module.MPS_CONTROL, tmp_path / "told"
     control.write_text(
         f'#!/bin/sh\nif [ "$1" = -d ]; then echo "start $CUDA_MPS_PIPE_DIRECTORY"; else cat; fi >> {told}\n'
     )
@@ -250,20 +251,20 @@ def test_cuda_says_that_ranks_share_gpus(tmp_path: Path, mps: Path, capsys: pyte
 
 def test_mps_is_there_or_named(mps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(os.environ)
-    with bench_cuda.sharing_gpus(True):
+    with mps_module.sharing_gpus(True):
         assert os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] == "1"
         assert mps.read_text() == f"start {os.environ['CUDA_MPS_PIPE_DIRECTORY']}\n"
     assert dict(os.environ) == before
     mps.unlink()
-    with bench_cuda.sharing_gpus(False):
+    with mps_module.sharing_gpus(False):
         assert dict(os.environ) == before
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/of/the/user")
-    with bench_cuda.sharing_gpus(True):
+    with mps_module.sharing_gpus(True):
         assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/of/the/user"
     assert not mps.exists()
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY")
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(BenchError, match="MPS"), bench_cuda.sharing_gpus(True):
+    with pytest.raises(mps_module.MpsError, match="MPS"), mps_module.sharing_gpus(True):
         pass
 
 
@@ -271,14 +272,14 @@ def test_mps_that_waits_in_vain_is_ended(mps: Path, monkeypatch: pytest.MonkeyPa
     told: list[str] = []
 
     def tell(control: str, command: str, seconds: float) -> str:
-        assert control == str(mps.with_name(bench_cuda.MPS_CONTROL))
+        assert control == str(mps.with_name(mps_module.MPS_CONTROL))
         told.append(command)
         if told == ["quit"]:
             raise subprocess.TimeoutExpired(control, seconds)
         return "12\n345\n" if command == "get_server_list" else ""
 
-    monkeypatch.setattr(bench_cuda, "_tell_mps", tell)
-    with bench_cuda.sharing_gpus(True):
+    monkeypatch.setattr(mps_module, "_tell_mps", tell)
+    with mps_module.sharing_gpus(True):
         pass
     assert told == ["quit", "get_server_list", "shutdown_server 12 -f", "shutdown_server 345 -f", "quit"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import torch
 from tests import oracle
 from tests.conftest import PoolOf, slow
 from tokenferry import MismatchError
+from tokenferry.cli import main, soak_graphs, soak_plot, soak_ranks
 from tokenferry.cli import soak as command
-from tokenferry.cli import soak_graphs, soak_plot, soak_ranks
+from tokenferry.cli.mps import MPS_CONTROL
 from tokenferry.cli.ranks import RankError
 from tokenferry.cli.soak_faults import DURING, expected
 from tokenferry.cli.soak_ranks import Look, Report, Settings, layouts_of, soak
@@ -271,7 +273,7 @@ def test_growth_of_device_memory_is_judged_and_drawn(tmp_path: Path) -> None:
     for mib_a_minute, found in ((0.0, False), (2.0, False), (40.0, True)):
         reports = [_growing(300.0, 0.0, 0.0), _growing(300.0, 0.0, mib_a_minute)]
         leak = command.find_leaks(reports, set(), 0)[-1]
-        assert (leak.what, leak.is_leak) == ("memory of a GPU, in the last quarter", found), leak
+        assert (leak.what, leak.is_leak) == ("GPU memory, in the last quarter", found), leak
     assert "GPU" not in command.find_leaks([_growing(300.0, 0.0)], set(), 0)[-1].what
     pictures = []
     for name, drawn in (("with.png", reports), ("without.png", [_growing(300.0, 0.0)])):
@@ -305,3 +307,30 @@ def test_kinds_of_shapes_are_few_where_asked_for_and_others_with_every_seed() ->
     assert [len(kinds) for kinds in few] == [5, 5, 5]
     assert len(set.union(*few)) > 10
     assert any(kind[2] for kind in set.union(*few)), "with scales"
+
+
+def test_ranks_that_share_gpus_have_mps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    found: list[bool] = []
+
+    class Pool:
+        def __init__(self, num_ranks: int, num_threads: int) -> None:
+            names = "CUDA_MPS_PIPE_DIRECTORY", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+            found.append(all(name in os.environ for name in names))
+            raise RankError({0: "no GPU"}, [])
+
+    monkeypatch.setattr(command, "RankPool", Pool)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["soak", "--device", "cuda", "--ranks", "4"]) == 1
+    assert "more ranks than GPUs need CUDA's MPS" in capsys.readouterr().err
+    assert found == []
+    control = tmp_path / MPS_CONTROL
+    control.write_text("#!/bin/sh\nexit 0\n")
+    control.chmod(0o755)
+    assert main(["soak", "--device", "cuda", "--ranks", "4", "--seed", "3"]) == 1
+    assert "again with: tokenferry soak --device cuda --ranks 4 --seed 3" in capsys.readouterr().err
+    assert main(["soak", "--device", "cuda", "--ranks", "2"]) == 1
+    assert found == [True, False]

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from tests.conftest import PoolOf, session_pools
-from tokenferry.cli.bench_cuda import MPS_CONTROL, sharing_gpus
+from tokenferry.cli.mps import MPS_CONTROL, sharing_gpus
 from tokenferry.cli.ranks import RankPool
 
 MOST_SECONDS, MOST_SECONDS_SLOW = 180, 1800

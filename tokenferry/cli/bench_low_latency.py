@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tokenferry.cli.bench_cases import BASELINE, BenchError
-from tokenferry.cli.bench_cuda import sharing_gpus, tell_end
+from tokenferry.cli.bench_cuda import tell_end
 from tokenferry.cli.bench_cuda_cases import DEEPEP, take_device
 from tokenferry.cli.bench_cuda_report import shared_note
 from tokenferry.cli.bench_low_latency_cases import (
@@ -51,6 +51,7 @@ from tokenferry.cli.bench_machine import (
 )
 from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_report import origin_of
+from tokenferry.cli.mps import MpsError, sharing_gpus
 from tokenferry.cli.needs import need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
 
@@ -183,7 +184,7 @@ def run(
                 for case, *of_case in zip(cases, *found, strict=True):
                     reports.append(report_of(case, of_case))
                     print("\n".join(case_lines(reports[-1])), flush=True)
-    except (BenchError, RankError, KeyboardInterrupt) as error:
+    except (BenchError, MpsError, RankError, KeyboardInterrupt) as error:
         early, code = tell_end(error)
         if not reports:
             return code

@@ -19,7 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tokenferry.cli import soak_shrink
+from tokenferry.cli.mps import MpsError, sharing_gpus
 from tokenferry.cli.needs import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.cli.soak_ranks import Look, Report, Settings, soak
@@ -73,14 +76,18 @@ def main(args: argparse.Namespace) -> int:
     need_gpu(args)
     before = named_segments()
     began = time.monotonic()
-    pool = RankPool(args.ranks, num_threads=1)
+    shares_gpus = args.device == "cuda" and args.ranks > torch.cuda.device_count()
     try:
-        with pool:
+        with sharing_gpus(shares_gpus), RankPool(args.ranks, num_threads=1) as pool:
             reports: list[Report] = pool.run(soak, settings)
             killed = soak_shrink.end(pool, settings) if args.device == "cpu" else 0
-    except RankError as error:
+    except MpsError as error:
         print(f"error: {error}", file=sys.stderr)
-        print(f"again with: tokenferry soak --ranks {args.ranks} --seed {args.seed}", file=sys.stderr)
+        return 1
+    except RankError as error:
+        device = "" if args.device == "cpu" else f" --device {args.device}"
+        print(f"error: {error}", file=sys.stderr)
+        print(f"again with: tokenferry soak{device} --ranks {args.ranks} --seed {args.seed}", file=sys.stderr)
         return 1
     leaks = find_leaks(reports, named_segments() - before, sum(process.is_alive() for process in pool.processes))
     print(summary(settings, reports, leaks, time.monotonic() - began, killed))
@@ -146,7 +153,7 @@ def find_leaks(reports: Sequence[Report], named: set[str], alive: int) -> list[L
     ]
     if any(look.device for report in reports for look in report.looks):
         most = _MOST_GROWTH * len(reports)  # which may share a GPU
-        found.append(_late_leak("memory of a GPU, in the last quarter", reports, "device", most))
+        found.append(_late_leak("GPU memory, in the last quarter", reports, "device", most))
     return found
 
 
