@@ -340,3 +340,13 @@ def test_what_was_announced_is_served_when_a_peer_is_bad(rank: Rank) -> None:
     finally:
         rank.gpu.done["notify"], plane.status.failed = tell_counts, False
     assert [line[1] for line in lines if line[0] == "launch"] == ["notify", "dispatch"]
+
+
+@pytest.mark.usefixtures("rank")
+def test_counts_are_waited_for_anew_where_they_will_be() -> None:
+    status = Status(0, 2, 1.0)
+    for _ in range(2):
+        status.counts[words.HOST_DONE.value] = 1
+        assert status.arm() == status.counts.data_ptr() != status.unread_address
+        assert int(status.counts[words.HOST_DONE.value]) == 0
+        status.leave_counts()

@@ -411,6 +411,21 @@ def test_rows_and_scales_in_a_named_tuple(pool_of: PoolOf) -> None:
     pool_of(2).run(_named_tuples)
 
 
+def _bad_ids_later(rank: int, num_ranks: int) -> None:
+    with elastic_buffer(dist.group.WORLD) as buffer:
+        case = Elastic(CASES["plain"], rank, num_ranks, expand=True)
+        for _ in range(2):
+            case.check_rows(case.dispatch(buffer)[0])
+            ids = case.given.topk_idx.clone()
+            ids[0, 0] = case.num_experts
+            with pytest.raises(ArgumentError, match="topk_idx"):
+                case.dispatch(buffer, topk_idx=ids)
+
+
+def test_ids_are_looked_at_in_calls_that_are_known(pool_of: PoolOf) -> None:
+    pool_of(2).run(_bad_ids_later)
+
+
 def _beside_a_buffer(rank: int, num_ranks: int) -> None:
     """Two buffers of the two interfaces, and several handles at a time."""
     from tests.cases import check_works

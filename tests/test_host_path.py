@@ -21,7 +21,7 @@ MOST = {
     "get_dispatch_layout":        ( 33,  25,         2,           2,      4,          0,        0,        1),
     "dispatch":                   ( 81,  82,         5,           5,      6,          2,        2,        2),
     "dispatch, num_worst_tokens": ( 68,  56,         5,           5,      6,          2,        1,        2),
-    "layout and dispatch":        ( 99,  80,         7,           7,     10,          2,        1,        3),
+    "layout and dispatch":        (100,  84,         7,           7,     10,          2,        1,        3),
     "cached dispatch":            ( 40,  31,         1,           1,      4,          1,        1,        1),
     "combine":                    ( 40,  33,         1,           1,      4,          1,        1,        1),
     "combine, weights":           ( 46,  44,         2,           2,      4,          2,        1,        1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.host_path import EXPERTS, MOST, RANKS, ROWS, TOKENS, Rank, rank_on_a_
 from tokenferry import ArgumentError, BufferStateError, Config
 from tokenferry.dataplane.cuda.kernels import words
 from tokenferry.handles import DispatchHandle
-from tokenferry.kept import MOST_KEPT, Kept, Known, kind_of
+from tokenferry.kept import _MOST_GUARDS, MOST_KEPT, Kept, Known, kind_of
 from tokenferry.modes import expert_major, inputs, intranode, low_latency
 
 Call = Callable[[Rank], Any]
@@ -59,6 +60,13 @@ def combine_rows(rank: Rank, count: int) -> Any:
     return rank.buffer.combine(rank.y[:count], handle, rank.recv_weights[:count])
 
 
+def elastic(rank: Rank, **given: Any) -> Any:
+    arguments = {"x": rank.x, "topk_idx": rank.ids, "topk_weights": rank.weights, "num_experts": EXPERTS, **given}
+    arguments = {"expert_alignment": 4, "do_expand": True, "do_cpu_sync": False, **arguments}
+    *results, handle, _ = rank.elastic.dispatch(**arguments)
+    return *results, *handle.tensors()
+
+
 def low_dispatch(
     rank: Rank, *, x: Any = None, ids: Any = None, most: Any = MOST, experts: Any = EXPERTS, **how: Any
 ) -> Any:
@@ -81,6 +89,7 @@ USUAL: dict[str, Call] = {
     "dispatch": dispatch,
     "cached": lambda rank: rank.buffer.dispatch(rank.x, rank.handle),
     "combine": lambda rank: rank.buffer.combine(rank.y, rank.handle),
+    "elastic": lambda rank: elastic(rank),
     "low dispatch": low_dispatch,
     "low combine": low_combine,
 }
@@ -95,6 +104,9 @@ OTHERS: dict[str, Call] = {
         rank, ids=rank.ids[:, :4].contiguous(), topk_weights=rank.weights[:, :4]
     ),
     "dispatch, more room": lambda rank: dispatch(rank, num_worst_tokens=ROWS + 1),
+    "dispatch, fewer tokens": lambda rank: dispatch(
+        rank, x=rank.x[:5], ids=rank.ids[:5], topk_weights=rank.weights[:5], is_token_in_rank=rank.layout[3][:5]
+    ),
     "dispatch, fewer SMs": lambda rank: dispatch(rank, config=Config(8)),
     "cached, other dtype": lambda rank: rank.buffer.dispatch(rank.x.half(), rank.handle),
     "cached, wider dtype": lambda rank: rank.buffer.dispatch(rank.x.float(), rank.handle),
@@ -116,6 +128,12 @@ OTHERS: dict[str, Call] = {
     "combine, bias": lambda rank: rank.buffer.combine(rank.y, rank.handle, None, rank.x),
     "combine, two biases": lambda rank: rank.buffer.combine(rank.y, rank.handle, None, (rank.x, rank.x)),
     "combine, fewer SMs": lambda rank: rank.buffer.combine(rank.y, rank.handle, config=Config(8)),
+    "elastic, other alignment": lambda rank: elastic(rank, expert_alignment=8),
+    "elastic, compact": lambda rank: elastic(rank, do_expand=False),
+    "elastic, other experts": lambda rank: elastic(rank, num_experts=2 * EXPERTS),
+    "elastic, fewer tokens": lambda rank: elastic(
+        rank, x=rank.x[:5], topk_idx=rank.ids[:5], topk_weights=rank.weights[:5]
+    ),
     "low dispatch, fewer": lambda rank: low_dispatch(rank, x=rank.x[:5], ids=rank.ids[:5]),
     "low dispatch, none": lambda rank: low_dispatch(rank, x=rank.x[:0], ids=rank.ids[:0]),
     "low dispatch, narrower": lambda rank: low_dispatch(rank, x=rank.x[:, :256]),
@@ -170,6 +188,7 @@ def launches(rank: Rank, call: Call) -> list[Any]:
 def test_another_call_is_prepared_as_if_it_were_the_first(rank: Rank, name: str) -> None:
     forget(rank)
     wanted = launches(rank, OTHERS[name])
+    forget(rank)
     for usual in USUAL.values():
         usual(rank)
     assert launches(rank, OTHERS[name]) == wanted
@@ -214,6 +233,9 @@ BAD: dict[str, Call] = {
     "dispatch, room": lambda rank: dispatch(rank, num_worst_tokens=float(ROWS)),
     "dispatch, device": lambda rank: dispatch(rank, x=rank.x.to("meta")),
     "dispatch, sparse": lambda rank: dispatch(rank, x=rank.x.float().to_sparse()),
+    "elastic, alignment": lambda rank: elastic(rank, expert_alignment=1.0),
+    "elastic, alignment True": lambda rank: (elastic(rank, expert_alignment=1), elastic(rank, expert_alignment=True)),
+    "elastic, experts": lambda rank: elastic(rank, num_experts=float(EXPERTS)),
     "cached, rows": lambda rank: rank.buffer.dispatch(rank.x[1:], rank.handle),
     "cached, one": lambda rank: rank.buffer.dispatch((rank.x,), rank.handle),  # type: ignore[arg-type]
     "cached, two": lambda rank: rank.buffer.dispatch((rank.x, rank.x), rank.handle),
@@ -324,7 +346,7 @@ def test_nothing_runs_on_a_buffer_that_was_destroyed() -> None:
         runtime = rank.buffer.runtime
         for call in USUAL.values():
             call(rank)
-        rank.buffer.runtime = None
+        rank.buffer.runtime = rank.elastic.runtime = None
         try:
             for call in USUAL.values():
                 with pytest.raises(BufferStateError, match="destroyed"):
@@ -340,9 +362,9 @@ def test_what_is_kept_is_bounded_and_holds_no_tensor(rank: Rank) -> None:
 
     def parts(value: Any) -> Iterator[Any]:
         yield value
-        if isinstance(value, (tuple, list)):
-            for part in value:
-                yield from parts(part)
+        inside = [getattr(value, name) for name in getattr(value, "__slots__", ())]
+        for part in value if isinstance(value, (tuple, list)) else inside:
+            yield from parts(part)
 
     for kept in all_kept(rank):
         assert 0 < len(kept) <= MOST_KEPT
@@ -420,11 +442,11 @@ def test_of_handles_that_differ_the_last_are_known(rank: Rank) -> None:
     same = torch.zeros(RANKS, 1, dtype=torch.int32)
     with_channels(same, same)
     assert not intranode._handles, "guards do not take the same tensor twice"
-    for num_channels in range(1, 9):
+    for num_channels in range(1, 2 * _MOST_GUARDS):
         last = with_channels(*torch.zeros(2, RANKS, num_channels, dtype=torch.int32).unbind())
     (known,) = intranode._handles.values()
-    assert len(known) == 4
-    assert [guards.check(*last) for guards, _ in known] == [False, False, False, True]
+    assert len(known) == _MOST_GUARDS
+    assert [guards.check(*last) for guards, _ in known] == [True] + [False] * (_MOST_GUARDS - 1)
 
 
 def test_handles_are_known_in_inference_mode(rank: Rank) -> None:
@@ -539,3 +561,79 @@ def test_numbers_of_rows_must_fit_in_elastic_calls_that_are_known(rank: Rank, na
     dispatch(TOKENS - 1, **fewer)
     with pytest.raises(ArgumentError, match="num_max_tokens_per_rank"):
         dispatch(TOKENS - 1, **tensors)
+
+
+def test_kinds_of_calls_in_turn_are_all_known(rank: Rank) -> None:
+    """Widths, dtypes, and what torch makes of tensors: more at a time than are kept of any one."""
+    forget(rank)
+    widths, dtypes = (64, 128, 256, 512), (torch.bfloat16, torch.float16, torch.float32)
+    rows = [rank.x[:, :width].to(dtype) for width in widths for dtype in dtypes]
+    with mock.patch.object(inputs, "_check_inputs", side_effect=inputs._check_inputs) as checks:
+        for _ in range(3):
+            for x in rows:
+                dispatch(rank, x=x)
+    assert checks.call_count == len(rows)
+
+
+def test_a_row_of_a_wider_tensor_is_known(rank: Rank) -> None:
+    forget(rank)
+    hidden = torch.stack([rank.x[:1]] * 2, 1)
+    one = {"ids": rank.ids[:1], "topk_weights": rank.weights[:1], "is_token_in_rank": rank.layout[3][:1]}
+    with mock.patch.object(inputs, "_check_inputs", side_effect=inputs._check_inputs) as checks:
+        wanted = launches(rank, lambda rank: dispatch(rank, x=rank.x[:1], **one))
+        for _ in range(3):
+            assert launches(rank, lambda rank: dispatch(rank, x=hidden[:, 0], **one)) == wanted
+        for room in range(ROWS, ROWS + 3):
+            dispatch(rank, num_worst_tokens=room)
+    assert checks.call_count <= 3
+
+
+def test_tensors_that_are_known_are_packed_too(rank: Rank) -> None:
+    forget(rank)
+    per_rank, _, per_expert, member, _ = rank.layout
+    party: Any = rank.buffer.runtime.party()  # type: ignore[union-attr]
+    weights, scales = torch.rand(TOKENS, 8), torch.rand(TOKENS, 4)
+    data = torch.randint(0, 256, (TOKENS, 64), dtype=torch.uint8)
+    with mock.patch.object(inputs, "_check_inputs", side_effect=inputs._check_inputs) as checks:
+        for _ in range(2):
+            given = inputs.check_inputs(
+                party,
+                (columns(data), columns(scales)),
+                per_rank,
+                member,
+                per_expert,
+                rank.ids,
+                columns(weights),
+                1,
+                0,
+            )
+            for found, wanted in zip((*given.rows, given.topk_weights), (data, scales, weights), strict=True):
+                assert found is not None
+                assert found.is_contiguous()
+                assert torch.equal(found, wanted)
+    assert checks.call_count == 1
+
+
+@pytest.mark.parametrize("name", ["is_token_in_rank", "topk_idx"])
+def test_what_must_be_contiguous_is_refused_behind_a_single_row(rank: Rank, name: str) -> None:
+    """A row of a wider tensor is contiguous, whatever its strides; what lies like that and has more rows is not."""
+    forget(rank)
+    per_rank, _, per_expert, member, _ = rank.layout
+    counts = {"num_tokens_per_rank": per_rank, "num_tokens_per_expert": per_expert}
+    tensors = {"x": rank.x, "is_token_in_rank": member, "topk_idx": rank.ids, "topk_weights": rank.weights}
+    tensors[name] = torch.stack([tensors[name]] * 2, 1)[:, 0]
+    assert tensors[name][:1].is_contiguous()
+    for _ in range(2):
+        one = {name: tensor[:1] for name, tensor in tensors.items()}
+        rank.buffer.dispatch(**one, **counts, num_worst_tokens=ROWS)  # type: ignore[arg-type, call-overload]
+        with pytest.raises(ArgumentError, match=name):
+            rank.buffer.dispatch(**tensors, **counts, num_worst_tokens=ROWS)  # type: ignore[arg-type, call-overload]
+
+
+def test_elastic_ids_that_must_be_contiguous(rank: Rank) -> None:
+    forget(rank)
+    ids = torch.stack([rank.ids] * 2, 1)[:, 0]
+    for _ in range(2):
+        elastic(rank, x=rank.x[:1], topk_idx=ids[:1], topk_weights=rank.weights[:1])
+        with pytest.raises(ArgumentError, match="topk_idx"):
+            elastic(rank, topk_idx=ids)

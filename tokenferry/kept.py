@@ -1,12 +1,14 @@
 """What calls came to, kept: a call like an earlier one is neither checked nor prepared again.
 
-What is kept depends on nothing but its key, and holds no tensor: shapes, dtypes, numbers, signatures, kernels. So a
-key has all that the checks and the preparation look at; a call that differs in any of it has another one.
+What is kept depends on nothing but its key, and on what guards tell of tensors, and holds no tensor: shapes, dtypes,
+numbers, signatures, kernels. So these have all that the checks and the preparation look at; a call that differs in
+any of it is another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,8 +19,8 @@ except ImportError:  # then nothing is known again
     TensorGuards = None  # type: ignore[assignment, misc]
 
 MOST_KEPT = 1024
-_MOST_GUARDS = 4
-"""For a key: what tensors are to torch depends on inference mode and on being below autograd."""
+_MOST_GUARDS = 8
+"""For a key: what tensors are to torch depends on gradients, inference mode, autocast and on being below autograd."""
 
 _Preparation = TypeVar("_Preparation")
 _Tensor = torch.Tensor
@@ -64,24 +66,30 @@ class Kept(dict[tuple[Any, ...], _Preparation], Generic[_Preparation]):
         return preparation
 
 
+def is_packed(tensor: torch.Tensor) -> bool:
+    """Whether strides are those of rows that lie one behind the other, also where there is one row or none."""
+    return list(tensor.stride()) == [*tensor.shape[1:], 1]
+
+
 class Alike(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
     """Preparations of calls with groups of tensors: others like them, but for numbers of rows, are known by one look.
 
-    It looks at what :func:`kind_of` does, at gradients, dispatch keys, and strides of contiguous tensors. Whether the
+    It looks at what :func:`kind_of` does, at gradients, dispatch keys, and strides of packed tensors. Whether the
     numbers of rows fit each other is for the caller to look at.
     """
 
     def find(self, key: tuple[Any, ...], tensors: Sequence[object]) -> _Preparation | None:
-        """What was added for that key and as many tensors like these."""
-        known = self.get(key)
-        if known is None:
-            return None
+        """What was added for that key and as many tensors like these; the first are those whose dtypes vary."""
         for tensor in tensors:
             if type(tensor) is not _Tensor or tensor.is_nested:  # of which guards must not be asked for strides
                 return None
-        for guards, preparation in known:
-            if guards.check(*tensors):
-                return preparation
+        known = self.get((tensors[0].dtype, key))  # type: ignore[attr-defined]
+        if known is not None:
+            for at, (guards, preparation) in enumerate(known):
+                if guards.check(*tensors):
+                    if at:  # the last that was used is looked at first
+                        known.insert(0, known.pop(at))
+                    return preparation
         return None
 
     def add(
@@ -89,29 +97,33 @@ class Alike(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
         key: tuple[Any, ...],
         preparation: _Preparation,
         tensors: Sequence[torch.Tensor],
-        any_rows: Iterable[bool],
+        any_rows: Sequence[bool],
+        any_strides: Sequence[bool],
     ) -> _Preparation:
         """Find it again for such tensors, instead of one that was added long before; and return it.
 
         Args:
             key: what else the checks look at; as long as ``None`` is in it nothing is found again.
-            preparation: depends on no number of rows.
-            tensors: those that are contiguous will be known by their strides too: then these have enough elements to
-                tell in what order they are, or nothing is known of them.
+            preparation: depends on no number of rows, and on the strides of packed tensors alone.
+            tensors: as for :meth:`find`.
             any_rows: which of them may have any number of rows.
+            any_strides: which of them need not be packed: if these are not, others like them may lie in any way.
+                Nothing is known of tensors of which another one is not packed.
         """
         if None in key or None in map(kind_of, tensors):
             return preparation
+        are_packed = [*map(is_packed, tensors)]
+        if not all(map(operator.or_, are_packed, any_strides)):
+            return preparation
         sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: list[Any] = [
-            [*size[1:], 1] if tensor.is_contiguous() else [None] * tensor.dim()
-            for tensor, size in zip(tensors, sizes, strict=True)
+            [*size[1:], 1] if packed else [None] * len(size) for packed, size in zip(are_packed, sizes, strict=True)
         ]
         for size, free in zip(sizes, any_rows, strict=True):
             size[0] = None if free else size[0]
         guards = _guards(tensors, sizes, strides)
         if guards is not None:
-            _add(self, key, (guards, preparation))
+            _add(self, (tensors[0].dtype, key), (guards, preparation))
         return preparation
 
 
@@ -143,10 +155,10 @@ class Known(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
 
 
 def _add(kept: Kept[list[Any]], key: tuple[Any, ...], known: Any) -> None:
-    """Keep one more thing of a key, and of those added before so many."""
+    """Keep one more thing of a key, in front, and of those there were before so many."""
     all_known = kept.get(key) or kept.keep(key, [])
-    all_known.append(known)
-    del all_known[:-_MOST_GUARDS]
+    all_known.insert(0, known)
+    del all_known[_MOST_GUARDS:]
 
 
 def guards_of_any_size(tensors: Sequence[torch.Tensor]) -> Any:

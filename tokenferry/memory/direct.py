@@ -36,7 +36,7 @@ import weakref
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -75,6 +75,14 @@ class Exposed(NamedTuple):
     end: int
     identity: int
     region: int
+
+
+class Seen(NamedTuple):
+    """Some of them, at a time."""
+
+    num_retired: int
+    """Regions that had ever been retired by then."""
+    allocations: tuple[Exposed, ...]
 
 
 class _Answer(NamedTuple):
@@ -157,7 +165,8 @@ class Regions:
         self._answered = [0] * num_ranks
         self._may_settle = False
         self._may_sweep = True
-        self._verified: set[int] = set()
+        self._verified: dict[int, Exposed] = {}
+        self._num_retired = 0
         # As a reader.
         self._posted = [0] * num_ranks
         self._followed = [[0] * NUM_REGIONS for _ in range(num_ranks)]
@@ -265,7 +274,7 @@ class Regions:
             base, end, identity, region = known
             if address < end:
                 if base in self._verified or self.driver.identity(address) == identity:
-                    self._verified.add(base)
+                    self._verified[base] = known
                     return (region, address - base) if address + nbytes <= end else (NO_REGION, 0)
                 self._retire(known)
         found = self._register(address)
@@ -273,12 +282,15 @@ class Regions:
             return NO_REGION, 0
         return found.region, address - found.base
 
-    def seen(self) -> tuple[Exposed, ...]:
-        """The allocations that what was exposed for the last operation lies in, but for the heap."""
-        return tuple(exposed for exposed in self._known if exposed.base in self._verified)
+    def seen(self) -> Seen:
+        """What was exposed for the last operation lies in these allocations, but for what lies in the heap."""
+        return Seen(self._num_retired, tuple(self._verified.values()))
 
-    def are_there(self, allocations: Iterable[Exposed]) -> bool:
-        """Whether allocations that were exposed are there yet: then they have the same regions."""
+    def are_there(self, seen: Seen) -> bool:
+        """Whether the allocations are there yet, and have the same regions."""
+        num_retired, allocations = seen
+        if num_retired != self._num_retired:
+            return False
         identity_of = self.driver.identity
         for base, _, identity, _ in allocations:  # noqa: SIM110 (half a microsecond)
             if identity_of(base) != identity:
@@ -321,7 +333,7 @@ class Regions:
         index = bisect_right(self._bases, known.base)
         self._bases.insert(index, known.base)
         self._known.insert(index, known)
-        self._verified.add(known.base)
+        self._verified[known.base] = known
         self._post(known, handle)
         return known
 
@@ -338,7 +350,8 @@ class Regions:
     def _retire(self, known: Exposed) -> None:
         index = bisect_right(self._bases, known.base) - 1
         del self._bases[index], self._known[index]
-        self._verified.discard(known.base)
+        self._verified.pop(known.base, None)
+        self._num_retired += 1
         self._table[self.rank, known.region] = self._sizes[self.rank, known.region] = 0
         self._ready[known.region] = 0
         self._set_state(known.region, self._state[known.region] + 1)

@@ -22,7 +22,7 @@ from tokenferry.config import align_up
 from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, EPHandle
-from tokenferry.kept import Alike, make
+from tokenferry.kept import Alike, is_packed, make
 from tokenferry.modes.inputs import (
     COMBINE_DTYPES,
     MAX_TOPK,
@@ -179,8 +179,9 @@ def _given(
     kind = _kinds.find(key, tensors)
     if kind is None or not have_as_many_rows(tensors) or data.shape[0] > kind.sizes.num_max_tokens:
         kind = _check(party, x, topk_idx, topk_weights, sizes)
-        known_again = kind._replace(are_packed=all(tensor.is_contiguous() for tensor in tensors))
-        _kinds.add(key, known_again, tensors, [True] * len(tensors))
+        known_again = kind._replace(are_packed=all(map(is_packed, tensors)))
+        any_strides = [tensor is not topk_idx for tensor in tensors]
+        _kinds.add(key, known_again, tensors, [True] * len(tensors), any_strides)
     elif party.plane.values_at_hand:
         check_ids(topk_idx, kind.sizes.num_experts)
     data, scales = x if isinstance(x, tuple) else (x, None)

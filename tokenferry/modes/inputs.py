@@ -15,7 +15,7 @@ import torch
 from tokenferry.dataplane import DataPlane
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import OperatorRows
-from tokenferry.kept import Alike, Kind, kind_of, make
+from tokenferry.kept import Alike, Kind, is_packed, kind_of, make
 from tokenferry.modes.nodes import Nodes
 from tokenferry.validation import check_int, check_tensor, describe, require
 
@@ -71,8 +71,7 @@ class Rows(NamedTuple):
 
 _inputs: Alike[tuple[int, bool]] = Alike()
 """Experts; whether the tensors are taken as they are."""
-_COUNTS = 2
-"""Tensors of a dispatch with fresh counts that have no row for each token."""
+_MOST_ROWS = 1 << 31
 
 
 def check_topk_idx(party: Party, topk_idx: object, num_tokens: int | None, num_experts: int) -> torch.Tensor:
@@ -159,25 +158,28 @@ def check_inputs(
     """Check what a dispatch with fresh counts is given."""
     per_rank, member, per_expert = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert
     ids, weights, worst = topk_idx, topk_weights, num_worst_tokens
-    are_sizes = type(expert_alignment) is int and (type(worst) is int or type(worst) is OperatorRows)
     data: Any
     scales: Any
     data, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
-    tensors: tuple[Any, ...] = per_rank, per_expert, data, member
+    tensors: tuple[Any, ...] = data, member
     if ids is not None or weights is not None:
         tensors = *tensors, ids, weights
     if scales is not None:
         tensors = *tensors, scales
-    sizes = (expert_alignment, worst) if are_sizes else None
-    key = (party.num_ranks, party.device, sizes, isinstance(x, tuple), len(tensors))
+    num_rowed = len(tensors)
+    tensors = *tensors, per_rank, per_expert
+    are_sizes = type(expert_alignment) is int and (type(worst) is int or type(worst) is OperatorRows)
+    sizes = (expert_alignment, worst > 0) if are_sizes and 0 <= worst < _MOST_ROWS else None
+    key = (party.num_ranks, party.device, sizes, isinstance(x, tuple), num_rowed)
     known = _inputs.find(key, tensors)
-    if known is None or not have_as_many_rows(tensors[_COUNTS:]):
+    if known is None or not have_as_many_rows(tensors[:num_rowed]):
         given = _check_inputs(party, x, per_rank, member, per_expert, ids, weights, expert_alignment, worst)
         taken = *given.rows, given.topk_idx, given.topk_weights
         as_given = all(map(operator.is_, taken, (data, scales, ids, weights)))
-        is_packed = all(tensor is None or tensor.is_contiguous() for tensor in taken)
-        any_rows = [False] * _COUNTS + [True] * (len(tensors) - _COUNTS)
-        _inputs.add(key, (given.num_experts, as_given and is_packed), tensors, any_rows)
+        are_packed = all(tensor is None or is_packed(tensor) for tensor in taken)
+        any_rows = [True] * num_rowed + [False, False]
+        any_strides = [tensor is data or tensor is weights or tensor is scales for tensor in tensors]
+        _inputs.add(key, (given.num_experts, as_given and are_packed), tensors, any_rows, any_strides)
         return given._replace(num_worst_tokens=worst) if type(worst) is OperatorRows else given
     num_experts, as_given = known
     if party.plane.values_at_hand:
@@ -235,7 +237,7 @@ def _check_inputs(
         _check_counts(per_rank, member, per_expert)
     expert_alignment = check_int("expert_alignment", expert_alignment, minimum=1)
     num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, minimum=0)
-    if num_worst_tokens >= 1 << 31:
+    if num_worst_tokens >= _MOST_ROWS:
         raise ArgumentError("num_worst_tokens", num_worst_tokens, "less than 2^31")
     if (topk_idx is None) != (topk_weights is None):
         raise ArgumentError("topk_weights", "only one of topk_idx and topk_weights", "both or none")

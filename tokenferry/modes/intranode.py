@@ -140,7 +140,7 @@ def _check_elements(party: Party, handle: object) -> DispatchHandle:
             elements.append(element if element.is_contiguous() else element.contiguous())
         checked = DispatchHandle(*elements)
         if all(given is element for given, element in zip(handle, checked, strict=True)):  # nothing had to be copied
-            _handles.add(key, True, checked, [shape[0] is None for shape in shapes])
+            _handles.add(key, True, checked, [shape[0] is None for shape in shapes], [False] * len(shapes))
     num_tokens, num_heads = checked.is_token_in_rank.shape[0], checked.send_head.shape[0]
     if num_heads != num_tokens:
         allowed = f"{num_tokens}, as in is_token_in_rank"

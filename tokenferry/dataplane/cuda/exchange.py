@@ -67,8 +67,8 @@ class Kind:
     """What dispatches with fresh counts, of as many tokens and with the same numbers, have in common.
 
     Attributes:
-        notify: what is launched, if it is known yet, where the host looks at the counts first and where it does not.
-        pull: likewise.
+        notify: what is launched, once it is known: where the host does not look at the counts first, where it does.
+        pull: what is launched then, once it is known.
         size: int32 words of all tables.
         places: where, in these, they begin: channel matrices, heads, ends of ranks, pairs of experts, bases.
     """

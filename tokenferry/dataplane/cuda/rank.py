@@ -16,7 +16,7 @@ from tokenferry.dataplane.cuda.waits import DeviceWaits
 from tokenferry.dataplane.tensors import allocator_of
 from tokenferry.errors import ArgumentError
 from tokenferry.kept import Kept
-from tokenferry.memory.direct import Exposed, Regions
+from tokenferry.memory.direct import Regions, Seen
 from tokenferry.memory.symm import SymmetricHeap
 
 _NANOSECONDS = 1_000_000_000
@@ -101,7 +101,7 @@ class CudaRank:
         )
         capability = torch.cuda.get_device_capability(device)
         self._target = programs.Target(self.num_ranks, capability >= (9, 0), device.index, capability >= (8, 9))
-        self._known_places: Kept[tuple[Sequence[int], Sequence[Exposed]]] = Kept()
+        self._known_places: Kept[tuple[Sequence[int], Seen]] = Kept()
         """Of tensors by their addresses and bytes, for as long as the allocations that they lie in are there."""
         self._half = heap.stage_bytes // 2 // 128 * 128
         self._stage = heap.stage, self._half
