@@ -99,8 +99,8 @@ class Alike(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
         tensors: Sequence[torch.Tensor],
         any_rows: Sequence[bool],
         any_strides: Sequence[bool],
-    ) -> _Preparation:
-        """Find it again for such tensors, instead of one that was added long before; and return it.
+    ) -> None:
+        """Find it again for such tensors, instead of one that was added long before.
 
         Args:
             key: what else the checks look at; as long as ``None`` is in it nothing is found again.
@@ -111,10 +111,10 @@ class Alike(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
                 Nothing is known of tensors of which another one is not packed.
         """
         if None in key or None in map(kind_of, tensors):
-            return preparation
+            return
         are_packed = [*map(is_packed, tensors)]
         if not all(map(operator.or_, are_packed, any_strides)):
-            return preparation
+            return
         sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: list[Any] = [
             [*size[1:], 1] if packed else [None] * len(size) for packed, size in zip(are_packed, sizes, strict=True)
@@ -124,7 +124,6 @@ class Alike(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):
         guards = _guards(tensors, sizes, strides)
         if guards is not None:
             _add(self, (tensors[0].dtype, key), (guards, preparation))
-        return preparation
 
 
 class Known(Kept[list[tuple[Any, _Preparation]]], Generic[_Preparation]):

@@ -78,10 +78,10 @@ class Exposed(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Some of them, at a time."""
+    """Own allocations that the tensors of an operation lay in."""
 
     num_retired: int
-    """Regions that had ever been retired by then."""
+    """Regions that had ever been retired by then: with one more, a number may stand for another allocation."""
     allocations: tuple[Exposed, ...]
 
 

@@ -102,7 +102,7 @@ def dispatch(
     """Dispatch with fresh counts; see :meth:`tokenferry.ElasticBuffer.dispatch`."""
     plane = party.plane
     kind, rows, ids, weights = _given(party, x, topk_idx, topk_weights, sizes)
-    sizes, num_topk, worst, experts, signature, known = kind
+    sizes, num_topk, worst, experts, signature, are_packed = kind
     # The copy is made while the device works, in memory that no earlier part of the operation may still use.
     kept = plane.empty_rows(ids.shape[0], ids.shape[1], ids.dtype) if copy_topk else ids
     counts = plane.layout(ids, sizes.num_experts, party.num_ranks, expands=sizes.expand)
@@ -110,7 +110,7 @@ def dispatch(
     plan = make(
         SendPlan,
         (
-            *rows, packed(ids, known), weights, member, per_rank, per_expert, worst, None, party.num_sms,
+            *rows, packed(ids, are_packed), weights, member, per_rank, per_expert, worst, None, party.num_sms,
             experts, None, sizes.host_waits, False,
         ),
     )  # fmt: skip
@@ -184,10 +184,9 @@ def _given(
         _kinds.add(key, known_again, tensors, [True] * len(tensors), any_strides)
     elif party.plane.values_at_hand:
         check_ids(topk_idx, kind.sizes.num_experts)
-    data, scales = x if isinstance(x, tuple) else (x, None)
-    known = kind.are_packed
-    rows = make(Rows, (packed(data, known), None if scales is None else packed(scales, known)))
-    return kind, rows, topk_idx, _travelling(party, topk_weights, topk_idx.shape, known)
+    are_packed = kind.are_packed
+    rows = make(Rows, (packed(data, are_packed), None if scales is None else packed(scales, are_packed)))
+    return kind, rows, topk_idx, _travelling(party, topk_weights, topk_idx.shape, are_packed)
 
 
 def _check(party: Party, x: object, topk_idx: Any, topk_weights: Any, sizes: Sizes) -> _Kind:
@@ -274,11 +273,11 @@ def _check_weights(party: Party, given: object, num_tokens: int, num_topk: int) 
         check_tensor("topk_weights", given, shape=(num_tokens, num_topk), dtypes=_FLOAT32, device=party.device)
 
 
-def _travelling(party: Party, weights: Any, shape: torch.Size, is_packed: bool) -> torch.Tensor:
+def _travelling(party: Party, weights: Any, shape: torch.Size, are_packed: bool) -> torch.Tensor:
     """The weights that travel, which are checked; unset where the caller has none."""
     if weights is None:
         return party.plane.empty_rows(shape[0], shape[1], torch.float32)
-    return packed(weights, is_packed)
+    return packed(weights, are_packed)
 
 
 class _Outputs(NamedTuple):

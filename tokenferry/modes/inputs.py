@@ -176,10 +176,10 @@ def check_inputs(
         given = _check_inputs(party, x, per_rank, member, per_expert, ids, weights, expert_alignment, worst)
         taken = *given.rows, given.topk_idx, given.topk_weights
         as_given = all(map(operator.is_, taken, (data, scales, ids, weights)))
-        are_packed = all(tensor is None or is_packed(tensor) for tensor in taken)
+        has_gaps = any(tensor is not None and not is_packed(tensor) for tensor in taken)
         any_rows = [True] * num_rowed + [False, False]
         any_strides = [tensor is data or tensor is weights or tensor is scales for tensor in tensors]
-        _inputs.add(key, (given.num_experts, as_given and are_packed), tensors, any_rows, any_strides)
+        _inputs.add(key, (given.num_experts, as_given and not has_gaps), tensors, any_rows, any_strides)
         return given._replace(num_worst_tokens=worst) if type(worst) is OperatorRows else given
     num_experts, as_given = known
     if party.plane.values_at_hand:

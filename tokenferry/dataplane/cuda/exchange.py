@@ -94,7 +94,7 @@ class CudaDispatch:
     """See :class:`tokenferry.dataplane.DispatchExchange`. Of a part, the device alone knows what comes."""
 
     num_rows = num_expanded_rows = 0
-    _kind: Kind
+    _kind: Kind | None = None
     """With fresh counts."""
     _room: Room
     """Where the outputs may be made before the counts are known."""
@@ -126,19 +126,18 @@ class CudaDispatch:
             ) = handle  # fmt: skip
             self._prefix = self.rank_prefix_matrix
         else:
-            self._kind = plane.kind_of(signature, plan)
+            self._kind = kind = plane.kind_of(signature, plan)
             if plan.may_guess:
                 experts = plan.experts
                 alignment = 1 if experts is None or not experts.expand else experts.alignment
                 self._room = plane.rooms.of((signature, alignment))
-            self._make_tables()
+            self._make_tables(kind)
 
-    def _make_tables(self) -> None:
+    def _make_tables(self, kind: Kind) -> None:
         """Those of the handle and, behind them, those of the experts: see ``lay_out_experts``, which writes these.
 
         The device gets their addresses; tensors are made of them while it works, by :meth:`_see_tables`.
         """
-        kind = self._kind
         channels, heads, rank_ends, _, bases = kind.places
         self._small = self._plane.empty(kind.size)
         base = self._small.data_ptr()
@@ -152,10 +151,10 @@ class CudaDispatch:
 
     def _see_tables(self) -> None:
         """Make tensors of what :meth:`_make_tables` has laid out."""
-        small, self._small = self._small, None
-        if small is None:
+        small, self._small, kind = self._small, None, self._kind
+        if small is None or kind is None:
             return
-        channels, heads, rank_ends, pairs, _ = self._kind.places
+        channels, heads, rank_ends, pairs, _ = kind.places
         num_tokens, ranks = self._plan.is_token_in_rank.shape
         of_ranks, experts = (ranks, 1), self._plan.experts
         self._prefix = self.rank_prefix_matrix = piece_of(small, (ranks, ranks), (ranks, 1), 0)
@@ -182,13 +181,14 @@ class CudaDispatch:
             self._plane.announce_part(self._signature, plan, plan.part, self.rank_prefix_matrix)
             self._is_open = True
             return
-        worst, experts = plan.num_worst_tokens, plan.experts
+        kind, worst, experts = self._kind, plan.num_worst_tokens, plan.experts
+        assert kind is not None
         if worst:
             self.num_rows, self.num_expanded_rows = worst, 0 if experts is None else experts.num_worst_rows
         elif plan.may_guess:
             self.num_rows, self.num_expanded_rows = self._room.guess(plan.rows.shape[0])
             self._guesses = self.num_rows > 0
-        self._plan = self._plane.notify(self._signature, plan, self._kind, self._tables, self._guesses)
+        self._plan = self._plane.notify(self._signature, plan, kind, self._tables, self._guesses)
         self._is_open = True
         if worst or self._guesses:
             return
@@ -243,6 +243,4 @@ class CudaDispatch:
             self._launch(Outputs(*columns, none, none), -1)
 
     def _launch(self, outputs: Outputs, num_rows: int) -> None:
-        plan = self._plan
-        kind = self._kind if plan.handle is None and plan.part is None else None
-        self._plane.pull(self._signature, plan, kind, self._prefix, outputs, num_rows, self._bases)
+        self._plane.pull(self._signature, self._plan, self._kind, self._prefix, outputs, num_rows, self._bases)

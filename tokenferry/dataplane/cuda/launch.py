@@ -64,8 +64,9 @@ class Call(NamedTuple):
         places: Sequence[int],
     ) -> None:
         """Queue it, for a kernel whose parameters come in this order."""
+        variant, grid = self
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self[0].launch(self[1], stream, (*context, *addresses, *places))
+        variant.launch(grid, stream, (*context, *addresses, *places))
 
 
 def _below(run: Any, leading: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], bool]:
