@@ -131,7 +131,7 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
     yield Step("low latency", "low-latency", command, 120, True, shared)
     command = bench(
         "nodes", "--nodes", 2, "--tokens", scale.tokens, "--sms", scale.sms, "--dtype", "bf16",
-        "--modes", "dispatch", "cached", "combine", "pair", "--iterations", 4,
+        "--modes", "dispatch", "cached", "combine", "pair", "--iterations", 20,
     )  # fmt: skip
     yield Step("nodes", "nodes", command, 120, True, shared)
     yield from _sanitized()

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from tokenferry import Buffer, DispatchHandle, EventOverlap, ops
+from tokenferry import Buffer, DispatchHandle, EventOverlap, InternodeHandle, ops
 
 
 class ThroughOperators:
@@ -42,9 +42,10 @@ class ThroughOperators:
         rows, ids, weights, counts, *others = self.operators.dispatch(
             data, given["topk_idx"], given["topk_weights"], self.name, num_experts, worst, alignment, scales
         )
-        num = len(DispatchHandle._fields)
+        kind = InternodeHandle if len(others) >= len(InternodeHandle._fields) else DispatchHandle
+        num = len(kind._fields)
         received = _joined([rows, *others[num:]])
-        return received, ids, weights, counts.tolist(), DispatchHandle(*others[:num]), EventOverlap()
+        return received, ids, weights, counts.tolist(), kind(*others[:num]), EventOverlap()
 
     def combine(self, x: Any, handle: Any, topk_weights: Any = None, bias: Any = None) -> tuple[Any, ...]:
         bias_0, bias_1 = Buffer._unpack_bias(bias)

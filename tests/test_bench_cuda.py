@@ -28,6 +28,7 @@ from tokenferry.cli.bench_cases import BASELINE, CUDA_MODES, OURS, BenchError
 from tokenferry.cli.bench_cuda_cases import (
     BARE,
     DEEPEP,
+    NODES_EFFORT,
     CudaCase,
     Effort,
     Stretch,
@@ -386,7 +387,7 @@ def test_contenders_take_turns() -> None:
 def test_stretches_are_of_some_tokens() -> None:
     chains = [Effort().chain_of(a_cuda_case(tokens=tokens)) for tokens in (128, 4096, 16384, 65536)]
     assert chains == [(100, 20), (100, 20), (32, 20), (20, 20)]
-    assert Effort().chain_of(a_cuda_case(tokens=4096, nodes=2)) == (20, 5)
+    assert NODES_EFFORT.chain_of(a_cuda_case(tokens=4096, nodes=2)) == (4, 1)
 
 
 def test_deepep_runs_beside(pool_of: Callable[[int], RankPool]) -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import cases, low_latency_cases, operator_cost
 from tests.cases import Case, Scenario
 from tests.conftest import PoolOf, slow
-from tests.internode_cases import make_buffer
+from tests.internode_cases import NodeScenario, make_buffer
 from tests.operators import ThroughOperators, draw
 from tokenferry import ArgumentError, Buffer, BufferStateError, Config, ops
 from tokenferry.nn import functional
@@ -43,11 +43,18 @@ def check_cases(
     device: str = "cpu",
     timeout: float = cases.TIMEOUT,
     chosen: Sequence[cases.Case] = CASES,
+    layout: str = "",
 ) -> None:
+    """Among ranks of one node, or of several in some layout."""
     unset = cases.poisoned_memory if device == "cpu" else cases.filled_memory
-    with Buffer(dist.group.WORLD, timeout=timeout, device=device) as buffer:
+    options: dict[str, Any] = {"timeout": timeout, "device": device}
+    with make_buffer(rank, layout, **options) if layout else Buffer(dist.group.WORLD, **options) as buffer:
         for case, operators in itertools.product(chosen, (ops, torch.ops.tokenferry)):
-            scenario, seen = Scenario(case, rank, num_ranks, device), ThroughOperators(buffer, operators)
+            seen = ThroughOperators(buffer, operators)
+            if layout:
+                scenario: Scenario = NodeScenario(case, rank, layout, device=device)
+            else:
+                scenario = Scenario(case, rank, num_ranks, device)
             scenario.check_all(seen)
             num_rows = scenario.num_rows[rank]
             with unset():
@@ -66,6 +73,10 @@ def check_cases(
 def test_high_throughput_as_the_oracle_says(pool_of: PoolOf, num_ranks: int) -> None:
     """All calls of :mod:`tests.cases`; past the received rows there are zeros, not what was in memory."""
     pool_of(num_ranks).run(check_cases)
+
+
+def test_between_nodes_as_the_oracle_says(pool_of: PoolOf) -> None:
+    pool_of(2).run(check_cases, "cpu", cases.TIMEOUT, CASES, "2x1")
 
 
 def check_low_latency(rank: int, num_ranks: int) -> None:

@@ -95,6 +95,7 @@ def nodes(rank: int, num_ranks: int) -> None:
             plane._target = plane._target._replace(can_bulk=plane._target.can_bulk and bulk)
             for case in whole([test_internode.CASE, test_internode.SCALED]):
                 NodeScenario(case, rank, "2x1", device="cuda").check_all(buffer, config=small_chunks(32))
+    check_operators(rank, num_ranks, "cuda", TIMEOUT, whole(OPERATOR_CASES)[::3], "2x1")
     options: dict[str, Any] = {"device": "cuda", "num_rdma_bytes": 32 << 20, "timeout": TIMEOUT}
     with make_low_latency_buffer(rank, "2x1", **options) as buffer:
         for name in ("bf16", "ue8m0"):

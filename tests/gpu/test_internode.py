@@ -14,9 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.cases import Case
+from tests.cases import TIMEOUT, Case
 from tests.conftest import PoolOf
 from tests.internode_cases import NodeScenario, check_nodes, check_rail_bytes, make_buffer, small_chunks
+from tests.test_ops import CASES as OPERATOR_CASES
+from tests.test_ops import check_cases as check_operators
 from tokenferry import PeerError, TokenferryError
 from tokenferry.dataplane.cuda import parts_programs, programs
 from tokenferry.modes import internode
@@ -40,6 +42,10 @@ def size(layout: str) -> int:
 @pytest.mark.parametrize("case", [CASE, SCALED], ids=["plain", "scaled"])
 def test_every_call(direct: PoolOf, layout: str, case: Case) -> None:
     direct(size(layout)).run(check_nodes, layout, case, 16, 0, False, "cuda")
+
+
+def test_operators(direct: PoolOf) -> None:
+    direct(2).run(check_operators, "cuda", TIMEOUT, OPERATOR_CASES, "2x1")
 
 
 @pytest.mark.ranks(4)

@@ -24,6 +24,7 @@ from tokenferry.cli.bench_cuda_cases import (
     DEEPEP,
     DEEPEP_DTYPES,
     DEEPEP_RANKS,
+    NODES_EFFORT,
     STAGED,
     CudaCase,
     CudaRankResult,
@@ -78,7 +79,7 @@ def run(
     Returns:
         0; 1 if a rank failed or the contenders disagree, 130 after Ctrl-C: then what was found before is written.
     """
-    effort = Effort(kernels=args.kernels)
+    effort = (NODES_EFFORT if args.nodes > 1 else Effort())._replace(kernels=args.kernels)
     if args.iterations:
         effort = effort._replace(calls=args.iterations, stretches=min(effort.stretches, args.iterations))
     num_gpus, commit = torch.cuda.device_count(), describe_commit()

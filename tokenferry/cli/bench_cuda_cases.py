@@ -85,10 +85,12 @@ class Effort(NamedTuple):
     """Ask torch.profiler for the time of each kernel too."""
 
     def chain_of(self, case: CudaCase) -> tuple[int, int]:
-        """Calls in a stretch, and ahead of it: few between nodes, where a call is long and the host a small part."""
-        if case.nodes > 1:
-            return self.least_chain, self.warm_ups
+        """Calls in a stretch, and ahead of it."""
         return min(self.chain, max(self.least_chain, self.chained_tokens // case.tokens)), self.ahead
+
+
+NODES_EFFORT = Effort(calls=20, stretches=30, chain=4, least_chain=4, ahead=1)
+"""Between nodes a call is long, the host a small part of it, and the speed of the network changes all the time."""
 
 
 class Stretch(NamedTuple):

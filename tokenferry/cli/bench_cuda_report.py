@@ -26,7 +26,7 @@ What is timed: the public call, outputs allocated in it. dispatch does not inclu
 the host for the counts; a cached one does not. A pair is dispatch + combine.
 call: between CUDA events around one call, from a drained GPU and a start that all ranks share; host time is in it.
 chained: between CUDA events around {chain} calls, right behind {ahead} that are not timed, for one of them; fewer
-where so many have over {chained_tokens} tokens, {least_chain} at least, and between nodes, with {warm_ups} ahead.
+where so many have over {chained_tokens} tokens, {least_chain} at least.
 host: wall time of the host in one of those. Contenders take turns, caches as the last call left them.
 A sample is that of the slowest rank; shown are medians in microseconds, and of `call` the least and most of a sample.
 wire: bytes that arrive from other ranks / `chained`. logical: the same with the rows a rank keeps. GB = 10^9 bytes.
