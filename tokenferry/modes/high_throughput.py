@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from tokenferry.config import Config, combine_preset, dispatch_preset
@@ -72,7 +74,12 @@ class HighThroughput:
     def _chunking(self) -> Chunking:
         """How rows between nodes are cut: as the caller's own ``Config`` says, else so that chunks are worth it."""
         party = self.party
-        presets = [preset(party.num_ranks, party.num_sms) for preset in (dispatch_preset, combine_preset)]
-        if self.config is None or self.config in presets:
-            return chunking_of(self.config or presets[0], party.plane.least_part_bytes)
-        return chunking_of(self.config, 0)
+        return _chunking_of(self.config, party.num_ranks, party.num_sms, party.plane.least_part_bytes)
+
+
+@functools.lru_cache(maxsize=256)
+def _chunking_of(config: Config | None, num_ranks: int, num_sms: int, least_bytes: int) -> Chunking:
+    presets = [preset(num_ranks, num_sms) for preset in (dispatch_preset, combine_preset)]
+    if config is None or config in presets:
+        return chunking_of(config or presets[0], least_bytes)
+    return chunking_of(config, 0)

@@ -35,8 +35,8 @@ from tokenferry.modes.inputs import Inputs, Party, Rows, as_bytes, topk_idx_t
 from tokenferry.modes.intranode import Received, signature_of
 from tokenferry.modes.nodes import Nodes, Operation
 from tokenferry.modes.routes import (
+    PartRows,
     Routes,
-    check_handle,
     in_nodes,
     make_handle,
     places_of,
@@ -105,6 +105,7 @@ def dispatch(party: Party, given: Inputs, num_tokens_per_rdma_rank: object, chun
         handle = make_handle(topology, routes, given.is_token_in_rank, given.num_tokens_per_rank, num_rows)
         delivery.run()
         places_of(handle).copy_(places)
+        nodes.routes.remember(handle, routes)
     local_experts = given.num_experts // topology.num_ranks
     first = topology.local_index * local_experts
     per_expert = [sum(share.extra[first + expert] for share in shares) for expert in range(local_experts)]
@@ -246,7 +247,7 @@ def cached_dispatch(party: Party, x: object, handle: object, chunking: Chunking)
     """Dispatch rows along a handle; see :meth:`tokenferry.Buffer.dispatch`."""
     rows = inputs.check_rows(party, x)
     nodes = _nodes(party)
-    known, routes = check_handle(nodes.topology, party.device, handle)
+    known, routes = nodes.routes.of(party.device, handle)
     num_tokens = len(known.is_token_in_rank)
     require(len(rows.x) == num_tokens, "x", f"{len(rows.x)} rows", f"the {num_tokens} rows of the handle")
     columns, row_bytes, sent = _present(as_bytes(*rows)), _row_bytes(rows, None), list(map(len, routes.tokens))
@@ -273,7 +274,7 @@ def combine(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum the rows of every token; see :meth:`tokenferry.Buffer.combine`."""
     nodes = _nodes(party)
-    known, routes = check_handle(nodes.topology, party.device, handle)
+    known, routes = nodes.routes.of(party.device, handle)
     num_rows, num_tokens = len(known.recv_src_meta), len(known.is_token_in_rank)
     columns = inputs.check_columns(party, x, topk_weights, num_rows)
     biases = inputs.check_biases(party, bias, (num_tokens, columns[0].size(1)), columns[0].dtype)
@@ -348,7 +349,7 @@ class _Homecoming:
         self._places = places.contiguous()  # a column of the handle
         self._topology = _nodes(party).topology
         self._others = _nodes(party).others
-        self._edges, self._held = self._rows_of_parts()
+        self._parts = self._rows_of_parts()
         self._transfers: list[Transfer] = []
         self._homes: list[_Home] = []
         self._num_coming = 0
@@ -412,15 +413,20 @@ class _Homecoming:
                 found.append((count, high, [by_node[node] for node in range(len(every))]))
         return [*found, (len(self._transfers), num_tokens, every)]
 
-    def _rows_of_parts(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The edges of all parts, and the first row of each: [G] of int64 [parts + 1, L], in rows of this rank."""
-        edges, count = edges_of(self._shares), self._topology.num_nodes
-        ranks = [torch.tensor(self._topology.ranks_of_node(node), device="cpu") << 32 for node in range(count)]
-        wanted = [of_node + ranks[node] for node, of_node in enumerate(edges)]
-        tables = on_device([*edges, *wanted], self._places.device)
-        assert self._routes.rows is not None
-        found = torch.searchsorted(self._routes.rows, torch.cat(tables[count:]))
-        return tables[:count], list(torch.split(found, [len(of_node) for of_node in edges]))
+    def _rows_of_parts(self) -> PartRows:
+        known, wanted_rows = self._routes.parts, self._routes.rows
+        assert known is not None
+        assert wanted_rows is not None
+        key = tuple((*share.num_rows, *share.chunks) for share in self._shares)
+        if key not in known:
+            edges, count = edges_of(self._shares), self._topology.num_nodes
+            ranks = [torch.tensor(self._topology.ranks_of_node(node), device="cpu") << 32 for node in range(count)]
+            wanted = [of_node + ranks[node] for node, of_node in enumerate(edges)]
+            tables = on_device([*edges, *wanted], self._places.device)
+            found = torch.searchsorted(wanted_rows, torch.cat(tables[count:]))
+            known.clear()
+            known[key] = PartRows(tables[:count], list(torch.split(found, [len(of_node) for of_node in edges])))
+        return known[key]
 
     def _sum(self, node: int, number: int) -> list[torch.Tensor]:
         """The sums over the ranks of this node for the rows of a part that this rank relays."""
@@ -428,8 +434,8 @@ class _Homecoming:
         member = self._routes.members[node][slice(*bounds(share.num_rows[node], share.chunks[node], number))]
         nothing = self._places[:0]
         handle = DispatchHandle(nothing, nothing, nothing, nothing, member, nothing)
-        starts, ends = self._held[node][number], self._held[node][number + 1]
-        held = HeldRows(starts, ends, self._edges[node][number], self._places)
+        first = self._parts.first[node]
+        held = HeldRows(first[number], first[number + 1], self._parts.edges[node][number], self._places)
         plan = ReducePlan(self._columns, (), handle, self._party.num_sms, held=held)
         sums = self._empty(len(member))
         self._party.plane.pull_reduce(self._operation.signature, plan, sums)

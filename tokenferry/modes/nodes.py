@@ -36,6 +36,7 @@ from tokenferry.errors import (
     StepBackError,
     TokenferryError,
 )
+from tokenferry.modes.routes import KnownRoutes
 from tokenferry.modes.shares import (
     CAPACITY,
     FINE,
@@ -90,6 +91,7 @@ class Nodes:
         self.epoch = 0
         self.compared: set[Signature] = set()
         """Of low-latency operations, where they are compared but once."""
+        self.routes = KnownRoutes(topology)
 
     @cached_property
     def others(self) -> list[int]:

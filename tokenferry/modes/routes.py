@@ -7,7 +7,9 @@ relay got from the source.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -19,6 +21,16 @@ from tokenferry.topology import Topology
 from tokenferry.validation import check_tensor, describe, require
 
 _NAMES = tuple(f"handle.{name}" for name in InternodeHandle._fields)
+_META = InternodeHandle._fields.index("recv_src_meta")
+
+
+class PartRows(NamedTuple):
+    """Where the rows of all parts begin that are summed inside the node: [G] of int64 [parts + 1, L]."""
+
+    edges: list[torch.Tensor]
+    """The edges of the parts, in rows that each relay has of the node."""
+    first: list[torch.Tensor]
+    """The first row of each, in rows of this rank."""
 
 
 class Routes(NamedTuple):
@@ -35,6 +47,8 @@ class Routes(NamedTuple):
     """[G][L]: its received rows of each source rank."""
     rows: torch.Tensor | None = None
     """int64: see :func:`rows_by_rank`; of a handle."""
+    parts: dict[tuple[object, ...], PartRows] | None = None
+    """Of a handle: the last :meth:`rows_of_parts`, by what it depends on."""
 
     @property
     def num_relayed(self) -> list[int]:
@@ -151,6 +165,76 @@ def check_handle(topology: Topology, device: torch.device, handle: object) -> tu
     return known, _routes_of(topology, known)
 
 
+class _Known(NamedTuple):
+    elements: tuple[Callable[[], torch.Tensor | None], ...]
+    """References to those of the handle, which keep none of them alive."""
+    versions: tuple[int, ...]
+    routes: Routes
+
+
+class KnownRoutes:
+    """The routes of the handles that a rank has made or looked at, each while its tensors live and stay as they are.
+
+    To find routes in a handle takes dozens of small kernels, and the host waits for some. Tensors made in
+    ``torch.inference_mode`` do not tell whether somebody has written to them: their handles are looked at every time.
+
+    Args:
+        topology: who is where.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._known: dict[int, _Known] = {}
+        """By the identity of ``recv_src_meta``."""
+
+    def of(self, device: torch.device, handle: object) -> tuple[InternodeHandle, Routes]:
+        """As :func:`check_handle`, which looks at handles that are not known."""
+        known = self._find(handle)
+        if known is None:
+            checked, routes = check_handle(self._topology, device, handle)
+            if all(map(_is, checked, handle)):  # type: ignore[call-overload]
+                self.remember(checked, routes)
+            return checked, routes
+        checked, routes = InternodeHandle._make(handle), known.routes  # type: ignore[arg-type]
+        if routes.rows is None:  # of a dispatch, whose places were still to come
+            received = [routes.counts[node][index] for node, index in self._topology.places]
+            routes = routes._replace(rows=rows_by_rank(places_of(checked), received), parts={})
+            self.remember(checked, routes)
+        return checked, routes
+
+    def remember(self, handle: InternodeHandle, routes: Routes) -> None:
+        """Know the routes of a handle from now on."""
+        if torch.is_inference_mode_enabled() or any(element.is_inference() for element in handle):
+            return
+        key = id(handle.recv_src_meta)
+        forget = partial(_forget, weakref.ref(self), key)
+        elements = tuple(weakref.ref(element, forget if id(element) == key else None) for element in handle)
+        self._known[key] = _Known(elements, _versions(handle), routes)
+
+    def _find(self, handle: object) -> _Known | None:
+        if not isinstance(handle, (tuple, list)) or len(handle) != len(_NAMES):
+            return None
+        known = self._known.get(id(handle[_META]))
+        if known is None or not all(map(_is, (element() for element in known.elements), handle)):
+            return None
+        return known if known.versions == _versions(handle) else None
+
+
+def _forget(known: Callable[[], KnownRoutes | None], key: int, gone: object) -> None:
+    """The handle of these routes is gone."""
+    routes = known()
+    if routes is not None:
+        routes._known.pop(key, None)
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
+
+
+def _versions(handle: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    return tuple(element._version for element in handle)
+
+
 def places_of(handle: InternodeHandle) -> torch.Tensor:
     """int32 [M]: the places of the received rows."""
     return handle.recv_src_meta.view(torch.int32)[:, 1]
@@ -181,7 +265,7 @@ def _routes_of(topology: Topology, handle: InternodeHandle) -> Routes:
     rows = rows_by_rank(places_of(handle), received)
     ascends = bool((rows.diff() > 0).all() & (places_of(handle)[: len(rows)] >= 0).all())
     require(ascends, "handle.recv_src_meta", describe(handle.recv_src_meta), "ascending places of each source rank")
-    return Routes(tokens, members, starts_of(topology, counts), counts, rows)
+    return Routes(tokens, members, starts_of(topology, counts), counts, rows, {})
 
 
 def rows_by_rank(places: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
