@@ -117,6 +117,11 @@ def test_rings_go_round(monkeypatch: Any) -> None:
     many_rows(monkeypatch, 1)
 
 
+def test_more_granules_than_lanes(monkeypatch: Any) -> None:
+    world = world_of(monkeypatch, 2, "mixed", 1 << 13)
+    compact(world, Case(tokens=(9, 6), num_topk=3, row_bytes=32, scales=torch.float32, scale_columns=140), 30)
+
+
 COPIES = {
     "another row": ("target + there * ROW, slot", "target + row * ROW, slot"),
     "sources before": ("base + (packed >> PACK_SHIFT)", "(packed >> PACK_SHIFT)"),
@@ -126,11 +131,25 @@ COPIES = {
 ENGINE = {
     "rows before they are there": ("            wait_parity(bars + use_at * 8, parity + tid * 0)\n", ""),
     "slots before they are read": ("            wait_stores_read(tid, SLOTS - LAG - 1)\n", ""),
+    "small columns before they are there": ("                wait_granules(tid, LAG)\n", "                pass\n"),
+    "those of one row too early": ("wait_granules(tid, LAG)", "wait_granules(tid, LAG + 1)"),
+    "those of the last rows": (
+        "        if HAS_COLUMNS:\n            end_group(tid)\n        if i >= LAG",
+        "        if i < iterations:\n            end_group(tid)\n        if i >= LAG",
+    ),
     "the phase before": ("parity ^ 1, parity)\n            use_at", "parity, parity)\n            use_at"),
     "the end before all is written": (
         "                wait_stores(tid)\n            elif is_alone",
         "            elif is_alone",
     ),
+}
+
+
+WINDOWS = {
+    "without the last granule": ("within < skip + nbytes", "within < nbytes"),
+    "where a column begins": ("(at & -16) + within", "(at & -16) + 16 + within"),
+    "of the column before": ("granule < IDS_END\n", "granule <= IDS_END\n"),
+    "of another place in them": ("skip, (mine & (within == 0))", "skip * 0, (mine & (within == 0))"),
 }
 
 
@@ -163,6 +182,13 @@ def test_fault_in_the_zeros_past_the_last_row_is_found(monkeypatch: Any, name: s
 @pytest.mark.parametrize("name", but_slow(COPIES, "another row", "sources before", "experts of other ranks"))
 def test_fault_in_copies_is_found(monkeypatch: Any, name: str) -> None:
     module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_columns, *COPIES[name])
+    with pytest.raises((AssertionError, InterpreterError)):
+        run(monkeypatch, SMALL, 1, "mixed", module)
+
+
+@pytest.mark.parametrize("name", but_slow(WINDOWS, "without the last granule"))
+def test_fault_in_the_windows_of_small_columns_is_found(monkeypatch: Any, name: str) -> None:
+    module = bulk_emulator.mutated_bulk_module("bulk_dispatch", bulk_dispatch, *WINDOWS[name])
     with pytest.raises((AssertionError, InterpreterError)):
         run(monkeypatch, SMALL, 1, "mixed", module)
 

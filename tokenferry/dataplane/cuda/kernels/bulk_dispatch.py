@@ -2,8 +2,8 @@
 
 Every warp moves whole rows through its ring of slots, LAG rows behind those it asks for. Sources take turns row by
 row, so that the links are busy from the first row to the last. With a row come its small columns: a window of 16-byte
-granules around each, of which the warp's lanes then write what is wanted. Per-source facts lie in a table in shared
-memory, made anew for every round: see :mod:`.bulk_sources`.
+granules around each, which the warp's lanes ask for, and of which they then write what is wanted. Per-source facts
+lie in a table in shared memory, made anew for every round: see :mod:`.bulk_sources`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from triton.experimental.gluon import language as gl
 
 from tokenferry.dataplane.cuda.kernels.bulk import (
     announce,
+    end_group,
     fence_before_loads,
     init_barrier,
     keep,
     load_bulk,
+    load_granule,
     load_shared,
     load_shared_long,
     meet,
@@ -25,6 +27,7 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     shared_base,
     store_bulk,
     store_shared,
+    wait_granules,
     wait_parity,
     wait_stores,
     wait_stores_read,
@@ -73,9 +76,11 @@ from tokenferry.dataplane.cuda.kernels.words import (
     STAGED,
 )
 
-SLOT_HEADER = 16
-"""At the end of a slot, int32: whether there is a row, its number in the output, its token, and how far its small
-columns lie in their windows, 8 bits each, then its source. Before that, where rows are expanded, their copies."""
+SLOT_HEADER = 32
+"""At the end of a slot, int32: whether there is a row, its number in the output, its token, its source where rows are
+expanded, and how far its small columns lie in their windows: :data:`SKIPS` on. Before that, where rows are expanded,
+their copies."""
+SKIPS = gl.constexpr(16)
 
 
 def window(nbytes: int) -> int:
@@ -124,10 +129,28 @@ def column_of(entry, field, token):
 
 
 @gluon.jit
-def granules(at, NBYTES: gl.constexpr):
-    """The window around some bytes: where it begins, how far in they lie, and its size."""
-    skip = (at & 15).to(gl.int32)
-    return at & -16, skip, (skip + NBYTES + 15) & -16
+def ask_for_columns(
+    slot, entry, token, lane, on, SMALL: gl.constexpr, SKIP: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr
+):  # fmt: skip
+    """Start copies of the granules around a row's small columns, a lane each; and note how far in the columns lie."""
+    SCALE_GRANULES: gl.constexpr = ((SCALES + 15) // 16 + 1) * (SCALES > 0)
+    IDS_END: gl.constexpr = SCALE_GRANULES + (K * 8 + 15) // 16 + (K > 0)
+    END: gl.constexpr = IDS_END + (K * 4 + 15) // 16 + (K > 0)
+    for first in gl.static_range(0, END, 32):
+        granule = first + lane
+        of_scales = granule < SCALE_GRANULES
+        of_ids = granule < IDS_END
+        field = gl.where(of_scales, SCALES_AT, gl.where(of_ids, IDS_AT, WEIGHTS_AT))
+        begin = gl.where(of_scales, 0, gl.where(of_ids, SCALE_GRANULES, IDS_END))
+        nbytes = gl.where(of_scales, SCALES, gl.where(of_ids, K * 8, K * 4))
+        column = gl.where(of_scales, 0, gl.where(of_ids, 1, 2))
+        at = column_of(entry, field, token)
+        skip = (at & 15).to(gl.int32)
+        within = (granule - begin) * 16
+        mine = granule < END
+        wanted = on & mine & (within < skip + nbytes)
+        load_granule(slot + SMALL + granule * 16, (at & -16) + within, wanted.to(gl.int32))
+        store_shared(slot + SKIP + column * 4, skip, (mine & (within == 0)).to(gl.int32))
 
 
 @gluon.jit
@@ -148,7 +171,8 @@ def move_rows(
         wrong, or -1, and whether a copy had no room.
     """
     SMALL_SCALES: gl.constexpr = ROW  # rows begin on 128 bytes: else the engine takes twice as long
-    HEADER: gl.constexpr = SLOT - 16
+    HAS_COLUMNS: gl.constexpr = SCALES > 0 or K > 0
+    HEADER: gl.constexpr = SLOT - 32
     SMALL_IDS: gl.constexpr = SMALL_SCALES + ((SCALES + 15) // 16 * 16 + 16 if SCALES > 0 else 0)
     SMALL_WEIGHTS: gl.constexpr = SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16
     COPIES: gl.constexpr = HEADER - (4 * K + 15) // 16 * 16
@@ -171,20 +195,6 @@ def move_rows(
             wait_stores_read(tid, SLOTS - LAG - 1)
             row = load_shared_long(entry + START).to(gl.int32) + index
             rows_at = column_of(entry, ROWS_AT, token)
-            total = on * ROW
-            skips = tid * 0
-            if EXPAND:
-                skips = ((rank + 1 + item % R) % R) << 24
-            if SCALES > 0:
-                scales_from, skip, scales_size = granules(column_of(entry, SCALES_AT, token), SCALES)
-                total += on * scales_size
-                skips = skips | skip
-            if K > 0:
-                ids_from, skip, ids_size = granules(column_of(entry, IDS_AT, token), K * 8)
-                skips = skips | (skip << 8)
-                weights_from, skip, weights_size = granules(column_of(entry, WEIGHTS_AT, token), K * 4)
-                skips = skips | (skip << 16)
-                total += on * (ids_size + weights_size)
             if SLOTS - LAG == 1:
                 meet(tid)  # all lanes have read what the row before left there
             store_shared(slot + HEADER, on, lane0)
@@ -193,29 +203,37 @@ def move_rows(
                 store_shared(slot + HEADER + 8, token + load_shared_long(entry + FIRST_TOKEN).to(gl.int32), lane0)
             else:
                 store_shared(slot + HEADER + 8, token, lane0)
-            store_shared(slot + HEADER + 12, skips, lane0)
-            announce(bar, total, lane0)
+            if EXPAND:
+                store_shared(slot + HEADER + 12, (rank + 1 + item % R) % R, lane0)
+            announce(bar, on * ROW, lane0)
             load_bulk(slot, rows_at, tid * 0 + ROW, bar, on * lane0)
-            if SCALES > 0:
-                load_bulk(slot + SMALL_SCALES, scales_from, scales_size, bar, on * (lane == 4).to(gl.int32))
-            if K > 0:
-                load_bulk(slot + SMALL_IDS, ids_from, ids_size, bar, on * (lane == 5).to(gl.int32))
-                load_bulk(slot + SMALL_WEIGHTS, weights_from, weights_size, bar, on * (lane == 6).to(gl.int32))
+            if HAS_COLUMNS:
+                ask_for_columns(slot, entry, token, lane, live, SMALL_SCALES, HEADER + SKIPS, SCALES, K)
             slot_at = tl.where(slot_at == SLOTS - 1, 0, slot_at + 1)
             item += step
             token = token_of(table, item, items, first, rank, STAGE, R)
+        if HAS_COLUMNS:
+            end_group(tid)
         if i >= LAG:
             slot = ring + use_at * SLOT
             wait_parity(bars + use_at * 8, parity + tid * 0)
+            if HAS_COLUMNS:
+                wait_granules(tid, LAG)
             live = load_shared(slot + HEADER) != 0
             row = load_shared(slot + HEADER + 4).to(gl.int64)
-            skips = load_shared(slot + HEADER + 12)
+            scales_slot = slot + SMALL_SCALES
+            if SCALES > 0:
+                scales_slot += load_shared(slot + HEADER + SKIPS)
+            ids_slot = slot + SMALL_IDS
+            weights_slot = slot + SMALL_WEIGHTS
+            if K > 0:
+                ids_slot += load_shared(slot + HEADER + SKIPS + 4)
+                weights_slot += load_shared(slot + HEADER + SKIPS + 8)
             if EXPAND and not STAGE:
                 full = copy_out(
-                    slot, slot + SMALL_IDS + ((skips >> 8) & 15), slot + SMALL_WEIGHTS + ((skips >> 16) & 15),
-                    slot + SMALL_SCALES + (skips & 15), row, load_shared(slot + HEADER + 8), (skips >> 24) & 31, live,
-                    lane, target, out_scales, out_weights, metadata, bases, first_expert, num_local, num_max_tokens,
-                    num_expanded, CACHED, ROW, SCALES, K, COPIES,
+                    slot, ids_slot, weights_slot, scales_slot, row, load_shared(slot + HEADER + 8),
+                    load_shared(slot + HEADER + 12), live, lane, target, out_scales, out_weights, metadata, bases,
+                    first_expert, num_local, num_max_tokens, num_expanded, CACHED, ROW, SCALES, K, COPIES,
                 )  # fmt: skip
                 crowded = crowded | full
             else:
@@ -224,10 +242,8 @@ def move_rows(
                 there = out_scales + row * SCALES
                 if STAGE:
                     there = target + row * RECORD + SCALES_OFF
-                copy_window(there, slot + SMALL_SCALES + (skips & 15), lane, live, SCALES // 4)
+                copy_window(there, scales_slot, lane, live, SCALES // 4)
             if K > 0 and (STAGE or not EXPAND):
-                ids_slot = slot + SMALL_IDS + ((skips >> 8) & 15)
-                weights_slot = slot + SMALL_WEIGHTS + ((skips >> 16) & 15)
                 if STAGE:
                     copy_window(target + row * RECORD + IDS_OFF, ids_slot, lane, live, 2 * K)
                     copy_window(target + row * RECORD + WEIGHTS_OFF, weights_slot, lane, live, K)
