@@ -47,8 +47,6 @@ class Engine:
         self.loads: list[tuple[int, int, int, int]] = []
         self.groups: dict[int, list[list[Any]]] = defaultdict(list)
         """By thread: groups of target, source, bytes, what was read (None: not yet)."""
-        self.granules: dict[int, list[list[tuple[int, int]]]] = defaultdict(lambda: [[]])
-        """By thread: groups of target and source, the open one last; what has landed is no longer there."""
 
     def step(self) -> None:
         for load in [load for load in self.loads if self.random.random() < self.soon]:
@@ -57,20 +55,11 @@ class Engine:
             for store in groups:
                 if self.random.random() < self.soon:
                     self.read(store)
-        for of_thread in self.granules.values():
-            for group in of_thread:
-                self.fill([granule for granule in group if self.random.random() < self.soon], group)
-
-    def fill(self, granules: list[tuple[int, int]], group: list[tuple[int, int]]) -> None:
-        for target, source in granules:
-            group.remove((target, source))
-            ctypes.memmove(self.base + target, source, 16)
 
     def may_read(self, first: np.ndarray, nbytes: int) -> None:
         """Check that what is read, so many bytes from each of some addresses on, is there."""
-        granules = [(0, to, at, 16) for groups in self.granules.values() for group in groups for to, at in group]
-        if self.loads or granules:
-            _, targets, _, sizes = np.array([*self.loads, *granules]).T
+        if self.loads:
+            _, targets, _, sizes = np.array(self.loads).T
             starts = first.reshape(-1, 1)
             late = (starts < targets + sizes) & (targets < starts + nbytes)
             assert not late.any(), "what a copy under way is to write is read"
@@ -136,7 +125,6 @@ def emulated_bulk() -> ModuleType:
     def keep(memory: int) -> None:
         machine = engine()
         assert not machine.loads, "loads that nobody waited for"
-        assert not any(group for groups in machine.granules.values() for group in groups), "granules likewise"
         assert not any(store[2] for groups in machine.groups.values() for store in groups), "stores likewise"
 
     @offers
@@ -185,29 +173,6 @@ def emulated_bulk() -> ModuleType:
         for thread, (to, at, count, is_on) in enumerate(zip(*numbers(target, source, nbytes, on), strict=True)):
             assert not is_on or not (to | at | count) % 16
             machine.groups[thread].append([int(to), int(at), int(count) if is_on else 0, None])
-
-    @offers
-    def load_granule(target: Any, source: Any, on: Any) -> None:
-        machine = engine()
-        for thread, (to, at, is_on) in enumerate(zip(*numbers(target, source, on), strict=True)):
-            if is_on:
-                assert not (to | at) % 16
-                assert 0 <= to <= to + 16 <= SHARED_BYTES
-                machine.granules[thread][-1].append((int(to), int(at)))
-
-    @offers
-    def end_group(like: Any) -> None:
-        granules = engine().granules
-        for thread in range(numbers(like)[0].size):
-            granules[thread].append([])
-
-    @offers
-    def wait_granules(like: Any, PENDING: Any) -> None:
-        machine, pending = engine(), int(getattr(PENDING, "value", PENDING))
-        for of_thread in machine.granules.values():
-            for group in of_thread[: max(len(of_thread) - 1 - pending, 0)]:
-                machine.fill(list(group), group)
-            del of_thread[: max(len(of_thread) - 1 - pending, 0)]
 
     @offers
     def wait_parity(barrier: Any, parity: Any) -> None:

@@ -18,7 +18,7 @@ from tests.kernels.world import Rank, Simulated, World
 from tokenferry.dataplane.cuda import programs
 from tokenferry.dataplane.cuda.kernels import bulk_columns, bulk_dispatch, bulk_sources
 
-WIDE = Case(tokens=(3, 2), num_topk=2, row_bytes=1040, combine_bytes=16, scales=torch.float32, scale_columns=3)
+WIDE = Case(tokens=(3, 2), num_topk=2, row_bytes=2080, combine_bytes=16, scales=torch.float32, scale_columns=3)
 """Rows of more words than threads that zero them."""
 SMALL = Case(tokens=(5, 6), num_topk=3, alignment=2, row_bytes=16, combine_bytes=16)
 
@@ -117,11 +117,6 @@ def test_rings_go_round(monkeypatch: Any) -> None:
     many_rows(monkeypatch, 1)
 
 
-def test_more_granules_than_lanes(monkeypatch: Any) -> None:
-    world = world_of(monkeypatch, 2, "mixed", 1 << 13)
-    compact(world, Case(tokens=(9, 6), num_topk=3, row_bytes=32, scales=torch.float32, scale_columns=140), 30)
-
-
 COPIES = {
     "another row": ("target + there * ROW, slot", "target + row * ROW, slot"),
     "sources before": ("base + (packed >> PACK_SHIFT)", "(packed >> PACK_SHIFT)"),
@@ -131,12 +126,6 @@ COPIES = {
 ENGINE = {
     "rows before they are there": ("            wait_parity(bars + use_at * 8, parity + tid * 0)\n", ""),
     "slots before they are read": ("            wait_stores_read(tid, SLOTS - LAG - 1)\n", ""),
-    "small columns before they are there": ("                wait_granules(tid, LAG)\n", "                pass\n"),
-    "those of one row too early": ("wait_granules(tid, LAG)", "wait_granules(tid, LAG + 1)"),
-    "those of the last rows": (
-        "        if HAS_COLUMNS:\n            end_group(tid)\n        if i >= LAG",
-        "        if i < iterations:\n            end_group(tid)\n        if i >= LAG",
-    ),
     "the phase before": ("parity ^ 1, parity)\n            use_at", "parity, parity)\n            use_at"),
     "the end before all is written": (
         "                wait_stores(tid)\n            elif is_alone",
@@ -146,10 +135,11 @@ ENGINE = {
 
 
 WINDOWS = {
-    "without the last granule": ("within < skip + nbytes", "within < nbytes"),
-    "where a column begins": ("(at & -16) + within", "(at & -16) + 16 + within"),
-    "of the column before": ("granule < IDS_END\n", "granule <= IDS_END\n"),
-    "of another place in them": ("skip, (mine & (within == 0))", "skip * 0, (mine & (within == 0))"),
+    "without the last granule": ("(skip + nbytes + 15)", "(nbytes + 15)"),
+    "an arrival too few": ("bars + slot * 8, tid * 0 + 1 + ", "bars + slot * 8, tid * 0 + 2 + "),
+    "of the column before": ("is_ids = lane == IDS", "is_ids = lane == IDS + 1"),
+    "of another place in them": ("lane * 4, skip, asks", "lane * 4, skip * 0, asks"),
+    "on others": ("SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16\n    is_row", "SMALL_IDS + K * 4\n    is_row"),
 }
 
 

@@ -322,7 +322,7 @@ def _dispatch(
     """The variant by the bulk-copy engine, unless a few rows do not fit shared memory."""
     slot = bulk_dispatch_kernels.slot_bytes(row_bytes, scale_bytes, num_topk, expand)
     room = SHARED_BYTES - bulk_sources.TABLE_BYTES - 1024 if target.can_bulk else 0
-    for num_warps in (4, 2, 1):
+    for num_warps in (8, 4, 2, 1):
         slots = min(room // (num_warps * slot), 16)
         if slots >= (_FEWEST_SHARED if num_warps > 1 else _FEWEST_SLOTS):
             return _BULK_DISPATCH.variant(

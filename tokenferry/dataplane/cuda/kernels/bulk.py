@@ -108,39 +108,6 @@ def load_bulk(target, source, nbytes, barrier, on):
 
 
 @gluon.jit
-def load_granule(target, source, on):
-    """Start a copy of 16 bytes from global into shared memory, past the L1; in the thread's open group."""
-    gl.inline_asm_elementwise(
-        """{ .reg .pred p; setp.ne.u32 p, $3, 0;
-        @p cp.async.cg.shared.global [$1], [$2], 16; mov.u32 $0, 0; }""",
-        "=r,r,l,r",
-        [target, source, on],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def end_group(like):
-    """The granules that this thread has asked for since the last time are a group, also if there are none."""
-    _wait_group(like, "cp.async.commit_group; mov.u32 $0, 0; // $1")
-
-
-@gluon.jit
-def wait_granules(like, PENDING: gl.constexpr):
-    """Wait for all but the last PENDING groups of granules, or some of these; then the warp meets, and sees all."""
-    if PENDING >= 8:
-        _wait_group(like, "cp.async.wait_group 8; bar.warp.sync 0xffffffff; mov.u32 $0, 0; // $1")
-    elif PENDING >= 4:
-        _wait_group(like, "cp.async.wait_group 4; bar.warp.sync 0xffffffff; mov.u32 $0, 0; // $1")
-    elif PENDING >= 2:
-        _wait_group(like, "cp.async.wait_group 2; bar.warp.sync 0xffffffff; mov.u32 $0, 0; // $1")
-    else:
-        _wait_group(like, "cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, 0; // $1")
-
-
-@gluon.jit
 def store_bulk(target, source, nbytes, on):
     """Start a copy from shared into global memory; a group of its own, also where nothing is to be copied."""
     gl.inline_asm_elementwise(

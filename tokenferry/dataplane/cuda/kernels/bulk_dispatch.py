@@ -2,8 +2,8 @@
 
 Every warp moves whole rows through its ring of slots, LAG rows behind those it asks for. Sources take turns row by
 row, so that the links are busy from the first row to the last. With a row come its small columns: a window of 16-byte
-granules around each, which the warp's lanes ask for, and of which they then write what is wanted. Per-source facts
-lie in a table in shared memory, made anew for every round: see :mod:`.bulk_sources`.
+granules around each, of which the warp's lanes then write what is wanted. Each column is asked for by a lane of its
+own. Per-source facts lie in a table in shared memory, made anew for every round: see :mod:`.bulk_sources`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from triton.experimental.gluon import language as gl
 
 from tokenferry.dataplane.cuda.kernels.bulk import (
     announce,
-    end_group,
     fence_before_loads,
     init_barrier,
     keep,
     load_bulk,
-    load_granule,
     load_shared,
     load_shared_long,
     meet,
@@ -27,7 +25,6 @@ from tokenferry.dataplane.cuda.kernels.bulk import (
     shared_base,
     store_bulk,
     store_shared,
-    wait_granules,
     wait_parity,
     wait_stores,
     wait_stores_read,
@@ -78,7 +75,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
 
 SLOT_HEADER = 32
 """At the end of a slot, int32: whether there is a row, its number in the output, its token, its source where rows are
-expanded, and how far its small columns lie in their windows: :data:`SKIPS` on. Before that, where rows are expanded,
+expanded, and how far its columns lie in their windows: :data:`SKIPS` on. Before that, where rows are expanded,
 their copies."""
 SKIPS = gl.constexpr(16)
 
@@ -129,28 +126,23 @@ def column_of(entry, field, token):
 
 
 @gluon.jit
-def ask_for_columns(
-    slot, entry, token, lane, on, SMALL: gl.constexpr, SKIP: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr
-):  # fmt: skip
-    """Start copies of the granules around a row's small columns, a lane each; and note how far in the columns lie."""
-    SCALE_GRANULES: gl.constexpr = ((SCALES + 15) // 16 + 1) * (SCALES > 0)
-    IDS_END: gl.constexpr = SCALE_GRANULES + (K * 8 + 15) // 16 + (K > 0)
-    END: gl.constexpr = IDS_END + (K * 4 + 15) // 16 + (K > 0)
-    for first in gl.static_range(0, END, 32):
-        granule = first + lane
-        of_scales = granule < SCALE_GRANULES
-        of_ids = granule < IDS_END
-        field = gl.where(of_scales, SCALES_AT, gl.where(of_ids, IDS_AT, WEIGHTS_AT))
-        begin = gl.where(of_scales, 0, gl.where(of_ids, SCALE_GRANULES, IDS_END))
-        nbytes = gl.where(of_scales, SCALES, gl.where(of_ids, K * 8, K * 4))
-        column = gl.where(of_scales, 0, gl.where(of_ids, 1, 2))
-        at = column_of(entry, field, token)
-        skip = (at & 15).to(gl.int32)
-        within = (granule - begin) * 16
-        mine = granule < END
-        wanted = on & mine & (within < skip + nbytes)
-        load_granule(slot + SMALL + granule * 16, (at & -16) + within, wanted.to(gl.int32))
-        store_shared(slot + SKIP + column * 4, skip, (mine & (within == 0)).to(gl.int32))
+def columns_of(lane, SMALL: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr, ROW: gl.constexpr):
+    """What a lane asks for: lane 0 the row, then one each for its small columns, scales first.
+
+    Returns:
+        Whether it asks at all, the column's field in a table entry, its bytes, and where they go in a slot.
+    """
+    IDS: gl.constexpr = 1 + (SCALES > 0)
+    COLUMNS: gl.constexpr = IDS + 2 * (K > 0)
+    SMALL_IDS: gl.constexpr = SMALL + ((SCALES + 15) // 16 * 16 + 16 if SCALES > 0 else 0)
+    SMALL_WEIGHTS: gl.constexpr = SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16
+    is_row = lane == 0
+    is_scales = (lane > 0) & (lane < IDS)
+    is_ids = lane == IDS
+    field = gl.where(is_row, ROWS_AT, gl.where(is_scales, SCALES_AT, gl.where(is_ids, IDS_AT, WEIGHTS_AT)))
+    nbytes = gl.where(is_row, ROW, gl.where(is_scales, SCALES, gl.where(is_ids, K * 8, K * 4)))
+    place = gl.where(is_row, 0, gl.where(is_scales, SMALL, gl.where(is_ids, SMALL_IDS, SMALL_WEIGHTS)))
+    return lane < COLUMNS, field, nbytes, place
 
 
 @gluon.jit
@@ -171,13 +163,15 @@ def move_rows(
         wrong, or -1, and whether a copy had no room.
     """
     SMALL_SCALES: gl.constexpr = ROW  # rows begin on 128 bytes: else the engine takes twice as long
-    HAS_COLUMNS: gl.constexpr = SCALES > 0 or K > 0
+    IDS: gl.constexpr = 1 + (SCALES > 0)
     HEADER: gl.constexpr = SLOT - 32
     SMALL_IDS: gl.constexpr = SMALL_SCALES + ((SCALES + 15) // 16 * 16 + 16 if SCALES > 0 else 0)
     SMALL_WEIGHTS: gl.constexpr = SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16
     COPIES: gl.constexpr = HEADER - (4 * K + 15) // 16 * 16
     STRIDE: gl.constexpr = RECORD if STAGE else ROW
     lane0 = (lane == 0).to(gl.int32)
+    asks, field, nbytes, place = columns_of(lane, SMALL_SCALES, SCALES, K, ROW)
+    asks = asks.to(gl.int32)
     step = workers * W
     iterations = gl.maximum((items - worker * W + step - 1) // step, 0)
     item = worker * W + warp
@@ -194,7 +188,9 @@ def move_rows(
             bar = bars + slot_at * 8
             wait_stores_read(tid, SLOTS - LAG - 1)
             row = load_shared_long(entry + START).to(gl.int32) + index
-            rows_at = column_of(entry, ROWS_AT, token)
+            at = column_of(entry, field, token)
+            skip = (at & 15).to(gl.int32)
+            size = (skip + nbytes + 15) & -16
             if SLOTS - LAG == 1:
                 meet(tid)  # all lanes have read what the row before left there
             store_shared(slot + HEADER, on, lane0)
@@ -205,30 +201,25 @@ def move_rows(
                 store_shared(slot + HEADER + 8, token, lane0)
             if EXPAND:
                 store_shared(slot + HEADER + 12, (rank + 1 + item % R) % R, lane0)
-            announce(bar, on * ROW, lane0)
-            load_bulk(slot, rows_at, tid * 0 + ROW, bar, on * lane0)
-            if HAS_COLUMNS:
-                ask_for_columns(slot, entry, token, lane, live, SMALL_SCALES, HEADER + SKIPS, SCALES, K)
+            store_shared(slot + HEADER + SKIPS + lane * 4, skip, asks)
+            announce(bar, on * size, asks)
+            load_bulk(slot + place, at & -16, size, bar, on * asks)
             slot_at = tl.where(slot_at == SLOTS - 1, 0, slot_at + 1)
             item += step
             token = token_of(table, item, items, first, rank, STAGE, R)
-        if HAS_COLUMNS:
-            end_group(tid)
         if i >= LAG:
             slot = ring + use_at * SLOT
             wait_parity(bars + use_at * 8, parity + tid * 0)
-            if HAS_COLUMNS:
-                wait_granules(tid, LAG)
             live = load_shared(slot + HEADER) != 0
             row = load_shared(slot + HEADER + 4).to(gl.int64)
             scales_slot = slot + SMALL_SCALES
             if SCALES > 0:
-                scales_slot += load_shared(slot + HEADER + SKIPS)
+                scales_slot += load_shared(slot + HEADER + SKIPS + 4)
             ids_slot = slot + SMALL_IDS
             weights_slot = slot + SMALL_WEIGHTS
             if K > 0:
-                ids_slot += load_shared(slot + HEADER + SKIPS + 4)
-                weights_slot += load_shared(slot + HEADER + SKIPS + 8)
+                ids_slot += load_shared(slot + HEADER + SKIPS + 4 * IDS)
+                weights_slot += load_shared(slot + HEADER + SKIPS + 4 * IDS + 4)
             if EXPAND and not STAGE:
                 full = copy_out(
                     slot, ids_slot, weights_slot, scales_slot, row, load_shared(slot + HEADER + 8),
@@ -338,7 +329,7 @@ def dispatch(
     ring = table + TABLE + ((W * SLOTS * 8 + 127) // 128) * 128 + warp * (SLOTS * SLOT)
     lane0 = (lane == 0).to(gl.int32)
     for slot in gl.static_range(SLOTS):
-        init_barrier(bars + slot * 8, tid * 0 + 1, lane0)
+        init_barrier(bars + slot * 8, tid * 0 + 1 + (SCALES > 0) + 2 * (K > 0), lane0)
     tl.debug_barrier()
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
