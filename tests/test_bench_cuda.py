@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -388,6 +388,21 @@ def test_stretches_are_of_some_tokens() -> None:
     chains = [Effort().chain_of(a_cuda_case(tokens=tokens)) for tokens in (128, 4096, 16384, 65536)]
     assert chains == [(100, 20), (100, 20), (32, 20), (20, 20)]
     assert NODES_EFFORT.chain_of(a_cuda_case(tokens=4096, nodes=2)) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "iterations", "wanted", "told"),
+    [
+        (1, None, (30, 5, 100, 20), "around 100 calls, right behind 20 that are not timed, for one of them; fewer"),
+        (2, None, (20, 30, 4, 1), "around 4 calls, right behind 1 that are not timed, for one of them.\n"),
+        (2, 9, (9, 9, 4, 1), "around 4 calls"),
+    ],
+)
+def test_effort(nodes: int, iterations: int | None, wanted: tuple[int, ...], told: str) -> None:
+    args = SimpleNamespace(nodes=nodes, iterations=iterations, kernels=False)
+    effort = bench_cuda._effort(args)  # type: ignore[arg-type]
+    assert (effort.calls, effort.stretches, effort.chain, effort.ahead) == wanted
+    assert told in bench_cuda._boundary(effort)
 
 
 def test_deepep_runs_beside(pool_of: Callable[[int], RankPool]) -> None:

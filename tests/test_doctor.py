@@ -173,6 +173,12 @@ def test_gpus_apart_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "from 0 to 1" in found[2].what
 
 
+def test_self_test_times_what_comes_after_the_first_round(pool_of: PoolOf) -> None:
+    for outcome in pool_of(2).run(doctor_selftest._work, "cpu", 1e-9):
+        assert outcome.rounds == 2
+        assert 0 < outcome.pair_seconds < 60
+
+
 def test_self_test_that_fails_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_selftest, "_work", _fail)
     found = doctor_selftest.self_test("cpu", 1, 0.1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from tests.cases import Case
 from tests.conftest import PoolOf
 from tests.internode_cases import NodeScenario, make_buffer, small_chunks
 from tokenferry import ArgumentError, Buffer
+from tokenferry.modes import routes
 from tokenferry.modes.routes import KnownRoutes, Routes, check_handle
+from tokenferry.topology import Topology
 
 CASE = Case(tokens=(33, 0, 7, 12), num_topk=4, local_experts=3, spare_rows=5)
 LAYOUT = "2x2 alternating"
@@ -31,8 +35,8 @@ def found_in(buffer: Buffer, handle: Any) -> Routes | None:
     return None if known is None else known.routes
 
 
-def assert_equal(routes: Routes, wanted: Routes) -> None:
-    for name, one, other in zip(Routes._fields, routes, wanted, strict=True):
+def assert_equal(found: Routes, wanted: Routes) -> None:
+    for name, one, other in zip(Routes._fields, found, wanted, strict=True):
         if name in ("starts", "counts", "parts"):
             assert one == other, name
         else:
@@ -44,39 +48,52 @@ def assert_equal(routes: Routes, wanted: Routes) -> None:
                 assert a.is_contiguous(), name
 
 
+@contextmanager
+def looked_at() -> Iterator[list[object]]:
+    """The handles that were looked at."""
+    handles: list[object] = []
+    look = routes.check_handle
+
+    def noting(topology: Topology, device: torch.device, handle: object) -> Any:
+        handles.append(handle)
+        return look(topology, device, handle)
+
+    with mock.patch.object(routes, "check_handle", noting):
+        yield handles
+
+
 def check_known(rank: int, num_ranks: int, worst: int) -> None:
-    with make_buffer(rank, LAYOUT) as buffer:
+    with make_buffer(rank, LAYOUT) as buffer, looked_at() as looked:
         topology = buffer.runtime.topology  # type: ignore[union-attr]
         scenario = NodeScenario(CASE, rank, LAYOUT)
         handle = scenario.dispatch(buffer, num_worst_tokens=worst)[4]
-        routes = found_in(buffer, handle)
-        assert routes is not None
-        assert routes.rows is None
+        first = found_in(buffer, handle)
+        assert first is not None
+        assert first.rows is None
         again = known_of(buffer).of(torch.device("cpu"), handle)[1]
         assert_equal(again, check_handle(topology, torch.device("cpu"), handle)[1])
-        assert found_in(buffer, handle) is again
         assert found_in(buffer, list(handle)) is again
-        copies = tuple(element.clone() for element in handle)
-        assert found_in(buffer, copies) is None
-        scenario.check_combine(scenario.combine(buffer, copies))
-        assert found_in(buffer, copies) is not None
-        mixed = (*handle[:-1], copies[-1])
-        assert found_in(buffer, mixed) is None
-        assert len(known_of(buffer)._known) == 2
-        del copies, mixed
-        assert len(known_of(buffer)._known) == 1
         for chunk in (3, 11, 3):
             scenario.check_combine(scenario.combine(buffer, handle, config=small_chunks(chunk)))
+            assert again.parts is not None
+            assert len(again.parts) == 1
+        buffer.dispatch(scenario.x, handle=handle)
+        assert not looked
+
+        copies = tuple(element.clone() for element in handle)
+        scenario.check_combine(scenario.combine(buffer, copies))
+        scenario.check_combine(scenario.combine(buffer, (*handle[:-1], copies[-1])))
+        assert len(looked) == 2
+        looked.clear()
+        assert len(known_of(buffer)._known) == 1
+
         handle[9].add_(0)  # might be other values
-        assert found_in(buffer, handle) is None
         scenario.check_combine(scenario.combine(buffer, handle))
-        assert found_in(buffer, handle) is not None
+        assert len(looked) == 1
+        looked.clear()
         handle[4].neg_()
         with pytest.raises(ArgumentError, match="recv_rdma_rank_prefix_sum"):
             buffer.dispatch(scenario.x, handle=handle)
-        del handle
-        gc.collect()  # the error had it
-        assert not known_of(buffer)._known
 
 
 @pytest.mark.parametrize("worst", [0, 90])
@@ -84,17 +101,45 @@ def test_known_until_changed(pool_of: PoolOf, worst: int) -> None:
     pool_of(4).run(check_known, worst)
 
 
+def check_other_memory(rank: int, num_ranks: int) -> None:
+    """A tensor that has got other memory, which torch does not count."""
+    with make_buffer(rank, LAYOUT) as buffer:
+        scenario = NodeScenario(CASE, rank, LAYOUT)
+        handle = scenario.dispatch(buffer)[4]
+        assert found_in(buffer, handle) is not None
+        handle[4].data = -handle[4]
+        assert found_in(buffer, handle) is None
+        with pytest.raises(ArgumentError, match="recv_rdma_rank_prefix_sum"):
+            buffer.dispatch(scenario.x, handle=handle)
+
+
+def test_other_memory_is_looked_at(pool_of: PoolOf) -> None:
+    pool_of(4).run(check_other_memory)
+
+
+def check_forgotten(rank: int, num_ranks: int) -> None:
+    with make_buffer(rank, LAYOUT) as buffer:
+        scenario = NodeScenario(CASE, rank, LAYOUT)
+        for kept in range(10):
+            handle = scenario.dispatch(buffer)[4]
+            assert len(known_of(buffer)._known) == 1
+            element = handle[kept]
+            del handle
+            assert not known_of(buffer)._known, kept
+            del element
+
+
+def test_forgotten_with_the_first_tensor_that_goes(pool_of: PoolOf) -> None:
+    pool_of(4).run(check_forgotten)
+
+
 def check_inference(rank: int, num_ranks: int) -> None:
     with make_buffer(rank, LAYOUT) as buffer:
         with torch.inference_mode():
             scenario = NodeScenario(CASE, rank, LAYOUT)
             handle = scenario.dispatch(buffer)[4]
-            assert found_in(buffer, handle) is None
             scenario.check_combine(scenario.combine(buffer, handle))
-            assert not known_of(buffer)._known
-            kept = tuple(element.clone() for element in handle)
-        with torch.inference_mode():
-            scenario.check_combine(scenario.combine(buffer, kept))
+        scenario.check_combine(scenario.combine(buffer, handle))
         assert not known_of(buffer)._known
 
 

@@ -139,7 +139,7 @@ WINDOWS = {
     "an arrival too few": ("bars + slot * 8, tid * 0 + 1 + ", "bars + slot * 8, tid * 0 + 2 + "),
     "of the column before": ("is_ids = lane == IDS", "is_ids = lane == IDS + 1"),
     "of another place in them": ("lane * 4, skip, asks", "lane * 4, skip * 0, asks"),
-    "on others": ("SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16\n    is_row", "SMALL_IDS + K * 4\n    is_row"),
+    "on others": ("gl.where(is_ids, SMALL_IDS, SMALL_WEIGHTS)", "gl.where(is_ids, SMALL_IDS, SMALL_IDS)"),
 }
 
 

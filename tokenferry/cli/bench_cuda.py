@@ -34,6 +34,7 @@ from tokenferry.cli.bench_cuda_cases import (
 )
 from tokenferry.cli.bench_cuda_report import (
     BOUNDARY,
+    FEWER,
     HEADER,
     CudaReport,
     case_line,
@@ -79,9 +80,7 @@ def run(
     Returns:
         0; 1 if a rank failed or the contenders disagree, 130 after Ctrl-C: then what was found before is written.
     """
-    effort = (NODES_EFFORT if args.nodes > 1 else Effort())._replace(kernels=args.kernels)
-    if args.iterations:
-        effort = effort._replace(calls=args.iterations, stretches=min(effort.stretches, args.iterations))
+    effort = _effort(args)
     num_gpus, commit = torch.cuda.device_count(), describe_commit()
     reports: list[CudaReport] = []
     early, code = "", 0
@@ -254,5 +253,14 @@ def _introduce(args: argparse.Namespace, machine: Mapping[str, Any], notes: Sequ
     print(f"\n{HEADER}", flush=True)
 
 
+def _effort(args: argparse.Namespace) -> Effort:
+    effort = (NODES_EFFORT if args.nodes > 1 else Effort())._replace(kernels=args.kernels)
+    if not args.iterations:
+        return effort
+    return effort._replace(calls=args.iterations, stretches=min(effort.stretches, args.iterations))
+
+
 def _boundary(effort: Effort) -> str:
-    return BOUNDARY.format(**effort._asdict(), baseline=BASELINE)
+    given = effort._asdict()
+    fewer = FEWER.format(**given) if effort.chain > effort.least_chain else ""
+    return BOUNDARY.format(**given, fewer=fewer, baseline=BASELINE)

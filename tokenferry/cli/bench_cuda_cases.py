@@ -90,7 +90,7 @@ class Effort(NamedTuple):
 
 
 NODES_EFFORT = Effort(calls=20, stretches=30, chain=4, least_chain=4, ahead=1)
-"""Between nodes a call is long, the host a small part of it, and the speed of the network changes all the time."""
+"""Between nodes a call is long, and the speed of the network changes all the time: contenders take turns often."""
 
 
 class Stretch(NamedTuple):

@@ -163,11 +163,12 @@ def _bars(points: Sequence[_Point]) -> Figure:
             x = modes.index(p.mode) + (offset - (len(lines) - 1) / 2) * width
             color = _COLORS.get((name, dtype), _OTHER)
             chained, call = p.us("chained"), p.us("call")
-            error = [[chained - p.us("chained", "fastest_seconds")], [p.us("chained", "slowest_seconds") - chained]]
+            fastest, slowest = p.us("chained", "fastest_seconds"), p.us("chained", "slowest_seconds")
+            error = [[chained - fastest], [slowest - chained]]
             axes.bar(x, call, width * 0.94, color="none", edgecolor=color, ls=":", lw=1)
             axes.bar(x, chained, width * 0.94, color=color, yerr=error, error_kw={"elinewidth": 1, "capsize": 2})
             axes.annotate(
-                f"{chained:.0f}", (x, max(chained, call)), xytext=(0, 3), textcoords="offset points", ha="center"
+                f"{chained:.0f}", (x, max(slowest, call)), xytext=(0, 3), textcoords="offset points", ha="center"
             )
         axes.bar(0, 0, color=_COLORS.get((name, dtype), _OTHER), label=f"{name}, {dtype}")
     axes.set_xticks(range(len(modes)), [ALL_MODES[mode] for mode in modes])

@@ -25,12 +25,14 @@ BOUNDARY = """\
 What is timed: the public call, outputs allocated in it. dispatch does not include get_dispatch_layout, and waits on
 the host for the counts; a cached one does not. A pair is dispatch + combine.
 call: between CUDA events around one call, from a drained GPU and a start that all ranks share; host time is in it.
-chained: between CUDA events around {chain} calls, right behind {ahead} that are not timed, for one of them; fewer
-where so many have over {chained_tokens} tokens, {least_chain} at least.
+chained: between CUDA events around {chain} calls, right behind {ahead} that are not timed, for one of them{fewer}.
 host: wall time of the host in one of those. Contenders take turns, caches as the last call left them.
 A sample is that of the slowest rank; shown are medians in microseconds, and of `call` the least and most of a sample.
 wire: bytes that arrive from other ranks / `chained`. logical: the same with the rows a rank keeps. GB = 10^9 bytes.
 {baseline}: gather once for each rank, all_to_all_single (counts, then rows), float32 index_add; same bits."""
+
+FEWER = """; fewer
+where so many have over {chained_tokens} tokens, {least_chain} at least"""
 
 SHARED = """\
 {ranks} RANKS SHARE {gpus} GPU{s}: rows do not cross NVLink, kernels of different ranks compete for the same SMs and

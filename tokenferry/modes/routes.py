@@ -48,7 +48,7 @@ class Routes(NamedTuple):
     rows: torch.Tensor | None = None
     """int64: see :func:`rows_by_rank`; of a handle."""
     parts: dict[tuple[object, ...], PartRows] | None = None
-    """Of a handle: the last :meth:`rows_of_parts`, by what it depends on."""
+    """Of a handle: the last ones, by what they depend on, rows and chunks of the ranks of the node."""
 
     @property
     def num_relayed(self) -> list[int]:
@@ -166,17 +166,23 @@ def check_handle(topology: Topology, device: torch.device, handle: object) -> tu
 
 
 class _Known(NamedTuple):
+    """The routes of a handle, and how it is known again."""
+
     elements: tuple[Callable[[], torch.Tensor | None], ...]
     """References to those of the handle, which keep none of them alive."""
-    versions: tuple[int, ...]
+    marks: tuple[tuple[int, int, torch.Size], ...]
+    """What tells of each whether it is as it was: see :func:`_marks`."""
     routes: Routes
 
 
 class KnownRoutes:
-    """The routes of the handles that a rank has made or looked at, each while its tensors live and stay as they are.
+    """The routes of the handles that a rank's dispatches have made, each while its tensors live and stay as they are.
 
-    To find routes in a handle takes dozens of small kernels, and the host waits for some. Tensors made in
-    ``torch.inference_mode`` do not tell whether somebody has written to them: their handles are looked at every time.
+    To find routes in a handle takes dozens of small kernels, and the host waits for some. Of the tensors in a handle
+    the library alone has made these here, and nobody has reason to write to them; who does by an operation of torch
+    is noticed, and the handle is looked at again, like all that come from elsewhere (copies, what ``torch.ops``
+    returns). Not noticed are writes that torch does not count: through ``.data``, NumPy or DLPack, by collectives and
+    kernels. In ``torch.inference_mode``, where torch counts none, every handle is looked at every time.
 
     Args:
         topology: who is where.
@@ -191,48 +197,43 @@ class KnownRoutes:
         """As :func:`check_handle`, which looks at handles that are not known."""
         known = self._find(handle)
         if known is None:
-            checked, routes = check_handle(self._topology, device, handle)
-            if all(map(_is, checked, handle)):  # type: ignore[call-overload]
-                self.remember(checked, routes)
-            return checked, routes
+            return check_handle(self._topology, device, handle)
         checked, routes = InternodeHandle._make(handle), known.routes  # type: ignore[arg-type]
-        if routes.rows is None:  # of a dispatch, whose places were still to come
+        if routes.rows is None:  # the places were still to come
             received = [routes.counts[node][index] for node, index in self._topology.places]
             routes = routes._replace(rows=rows_by_rank(places_of(checked), received), parts={})
             self.remember(checked, routes)
         return checked, routes
 
     def remember(self, handle: InternodeHandle, routes: Routes) -> None:
-        """Know the routes of a handle from now on."""
+        """Know the routes of a handle that was made here."""
         if torch.is_inference_mode_enabled() or any(element.is_inference() for element in handle):
             return
         key = id(handle.recv_src_meta)
         forget = partial(_forget, weakref.ref(self), key)
-        elements = tuple(weakref.ref(element, forget if id(element) == key else None) for element in handle)
-        self._known[key] = _Known(elements, _versions(handle), routes)
+        self._known[key] = _Known(tuple(weakref.ref(element, forget) for element in handle), _marks(handle), routes)
 
     def _find(self, handle: object) -> _Known | None:
         if not isinstance(handle, (tuple, list)) or len(handle) != len(_NAMES):
             return None
         known = self._known.get(id(handle[_META]))
-        if known is None or not all(map(_is, (element() for element in known.elements), handle)):
+        if known is None or not all(
+            element() is given for element, given in zip(known.elements, handle, strict=True)
+        ):
             return None
-        return known if known.versions == _versions(handle) else None
+        return known if known.marks == _marks(handle) else None
 
 
 def _forget(known: Callable[[], KnownRoutes | None], key: int, gone: object) -> None:
-    """The handle of these routes is gone."""
+    """A tensor of these routes' handle is gone."""
     routes = known()
     if routes is not None:
         routes._known.pop(key, None)
 
 
-def _is(one: object, other: object) -> bool:
-    return one is other
-
-
-def _versions(handle: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    return tuple(element._version for element in handle)
+def _marks(handle: Sequence[torch.Tensor]) -> tuple[tuple[int, int, torch.Size], ...]:
+    """How often each tensor was written to, as far as torch counts, where it lies, and its shape."""
+    return tuple((element._version, element.data_ptr(), element.shape) for element in handle)
 
 
 def places_of(handle: InternodeHandle) -> torch.Tensor:

@@ -73,7 +73,7 @@ from tokenferry.dataplane.cuda.kernels.words import (
     STAGED,
 )
 
-SLOT_HEADER = 32
+SLOT_HEADER = gl.constexpr(32)
 """At the end of a slot, int32: whether there is a row, its number in the output, its token, its source where rows are
 expanded, and how far its columns lie in their windows: :data:`SKIPS` on. Before that, where rows are expanded,
 their copies."""
@@ -89,7 +89,7 @@ def slot_bytes(row_bytes: int, scale_bytes: int, num_topk: int, expand: bool = F
     """Bytes of a slot."""
     small = window(scale_bytes) + window(8 * num_topk) + window(4 * num_topk)
     copies = (4 * num_topk + 15) // 16 * 16 if expand else 0
-    return (SLOT_HEADER + copies + row_bytes + small + 127) // 128 * 128
+    return (int(SLOT_HEADER.value) + copies + row_bytes + small + 127) // 128 * 128
 
 
 @gluon.jit
@@ -126,7 +126,10 @@ def column_of(entry, field, token):
 
 
 @gluon.jit
-def columns_of(lane, SMALL: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr, ROW: gl.constexpr):
+def columns_of(
+    lane, SMALL_SCALES: gl.constexpr, SMALL_IDS: gl.constexpr, SMALL_WEIGHTS: gl.constexpr, SCALES: gl.constexpr,
+    K: gl.constexpr, ROW: gl.constexpr,
+):  # fmt: skip
     """What a lane asks for: lane 0 the row, then one each for its small columns, scales first.
 
     Returns:
@@ -134,14 +137,12 @@ def columns_of(lane, SMALL: gl.constexpr, SCALES: gl.constexpr, K: gl.constexpr,
     """
     IDS: gl.constexpr = 1 + (SCALES > 0)
     COLUMNS: gl.constexpr = IDS + 2 * (K > 0)
-    SMALL_IDS: gl.constexpr = SMALL + ((SCALES + 15) // 16 * 16 + 16 if SCALES > 0 else 0)
-    SMALL_WEIGHTS: gl.constexpr = SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16
     is_row = lane == 0
     is_scales = (lane > 0) & (lane < IDS)
     is_ids = lane == IDS
     field = gl.where(is_row, ROWS_AT, gl.where(is_scales, SCALES_AT, gl.where(is_ids, IDS_AT, WEIGHTS_AT)))
     nbytes = gl.where(is_row, ROW, gl.where(is_scales, SCALES, gl.where(is_ids, K * 8, K * 4)))
-    place = gl.where(is_row, 0, gl.where(is_scales, SMALL, gl.where(is_ids, SMALL_IDS, SMALL_WEIGHTS)))
+    place = gl.where(is_row, 0, gl.where(is_scales, SMALL_SCALES, gl.where(is_ids, SMALL_IDS, SMALL_WEIGHTS)))
     return lane < COLUMNS, field, nbytes, place
 
 
@@ -164,13 +165,13 @@ def move_rows(
     """
     SMALL_SCALES: gl.constexpr = ROW  # rows begin on 128 bytes: else the engine takes twice as long
     IDS: gl.constexpr = 1 + (SCALES > 0)
-    HEADER: gl.constexpr = SLOT - 32
+    HEADER: gl.constexpr = SLOT - SLOT_HEADER
     SMALL_IDS: gl.constexpr = SMALL_SCALES + ((SCALES + 15) // 16 * 16 + 16 if SCALES > 0 else 0)
     SMALL_WEIGHTS: gl.constexpr = SMALL_IDS + (K * 8 + 15) // 16 * 16 + 16
     COPIES: gl.constexpr = HEADER - (4 * K + 15) // 16 * 16
     STRIDE: gl.constexpr = RECORD if STAGE else ROW
     lane0 = (lane == 0).to(gl.int32)
-    asks, field, nbytes, place = columns_of(lane, SMALL_SCALES, SCALES, K, ROW)
+    asks, field, nbytes, place = columns_of(lane, SMALL_SCALES, SMALL_IDS, SMALL_WEIGHTS, SCALES, K, ROW)
     asks = asks.to(gl.int32)
     step = workers * W
     iterations = gl.maximum((items - worker * W + step - 1) // step, 0)
