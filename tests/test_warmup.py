@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -15,6 +16,7 @@ from tests.host_path import EXPERTS, HIDDEN, TOPK, rank_on_a_gpu
 from tests.internode_cases import LAYOUTS, NodeScenario
 from tokenferry import Buffer
 from tokenferry.dataplane.cuda import programs
+from tokenferry.dataplane.cuda.launch import compile_together
 
 CASE = Case(
     tokens=(9, 0, 30),
@@ -109,3 +111,14 @@ def test_kernels_made_ready_are_those_that_are_launched() -> None:
         rank.buffer.combine(rank.y, handle, rank.recv_weights)
         assert [kernel.cache_info().misses for kernel in kernels] == ready
         assert all(kernel.cache_info().hits > 0 for kernel in kernels)
+
+
+@pytest.mark.parametrize(("num_jobs", "num_ranks"), [(9, 4), (3, 8), (0, 2), (5, 1)])
+def test_ranks_begin_elsewhere_and_do_everything(num_jobs: int, num_ranks: int) -> None:
+    firsts = []
+    for rank in range(num_ranks):
+        done: list[int] = []
+        compile_together([partial(done.append, job) for job in range(num_jobs)], rank, num_ranks)
+        assert sorted(done) == list(range(num_jobs))
+        firsts += done[:1]
+    assert len(set(firsts)) == min(num_jobs, num_ranks)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from tokenferry.dataplane import (
 from tokenferry.dataplane.cuda import expert_major_programs, parts_programs, programs
 from tokenferry.dataplane.cuda.exchange import CudaDispatch, Kind, Rooms
 from tokenferry.dataplane.cuda.kernels import words
-from tokenferry.dataplane.cuda.launch import Call, Placed
+from tokenferry.dataplane.cuda.launch import Call, Job, Placed, compile_together
 from tokenferry.dataplane.cuda.low_latency import LowLatency, Place
 from tokenferry.dataplane.cuda.rank import CudaRank, Queue
 from tokenferry.dataplane.tensors import piece_of
@@ -439,8 +440,8 @@ class CudaDataPlane(CudaRank):
 
     def warm(self, plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], num_experts: int) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.warm`."""
-        programs.warm(plans, reduces, num_experts, self._target)
-        parts_programs.warm(plans, reduces, self._target)
+        jobs = programs.to_warm(plans, reduces, num_experts, self._target)
+        self._compile(chain(jobs, parts_programs.to_warm(plans, reduces, self._target)))
 
     # Low latency, on the current stream.
 
@@ -455,9 +456,12 @@ class CudaDataPlane(CudaRank):
         relays: Relays | None,
     ) -> None:  # fmt: skip
         """See :meth:`tokenferry.dataplane.DataPlane.warm_low_latency`."""
-        self._low_latency.warm(scale_format, num_max_tokens, hidden, num_topk, num_local_experts, relays)
-        if relays is not None:
-            parts_programs.warm_sums(torch.bfloat16, hidden, self._target)
+        shape = scale_format, num_max_tokens, hidden, num_topk, num_local_experts, relays
+        sums = () if relays is None else parts_programs.sums_to_warm(torch.bfloat16, hidden, self._target)
+        self._compile(chain(self._low_latency.to_warm(*shape), sums))
+
+    def _compile(self, jobs: Iterable[Job]) -> None:
+        compile_together(jobs, self.rank, self.num_ranks)
 
     def advance(self) -> None:
         """See :meth:`tokenferry.dataplane.DataPlane.advance`: kernels wait for no host."""

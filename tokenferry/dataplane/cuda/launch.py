@@ -7,14 +7,48 @@ its constexpr parameters, whatever the values of the others, and launched with a
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import operator
-from collections.abc import Mapping, Sequence
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from tokenferry.dataplane.cuda import kernels
+
 REGISTERS = {1: 255, 2: 255, 4: 255, 8: 208, 16: 128}
 """Registers a thread may take, by warps: one block an SM is enough, and without a limit some variants are spilled."""
+
+
+Job: TypeAlias = Callable[[], object]
+"""Compiles a variant that somebody keeps, if that has not been done."""
+
+
+def compile_together(jobs: Iterable[Job], rank: int, num_ranks: int) -> None:
+    """Do all jobs: first this rank's share, then those of the others, the last ones of each first.
+
+    What a rank comes to there others have mostly compiled, and left in Triton's cache, where they share one. A rank
+    that has less to do takes work from the end of what another one has.
+    """
+    all_jobs = list(jobs)
+    shares = [all_jobs[first::num_ranks] for first in range(num_ranks)]
+    for job in (*shares[rank], *chain(*(share[::-1] for share in (*shares[rank + 1 :], *shares[:rank])))):
+        job()
+
+
+@functools.cache
+def settle_keys() -> None:
+    """Have Triton find the keys of all functions of the kernels, in one order.
+
+    In Triton 3.6 the key of a function, part of that of a kernel in the cache of files, depends on which of those it
+    calls had theirs before: on what this process has compiled so far. Another process would not find the kernel.
+    """
+    for found in sorted(module.name for module in pkgutil.iter_modules(kernels.__path__)):
+        for value in vars(importlib.import_module(f"{kernels.__name__}.{found}")).values():
+            getattr(value, "cache_key", None)
 
 
 class Variant(NamedTuple):
@@ -129,6 +163,7 @@ class Kernel:
 
     def compile(self, num_warps: int, number: int, **constants: object) -> Any:
         """Compile as for a launch whose integers are all ``number``, which is to make no difference."""
+        settle_keys()
         values = [number if dtype is None else dtype for dtype in self.types]
         options = {"num_warps": num_warps, "maxnreg": REGISTERS[num_warps], **self._options}
         return self._kernel.warmup(*values, **constants, grid=(1,), **options)

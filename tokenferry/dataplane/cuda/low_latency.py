@@ -6,7 +6,7 @@ An operation is one launch where its result is asked for at once, two where a ho
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from tokenferry.config import ALIGNMENT, align_up
 from tokenferry.dataplane import LowLatencyCombinePlan, LowLatencyDispatchPlan, Relays, ScaleFormat, Signature
 from tokenferry.dataplane.cuda import low_latency_programs as programs
 from tokenferry.dataplane.cuda.kernels import words
-from tokenferry.dataplane.cuda.launch import Variant
+from tokenferry.dataplane.cuda.launch import Job, Variant
 from tokenferry.dataplane.cuda.programs import Target, number_of
 from tokenferry.dataplane.tensors import Allocate, piece_of
 from tokenferry.errors import ArgumentError, BufferStateError
@@ -317,25 +317,25 @@ class LowLatency:
         )
         return self._prepared.keep(key, prepared)
 
-    def warm(
+    def to_warm(
         self, scale_format: ScaleFormat, most: int, hidden: int, num_topk: int, num_local: int, relays: Relays | None
-    ) -> None:
-        """Compile what operations of these shapes launch; ``most``: of all sources of a rank."""
+    ) -> Iterator[Job]:
+        """What operations of these shapes launch; ``most``: of all sources of a rank."""
         place, each = self._place, self._each(relays)
         if relays is not None:
             self._tables_of(relays, num_local, torch.device("cuda", self.device))
         depth = self.num_slots(self._layouts(most, hidden, num_topk, num_local, each))
-        for num_tokens in {1, most} if relays is None else {most}:
+        for num_tokens in sorted({1, most} if relays is None else {most}):
             part = programs.part_of(hidden, num_tokens * place.num_ranks)
             shape = programs.DispatchShape(
                 scale_format, hidden, num_topk, num_local, each, part, place.shrinks, depth, place.overlaps
             )
-            programs.dispatch(shape, place.target).warm()
+            yield from programs.dispatch(shape, place.target).to_warm()
             part = programs.part_of(hidden, num_tokens * place.num_ranks, num_topk)
             combines = programs.CombineShape(
                 hidden, num_topk, num_local, part, place.shrinks, place.exact, depth, place.overlaps
             )
-            programs.combine(combines, place.target).warm()
+            yield from programs.combine(combines, place.target).to_warm()
 
     def _numbers(self, num_rows: int, most: int, signature: Signature, layout: tuple[int, ...]) -> tuple[int, ...]:
         place, nbytes = self._place, self._slot_bytes(layout)

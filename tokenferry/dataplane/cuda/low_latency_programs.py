@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from tokenferry.config import align_up
 from tokenferry.dataplane import ScaleFormat
 from tokenferry.dataplane.cuda.kernels import low_latency_combine as combine_kernels
 from tokenferry.dataplane.cuda.kernels import low_latency_dispatch as dispatch_kernels
-from tokenferry.dataplane.cuda.launch import Kernel, Variant
+from tokenferry.dataplane.cuda.launch import Job, Kernel, Variant
 from tokenferry.dataplane.cuda.programs import Target
 
 _I8, _I32, _I64, _F32, _BF16 = torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16
@@ -150,9 +150,10 @@ class Variants:
         """Receives."""
         return self._compile(False, True)
 
-    def warm(self) -> None:
-        """Compile all three."""
-        _ = self.both, self.send, self.receive
+    def to_warm(self) -> Iterator[Job]:
+        """All three."""
+        for name in ("both", "send", "receive"):
+            yield functools.partial(getattr, self, name)
 
 
 @functools.cache

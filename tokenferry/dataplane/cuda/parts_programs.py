@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 from tokenferry.dataplane import HeldRows, Part, PartPlan, SendPlan
 from tokenferry.dataplane.cuda.kernels import parts as kernels
 from tokenferry.dataplane.cuda.kernels import sum_rows as sum_kernels
-from tokenferry.dataplane.cuda.launch import Kernel, Variant
+from tokenferry.dataplane.cuda.launch import Job, Kernel, Variant
 from tokenferry.dataplane.cuda.programs import HeldTables, Target
 
 _I8, _I32, _I64 = torch.uint8, torch.int32, torch.int64
@@ -135,18 +135,18 @@ def _sum_rows(dtypes: tuple[torch.dtype, torch.dtype], width: int, num_biases: i
     )
 
 
-def warm(plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], target: Target) -> None:
-    """Compile what parts of such dispatches and combines launch beside the kernels of all dispatches and combines."""
+def to_warm(plans: Sequence[SendPlan], reduces: Sequence[Sequence[torch.Tensor]], target: Target) -> Iterator[Job]:
+    """What parts of such dispatches and combines launch beside the kernels of all dispatches and combines."""
     if any(plan.part is not None for plan in plans):
-        _announce_part(target)
-        _note_held(target)
+        yield functools.partial(_announce_part, target)
+        yield functools.partial(_note_held, target)
         for columns in reduces:
             for column in columns:
-                warm_sums(column.dtype, column.size(1), target)
+                yield from sums_to_warm(column.dtype, column.size(1), target)
 
 
-def warm_sums(dtype: torch.dtype, width: int, target: Target) -> None:
-    """Compile local sums of this dtype and width, of rows as wide or wider."""
-    _find_rows(target)
-    for rows in {dtype, torch.promote_types(dtype, torch.float32)}:
-        _sum_rows((rows, dtype), width, 0, target)
+def sums_to_warm(dtype: torch.dtype, width: int, target: Target) -> Iterator[Job]:
+    """Local sums of this dtype and width, of rows as wide or wider."""
+    yield functools.partial(_find_rows, target)
+    for rows in sorted({dtype, torch.promote_types(dtype, torch.float32)}, key=str):
+        yield functools.partial(_sum_rows, (rows, dtype), width, 0, target)

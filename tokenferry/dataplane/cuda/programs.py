@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from tokenferry.dataplane.cuda.kernels import dispatch as dispatch_kernels
 from tokenferry.dataplane.cuda.kernels import layout as layout_kernels
 from tokenferry.dataplane.cuda.kernels import notify as notify_kernels
 from tokenferry.dataplane.cuda.kernels.bulk import SHARED_BYTES
-from tokenferry.dataplane.cuda.launch import Call, Kernel, Placed, Variant
+from tokenferry.dataplane.cuda.launch import Call, Job, Kernel, Placed, Variant
 from tokenferry.handles import DispatchHandle
 
 _I8, _I32, _I64, _F32 = torch.uint8, torch.int32, torch.int64, torch.float32
@@ -456,27 +456,29 @@ def _clear(target: Target) -> Variant:
     return _CLEAR.variant(4, BLOCK=1024)
 
 
-def warm(
+def to_warm(
     plans: Sequence[SendPlan],
     reduces: Sequence[Sequence[torch.Tensor]],
     num_experts: int,
     target: Target,
-) -> None:
-    """Compile what dispatches of such plans and combines of such columns launch, and what comes before.
+) -> Iterator[Job]:
+    """What dispatches of such plans and combines of such columns launch, and what comes before.
 
     With a part among the plans, the combines are of held rows, and their sums of both dtypes.
     """
     held = any(plan.part is not None for plan in plans)
     for host_waits in (True, False):
-        _notify(host_waits, target, False, False)
-    _clear(target)
+        yield functools.partial(_notify, host_waits, target, False, False)
+    yield functools.partial(_clear, target)
     for plan in plans:
         if plan.topk_idx is not None:
             ranks = plan.is_token_in_rank.size(1)
-            _layout(plan.topk_idx.size(1), num_experts, False, target._replace(num_ranks=ranks))
+            yield functools.partial(
+                _layout, plan.topk_idx.size(1), num_experts, False, target._replace(num_ranks=ranks)
+            )
         widths = row_bytes(plan.rows), row_bytes(plan.scales), _width(plan.topk_idx)
-        _dispatch(plan.handle is not None, *widths, target, False, plan.part is not None)
+        yield functools.partial(_dispatch, plan.handle is not None, *widths, target, False, plan.part is not None)
     for columns in reduces:
         dtype, num_topk = columns[0].dtype, columns[1].size(1) if len(columns) > 1 else 0
-        for sums in {dtype, torch.promote_types(dtype, torch.float32)} if held else {dtype}:
-            _combine((dtype, sums), columns[0].size(1), num_topk, 0, target, held)
+        for sums in sorted({dtype, torch.promote_types(dtype, torch.float32)} if held else {dtype}, key=str):
+            yield functools.partial(_combine, (dtype, sums), columns[0].size(1), num_topk, 0, target, held)
