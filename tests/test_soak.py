@@ -15,15 +15,18 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import oracle
+from tests.cases import TIMEOUT
 from tests.conftest import PoolOf, slow
-from tokenferry import MismatchError
+from tokenferry import Buffer, MismatchError
 from tokenferry.cli import main, soak_graphs, soak_plot, soak_ranks
 from tokenferry.cli import soak as command
 from tokenferry.cli.mps import MPS_CONTROL
 from tokenferry.cli.ranks import RankError
-from tokenferry.cli.soak_faults import DURING, expected
+from tokenferry.cli.soak_faults import DURING, Bench, expected
+from tokenferry.cli.soak_low_latency import Flight, warm
 from tokenferry.cli.soak_ranks import Look, Report, Settings, layouts_of, soak
 from tokenferry.cli.soak_world import FLOATS, Chance, World, random_shape, rows, same
 from tokenferry.dataplane.cpu import combine as cpu_combine
@@ -283,6 +286,29 @@ def test_growth_of_device_memory_is_judged_and_drawn(tmp_path: Path) -> None:
         pictures.append((tmp_path / name).read_bytes())
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert len(pictures[0]) > len(pictures[1])
+
+
+def flights_that_are_warm(rank: int, num_ranks: int) -> tuple[int, int]:
+    """How many shapes of low-latency operations were made ready, and how many of these are used."""
+    chance = Chance(3)
+    chance.kinds = ["3 0", "3 1", "3 2"]
+    with Buffer(dist.group.WORLD, low_latency_mode=True, timeout=TIMEOUT, device="cpu", node="one") as buffer:
+        with mock.patch.object(buffer, "low_latency_warmup", wraps=buffer.low_latency_warmup) as warmup:
+            warm(buffer, chance.kinds)
+        ready = {call.args for call in warmup.call_args_list}
+        bench = Bench(buffer, rank, num_ranks, (0,) * num_ranks, False, torch.device("cpu"), chance, chance)
+        used = set()
+        for _ in range(60):
+            flight = Flight(bench)
+            shape = flight.world.shape
+            used.add((flight.most, flight.hidden, shape.num_topk, flight.world.num_experts, *flight.format))
+    assert used <= ready
+    return len(ready), len(used)
+
+
+def test_flights_of_kinds_are_made_ready(pool_of: PoolOf) -> None:
+    (ready, used), _ = pool_of(2).run(flights_that_are_warm)
+    assert ready == used > 3
 
 
 def test_named_segments_are_those_of_tokenferry(tmp_path: Path) -> None:

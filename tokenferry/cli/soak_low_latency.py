@@ -7,19 +7,23 @@ first, within a bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from tokenferry.buffer import Buffer
 from tokenferry.cli.soak_faults import Bench, expect
-from tokenferry.cli.soak_world import World, random_shape, same
+from tokenferry.cli.soak_world import Chance, Shape, World, random_shape, same
 
 MOST_TOKENS = 24
 MOST_HIDDEN = 512
 MOST_EXPERTS = 3
 """Of a rank."""
 _MOST_IN_FLIGHT = 5
+_MOST_CHOICES = 4
 _FORMATS = ((False, False), (False, False), (True, False), (True, True))
 """Whether rows are quantised to FP8, and whether scales are powers of two then."""
 _FP8_ERROR = 2.0**-3
@@ -32,6 +36,26 @@ def factor_of(expert: int) -> float:
     return float(2.0 ** (expert % 5 - 2))
 
 
+def _drawn(kind: random.Random) -> tuple[int, int, tuple[bool, bool]]:
+    """Local experts, hidden and format of a flight."""
+    experts, hidden = kind.randrange(1, MOST_EXPERTS + 1), 128 * kind.randrange(1, MOST_HIDDEN // 128 + 1)
+    return experts, hidden, kind.choice(_FORMATS)
+
+
+def warm(buffer: Buffer, kinds: Sequence[str]) -> None:
+    """Compile what flights of these kinds need, together with the other ranks."""
+    topks = {min(_shape_of(kind).num_topk, _MOST_CHOICES) for kind in kinds}
+    for kind, num_topk in itertools.product(kinds, sorted(topks)):
+        experts, hidden, of_rows = _drawn(random.Random(kind))
+        buffer.low_latency_warmup(MOST_TOKENS, hidden, num_topk, experts * buffer.group_size, *of_rows)
+
+
+def _shape_of(kind: str) -> Shape:
+    chance = Chance(0)
+    chance.kinds = [kind]
+    return random_shape(chance, 1, 1)
+
+
 class Flight:
     """One dispatch, and its combine."""
 
@@ -39,13 +63,10 @@ class Flight:
         common = bench.common
         shape = random_shape(common, bench.num_ranks, MOST_TOKENS)
         tokens = tuple(min(count, MOST_TOKENS) for count in shape.tokens)
-        kind = common.kind()
-        experts, hidden = kind.randrange(1, MOST_EXPERTS + 1), 128 * kind.randrange(1, MOST_HIDDEN // 128 + 1)
-        shape = type(shape)(
-            tokens, torch.bfloat16, 2 * hidden, 0, min(shape.num_topk, 4), experts, shape.sparse, shape.seed
-        )
+        experts, hidden, self.format = _drawn(common.kind())
+        num_topk = min(shape.num_topk, _MOST_CHOICES)
+        shape = type(shape)(tokens, torch.bfloat16, 2 * hidden, 0, num_topk, experts, shape.sparse, shape.seed)
         self.bench, self.world, self.hidden = bench, World(shape, bench.rank), hidden
-        self.format = kind.choice(_FORMATS)
         self.is_fp8 = self.format[0]
         is_one_sum = bench.device.type == "cpu" and max(bench.layout) == 0  # else ranks or nodes sum on their own
         self.is_exact = not self.is_fp8 and is_one_sum

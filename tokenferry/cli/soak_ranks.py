@@ -25,7 +25,7 @@ from tokenferry.buffer import Buffer
 from tokenferry.cli import soak_graphs
 from tokenferry.cli.soak_elastic import Elastic
 from tokenferry.cli.soak_faults import AFTERWARDS, DURING, Bench, expect
-from tokenferry.cli.soak_low_latency import MOST_EXPERTS, MOST_HIDDEN, MOST_TOKENS, burst
+from tokenferry.cli.soak_low_latency import MOST_EXPERTS, MOST_HIDDEN, MOST_TOKENS, burst, warm
 from tokenferry.cli.soak_world import (
     FLOATS,
     Chance,
@@ -231,6 +231,8 @@ class _Soak:
             )
             bench = Bench(buffer, self.rank, self.num_ranks, layout, exact, self.device, common, self.own)
             try:
+                self.what = "warm-up"
+                warm(buffer, common.kinds)
                 if has_elastic:
                     elastic = Elastic(bench, TIMEOUT)
                 self._replays = None
