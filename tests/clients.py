@@ -153,6 +153,9 @@ def vllm_low_latency(deep_ep: Any, site: Site) -> None:
         assert not status.any()
         dist.barrier(site.group)  # nobody is in an operation
         buffer.get_local_buffer_tensor(dtype=torch.int8, use_rdma_buffer=True).zero_()
+        if out.is_cuda:  # nobody sends before that is done
+            torch.cuda.synchronize()
+            dist.barrier(site.group)
         buffer.low_latency_clean_mask_buffer()
     buffer.destroy()
 

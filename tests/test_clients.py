@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -41,11 +41,12 @@ def named_deep_ep() -> Iterator[Any]:
         compat.uninstall()
 
 
-def run_clients(rank: int, num_ranks: int, size: int, kind: str) -> None:
+def run_clients(rank: int, num_ranks: int, size: int, kind: str, device: str = "cpu") -> None:
     """Clients on all groups of a size at the same time; those that serve in inference mode, where frameworks are."""
-    groups = {part: dist.new_group(list(part)) for part in PARTS[size]}
+    parts = PARTS[size] if num_ranks == 6 else (tuple(range(num_ranks)),)
+    groups = {part: dist.new_group(list(part)) for part in parts}
     mine = next(group for part, group in groups.items() if rank in part)
-    with named_deep_ep() as deep_ep:
+    with named_deep_ep() as deep_ep, nullcontext() if device == "cpu" else torch.device(device):
         for name, client in SETS[kind].items():
             for who in WHO_HAS_TOKENS:
                 first = dist.get_rank(mine) == 0

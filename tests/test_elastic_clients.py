@@ -1,4 +1,4 @@
-"""The calls that serving and training frameworks make on an ElasticBuffer, from the imports on, on CPU ranks.
+"""The calls that serving and training frameworks make on an ElasticBuffer, from the imports on.
 
 An expert e multiplies by e + 1. Inputs and weights are small integers, so that every sum is exact and a client's
 result is known in closed form: ``y[t] = x[t] * sum over k of w[t, k] * (e[t, k] + 1)``.
@@ -21,15 +21,16 @@ TOKENS, HIDDEN, TOPK, LOCAL = 24, 256, 4, 5
 
 
 class Layer:
-    """What the layer around a client has on one rank."""
+    """What the layer around a client has on one rank, on the default device."""
 
     def __init__(self, rank: int, num_ranks: int, num_tokens: int = TOKENS) -> None:
         self.rank, self.num_ranks, self.num_experts = rank, num_ranks, num_ranks * LOCAL
-        source = torch.Generator().manual_seed(rank)
-        self.x = torch.randint(-1, 2, (num_tokens, HIDDEN), generator=source).bfloat16()
-        self.ids = torch.rand(num_tokens, self.num_experts, generator=source).topk(TOPK).indices
+        source, here = torch.Generator("cpu").manual_seed(rank), torch.get_default_device()
+        drawn: dict[str, Any] = {"generator": source, "device": "cpu"}
+        self.x = torch.randint(-1, 2, (num_tokens, HIDDEN), **drawn).bfloat16().to(here)
+        self.ids = torch.rand(num_tokens, self.num_experts, **drawn).topk(TOPK).indices.to(here)
         self.ids[::5, 0] = -1
-        self.weights = torch.randint(1, 3, self.ids.shape, generator=source).float()
+        self.weights = torch.randint(1, 3, self.ids.shape, **drawn).float().to(here)
         self.group = dist.group.WORLD
 
     @property
