@@ -43,8 +43,8 @@ def compile_together(jobs: Iterable[Job], rank: int, num_ranks: int) -> None:
 def settle_keys() -> None:
     """Have Triton find the keys of all functions of the kernels, in one order.
 
-    In Triton 3.6 the key of a function, part of that of a kernel in the cache of files, depends on which of those it
-    calls had theirs before: on what this process has compiled so far. Another process would not find the kernel.
+    Before Triton 3.9 the key of a function, part of that of a kernel in the cache of files, depends on which of those
+    it calls had theirs before: on what this process has compiled so far. Another process would not find the kernel.
     """
     for found in sorted(module.name for module in pkgutil.iter_modules(kernels.__path__)):
         for value in vars(importlib.import_module(f"{kernels.__name__}.{found}")).values():
