@@ -28,7 +28,7 @@ RESULTS = [
 
 def test_check_is_within_its_bounds() -> None:
     rows = plan_check.built_in_rows()
-    assert {row.kind for row in rows} == {"copy", "kernel", "published", "claim", "rival"}
+    assert {row.kind for row in rows} == {"copy", "kernel", "nvlink", "published", "claim", "rival"}
     assert [row for row in rows if not row.is_within] == []
     assert all(row.figure > 0 and row.model > 0 for row in rows)
 
@@ -58,6 +58,30 @@ def test_times_of_runs_only_where_ranks_have_gpus(tmp_path: Path) -> None:
     pair = predict(Machine(1, 2, sms=16), Shape()).operations
     assert (row.kind, row.figure, row.model) == ("run", 500, pytest.approx(sum(one.seconds for one in pair) * 1e6))
     assert plan_check.rows_of_file(bench_file(tmp_path / "shared.json", ranks_share_gpus=True)) == []
+
+
+def test_runs_between_nodes_go_by_the_rate_of_the_bare_exchange(tmp_path: Path) -> None:
+    """58.7 MB in 27 ms; without the bare exchange, or with nodes of several ranks, there is less to say."""
+    path = bench_file(tmp_path / "run.json")
+    found = json.loads(path.read_text())
+    (entry,) = found["cases"]
+    entry["case"] |= {"mode": "combine", "nodes": 2}
+    entry["wire_bytes_per_rank"] = 58.5e6
+    entry["contenders"]["tokenferry"]["chained"]["median_seconds"] = 30e-3
+    entry["contenders"]["all_to_all_single"] = {"chained": {"median_seconds": 27e-3}}
+    path.write_text(json.dumps(found))
+    counted, timed = plan_check.rows_of_file(path)
+    machine = Machine(2, 1, sms=16, network=58.5 / 27)
+    assert (counted.kind, counted.error) == ("bytes", pytest.approx(0, abs=0.5))
+    assert (timed.kind, timed.figure) == ("nodes", 30e3)
+    assert timed.model == pytest.approx(predict(machine, Shape()).operations[1].seconds * 1e6)
+    assert timed.model > 27e3
+    entry["case"] |= {"ranks": 4}
+    path.write_text(json.dumps(found))
+    assert [row.kind for row in plan_check.rows_of_file(path)] == ["nodes"]
+    del entry["contenders"]["all_to_all_single"]
+    path.write_text(json.dumps(found))
+    assert plan_check.rows_of_file(path) == []
 
 
 def test_low_latency_runs(tmp_path: Path) -> None:

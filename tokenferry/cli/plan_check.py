@@ -5,14 +5,15 @@ Every row says what kind of figure it is beside; :data:`KINDS` says what errors 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenferry.cli.bench_cuda_cases import BARE
 from tokenferry.cli.plan_model import (
     CHOICE_BYTES,
-    KERNEL_SECONDS,
     LOW_LATENCY,
     REDUCING_SM_GBPS,
     SM_GBPS,
@@ -27,10 +28,12 @@ KINDS: dict[str, tuple[float, float, str]] = {
     "copy": (-5, 10, "copies of 14336-byte rows between two H100, with kernels that do nothing else"),
     "bytes": (-3, 3, "counted in runs of tokenferry bench"),
     "kernel": (-35, 20, "tokenferry's kernels, one rank alone on an H100: no row crosses a link"),
+    "nvlink": (-30, 30, "tokenferry between two and four H200, in a row or in CUDA graphs (bench/results)"),
     "published": (-35, 30, "DeepEP's README (H800, 160 GB/s of NVLink, 400 Gb/s adapters, 24 SMs)"),
     "claim": (-45, 15, "by third parties, settings as far as known"),
     "rival": (-85, 10, "other protocols between the same two H100, 64 SMs: what the model hopes to gain"),
     "run": (-100, 1000, "tokenferry bench on GPUs of their own"),
+    "nodes": (-20, 5, "tokenferry bench on nodes of one GPU, by the rate that the bare exchange has there"),
 }
 """Errors in percent, least and most, and what the figures are."""
 _H800_NVLINK, _H800_SMS = 160.0, 24
@@ -66,7 +69,8 @@ class CheckRow(NamedTuple):
 
 def built_in_rows() -> list[CheckRow]:
     """All figures that the check knows without a file."""
-    return [*_copies(), *_kernels(), *_published(), *_published_low_latency(), *_claims(), *_rivals()]
+    own = *_copies(), *_kernels(), *_over_nvlink()
+    return [*own, *_published(), *_published_low_latency(), *_claims(), *_rivals()]
 
 
 def _times(kind: str, what: str, operations: tuple[Operation, ...], figures: tuple[float, ...]) -> list[CheckRow]:
@@ -88,15 +92,37 @@ def _copies() -> Iterator[CheckRow]:
     yield CheckRow("copy", "pull and sum over NVLink, 12 SMs", 323, reducing, "GB/s")
 
 
-def _kernels() -> list[CheckRow]:
-    dispatch, combine = predict(Machine(1, 1, sms=16), Shape()).operations
-    cached = dispatch._replace(seconds=dispatch.seconds - KERNEL_SECONDS)  # no counts to agree upon
-    rows = _times("kernel", "4096 tokens, 16 SMs, cached", (cached, combine), (111, 133))
+def _kernels() -> Iterator[CheckRow]:
     for tokens, figure in ((1, 14.6), (16, 15.4), (128, 24.0)):
         pair = predict(Machine(1, 1), Shape(tokens=tokens, dtype="fp8"), LOW_LATENCY).operations[:2]
         model = sum(operation.seconds for operation in pair) * 1e6
-        rows.append(CheckRow("kernel", f"low latency, pair in a graph, T = {tokens}", figure, model, "us"))
-    return rows
+        yield CheckRow("kernel", f"low latency, pair in a graph, T = {tokens}", figure, model, "us")
+
+
+_NVLINK: tuple[tuple[int, int, str, int | None, int | None], ...] = (
+    (2, 16, "bf16", 204, 192), (2, 12, "bf16", None, 213), (2, 8, "bf16", None, 311), (2, 16, "fp8", 119, None),
+    (4, 16, "bf16", 539, 517),
+)  # fmt: skip
+"""Ranks, SMs, dtype; microseconds of a dispatch and a combine. By hand: FP8, and combines with 8 and 12 SMs."""
+_NVLINK_PAIRS = (
+    (2, 16, "fp8", 19.2), (2, 128, "fp8", 33.3), (2, 512, "fp8", 88.3), (2, 16, "bf16", 18.9), (2, 128, "bf16", 36.4),
+    (4, 16, "fp8", 30.4), (4, 128, "fp8", 60.6), (4, 512, "fp8", 193.2), (4, 128, "bf16", 68.2),
+)  # fmt: skip
+"""Ranks, tokens, dtype; microseconds of a low-latency pair."""
+
+
+def _over_nvlink() -> Iterator[CheckRow]:
+    for ranks, sms, dtype, *figures in _NVLINK:
+        pair = predict(Machine(1, ranks, sms=sms), Shape(dtype=dtype)).operations
+        for operation, figure in zip(pair, figures, strict=True):
+            if figure is not None:
+                yield from _times("nvlink", f"{ranks} ranks, {sms} SMs, {dtype}", (operation,), (figure,))
+    for ranks, tokens, dtype, microseconds in _NVLINK_PAIRS:
+        quick = predict(Machine(1, ranks), Shape(tokens=tokens, dtype=dtype), LOW_LATENCY).operations[:2]
+        model = sum(operation.seconds for operation in quick) * 1e6
+        yield CheckRow(
+            "nvlink", f"{ranks} ranks, low latency, pair, T = {tokens}, {dtype}", microseconds, model, "us"
+        )
 
 
 def _published() -> Iterator[CheckRow]:
@@ -168,24 +194,32 @@ def _case(entry: Mapping[str, Any], alone: bool) -> Iterator[CheckRow]:
     if case.get("routing", "uniform") != "uniform":
         return  # the model is of uniform routing
     machine, shape = _parts(case)
+    bare = entry["contenders"].get(BARE)
+    if machine.nodes > 1 and bare is not None:
+        rate = entry["wire_bytes_per_rank"] / bare["chained"]["median_seconds"]
+        machine = dataclasses.replace(machine, network=rate / 1e9)
     routing = route(machine, shape)
     pair = high_throughput(machine, shape, routing)
     name = f"{machine.ranks} ranks, {shape.tokens} x {shape.hidden} {shape.dtype}"
+    if machine.nodes > 1:
+        name = f"{machine.nodes} nodes, {name}"
     choices = shape.topk * CHOICE_BYTES
-    if case["mode"] in ("dispatch", "combine"):
+    crosses_once = machine.nodes == 1 or machine.gpus_per_node == 1  # else rails carry less than the ranks exchange
+    if case["mode"] in ("dispatch", "combine") and crosses_once:
         dispatched = case["mode"] == "dispatch"
         row = shape.row_bytes + choices if dispatched else shape.combine_row_bytes
-        crossing = pair[0].hops[1].rows * row
+        crossing = pair[0].hops[machine.nodes == 1].rows * row
         yield CheckRow("bytes", f"{name}: {case['mode']}", entry["wire_bytes_per_rank"] / 1e6, crossing / 1e6, "MB")
         if dispatched:
             received = shape.tokens * routing.ranks * row
             logical = entry["logical_bytes_per_rank"]
             yield CheckRow("bytes", f"{name}: with its own", logical / 1e6, received / 1e6, "MB")
     models = {"dispatch": pair[:1], "combine": pair[1:], "pair": pair}
-    if alone and case["mode"] in models:
+    kind = "run" if machine.nodes == 1 else "nodes"
+    if alone and case["mode"] in models and (machine.nodes == 1 or bare is not None):
         measured = entry["contenders"]["tokenferry"]["chained"]["median_seconds"] * 1e6
         model = sum(operation.seconds for operation in models[case["mode"]]) * 1e6
-        yield CheckRow("run", f"{name}, {machine.sms} SMs: {case['mode']}", measured, model, "us")
+        yield CheckRow(kind, f"{name}, {machine.sms} SMs: {case['mode']}", measured, model, "us")
 
 
 def _low_latency_case(entry: Mapping[str, Any], alone: bool) -> Iterator[CheckRow]:
@@ -208,9 +242,10 @@ def _low_latency_case(entry: Mapping[str, Any], alone: bool) -> Iterator[CheckRo
 
 
 def _parts(case: Mapping[str, Any]) -> tuple[Machine, Shape]:
-    """Machine and shape of a case; all ranks in one node."""
+    """Machine and shape of a case."""
     shape = Shape(case["tokens"], case["hidden"], case["dtype"], case["topk"], case["experts"])
-    return Machine(1, case["ranks"], sms=case.get("sms") or Machine().sms), shape
+    nodes = case.get("nodes", 1)
+    return Machine(nodes, case["ranks"] // nodes, sms=case.get("sms") or Machine().sms), shape
 
 
 def table(rows: list[CheckRow]) -> list[str]:

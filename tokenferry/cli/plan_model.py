@@ -19,8 +19,9 @@ from tokenferry.runtime import DEFAULT_STAGE_BYTES
 
 SM_GBPS = 49.0
 """What one SM moves through its shared memory, in rows that only travel; measured on H100 (docs/planning.md)."""
-REDUCING_SM_GBPS = 29.0
-"""Likewise, rows that are summed in float32: one rank on an H100, 58.7 MB with 16 SMs in 133 us, less a kernel."""
+REDUCING_SM_GBPS = 48.0
+"""Likewise, rows that are summed in float32: 4096 tokens of two ranks, 117 MB with 8 and 12 SMs of an H200 in 311 and
+213 us, less what a combine takes without bytes (bench/results/h200-2ranks-combine-by-hand.json)."""
 FLAG_SECONDS = 2.3e-6
 """A word written by one GPU until another sees it over NVLink; measured between two H100."""
 KERNEL_SECONDS = 14.6e-6 / 2
