@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from tests.cases import Case, Scenario
 from tests.conftest import PoolOf, slow
-from tests.host_path import EXPERTS, HIDDEN, TOPK, rank_on_a_gpu
+from tests.host_path import EXPERTS, HIDDEN, MOST, TOPK, rank_on_a_gpu
 from tests.internode_cases import LAYOUTS, NodeScenario
 from tokenferry import Buffer
-from tokenferry.dataplane.cuda import programs
-from tokenferry.dataplane.cuda.launch import compile_together
+from tokenferry.dataplane.cuda import low_latency_programs, programs
+from tokenferry.dataplane.cuda.launch import Kernel, compile_together
 
 CASE = Case(
     tokens=(9, 0, 30),
@@ -122,3 +122,19 @@ def test_ranks_begin_elsewhere_and_do_everything(num_jobs: int, num_ranks: int) 
         assert sorted(done) == list(range(num_jobs))
         firsts += done[:1]
     assert len(set(firsts)) == min(num_jobs, num_ranks)
+
+
+def test_low_latency_kernels_made_ready_are_those_that_are_launched() -> None:
+    with rank_on_a_gpu() as rank:
+        low_latency_programs.dispatch.cache_clear()
+        low_latency_programs.combine.cache_clear()
+        rank.buffer._meetings = Mock()
+        before = Kernel.variants
+        rank.buffer.low_latency_warmup(MOST, HIDDEN, TOPK, EXPERTS)
+        ready = Kernel.variants
+        assert ready == before + 6  # each receives at once, or in a kernel of its own
+        rank.low_latency_dispatch()
+        rank.low_latency_combine()
+        rank.low_latency_dispatch_with_hook()
+        rank.low_latency_combine_with_hook()
+        assert Kernel.variants == ready
