@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +81,11 @@ def _times(kind: str, what: str, operations: tuple[Operation, ...], figures: tup
     ]
 
 
+def _together(kind: str, name: str, operations: Iterable[Operation], figure: float) -> CheckRow:
+    """Microseconds of operations one after the other."""
+    return CheckRow(kind, name, figure, sum(operation.seconds for operation in operations) * 1e6, "us")
+
+
 def _copies() -> Iterator[CheckRow]:
     link = Machine().nvlink
     for sms, rate in ((2, 98), (4, 195), (8, 322), (16, 323), (64, 322)):
@@ -95,8 +100,7 @@ def _copies() -> Iterator[CheckRow]:
 def _kernels() -> Iterator[CheckRow]:
     for tokens, figure in ((1, 14.6), (16, 15.4), (128, 24.0)):
         pair = predict(Machine(1, 1), Shape(tokens=tokens, dtype="fp8"), LOW_LATENCY).operations[:2]
-        model = sum(operation.seconds for operation in pair) * 1e6
-        yield CheckRow("kernel", f"low latency, pair in a graph, T = {tokens}", figure, model, "us")
+        yield _together("kernel", f"low latency, pair in a graph, T = {tokens}", pair, figure)
 
 
 _NVLINK: tuple[tuple[int, int, str, int | None, int | None], ...] = (
@@ -119,10 +123,7 @@ def _over_nvlink() -> Iterator[CheckRow]:
                 yield from _times("nvlink", f"{ranks} ranks, {sms} SMs, {dtype}", (operation,), (figure,))
     for ranks, tokens, dtype, microseconds in _NVLINK_PAIRS:
         quick = predict(Machine(1, ranks), Shape(tokens=tokens, dtype=dtype), LOW_LATENCY).operations[:2]
-        model = sum(operation.seconds for operation in quick) * 1e6
-        yield CheckRow(
-            "nvlink", f"{ranks} ranks, low latency, pair, T = {tokens}, {dtype}", microseconds, model, "us"
-        )
+        yield _together("nvlink", f"{ranks} ranks, low latency, pair, T = {tokens}, {dtype}", quick, microseconds)
 
 
 def _published() -> Iterator[CheckRow]:
@@ -163,8 +164,7 @@ def _rivals() -> Iterator[CheckRow]:
         yield from _times("rival", f"{name}, call,", pair, figures)
     for dtype, tokens, figure in (("fp8", 16, 35.1), ("bf16", 16, 36.4), ("fp8", 128, 73.5), ("bf16", 128, 86.2)):
         both = _low_latency(Machine(1, 2), Shape(tokens=tokens, dtype=dtype))
-        name = f"DeepEP low latency, pair, T = {tokens}, {dtype}"
-        yield CheckRow("rival", name, figure, sum(operation.seconds for operation in both) * 1e6, "us")
+        yield _together("rival", f"DeepEP low latency, pair, T = {tokens}, {dtype}", both, figure)
 
 
 # Files of tokenferry bench.
@@ -208,7 +208,8 @@ def _case(entry: Mapping[str, Any], alone: bool) -> Iterator[CheckRow]:
     if case["mode"] in ("dispatch", "combine") and crosses_once:
         dispatched = case["mode"] == "dispatch"
         row = shape.row_bytes + choices if dispatched else shape.combine_row_bytes
-        crossing = pair[0].hops[machine.nodes == 1].rows * row
+        network, nvlink, _ = pair[0].hops
+        crossing = (network.rows + nvlink.rows) * row
         yield CheckRow("bytes", f"{name}: {case['mode']}", entry["wire_bytes_per_rank"] / 1e6, crossing / 1e6, "MB")
         if dispatched:
             received = shape.tokens * routing.ranks * row
@@ -218,8 +219,7 @@ def _case(entry: Mapping[str, Any], alone: bool) -> Iterator[CheckRow]:
     kind = "run" if machine.nodes == 1 else "nodes"
     if alone and case["mode"] in models and (machine.nodes == 1 or bare is not None):
         measured = entry["contenders"]["tokenferry"]["chained"]["median_seconds"] * 1e6
-        model = sum(operation.seconds for operation in models[case["mode"]]) * 1e6
-        yield CheckRow(kind, f"{name}, {machine.sms} SMs: {case['mode']}", measured, model, "us")
+        yield _together(kind, f"{name}, {machine.sms} SMs: {case['mode']}", models[case["mode"]], measured)
 
 
 def _low_latency_case(entry: Mapping[str, Any], alone: bool) -> Iterator[CheckRow]:
@@ -237,8 +237,7 @@ def _low_latency_case(entry: Mapping[str, Any], alone: bool) -> Iterator[CheckRo
     if alone:
         for what, operations in (("dispatch", pair[:1]), ("combine", pair[1:]), ("pair", pair)):
             measured = entry["contenders"]["tokenferry"][what]["graph"]["median_seconds"] * 1e6
-            model = sum(operation.seconds for operation in operations) * 1e6
-            yield CheckRow("run", f"{name}: {what}", measured, model, "us")
+            yield _together("run", f"{name}: {what}", operations, measured)
 
 
 def _parts(case: Mapping[str, Any]) -> tuple[Machine, Shape]:

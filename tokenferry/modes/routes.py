@@ -84,6 +84,11 @@ def starts_of(topology: Topology, counts: Sequence[Sequence[int]]) -> list[list[
     return starts
 
 
+def by_rank(topology: Topology, table: Sequence[Sequence[int]]) -> list[int]:
+    """[R], in the order of ranks, from [G][L]."""
+    return [table[node][index] for node, index in topology.places]
+
+
 def make_handle(
     topology: Topology,
     routes: Routes,
@@ -100,20 +105,20 @@ def make_handle(
         num_tokens_per_rank: int32 [R].
         num_rows: M.
     """
-    device, by_rank = is_token_in_rank.device, topology.places
+    device = is_token_in_rank.device
     node_member = in_nodes(topology, is_token_in_rank)
     members = list(routes.members)
     members[topology.node] = members[topology.node][routes.tokens[topology.node]]
     relayed = [len(member) for member in members]
-    counts = [routes.counts[node][index] for node, index in by_rank]
+    counts = by_rank(topology, routes.counts)
     numbers = {
         "rdma_channel_prefix_matrix": [len(tokens) for tokens in routes.tokens],
         "recv_rdma_channel_prefix_matrix": relayed,
         "recv_rdma_rank_prefix_sum": list(accumulate(relayed)),
-        "recv_gbl_channel_prefix_matrix": [routes.starts[node][index] for node, index in by_rank],
+        "recv_gbl_channel_prefix_matrix": by_rank(topology, routes.starts),
         "recv_gbl_rank_prefix_sum": list(accumulate(counts)),
         "counts": counts,
-        "nodes": [node for node, _ in by_rank],
+        "nodes": [node for node, _ in topology.places],
     }
     # Sent at once, since a GPU stops for it.
     sent = torch.tensor(list(chain(*numbers.values())), dtype=torch.int32, device=device)
@@ -200,7 +205,7 @@ class KnownRoutes:
             return check_handle(self._topology, device, handle)
         checked, routes = InternodeHandle._make(handle), known.routes  # type: ignore[arg-type]
         if routes.rows is None:  # the places were still to come
-            received = [routes.counts[node][index] for node, index in self._topology.places]
+            received = by_rank(self._topology, routes.counts)
             routes = routes._replace(rows=rows_by_rank(places_of(checked), received), parts={})
             self.remember(checked, routes)
         return checked, routes
