@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.test_elastic_clients import CLIENTS as ELASTIC
 from tests.test_elastic_clients import TOKENS
 from tests.training_clients import TRAINING
 from tokenferry import Buffer, compat
+from tokenferry.construction import DEVICE_VARIABLE
 
 SETS: dict[str, dict[str, Any]] = {"serving": SERVING, "training": TRAINING, "elastic": ELASTIC}
 PARTS: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -46,7 +48,8 @@ def run_clients(rank: int, num_ranks: int, size: int, kind: str, device: str = "
     parts = PARTS[size] if num_ranks == 6 else (tuple(range(num_ranks)),)
     groups = {part: dist.new_group(list(part)) for part in parts}
     mine = next(group for part, group in groups.items() if rank in part)
-    with named_deep_ep() as deep_ep, nullcontext() if device == "cpu" else torch.device(device):
+    named = mock.patch.dict("os.environ", {DEVICE_VARIABLE: device})  # no framework names the device of its Buffer
+    with named, named_deep_ep() as deep_ep, nullcontext() if device == "cpu" else torch.device(device):
         for name, client in SETS[kind].items():
             for who in WHO_HAS_TOKENS:
                 first = dist.get_rank(mine) == 0

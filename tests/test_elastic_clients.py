@@ -281,15 +281,17 @@ def lightllm(deep_ep: Any, layer: Layer) -> None:
         allow_multiple_reduction=True,
     )  # fmt: skip
     buffer.get_theoretical_num_sms(layer.num_experts, TOPK)
-    for overlapped in (False, True):
+
+    def options(overlapped: bool) -> dict[str, Any]:
         event = deep_ep.ElasticBuffer.capture() if overlapped else None
-        options = {"previous_event": event, "allocate_on_comm_stream": event is not None}
-        if overlapped:
-            options |= {"async_with_compute_stream": True, "num_sms": 8}
+        known = {"previous_event": event, "allocate_on_comm_stream": event is not None}
+        return known | ({"async_with_compute_stream": True, "num_sms": 8} if overlapped else {})
+
+    for overlapped in (False, True):
         (rows, scales), ids, weights, handle, done = buffer.dispatch(
             layer.quantised(HIDDEN // 128, torch.float32), topk_idx=layer.ids, topk_weights=layer.weights,
             num_experts=layer.num_experts, num_max_tokens_per_rank=32, expert_alignment=128, do_cpu_sync=True,
-            do_handle_copy=False, do_expand=True, use_tma_aligned_col_major_sf=True, **options,
+            do_handle_copy=False, do_expand=True, use_tma_aligned_col_major_sf=True, **options(overlapped),
         )  # fmt: skip
         if overlapped:
             done.current_stream_wait()
@@ -313,7 +315,7 @@ def lightllm(deep_ep: Any, layer: Layer) -> None:
                     assert (scales[slot] == token // 32 * 100 + token % 32).all()
         handle.recv_src_metadata[:, 2:] = -1
         handle.recv_src_metadata[:, 2] = torch.arange(len(metadata))
-        y, _, done = buffer.combine(dense, handle, topk_weights=None, **options)
+        y, _, done = buffer.combine(dense, handle, topk_weights=None, **options(overlapped))
         if overlapped:
             done.current_stream_wait()
         assert torch.equal(y, layer.y)

@@ -272,6 +272,15 @@ def test_memory_of_compilers_is_no_leak() -> None:
         assert ("kernels were compiled" in leak.found) == (every == 4)
 
 
+def test_memory_that_does_not_grow_is_judged_whatever_is_compiled() -> None:
+    for mib_a_minute, judged in ((0.0, True), (2.0, True), (20.0, False)):
+        report = _growing(600.0, mib_a_minute)
+        report.looks[:] = [look._replace(kernels=number) for number, look in enumerate(report.looks)]
+        leak = command.find_leaks([report], set(), 0)[-1]
+        assert ("MiB in the rank with most" in leak.found) == judged, leak
+        assert not leak.is_leak
+
+
 def test_growth_of_device_memory_is_judged_and_drawn(tmp_path: Path) -> None:
     for mib_a_minute, found in ((0.0, False), (2.0, False), (40.0, True)):
         reports = [_growing(300.0, 0.0, 0.0), _growing(300.0, 0.0, mib_a_minute)]

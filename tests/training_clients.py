@@ -191,7 +191,7 @@ def readme(deep_ep: Any, site: Site) -> None:
         assert torch.equal(grad_weights, site.weights.masked_fill(site.ids < 0, 0.0))
         out = site.compact_experts(recv_x, ids, weights)
         y, _, event = buffer.combine(
-            out, handle, async_finish=True, previous_event=event, allocate_on_comm_stream=True
+            out, handle, async_finish=True, previous_event=Buffer.capture(), allocate_on_comm_stream=True
         )
         with event:
             assert len(y) == len(site.x)

@@ -162,38 +162,46 @@ def _late_leak(what: str, reports: Sequence[Report], field: str, most: int) -> L
     if field == "device":  # which takes memory for the kernels of all
         counts = [sum(look.kernels for look in now) for now in zip(*looks, strict=False)]
         looks = [[look._replace(kernels=n) for look, n in zip(of, counts, strict=False)] for of in looks]
-    growths = [late_growth(of_rank, field) for of_rank in looks]
+    growths = [late_growth(of_rank, field, most) for of_rank in looks]
     late = max((growth for growth in growths if growth is not None), default=None)
     if late is None:
-        why = "the run is too short, or kernels were compiled in the second half"
+        why = "the run is too short, or it grows and kernels were compiled in the second half"
         return Leak(what, f"not judged: {why}", False)
     return Leak(what, f"{late / 2**20:+.1f} MiB in the rank with most", late > most)
 
 
-def late_growth(looks: Sequence[Look], field: str) -> int | None:
+def late_growth(looks: Sequence[Look], field: str, most: int) -> int | None:
     """Bytes by which the memory of a rank has grown late in a run: when everything there is has been used.
 
     The median of the last quarter, less that of the third: single looks jump, as allocators keep what they have. What
-    comes between two looks between which kernels were made ready is left out, a few times: compilers keep memory.
+    comes between two looks between which kernels were made ready is left out, a few times: compilers keep memory. If
+    that was more often, everything counts: memory that does not grow with kernels does not grow without them.
 
     Args:
         looks: of the rank.
         field: of a look.
+        most: bytes by which it may grow.
 
     Returns:
-        None if the run was too short to say, or kernels were made ready more than a few times in its second half.
+        None if the run was too short to say, or it is more than ``most`` and may be of kernels.
     """
     end = looks[-1].seconds if looks else 0.0
     left_out: list[int] = []
     quarters: tuple[list[int], list[int]] = ([], [])
+    others: tuple[list[int], list[int]] = ([], [])
+    """Without what is left out."""
     for before, look in itertools.pairwise(looks):
         if look.seconds > end / 2:
             if look.kernels > before.kernels:
                 left_out.append(getattr(look, field) - getattr(before, field))
-            quarters[look.seconds > 0.75 * end].append(getattr(look, field) - sum(left_out))
-    if end < _LONG or min(map(len, quarters)) < _FEWEST_LOOKS or len(left_out) > _MOST_LEFT_OUT:
+            is_last = look.seconds > 0.75 * end
+            quarters[is_last].append(getattr(look, field))
+            others[is_last].append(getattr(look, field) - sum(left_out))
+    if end < _LONG or min(map(len, quarters)) < _FEWEST_LOOKS:
         return None
-    return int(statistics.median(quarters[1]) - statistics.median(quarters[0]))
+    third, last = others if len(left_out) <= _MOST_LEFT_OUT else quarters
+    growth = int(statistics.median(last) - statistics.median(third))
+    return growth if len(left_out) <= _MOST_LEFT_OUT or growth <= most else None
 
 
 def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak], seconds: float, killed: int) -> str:
