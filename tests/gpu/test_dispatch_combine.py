@@ -54,6 +54,8 @@ def check_cases(
                 Scenario(case, rank, num_ranks, "cuda").check_all(buffer)
             except Exception as error:
                 error.add_note(f"in {case}")
+                torch.cuda.synchronize()
+                plane.check()  # an operation that failed on the GPU has left rows unset: what it says comes first
                 raise
 
 
