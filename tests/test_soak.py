@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -327,6 +328,20 @@ def test_named_segments_are_those_of_tokenferry(tmp_path: Path) -> None:
         assert command.named_segments() == {"tokenferry-1"}
     with mock.patch.object(command, "_SHARED_MEMORY", tmp_path / "none"):
         assert command.named_segments() == set()
+
+
+def test_names_that_go_within_a_moment_are_no_leak(tmp_path: Path) -> None:
+    left, others = tmp_path / "tokenferry-1", tmp_path / "tokenferry-2"
+    left.touch()
+    others.touch()
+    timer = threading.Timer(0.3, others.unlink)
+    with mock.patch.object(command, "_SHARED_MEMORY", tmp_path):
+        timer.start()
+        assert command.left_segments({"tokenferry-1"}) == set()
+        assert not others.exists()
+        with mock.patch.object(command, "_MOMENT", 0.2):
+            assert command.left_segments(set()) == {"tokenferry-1"}
+    timer.join()
 
 
 def test_kinds_of_shapes_are_few_where_asked_for_and_others_with_every_seed() -> None:

@@ -38,6 +38,8 @@ _FEWEST_LOOKS = 5
 _MOST_LEFT_OUT = 2
 """Intervals in the second half of a run in which kernels were made ready: each adds the noise of two looks."""
 _SHARED_MEMORY = Path("/dev/shm")
+_MOMENT = 3.0
+"""Seconds for which a segment has a name at most, until all ranks have opened it."""
 _RESIDENT = "resident memory since the warm-up"
 
 
@@ -89,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         print(f"again with: tokenferry soak{device} --ranks {args.ranks} --seed {args.seed}", file=sys.stderr)
         return 1
-    leaks = find_leaks(reports, named_segments() - before, sum(process.is_alive() for process in pool.processes))
+    leaks = find_leaks(reports, left_segments(before), sum(process.is_alive() for process in pool.processes))
     print(summary(settings, reports, leaks, time.monotonic() - began, killed))
     if args.plot is not None:
         from tokenferry.cli.soak_plot import draw
@@ -114,6 +116,15 @@ def named_segments() -> set[str]:
     if not _SHARED_MEMORY.exists():
         return set()
     return {name for name in os.listdir(_SHARED_MEMORY) if name.startswith("tokenferry-")}
+
+
+def left_segments(before: set[str]) -> set[str]:
+    """Named segments that were not there before, and stay: those that other processes make have names for moments."""
+    left, deadline = named_segments() - before, time.monotonic() + _MOMENT
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left &= named_segments()
+    return left
 
 
 @dataclass(frozen=True)
