@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -42,9 +43,9 @@ MINUTE = 55.0
 @pytest.mark.slow
 def test_short_soak_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tokenferry", "soak", "--minutes", "0.03", "--ranks", "2", "--seed", "3"]
-    picture = tmp_path / "soak.png"
+    picture, result = tmp_path / "soak.png", tmp_path / "soak.json"
     done = subprocess.run(
-        [*command, "--plot", str(picture)],
+        [*command, "--plot", str(picture), "--output", str(result)],
         capture_output=True,
         text=True,
         timeout=200,
@@ -56,6 +57,12 @@ def test_short_soak_from_the_command_line(tmp_path: Path) -> None:
     assert "killed          1 ranks in the end, one after the other; the others went on" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert str(picture) in done.stdout
+    written = json.loads(result.read_text())
+    assert "\n".join(written["lines"]) in done.stdout
+    assert written["command"].endswith("--plot soak.png --output soak.json")
+    assert written["machine"]["cores"] > 0
+    assert len(written["looks"]["of_ranks"]) == 2
+    assert all(Look(*look).resident > 1 << 20 for looks in written["looks"]["of_ranks"] for look in looks)
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(4, marks=pytest.mark.slow)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -18,10 +19,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tokenferry.cli import soak_shrink
+from tokenferry.cli.bench_machine import (
+    describe_command,
+    describe_commit,
+    describe_device,
+    describe_machine,
+    describe_versions,
+)
 from tokenferry.cli.mps import MpsError, sharing_gpus
 from tokenferry.cli.needs import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
@@ -58,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=_positive, default=300, help="most tokens of a rank in an operation (default: %(default)s)"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and open files over time (a PNG file)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the page and what was drawn (a JSON file)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -73,8 +83,9 @@ def main(args: argparse.Namespace) -> int:
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         print("error: --plot needs matplotlib: pip install 'tokenferry[cli]'", file=sys.stderr)
         return 1
-    if args.plot is not None:
-        need_folder(args, "--plot", args.plot.parent)
+    for name, path in (("--plot", args.plot), ("--output", args.output)):
+        if path is not None:
+            need_folder(args, name, path.parent)
     need_gpu(args)
     before = named_segments()
     began = time.monotonic()
@@ -92,13 +103,37 @@ def main(args: argparse.Namespace) -> int:
         print(f"again with: tokenferry soak{device} --ranks {args.ranks} --seed {args.seed}", file=sys.stderr)
         return 1
     leaks = find_leaks(reports, left_segments(before), sum(process.is_alive() for process in pool.processes))
-    print(summary(settings, reports, leaks, time.monotonic() - began, killed))
+    page = summary(settings, reports, leaks, time.monotonic() - began, killed)
+    print(page)
+    if args.output is not None:
+        args.output.write_text(json.dumps(_result(settings, reports, page), indent=1) + "\n")
+        print(f"\nwritten: {args.output}")
     if args.plot is not None:
         from tokenferry.cli.soak_plot import draw
 
         draw(reports, _headlines(settings, reports), args.plot)
         print(f"\nwritten: {args.plot}")
     return 1 if any(leak.is_leak for leak in leaks) else 0
+
+
+def _result(settings: Settings, reports: Sequence[Report], page: str) -> dict[str, Any]:
+    machine, versions = describe_machine(settings.device), describe_versions()
+    if settings.device == "cuda":
+        device = describe_device(0)
+        versions |= device.pop("versions")
+        machine |= device | {"gpus": torch.cuda.device_count()}
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine,
+        "versions": versions,
+        "git": describe_commit(),
+        "command": describe_command(sys.argv[1:]),
+        "lines": page.splitlines(),
+        "looks": {
+            "fields": list(Look._fields),
+            "of_ranks": [[[round(look.seconds, 2), *look[1:]] for look in report.looks] for report in reports],
+        },
+    }
 
 
 def _headlines(settings: Settings, reports: Sequence[Report]) -> list[str]:
