@@ -13,7 +13,9 @@ from typing import NamedTuple
 from requirements import CHECKS, CPUS, GPUS, Scale
 
 STAGED = "expandable_segments:True"
-PHASES = ("tests", "high-throughput", "low-latency", "shared", "nodes", "sanitizer", "stress", "soak")
+PHASES = ("tests", "high-throughput", "low-latency", "further", "shared", "nodes", "sanitizer", "stress", "soak")
+MANY = 3
+"""Ranks from which on tests are those of as many, and operations are timed with more tokens: figures of record."""
 SANITIZER = "compute-sanitizer"
 _NO_CALLS = ("--report-api-errors", "no")
 """Torch asks CUDA for what is not there."""
@@ -96,14 +98,22 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
     def bench(name: str, *arguments: object) -> tuple[str, ...]:
         return _bench(setting, output(name), *arguments)
 
-    apart, sharing = "not slow and not shares_gpus", "not slow and shares_gpus"
-    yield Step("tests", "tests", _pytest("tests/gpu", "-m", apart), 330)
+    apart, sharing, many = "not slow and not shares_gpus", "not slow and shares_gpus", setting.ranks >= MANY
+    if many:
+        command = _pytest("tests/gpu", "-m", sharing if shared else apart, "--ranks", str(setting.ranks))
+        yield Step("tests", "tests", command, 140, shares_gpus=shared)
+    else:
+        yield Step("tests", "tests", _pytest("tests/gpu", "-m", apart), 330)
     yield Step("shared tests", "shared", _pytest("tests/gpu", "-m", sharing), 330, shares_gpus=True)
-    phase = "high-throughput"
-    sms = ("--sms", 8, 12, scale.sms, 24, 64)
     modes = ("--modes", "layout", "dispatch", "cached", "combine", "pair", "cached-pair")
-    command = bench("ruler", "--tokens", scale.tokens, *sms, *modes)
-    yield Step("ruler", phase, command, 120, True, shared)
+    if many:
+        sizes = ("--tokens", scale.tokens, 2 * scale.tokens, "--sms", 8, scale.sms, 24, 32, 64)
+        command = bench("ruler", *sizes, *modes, "--iterations", 10)
+        yield Step("ruler", "high-throughput", command, 200, True, shared)
+    else:
+        command = bench("ruler", "--tokens", scale.tokens, "--sms", 8, 12, scale.sms, 24, 64, *modes)
+        yield Step("ruler", "high-throughput", command, 120, True, shared)
+    phase = "further"
     command = bench(
         "extras", "--tokens", scale.tokens, "--sms", scale.sms, 24, "--dtype", "bf16", "--beside", "operators",
         "--modes", "cached", "combine", "expanded", "--iterations", 15,
@@ -126,7 +136,7 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
         "--modes", "dispatch", "cached", "combine", "pair", "--iterations", 8,
     )  # fmt: skip
     yield Step("tokens", phase, command, 90, True, shared)
-    beside = ("--beside", "operators", "wait-statistics", "--host-profile")
+    beside = () if many else ("--beside", "operators", "wait-statistics", "--host-profile")
     command = bench("low latency", "--mode", "low-latency", *beside, "--iterations", 12)
     yield Step("low latency", "low-latency", command, 120, True, shared)
     command = bench(
@@ -196,8 +206,8 @@ def _on_cpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
     modes = ("dispatch", "cached", "combine", "pair")
     yield Step("tests", "tests", _pytest("tests/test_dispatch_combine.py", "-k", "duplicates"), most)
     yield Step("shared tests", "shared", _pytest("tests/test_layout.py"), most)
-    phase = "high-throughput"
-    yield Step("ruler", phase, bench("ruler", "--tokens", scale.tokens, "--modes", *modes), most, True)
+    yield Step("ruler", "high-throughput", bench("ruler", "--tokens", scale.tokens, "--modes", *modes), most, True)
+    phase = "further"
     yield Step("extras", phase, bench("extras", "--tokens", scale.tokens, "--modes", "expanded"), most, True)
     routing = ("--routing", "others", "--modes", "cached", "--no-baseline")
     yield Step("wire", phase, bench("wire", "--tokens", scale.tokens, *routing), most, True)

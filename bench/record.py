@@ -11,15 +11,17 @@ further starts, and with --output writes the results in them out again, drawn.
 
 With two GPUs and calls of ten minutes:
 
-    python bench/record.py --output R --phase tests high-throughput low-latency
+    python bench/record.py --output R --phase tests high-throughput further low-latency
     python bench/record.py --output R --resume --phase shared nodes sanitizer
-    python bench/record.py --output R --resume --phase stress high-throughput low-latency
+    python bench/record.py --output R --resume --phase stress high-throughput further low-latency
     python bench/record.py --output R --resume --phase soak nodes
 
 Each is given --minutes 9 in all. A first start of every step comes before a second one (--repeat), and leaves the
 steps behind it at least half of what they may take. The last two calls end what those before had no time for, too.
-record.json is all that is needed to resume on another machine. With eight GPUs the first call is enough: its bars are
-others.
+record.json is all that is needed to resume on another machine. With four or eight GPUs one call of eight minutes is
+enough, whose tests are those of as many ranks, and whose bars are others:
+
+    python bench/record.py --output R --phase tests high-throughput low-latency --repeat 1 --minutes 8
 """
 
 from __future__ import annotations

@@ -61,6 +61,10 @@ def test_ranks_with_a_gpu_each_are_told_from_those_that_share(tmp_path: Path) ->
         ("test_thousands_of_operations[2]", "test_stress"),
     ):
         assert ("apart", *test) in told
+    few = played(8, "--collect-only", "--ranks", "8", "-p", "telling", "tests/gpu", path=tmp_path)
+    names = {tuple(line.split()[2:]) for line in few.splitlines() if line.startswith(":: ")}
+    assert {("test_every_call[wide-8]", "test_dispatch_combine"), ("test_small_rows[8]", "test_low_latency")} <= names
+    assert all("8" in name or "2x4" in name for name, _ in names), names
     for test in (
         ("test_every_call[wide-4]", "test_dispatch_combine"),
         ("test_every_call[plain-2x4]", "test_internode"),

@@ -68,7 +68,7 @@ def test_every_command_parses(setting: Setting) -> None:
 
 
 def test_a_call_of_ten_minutes_is_enough_for_tests_and_both_modes() -> None:
-    chosen = phases.steps(TWO, ("tests", "high-throughput", "low-latency"), str)
+    chosen = phases.steps(TWO, ("tests", "high-throughput", "further", "low-latency"), str)
     assert sum(step.seconds for step in chosen) / 2 < 9 * 60
     left = 9 * 60.0
     for at, step in enumerate(chosen):  # even if each takes all that it is given
@@ -80,6 +80,20 @@ def test_a_call_of_ten_minutes_is_enough_for_tests_and_both_modes() -> None:
     assert record.share_of(soak, (), 350.0) == 350 > soak.least > 300
     assert record.share_of(chosen[0], chosen[1:], 1e6) == chosen[0].seconds
     assert record.share_of(chosen[0], (), 3.0) == 3.0
+
+
+@pytest.mark.parametrize("gpus", [2, 8])
+def test_a_call_of_eight_minutes_is_enough_for_the_figures_of_eight_ranks(gpus: int) -> None:
+    chosen = phases.steps(Setting("cuda", 8, gpus), ("tests", "high-throughput", "low-latency"), str)
+    assert [step.name for step in chosen] == ["tests", "ruler", "low latency"]
+    assert sum(step.seconds for step in chosen) < 8 * 60
+    tests, ruler, low_latency = (step.command for step in chosen)
+    assert tests[-2:] == ("--ranks", "8")
+    assert any("not shares_gpus" in part for part in tests) == (gpus == 8)
+    assert all(step.shares_gpus == (gpus == 2) for step in chosen)
+    at = ruler.index("--tokens")
+    assert ruler[at + 1 : at + 4] == ("4096", "8192", "--sms")
+    assert "--beside" not in low_latency
 
 
 def test_phases_are_run_in_order_and_alone() -> None:
@@ -506,5 +520,5 @@ def test_help_says_how_to_split_the_work(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         record.main(["--help"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("python")]
-    calls = [line.partition("--phase ")[2].split() for line in lines]
+    calls = [line.partition("--phase ")[2].partition(" --")[0].split() for line in lines]
     assert {phase for call in calls for phase in call} == set(PHASES)

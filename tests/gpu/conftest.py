@@ -6,7 +6,7 @@ without these it has two. Tests whose ranks share GPUs are marked for ``-m``, an
     python -m pytest tests/gpu -m "not slow and not shares_gpus"
     python -m pytest tests/gpu -m "not slow and shares_gpus"
 
-Only torch, triton, numpy and pytest are needed.
+``--ranks 8`` leaves those that have eight at a time. Only torch, triton, numpy and pytest are needed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ _BY_NODE = {"direct", "over_network"}
 """Fixtures that put ranks on two nodes, each of which has one GPU."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """See above."""
+    parser.addoption("--ranks", type=int, help="tests on GPUs that have so many ranks at a time, no others")
+
+
 def most_ranks(item: pytest.Item) -> int:
     """The ranks that a test has at a time."""
     marker = item.get_closest_marker("ranks")
@@ -51,6 +56,11 @@ def most_ranks(item: pytest.Item) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU there is nothing to test here; mark what needs MPS."""
     num_gpus = torch.cuda.device_count()
+    ranks = config.getoption("--ranks", None)  # unknown where these tests are some of all
+    if ranks is not None:
+        others = [item for item in items if "gpu" in item.path.parts and most_ranks(item) != ranks]
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
     here = [item for item in items if "gpu" in item.path.parts]
     if len(here) == len(items):
         items.sort(key=most_ranks)  # kernels are compiled for one number of ranks after the other
