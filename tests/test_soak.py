@@ -287,6 +287,19 @@ def test_memory_that_does_not_grow_is_judged_whatever_is_compiled() -> None:
         leak = command.find_leaks([report], set(), 0)[-1]
         assert ("MiB in the rank with most" in leak.found) == judged, leak
         assert not leak.is_leak
+        assert "inside" not in leak.found
+
+
+def test_memory_that_stops_growing_with_the_kernels_is_judged() -> None:
+    for mib_a_minute, judged in ((0.0, True), (4.8, False), (20.0, False)):
+        report = _growing(600.0, mib_a_minute)
+        report.looks[:] = [
+            look._replace(kernels=number, resident=look.resident + (min(number, 88) << 21))
+            for number, look in enumerate(report.looks)
+        ]
+        leak = command.find_leaks([report], set(), 0)[-1]
+        assert ("MiB in the rank with most, inside of the quarter" in leak.found) == judged, leak
+        assert not leak.is_leak
 
 
 def test_growth_of_device_memory_is_judged_and_drawn(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,8 +42,8 @@ _LONG = 270.0
 """Seconds from which on the growth of memory is judged."""
 _MOST_GROWTH = 8 << 20
 """Bytes of memory that is not shared, from the third quarter of a long run to the last one, by their medians."""
-_FEWEST_LOOKS = 5
-"""In a quarter."""
+_FEWEST_LOOKS = 3
+"""In an eighth of the run."""
 _MOST_LEFT_OUT = 2
 """Intervals in the second half of a run in which kernels were made ready: each adds the noise of two looks."""
 _SHARED_MEMORY = Path("/dev/shm")
@@ -208,46 +208,68 @@ def _late_leak(what: str, reports: Sequence[Report], field: str, most: int) -> L
     if field == "device":  # which takes memory for the kernels of all
         counts = [sum(look.kernels for look in now) for now in zip(*looks, strict=False)]
         looks = [[look._replace(kernels=n) for look, n in zip(of, counts, strict=False)] for of in looks]
-    growths = [late_growth(of_rank, field, most) for of_rank in looks]
-    late = max((growth for growth in growths if growth is not None), default=None)
-    if late is None:
+    growths = [growth for growth in (late_growth(of_rank, field, most) for of_rank in looks) if growth is not None]
+    if not growths:
         why = "the run is too short, or it grows and kernels were compiled in the second half"
         return Leak(what, f"not judged: {why}", False)
-    return Leak(what, f"{late / 2**20:+.1f} MiB in the rank with most", late > most)
+    late = max(growths)
+    inside = ", inside of the quarter" if late.is_inside else ""
+    return Leak(what, f"{late.bytes / 2**20:+.1f} MiB in the rank with most{inside}", late.bytes > most)
 
 
-def late_growth(looks: Sequence[Look], field: str, most: int) -> int | None:
-    """Bytes by which the memory of a rank has grown late in a run: when everything there is has been used.
+class Growth(NamedTuple):
+    """Of the memory of a rank, late in a run; see :func:`late_growth`."""
+
+    bytes: int
+    is_inside: bool = False
+    """Whether between the halves of the last quarter."""
+
+
+def late_growth(looks: Sequence[Look], field: str, most: int) -> Growth | None:
+    """By how much the memory of a rank has grown late in a run: when everything there is has been used.
 
     The median of the last quarter, less that of the third: single looks jump, as allocators keep what they have. What
     comes between two looks between which kernels were made ready is left out, a few times: compilers keep memory. If
-    that was more often, everything counts: memory that does not grow with kernels does not grow without them.
+    that was more often, everything counts, from quarter to quarter or inside of the last one: memory that does not
+    grow with kernels does not grow without them.
 
     Args:
         looks: of the rank.
         field: of a look.
-        most: bytes by which it may grow.
+        most: bytes by which it may grow in a quarter.
 
     Returns:
         None if the run was too short to say, or it is more than ``most`` and may be of kernels.
     """
     end = looks[-1].seconds if looks else 0.0
-    left_out: list[int] = []
-    quarters: tuple[list[int], list[int]] = ([], [])
-    others: tuple[list[int], list[int]] = ([], [])
-    """Without what is left out."""
+    parts: list[list[int]] = [[], [], []]
+    """The third quarter, the first half of the last one, its second half."""
+    left_out: list[list[int]] = [[], [], []]
+    """The same without what is left out."""
+    compiled = between = 0
     for before, look in itertools.pairwise(looks):
         if look.seconds > end / 2:
             if look.kernels > before.kernels:
-                left_out.append(getattr(look, field) - getattr(before, field))
-            is_last = look.seconds > 0.75 * end
-            quarters[is_last].append(getattr(look, field))
-            others[is_last].append(getattr(look, field) - sum(left_out))
-    if end < _LONG or min(map(len, quarters)) < _FEWEST_LOOKS:
+                compiled += getattr(look, field) - getattr(before, field)
+                between += 1
+            part = (look.seconds > 0.75 * end) + (look.seconds > 0.875 * end)
+            parts[part].append(getattr(look, field))
+            left_out[part].append(getattr(look, field) - compiled)
+    if end < _LONG or min(map(len, parts)) < _FEWEST_LOOKS:
         return None
-    third, last = others if len(left_out) <= _MOST_LEFT_OUT else quarters
-    growth = int(statistics.median(last) - statistics.median(third))
-    return growth if len(left_out) <= _MOST_LEFT_OUT or growth <= most else None
+    if between <= _MOST_LEFT_OUT:
+        return Growth(_between(left_out[0], left_out[1] + left_out[2]))
+    for growth, limit in (
+        (Growth(_between(parts[0], parts[1] + parts[2])), most),
+        (Growth(_between(parts[1], parts[2]), is_inside=True), most // 2),
+    ):
+        if growth.bytes <= limit:
+            return growth
+    return None
+
+
+def _between(before: Sequence[int], after: Sequence[int]) -> int:
+    return int(statistics.median(after) - statistics.median(before))
 
 
 def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak], seconds: float, killed: int) -> str:
