@@ -96,7 +96,6 @@ def _soak_with_played_graphs(rank: int, num_ranks: int, settings: Settings, spoi
         return soak(rank, num_ranks, settings)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_everything_for_a_minute(pool_of: PoolOf) -> None:
     reports: list[Report] = pool_of(3).run(_soak_with_played_graphs, Settings(MINUTE, 11, "cpu", 100), False)

@@ -14,8 +14,8 @@ HEAD = """# Compatibility, argument by argument
 Every argument of every public method, given a value that is not its default, on two CPU ranks. This page is written
 by `python -m tests.compatibility` from what the checks in `tests/compatibility/` see; `tests/test_compatibility.py`
 makes them again, compares, and finds arguments without a line. It shows **CPU ranks only**: what has run on GPUs, and
-what was only compiled, is in the [README](../README.md) and in [elastic.md](elastic.md). Whole frameworks' sequences
-of calls: [clients.md](clients.md).
+what was only compiled, is in [performance.md](performance.md#what-is-missing) and [elastic.md](elastic.md). Whole
+frameworks' sequences of calls: [clients.md](clients.md).
 
 | status | arguments | |
 |---|---|---|

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,9 +32,14 @@ def describe_machine(device: str) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {_kernel_version()} {platform.machine()}",
         "large_pages": _large_pages(),
     }
+
+
+def _kernel_version() -> str:
+    """Without what a build appends to it, which may tell whose machine it is."""
+    return re.split(r"[^\d.]", platform.release())[0]
 
 
 def describe_versions() -> dict[str, str]:

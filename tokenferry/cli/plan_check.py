@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[float, float, str]] = {
     "nodes": (-20, 5, "tokenferry bench on nodes of one GPU, by the rate that the bare exchange has there"),
 }
 """Errors in percent, least and most, and what the figures are."""
+_FEWEST_DRAWN = 128
+"""Tokens of all ranks whose bytes are held against their mean: of a few the draw differs from it by some percent."""
 _H800_NVLINK, _H800_SMS = 160.0, 24
 _B200_NVLINK = 646.0
 """Twice that of an H100; not measured."""
@@ -231,6 +233,8 @@ def _low_latency_case(entry: Mapping[str, Any], alone: bool) -> Iterator[CheckRo
         pair = pair[0], low_latency(machine, shape, routing, per_expert=True)[1]
     name = f"{machine.ranks} ranks, low latency, {shape.tokens} x {shape.hidden} {shape.dtype}"
     for operation, row in zip(pair, (shape.row_bytes, shape.combine_row_bytes), strict=True):
+        if shape.tokens * machine.ranks < _FEWEST_DRAWN:
+            break
         counted = entry["wire"][operation.name]["bytes_per_token"] / 1e3
         model = operation.hops[1].rows * row / shape.tokens / 1e3
         yield CheckRow("bytes", f"{name}: {operation.name}, a token", counted, model, "KB")
