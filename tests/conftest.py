@@ -19,7 +19,8 @@ os.environ.setdefault("TOKENFERRY_DEVICE", "cpu")  # tests of GPUs name theirs
 LONGEST = (
     "test_compiled_kernels", "test_soak", "test_models", "test_fault_ranks", "test_demo", "test_dispatch_combine",
     "test_clients", "test_ops_compile", "test_hosts", "test_doctor", "test_bench", "test_internode",
-    "test_bench_cuda", "test_compat", "test_examples", "test_memory", "test_elastic", "test_properties", "test_fuzz", "test_low_latency",
+    "test_bench_cuda", "test_compat", "test_examples", "test_memory", "test_elastic", "test_properties", "test_fuzz",
+    "test_low_latency",
 )  # fmt: skip
 """Files of tests, which workers take one by one in this order, then the others."""
 PRELOAD = ("torch._dynamo", "hypothesis", "numpy", "pytest")

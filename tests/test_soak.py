@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -29,7 +28,8 @@ from tokenferry.cli.mps import MPS_CONTROL
 from tokenferry.cli.ranks import RankError
 from tokenferry.cli.soak_faults import DURING, Bench, expected
 from tokenferry.cli.soak_low_latency import Flight, warm
-from tokenferry.cli.soak_ranks import Look, Report, Settings, layouts_of, soak
+from tokenferry.cli.soak_memory import Look
+from tokenferry.cli.soak_ranks import Report, Settings, layouts_of, soak
 from tokenferry.cli.soak_world import FLOATS, Chance, World, random_shape, rows, same
 from tokenferry.dataplane.cpu import combine as cpu_combine
 from tokenferry.dataplane.cpu import dispatch as cpu_dispatch
@@ -242,79 +242,58 @@ def test_leaks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "+20 in the rank with most" in page
 
 
-def _growing(seconds: float, mib_a_minute: float, on_device: float | None = None) -> Report:
-    chance = random.Random(1)
-    looks = [
-        Look(
-            at,
-            int((100 + 8 * chance.random() + mib_a_minute * at / 60) * 2**20),
-            10,
-            0 if on_device is None else int((900 + on_device * at / 60) * 2**20),
-        )
-        for at in range(0, int(seconds) + 1, 5)
-    ]
-    return Report(calls=Counter({"dispatch": 3}), looks=looks)
-
-
-def test_growth_of_memory_is_judged_in_long_runs() -> None:
-    for seconds, mib_a_minute, found in ((600.0, 0.0, False), (600.0, 10.0, True), (300.0, 20.0, True)):
-        leak = command.find_leaks([_growing(seconds, 0.0), _growing(seconds, mib_a_minute)], set(), 0)[-1]
-        assert (leak.what, leak.is_leak) == ("of that, in the last quarter", found), leak
-        assert "MiB in the rank with most" in leak.found
-    for short in (_growing(120.0, 50.0), Report()):
-        leak = command.find_leaks([short], set(), 0)[-1]
-        assert not leak.is_leak
-        assert "too short" in leak.found
-
-
-def test_memory_of_compilers_is_no_leak() -> None:
-    report = _growing(600.0, 0.0)
-    for every, mib_a_minute, found in ((50, 0.0, False), (50, 20.0, True), (4, 20.0, False)):
-        report.looks[:] = [
-            look._replace(kernels=number // every, resident=look.resident + (number // every * 50 << 20))
-            for number, look in enumerate(_growing(600.0, mib_a_minute).looks)
-        ]
-        leak = command.find_leaks([report], set(), 0)[-1]
-        assert leak.is_leak == found, (every, mib_a_minute, leak)
-        assert ("kernels were compiled" in leak.found) == (every == 4)
-
-
-def test_memory_that_does_not_grow_is_judged_whatever_is_compiled() -> None:
-    for mib_a_minute, judged in ((0.0, True), (2.0, True), (20.0, False)):
-        report = _growing(600.0, mib_a_minute)
-        report.looks[:] = [look._replace(kernels=number) for number, look in enumerate(report.looks)]
-        leak = command.find_leaks([report], set(), 0)[-1]
-        assert ("MiB in the rank with most" in leak.found) == judged, leak
-        assert not leak.is_leak
-        assert "inside" not in leak.found
-
-
-def test_memory_that_stops_growing_with_the_kernels_is_judged() -> None:
-    for mib_a_minute, judged in ((0.0, True), (4.8, False), (20.0, False)):
-        report = _growing(600.0, mib_a_minute)
-        report.looks[:] = [
-            look._replace(kernels=number, resident=look.resident + (min(number, 88) << 21))
-            for number, look in enumerate(report.looks)
-        ]
-        leak = command.find_leaks([report], set(), 0)[-1]
-        assert ("MiB in the rank with most, inside of the quarter" in leak.found) == judged, leak
-        assert not leak.is_leak
-
-
-def test_growth_of_device_memory_is_judged_and_drawn(tmp_path: Path) -> None:
-    for mib_a_minute, found in ((0.0, False), (2.0, False), (40.0, True)):
-        reports = [_growing(300.0, 0.0, 0.0), _growing(300.0, 0.0, mib_a_minute)]
-        leak = command.find_leaks(reports, set(), 0)[-1]
-        assert (leak.what, leak.is_leak) == ("GPU memory, in the last quarter", found), leak
-    assert "GPU" not in command.find_leaks([_growing(300.0, 0.0)], set(), 0)[-1].what
+def test_what_is_drawn(tmp_path: Path) -> None:
     pictures = []
-    for name, drawn in (("with.png", reports), ("without.png", [_growing(300.0, 0.0)])):
+    for name, on_device in (("with.png", 900 << 20), ("without.png", 0)):
+        looks = [Look(seconds, 100 << 20, 10, on_device) for seconds in range(0, 300, 5)]
+        drawn = [Report(calls=Counter({"dispatch": 3}), looks=looks)] * 2
         lines = command._headlines(Settings(300.0, 1, "cuda", 3), drawn)
         assert len(lines) == 3
         soak_plot.draw(drawn, lines, tmp_path / name)
         pictures.append((tmp_path / name).read_bytes())
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert len(pictures[0]) > len(pictures[1])
+
+
+def _soak_without_ranks(reports: list[Report], *options: str) -> int:
+    """The command, whose ranks leave these reports."""
+    with (
+        mock.patch.object(command, "RankPool") as pool,
+        mock.patch.object(command, "named_segments", return_value=set()),
+        mock.patch.object(command.soak_shrink, "end", return_value=0),
+    ):
+        pool.return_value.__enter__.return_value.run.return_value = reports
+        pool.return_value.__enter__.return_value.processes = []
+        return main(["soak", "--ranks", str(len(reports)), *options])
+
+
+def test_a_leak_ends_with_1_and_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "new" / "soak.json"
+    looks = [Look(1.0, 2 << 20, 10), Look(2.25, 3 << 20, 11, 4, 5)]
+    for files, code in (((10, 12), 0), ((10, 30), 1)):
+        report = Report(calls=Counter({"dispatch": 3}), files=files, looks=looks)
+        assert _soak_without_ranks([report], "--output", str(result)) == code
+        written = json.loads(result.read_text())
+        page = "\n".join(written["lines"])
+        assert page in capsys.readouterr().out
+        assert ("LEAK" in page) == bool(code)
+        assert [Look(*look) for look in written["looks"]["of_ranks"][0]] == looks
+        assert written["looks"]["fields"] == list(Look._fields)
+        assert written["machine"]["cores"] > 0
+        assert {"date", "versions", "git", "command"} <= written.keys()
+
+
+def test_files_are_refused_before_the_run_and_not_left_by_one_that_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for bad in (tmp_path, tmp_path / "file" / "soak.json"):
+        with pytest.raises(SystemExit):
+            _soak_without_ranks([Report()], "--output", str(bad))
+        assert "--output" in capsys.readouterr().err
+    with mock.patch.object(command, "RankPool", side_effect=RankError({0: "made up"}, [None])):
+        assert main(["soak", "--output", str(tmp_path / "file")]) == 1
+    assert not (tmp_path / "file").exists()
 
 
 def flights_that_are_warm(rank: int, num_ranks: int) -> tuple[int, int]:

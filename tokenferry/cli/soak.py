@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -34,21 +32,14 @@ from tokenferry.cli.bench_machine import (
 from tokenferry.cli.mps import MpsError, sharing_gpus
 from tokenferry.cli.needs import need_folder, need_gpu
 from tokenferry.cli.ranks import RankError, RankPool
-from tokenferry.cli.soak_ranks import Look, Report, Settings, soak
+from tokenferry.cli.soak_memory import MOST_GROWTH, Look, late_growth
+from tokenferry.cli.soak_ranks import Report, Settings, soak
 
 _MOST_NEW_FILES = 4
 """More open files than after the warm-up are a leak."""
-_LONG = 270.0
-"""Seconds from which on the growth of memory is judged."""
-_MOST_GROWTH = 8 << 20
-"""Bytes of memory that is not shared, from the third quarter of a long run to the last one, by their medians."""
-_FEWEST_LOOKS = 3
-"""In an eighth of the run."""
-_MOST_LEFT_OUT = 2
-"""Intervals in the second half of a run in which kernels were made ready: each adds the noise of two looks."""
 _SHARED_MEMORY = Path("/dev/shm")
 _MOMENT = 3.0
-"""Seconds for which a segment has a name at most, until all ranks have opened it."""
+"""Seconds for which a segment has a name, as a rule: until all ranks have opened it."""
 _RESIDENT = "resident memory since the warm-up"
 
 
@@ -86,6 +77,9 @@ def main(args: argparse.Namespace) -> int:
     for name, path in (("--plot", args.plot), ("--output", args.output)):
         if path is not None:
             need_folder(args, name, path.parent)
+            if path.is_dir():
+                args.fail(f"argument {name}: {path}: is a directory")
+            path.unlink(missing_ok=True)  # a run that fails leaves none
     need_gpu(args)
     before = named_segments()
     began = time.monotonic()
@@ -102,7 +96,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         print(f"again with: tokenferry soak{device} --ranks {args.ranks} --seed {args.seed}", file=sys.stderr)
         return 1
-    leaks = find_leaks(reports, left_segments(before), sum(process.is_alive() for process in pool.processes))
+    alive = sum(process.is_alive() for process in pool.processes)
+    leaks = find_leaks(reports, left_segments(before), alive, max(torch.cuda.device_count(), 1))
     page = summary(settings, reports, leaks, time.monotonic() - began, killed)
     print(page)
     if args.output is not None:
@@ -171,13 +166,14 @@ class Leak:
     is_leak: bool
 
 
-def find_leaks(reports: Sequence[Report], named: set[str], alive: int) -> list[Leak]:
+def find_leaks(reports: Sequence[Report], named: set[str], alive: int, num_gpus: int = 1) -> list[Leak]:
     """What is left at the end.
 
     Args:
         reports: of all ranks.
         named: segments that have a name and were not there before.
         alive: processes that run still.
+        num_gpus: that the ranks are on.
     """
     mapped = sum(report.segments for report in reports)
     files = max(report.files[1] - report.files[0] for report in reports)
@@ -195,11 +191,11 @@ def find_leaks(reports: Sequence[Report], named: set[str], alive: int) -> list[L
         Leak("open files since the warm-up", files_text, files > _MOST_NEW_FILES),
         Leak("processes", f"{alive} alive", alive > 0),
         Leak(_RESIDENT, resident_text, False),
-        _late_leak("of that, in the last quarter", reports, "resident", _MOST_GROWTH),
+        _late_leak("of that, late in the run", reports, "resident", MOST_GROWTH),
     ]
     if any(look.device for report in reports for look in report.looks):
-        most = _MOST_GROWTH * len(reports)  # which may share a GPU
-        found.append(_late_leak("GPU memory, in the last quarter", reports, "device", most))
+        most = MOST_GROWTH * -(-len(reports) // num_gpus)  # ranks of a GPU
+        found.append(_late_leak("GPU memory, late in the run", reports, "device", most))
     return found
 
 
@@ -208,68 +204,15 @@ def _late_leak(what: str, reports: Sequence[Report], field: str, most: int) -> L
     if field == "device":  # which takes memory for the kernels of all
         counts = [sum(look.kernels for look in now) for now in zip(*looks, strict=False)]
         looks = [[look._replace(kernels=n) for look, n in zip(of, counts, strict=False)] for of in looks]
-    growths = [growth for growth in (late_growth(of_rank, field, most) for of_rank in looks) if growth is not None]
-    if not growths:
-        why = "the run is too short, or it grows and kernels were compiled in the second half"
-        return Leak(what, f"not judged: {why}", False)
-    late = max(growths)
-    inside = ", inside of the quarter" if late.is_inside else ""
-    return Leak(what, f"{late.bytes / 2**20:+.1f} MiB in the rank with most{inside}", late.bytes > most)
-
-
-class Growth(NamedTuple):
-    """Of the memory of a rank, late in a run; see :func:`late_growth`."""
-
-    bytes: int
-    is_inside: bool = False
-    """Whether between the halves of the last quarter."""
-
-
-def late_growth(looks: Sequence[Look], field: str, most: int) -> Growth | None:
-    """By how much the memory of a rank has grown late in a run: when everything there is has been used.
-
-    The median of the last quarter, less that of the third: single looks jump, as allocators keep what they have. What
-    comes between two looks between which kernels were made ready is left out, a few times: compilers keep memory. If
-    that was more often, everything counts, from quarter to quarter or inside of the last one: memory that does not
-    grow with kernels does not grow without them.
-
-    Args:
-        looks: of the rank.
-        field: of a look.
-        most: bytes by which it may grow in a quarter.
-
-    Returns:
-        None if the run was too short to say, or it is more than ``most`` and may be of kernels.
-    """
-    end = looks[-1].seconds if looks else 0.0
-    parts: list[list[int]] = [[], [], []]
-    """The third quarter, the first half of the last one, its second half."""
-    left_out: list[list[int]] = [[], [], []]
-    """The same without what is left out."""
-    compiled = between = 0
-    for before, look in itertools.pairwise(looks):
-        if look.seconds > end / 2:
-            if look.kernels > before.kernels:
-                compiled += getattr(look, field) - getattr(before, field)
-                between += 1
-            part = (look.seconds > 0.75 * end) + (look.seconds > 0.875 * end)
-            parts[part].append(getattr(look, field))
-            left_out[part].append(getattr(look, field) - compiled)
-    if end < _LONG or min(map(len, parts)) < _FEWEST_LOOKS:
-        return None
-    if between <= _MOST_LEFT_OUT:
-        return Growth(_between(left_out[0], left_out[1] + left_out[2]))
-    for growth, limit in (
-        (Growth(_between(parts[0], parts[1] + parts[2])), most),
-        (Growth(_between(parts[1], parts[2]), is_inside=True), most // 2),
-    ):
-        if growth.bytes <= limit:
-            return growth
-    return None
-
-
-def _between(before: Sequence[int], after: Sequence[int]) -> int:
-    return int(statistics.median(after) - statistics.median(before))
+    known = [growth for growth in (late_growth(of_rank, field) for of_rank in looks) if growth is not None]
+    if len(known) < len(reports):
+        return Leak(what, "not judged: the run is too short, or has too few Buffers", False)
+    is_leak = any(growth.is_own and growth.bytes > most for growth in known)
+    worst = max((growth for growth in known if growth.is_own or not is_leak), key=lambda growth: growth.bytes)
+    text = f"{worst.bytes / 2**20:+.1f} MiB a quarter of the run, in the rank with most"
+    if not is_leak and worst.bytes > most:
+        text = f"not judged: {text}, and kernels were compiled meanwhile"
+    return Leak(what, text, is_leak)
 
 
 def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak], seconds: float, killed: int) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from tokenferry.cli import soak_graphs
 from tokenferry.cli.soak_elastic import Elastic
 from tokenferry.cli.soak_faults import AFTERWARDS, DURING, Bench, expect
 from tokenferry.cli.soak_low_latency import MOST_EXPERTS, MOST_HIDDEN, MOST_TOKENS, burst, warm
+from tokenferry.cli.soak_memory import Look
 from tokenferry.cli.soak_world import (
     FLOATS,
     Chance,
@@ -67,21 +68,6 @@ class Settings:
     seed: int
     device: str
     most_tokens: int
-
-
-class Look(NamedTuple):
-    """What a rank holds at a moment."""
-
-    seconds: float
-    """Since the start."""
-    resident: int
-    """Bytes of memory that is not shared."""
-    files: int
-    """Open ones."""
-    device: int = 0
-    """Bytes of its GPU that are taken, by whomever; 0 on CPU ranks."""
-    kernels: int = 0
-    """Variants of kernels that it has made ready so far: compilers and drivers keep memory of each."""
 
 
 @dataclass
