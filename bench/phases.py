@@ -14,8 +14,8 @@ from requirements import CHECKS, CPUS, GPUS, Scale
 
 STAGED = "expandable_segments:True"
 PHASES = ("tests", "high-throughput", "low-latency", "further", "shared", "nodes", "sanitizer", "stress", "soak")
-MANY = 3
-"""Ranks from which on tests are those of as many, and operations are timed with more tokens: figures of record."""
+MANY = (4, 8)
+"""Ranks whose figures are of record: tests are those of as many, and operations are timed with more tokens."""
 SANITIZER = "compute-sanitizer"
 _NO_CALLS = ("--report-api-errors", "no")
 """Torch asks CUDA for what is not there."""
@@ -98,13 +98,14 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
     def bench(name: str, *arguments: object) -> tuple[str, ...]:
         return _bench(setting, output(name), *arguments)
 
-    apart, sharing, many = "not slow and not shares_gpus", "not slow and shares_gpus", setting.ranks >= MANY
-    if many:
-        command = _pytest("tests/gpu", "-m", sharing if shared else apart, "--ranks", str(setting.ranks))
-        yield Step("tests", "tests", command, 140, shares_gpus=shared)
+    apart, sharing, many = "not slow and not shares_gpus", "not slow and shares_gpus", setting.ranks in MANY
+    of_as_many = ("--ranks", str(setting.ranks)) if many else ()
+    if many and shared:
+        command = _pytest("tests/gpu", "-m", sharing, *of_as_many)
+        yield Step("shared tests", "tests", command, 140, shares_gpus=True)
     else:
-        yield Step("tests", "tests", _pytest("tests/gpu", "-m", apart), 330)
-    yield Step("shared tests", "shared", _pytest("tests/gpu", "-m", sharing), 330, shares_gpus=True)
+        yield Step("tests", "tests", _pytest("tests/gpu", "-m", apart, *of_as_many), 140 if many else 330)
+        yield Step("shared tests", "shared", _pytest("tests/gpu", "-m", sharing), 330, shares_gpus=True)
     modes = ("--modes", "layout", "dispatch", "cached", "combine", "pair", "cached-pair")
     if many:
         sizes = ("--tokens", scale.tokens, 2 * scale.tokens, "--sms", 8, scale.sms, 24, 32, 64)

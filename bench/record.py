@@ -19,7 +19,7 @@ With two GPUs and calls of ten minutes:
 Each is given --minutes 9 in all. A first start of every step comes before a second one (--repeat), and leaves the
 steps behind it at least half of what they may take. The last two calls end what those before had no time for, too.
 record.json is all that is needed to resume on another machine. With four or eight GPUs one call of eight minutes is
-enough, whose tests are those of as many ranks, and whose bars are others:
+enough (not tried there yet), whose tests are those of as many ranks, and whose bars are others:
 
     python bench/record.py --output R --phase tests high-throughput low-latency --repeat 1 --minutes 8
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -61,10 +62,15 @@ def test_ranks_with_a_gpu_each_are_told_from_those_that_share(tmp_path: Path) ->
         ("test_thousands_of_operations[2]", "test_stress"),
     ):
         assert ("apart", *test) in told
-    few = played(8, "--collect-only", "--ranks", "8", "-p", "telling", "tests/gpu", path=tmp_path)
+    assert "error" not in text
+    paths = ("tests/gpu", "tests/test_rails.py")
+    few = played(8, "--collect-only", "--ranks", "4", "-p", "telling", *paths, path=tmp_path)
     names = {tuple(line.split()[2:]) for line in few.splitlines() if line.startswith(":: ")}
-    assert {("test_every_call[wide-8]", "test_dispatch_combine"), ("test_small_rows[8]", "test_low_latency")} <= names
-    assert all("8" in name or "2x4" in name for name, _ in names), names
+    assert {("test_every_call[wide-4]", "test_dispatch_combine"), ("test_small_rows[4]", "test_low_latency")} <= names
+    gpu = {name for name, stem in names if stem != "test_rails"}
+    assert len(gpu) < len(names)
+    assert not any("-8]" in name or "-2]" in name or "[2]" in name or "2x4" in name for name in gpu), gpu
+    assert re.search(r"\d+/\d+ tests collected \(\d+ deselected\)", few), few[-300:]
     for test in (
         ("test_every_call[wide-4]", "test_dispatch_combine"),
         ("test_every_call[plain-2x4]", "test_internode"),

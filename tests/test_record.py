@@ -40,10 +40,10 @@ def python(code: str, name: str = "one", **fields: Any) -> Step:
 # What is run.
 
 
-@pytest.mark.parametrize("setting", [TWO, Setting("cuda", 8, 8), Setting("cuda", 2, 1), CPU])
+@pytest.mark.parametrize("setting", [TWO, Setting("cuda", 8, 8), Setting("cuda", 8, 2), Setting("cuda", 2, 1), CPU])
 def test_every_command_parses(setting: Setting) -> None:
     known = phases.steps(setting, PHASES, lambda name: f"/out/{name}")
-    assert {step.phase for step in known} == set(PHASES)
+    assert {step.phase for step in known} >= set(PHASES) - {"shared"}
     assert len({step.name for step in known}) == len(known)
     for step in known:
         words = step.command[step.command.index("python") :]
@@ -64,7 +64,7 @@ def test_every_command_parses(setting: Setting) -> None:
             assert set(step.environment.values()) == {STAGED}
     shared = {step.name for step in known if step.shares_gpus}
     assert shared >= ({"shared tests", "shared stress"} if setting.device == "cuda" else set())
-    assert ("ruler" in shared) == (setting.gpus == 1)
+    assert ("ruler" in shared) == (0 < setting.gpus < setting.ranks)
 
 
 def test_a_call_of_ten_minutes_is_enough_for_tests_and_both_modes() -> None:
@@ -82,18 +82,36 @@ def test_a_call_of_ten_minutes_is_enough_for_tests_and_both_modes() -> None:
     assert record.share_of(chosen[0], (), 3.0) == 3.0
 
 
-@pytest.mark.parametrize("gpus", [2, 8])
-def test_a_call_of_eight_minutes_is_enough_for_the_figures_of_eight_ranks(gpus: int) -> None:
-    chosen = phases.steps(Setting("cuda", 8, gpus), ("tests", "high-throughput", "low-latency"), str)
-    assert [step.name for step in chosen] == ["tests", "ruler", "low latency"]
-    assert sum(step.seconds for step in chosen) < 8 * 60
+@pytest.mark.parametrize("setting", [Setting("cuda", 4, 4), Setting("cuda", 8, 8), Setting("cuda", 8, 2)], ids=str)
+def test_a_call_of_eight_minutes_is_enough_for_figures_of_record(setting: Setting) -> None:
+    (line,) = (line for line in str(record.__doc__).splitlines() if "--minutes 8" in line)
+    assert "--repeat 1" in line
+    chosen = phases.steps(setting, line.partition("--phase ")[2].partition(" --")[0].split(), str)
+    left = 8 * 60.0
+    for at, step in enumerate(chosen):
+        assert record.share_of(step, chosen[at + 1 :], left) == step.seconds >= 120
+        left -= step.seconds
+    shares = setting.gpus < setting.ranks
+    assert [step.name for step in chosen] == ["shared tests" if shares else "tests", "ruler", "low latency"]
+    assert all(step.shares_gpus == shares for step in chosen)
     tests, ruler, low_latency = (step.command for step in chosen)
-    assert tests[-2:] == ("--ranks", "8")
-    assert any("not shares_gpus" in part for part in tests) == (gpus == 8)
-    assert all(step.shares_gpus == (gpus == 2) for step in chosen)
-    at = ruler.index("--tokens")
-    assert ruler[at + 1 : at + 4] == ("4096", "8192", "--sms")
+    assert tests[-2:] == ("--ranks", str(setting.ranks))
+    assert ("not slow and shares_gpus" if shares else "not slow and not shares_gpus") in tests
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(ruler[ruler.index("bench") + 1 :])
+    assert args.tokens == [4096, 8192]
+    assert {8, 16, 24, 64} <= set(args.sms)
+    assert {"dispatch", "cached", "combine", "pair"} <= set(args.modes)
     assert "--beside" not in low_latency
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_other_ranks_run_all_tests(ranks: int) -> None:
+    (tests, shared) = phases.steps(Setting("cuda", ranks, ranks), ("tests", "shared"), str)
+    assert "--ranks" not in (*tests.command, *shared.command)
+    (low_latency,) = phases.steps(Setting("cuda", ranks, ranks), ("low-latency",), str)
+    assert "--beside" in low_latency.command
 
 
 def test_phases_are_run_in_order_and_alone() -> None:

@@ -82,6 +82,7 @@ def at(*shares: float) -> Callable[[float], int]:
         # A few kernels: what is kept of them is left out.
         (run(0, kernels=at(0.6, 0.9), mib_a_kernel=60), FLAT),
         (run(20, kernels=at(0.6, 0.9), mib_a_kernel=60), LEAK),
+        (run(20, kernels=at(0.8, 0.85, 0.9), mib_a_kernel=60), UNKNOWN),
         # Many, but none in the last quarter.
         (run(0, kernels=until(0.74), mib_a_kernel=2), FLAT),
         (run(0, kernels=at(0.55, 0.6, 0.7), mib_a_kernel=60), FLAT),

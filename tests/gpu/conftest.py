@@ -6,7 +6,8 @@ without these it has two. Tests whose ranks share GPUs are marked for ``-m``, an
     python -m pytest tests/gpu -m "not slow and not shares_gpus"
     python -m pytest tests/gpu -m "not slow and shares_gpus"
 
-``--ranks 8`` leaves those that have eight at a time. Only torch, triton, numpy and pytest are needed.
+``--ranks 8``, where ``tests/gpu`` is named, leaves of these those that have eight at a time. Only torch, triton, numpy
+and pytest are needed.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def most_ranks(item: pytest.Item) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU there is nothing to test here; mark what needs MPS."""
     num_gpus = torch.cuda.device_count()
-    ranks = config.getoption("--ranks", None)  # unknown where these tests are some of all
+    ranks = config.getoption("--ranks")
     if ranks is not None:
         others = [item for item in items if "gpu" in item.path.parts and most_ranks(item) != ranks]
         items[:] = [item for item in items if item not in others]
