@@ -6,8 +6,8 @@ without these it has two. Tests whose ranks share GPUs are marked for ``-m``, an
     python -m pytest tests/gpu -m "not slow and not shares_gpus"
     python -m pytest tests/gpu -m "not slow and shares_gpus"
 
-``--ranks 8``, where ``tests/gpu`` is named, leaves of these those that have eight at a time. Only torch, triton, numpy
-and pytest are needed.
+``--ranks 8``, where ``tests/gpu`` is named, leaves of these those that have eight at a time. Only torch, triton,
+numpy and pytest are needed.
 """
 
 from __future__ import annotations
