@@ -21,9 +21,13 @@ def main(device: str) -> None:
         # One expert a rank, and every token chooses all of them: row r of what arrives comes from rank r.
         x = torch.full((1, 8), float(rank), device=device)
         topk_idx = torch.arange(num_ranks, device=device).view(1, -1)
-        per_rank, _, per_expert, member, _ = buffer.get_dispatch_layout(topk_idx, num_experts=num_ranks)
+        per_rank, per_node, per_expert, member, _ = buffer.get_dispatch_layout(topk_idx, num_experts=num_ranks)
         received, _, _, _, handle, _ = buffer.dispatch(
-            x, num_tokens_per_rank=per_rank, is_token_in_rank=member, num_tokens_per_expert=per_expert
+            x,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,  # None on one node
+            is_token_in_rank=member,
+            num_tokens_per_expert=per_expert,
         )
         assert received[:, 0].tolist() == list(range(num_ranks))
         # Every rank answers with the row that came; what comes home is their sum.

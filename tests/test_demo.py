@@ -159,7 +159,12 @@ def test_traces_agree_only_within_the_tolerance() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--ranks", "0"], "0 is not above 0"), (["--steps", "x"], "invalid"), (["--seed", "-1"], "-1 is negative")],
+    [
+        (["--ranks", "0"], "got 0; allowed: 1 to"),
+        (["--ranks", "100000"], "got 100000; allowed: 1 to"),
+        (["--steps", "x"], "invalid"),
+        (["--seed", "-1"], "-1 is negative"),
+    ],
 )
 def test_wrong_options_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

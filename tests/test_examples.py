@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -33,10 +34,11 @@ def start_of(name: str) -> str:
     return (EXAMPLES / f"{name}.py").read_text().partition('if __name__ == "__main__":')[2]
 
 
-def run(rank: int, num_ranks: int, name: str, sizes: dict[str, Any]) -> str:
+def run(rank: int, num_ranks: int, name: str, sizes: dict[str, Any], num_nodes: int = 1) -> str:
     printed = io.StringIO()
+    node = {"TOKENFERRY_NODE": str(rank * num_nodes // num_ranks)} if num_nodes > 1 else {}
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), mock.patch.dict("os.environ", node):
             runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]("cpu", **sizes)
     finally:
         tokenferry.compat.uninstall()
@@ -51,6 +53,14 @@ def test_runs(pool_of: PoolOf, name: str, num_ranks: int) -> None:
     assert first.splitlines()[-1].startswith(f"{num_ranks} ranks"), first
     if name != "launch":
         assert others == [""] * (num_ranks - 1)
+
+
+@pytest.mark.parametrize("name", ["launch", *slow(*(name for name in SIZES if name != "launch"))])
+def test_runs_on_two_nodes(pool_of: PoolOf, name: str) -> None:
+    first, *_ = pool_of(2).run(run, name, SIZES[name], 2)
+    assert first.splitlines()[-1].startswith("2 ranks"), first
+    if name == "launch":
+        assert "node 0 of 2" in first
 
 
 def test_wrong_results_are_noticed(pool_of: PoolOf) -> None:

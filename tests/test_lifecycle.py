@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -19,7 +21,7 @@ import torch.distributed as dist
 
 from tests.cases import TIMEOUT, Case, Scenario, check_works, named_segments, segments, wait_for
 from tests.conftest import PoolOf
-from tokenferry import Buffer, BufferStateError, TokenferryError
+from tokenferry import ArgumentError, Buffer, BufferStateError, ElasticBuffer, TokenferryError
 from tokenferry.cli.ranks import RankPool
 
 KEYWORDS: dict[str, Any] = {
@@ -123,6 +125,16 @@ def test_mpi_communicator(pool_of: PoolOf) -> None:
     pool_of(3).run(_with_comm)
 
 
+def test_groups_and_communicators_that_are_none() -> None:
+    for arguments, message in (
+        ({"group": "world"}, "group: got str; allowed: a torch.distributed process group"),
+        ({"comm": 3}, "comm: got int; allowed: an mpi4py communicator"),
+        ({"group": "world", "comm": 3}, "comm: got int; allowed: None with a group"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            Buffer(**arguments, device="cpu")
+
+
 USES: dict[str, Callable[[Buffer, Scenario, Any], object]] = {
     "layout": lambda buffer, it, handle: it.layout_arguments(buffer),
     "dispatch": lambda buffer, it, handle: buffer.dispatch(it.x, handle=handle),
@@ -160,6 +172,32 @@ def _left_by_exception(rank: int, num_ranks: int) -> None:
     with pytest.raises(KeyError), Buffer(dist.group.WORLD, timeout=TIMEOUT) as buffer:
         raise KeyError
     assert buffer.runtime is None
+
+
+def _let_go(rank: int, num_ranks: int) -> None:
+    group = dist.new_group()
+    gc.collect()
+    before = sys.getrefcount(group)
+    for construct in (Buffer, functools.partial(ElasticBuffer, num_max_tokens_per_rank=4, hidden=64, num_topk=2)):
+        buffer: Any = construct(group)
+        assert buffer.group is group
+        assert sys.getrefcount(group) > before
+        if isinstance(buffer, Buffer):
+            with pytest.raises(ArgumentError, match="size: got 'a'"):
+                buffer.empty(2, "a")  # type: ignore[arg-type]
+        buffer.destroy()
+        buffer.destroy()
+        gc.collect()
+        assert sys.getrefcount(group) == before
+        assert buffer.group is None
+        with pytest.raises(BufferStateError, match="destroyed"):
+            buffer.stats() if isinstance(buffer, Buffer) else buffer.barrier()
+    dist.destroy_process_group(group)
+
+
+def test_a_destroyed_buffer_lets_its_group_go(pool_of: PoolOf) -> None:
+    """Else its threads would run on behind ``destroy_process_group``, to the end of the process, and abort it."""
+    pool_of(2).run(_let_go)
 
 
 def test_leaving_a_block_by_an_exception_destroys(pool_of: PoolOf) -> None:

@@ -331,6 +331,8 @@ def wrong_arguments(rank: int, num_ranks: int) -> None:
             dispatch(buffer, torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1).double(), 2)
         with pytest.raises(ArgumentError, match="num_experts: got 3"):
             ExpertParallelMoE(buffer, 8, 8, 3, 1)
+        with pytest.raises(ArgumentError, match=r"x: .* of shape \[3, 32\] on cpu; allowed: rows of 64 elements"):
+            ExpertParallelMoE(buffer, 64, 128, num_ranks, 1)(torch.zeros(3, 32))
         with pytest.raises(ArgumentError, match="num_topk: got 5"):
             ExpertParallelMoE(buffer, 8, 8, 4, 5)
 

@@ -136,7 +136,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, 
         self.rank = rendezvous.rank
         self.group_size = rendezvous.num_ranks
         self._rendezvous = rendezvous
-        self.group = group if group is not None else comm
+        self.group: Any = group if group is not None else comm
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
@@ -175,10 +175,17 @@ class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, 
     # Life cycle.
 
     def destroy(self) -> None:
-        """Let go of the Buffer's memory. Local: no peer is waited for, none is harmed. May be called again."""
+        """Let go of the Buffer's memory, and of the group. Local: no peer is waited for, none is harmed.
+
+        May be called again. ``group`` is None afterwards: so ``destroy_process_group`` finds its last reference.
+        """
         runtime, self.runtime = getattr(self, "runtime", None), None
         if runtime is not None:
             runtime.destroy()
+            self.group = None
+            self._wishes = self._wishes._replace(group=None)
+            for name in ("_rendezvous", "_meetings"):  # which lead to it
+                self.__dict__.pop(name, None)
 
     def is_available(self) -> bool:
         """Whether operations can run: constructed, not destroyed, no operation failed."""

@@ -75,6 +75,8 @@ class MemoryMethods:
             dtype: of the tensor.
 
         Raises:
+            ArgumentError: a size is no number of elements.
             HeapError: ``heap_bytes`` are used up.
         """
-        return self._live_runtime().empty(torch.Size(size), dtype)
+        shape = torch.Size([check_int("size", each, minimum=0) for each in size])
+        return self._live_runtime().empty(shape, dtype)

@@ -124,7 +124,7 @@ class ElasticBuffer:
         note_ignored(sl_idx=sl_idx != 3, num_allocated_qps=num_allocated_qps != 0)
         chosen = choose_device(device)
         rendezvous = meet(group, None, chosen)
-        self.group = group
+        self.group: dist.ProcessGroup | None = group
         self.rank = rendezvous.rank
         self.group_size = rendezvous.num_ranks
         if num_bytes is None:
@@ -168,10 +168,14 @@ class ElasticBuffer:
     # Life cycle.
 
     def destroy(self) -> None:
-        """Let go of the memory. Local: no peer is waited for, none is harmed. May be called again."""
+        """Let go of the memory, and of the group, which is None afterwards. Local: no peer is waited for.
+
+        None is harmed. May be called again.
+        """
         runtime, self.runtime = getattr(self, "runtime", None), None
         if runtime is not None:
             runtime.destroy()
+            self.group = None
 
     def is_available(self) -> bool:
         """Whether operations can run: constructed, not destroyed, no operation failed."""

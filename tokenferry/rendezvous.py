@@ -47,9 +47,13 @@ def meet(group: dist.ProcessGroup | None, comm: Any | None, device: torch.device
         device: of this rank, which need not be the current one: NCCL takes every rank for one GPU.
 
     Raises:
-        ArgumentError: neither is given, or this process is not in the group.
+        ArgumentError: neither is given, or both, or something else, or this process is not in the group.
     """
+    if group is not None and comm is not None:
+        raise ArgumentError("comm", type(comm).__name__, "None with a group")
     if group is not None:
+        if not isinstance(group, dist.ProcessGroup) and group is not dist.GroupMember.NON_GROUP_MEMBER:
+            raise ArgumentError("group", type(group).__name__, "a torch.distributed process group")
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:
             raise ArgumentError("group", "a group without this process", "a group that this process is in")
@@ -64,6 +68,8 @@ def meet(group: dist.ProcessGroup | None, comm: Any | None, device: torch.device
         return Rendezvous(rank, num_ranks, all_gather, _get_default_store())  # of all groups
     if comm is None:
         raise ArgumentError("group", None, "a torch.distributed process group (or comm=, an mpi4py communicator)")
+    if not all(hasattr(comm, name) for name in ("Get_rank", "Get_size", "allgather")):
+        raise ArgumentError("comm", type(comm).__name__, "an mpi4py communicator")
     return Rendezvous(int(comm.Get_rank()), int(comm.Get_size()), lambda value: list(comm.allgather(value)), None)
 
 

@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=list(DTYPES),
         nargs="+",
-        help="of dispatched rows (default bf16, with cuda bf16 fp8); "
+        help="of dispatched rows, several with cuda only (default bf16, with cuda bf16 fp8); "
         f"fp8 has a float32 scale for {SCALE_BLOCK} elements and combines in bf16",
     )
     shape.add_argument(
@@ -136,7 +136,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ceilings of the stage; 64M means 64 MiB; 0, the default, is the library's own",
     )
     budget = run.add_mutually_exclusive_group()
-    budget.add_argument("--seconds", type=_seconds, help=f"for each case and contender (default {_DEFAULT_SECONDS})")
+    budget.add_argument(
+        "--seconds",
+        type=_seconds,
+        help=f"for each case and contender, not in low latency (default {_DEFAULT_SECONDS})",
+    )
     budget.add_argument("--iterations", type=_positive, help="timed calls of each case and contender")
     run.add_argument(
         "--baseline", action=argparse.BooleanOptionalAction, default=True, help=f"run {BASELINE} too (default: yes)"

@@ -179,7 +179,7 @@ def comparison_lines(earlier: Mapping[str, Any], reports: Sequence[CudaReport]) 
     for report in reports:
         contenders = before.get(case_key(dataclasses.asdict(report.case)))
         if contenders is None:
-            lines.append(f"{_shape(report.case)}   not in the earlier file")
+            lines.append(f"{_shape(report.case)}   not in the earlier file, with all options of these")
             continue
         parts = []
         for name, kinds in report.figures.items():

@@ -209,7 +209,7 @@ def comparison_lines(earlier: Mapping[str, Any], reports: Sequence[LowLatencyRep
     for report in reports:
         contenders = before.get(json.dumps(dataclasses.asdict(report.case), sort_keys=True))
         if contenders is None:
-            lines.append(f"{_shape(report.case)}   not in the earlier file")
+            lines.append(f"{_shape(report.case)}   not in the earlier file, with all options of these")
             continue
         parts = []
         for name in report.figures:

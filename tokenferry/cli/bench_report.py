@@ -259,7 +259,7 @@ def comparison_lines(earlier: Mapping[str, Any], reports: Sequence[CaseReport]) 
         what = _shape(report.case)
         contenders = before.get(case_key(dataclasses.asdict(report.case)))
         if contenders is None:
-            lines.append(f"{what}   not in the earlier file")
+            lines.append(f"{what}   not in the earlier file, with all options of these")
             continue
         parts = [
             f"{name} {contenders[name]['median_seconds'] / found.median:.2f}x"

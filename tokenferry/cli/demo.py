@@ -17,7 +17,7 @@ import torch
 from tokenferry.cli.demo_model import Corpus, Settings
 from tokenferry.cli.demo_train import TOLERANCE, Report, train, train_dense
 from tokenferry.cli.needs import need_folder
-from tokenferry.cli.ranks import RankError, RankPool
+from tokenferry.cli.ranks import RankError, RankPool, number_of_ranks
 
 _MIN_EXPERTS = 8
 _THREADS = 1
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: to declare them on.
     """
     parser.set_defaults(fail=parser.error)
-    parser.add_argument("--ranks", type=_positive, default=4, help="processes to start (default: %(default)s)")
+    parser.add_argument("--ranks", type=number_of_ranks, default=4, help="processes to start (default: %(default)s)")
     parser.add_argument(
         "--steps", type=_positive, default=Settings().steps, help="training steps (default: %(default)s)"
     )
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("demo-out"), help="folder for the picture (default: %(default)s)"
     )
-    parser.add_argument("--no-plot", action="store_true", help="draw no picture; matplotlib is not needed then")
+    parser.add_argument("--no-plot", action="store_true", help="draw no picture: needs tqdm, but no matplotlib")
 
 
 def main(args: argparse.Namespace) -> int:

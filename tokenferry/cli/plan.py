@@ -20,7 +20,7 @@ from tokenferry.config import Config
 from tokenferry.errors import ArgumentError
 
 _NOTE = "A prediction, not a measurement. What it leaves out, and how far it was off: docs/planning.md."
-_INTERNODE = "Between nodes nothing of it was ever measured with this library."
+_INTERNODE = "Between nodes it was held against two nodes on one machine, never against a real network."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,7 @@ from tokenferry.cli.bench_machine import (
 )
 from tokenferry.cli.mps import MpsError, sharing_gpus
 from tokenferry.cli.needs import need_folder, need_gpu
-from tokenferry.cli.ranks import RankError, RankPool
+from tokenferry.cli.ranks import RankError, RankPool, number_of_ranks
 from tokenferry.cli.soak_memory import MOST_GROWTH, Look, late_growth
 from tokenferry.cli.soak_ranks import Report, Settings, soak
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.set_defaults(fail=parser.error)
     parser.add_argument("--minutes", type=_positive_number, default=1.0, help="how long (default: %(default)s)")
-    parser.add_argument("--ranks", type=_positive, default=4, help="processes to start (default: %(default)s)")
+    parser.add_argument("--ranks", type=number_of_ranks, default=4, help="processes to start (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument(

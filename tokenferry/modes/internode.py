@@ -116,6 +116,7 @@ def dispatch(party: Party, given: Inputs, num_tokens_per_rdma_rank: object, chun
 def _checked_per_node(party: Party, given: object, node_member: torch.Tensor) -> list[int]:
     """Tokens that go to each node, as the caller says, too."""
     name, count = "num_tokens_per_rdma_rank", node_member.size(1)
+    require(given is not None, name, None, f"what get_dispatch_layout returns second: ranks are on {count} nodes")
     per_node = check_tensor(name, given, shape=(count,), dtypes=(torch.int32,), device=party.device)
     said, sent = torch.stack([per_node, node_member.sum(0, dtype=torch.int32)]).tolist()
     require(said == sent, name, said, f"{sent}, as in is_token_in_rank")

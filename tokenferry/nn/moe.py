@@ -15,7 +15,7 @@ from torch import nn
 from tokenferry.buffer import Buffer
 from tokenferry.nn.functional import combine, dispatch
 from tokenferry.ops import register
-from tokenferry.validation import check_int, require
+from tokenferry.validation import check_int, describe, require
 
 
 class ExpertParallelMoE(nn.Module):
@@ -85,7 +85,12 @@ class ExpertParallelMoE(nn.Module):
 
         Returns:
             The same shape and dtype: the experts' outputs, weighted by the router and summed.
+
+        Raises:
+            ArgumentError: rows of another width.
         """
+        hidden = self.router_EH.size(1)
+        require(x.dim() > 0 and x.size(-1) == hidden, "x", describe(x), f"rows of {hidden} elements")
         x_TH = x.reshape(-1, x.size(-1))
         weights_TK, idx_TK = self.route(x_TH)
         recv_x_MH, recv_idx_MK, recv_weights_MK, load_L, handle = dispatch(
