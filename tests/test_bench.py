@@ -200,6 +200,18 @@ def test_against_prints_ratios(directory: Path, tmp_path: Path, capsys: pytest.C
     assert [line for line in lines if "not in the earlier file" in line]
 
 
+def test_against_keeps_the_earlier_file(
+    results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "bench.json"
+    earlier.write_text(json.dumps(results))
+    for arguments in (AGAINST, ["bench", *LOW_LATENCY]):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--output", str(tmp_path), "--against", str(earlier)])
+        assert "would write over it" in capsys.readouterr().err
+    assert json.loads(earlier.read_text()) == results
+
+
 def test_against_refuses_another_machine(
     results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -377,6 +377,8 @@ def _target(args: argparse.Namespace) -> tuple[Path, str]:
     """Directory and name of the files to write."""
     if args.save is None:
         need_folder(args, "--output", args.output)
+        if args.against is not None and args.against.resolve() == (args.output / "bench.json").resolve():
+            args.fail(f"argument --against: {args.against}: this run would write over it; allowed: another --output")
         return args.output, "bench"
     directory = results_directory()
     if directory is None:
