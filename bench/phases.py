@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from requirements import CHECKS, CPUS, GPUS, Scale
+from requirements import CHECKS, CPUS, GPUS, OF_RECORD, Scale
 
 STAGED = "expandable_segments:True"
 PHASES = ("tests", "high-throughput", "low-latency", "further", "shared", "nodes", "sanitizer", "stress", "soak")
-MANY = (4, 8)
-"""Ranks whose figures are of record: tests are those of as many, and operations are timed with more tokens."""
 SANITIZER = "compute-sanitizer"
 _NO_CALLS = ("--report-api-errors", "no")
 """Torch asks CUDA for what is not there."""
@@ -98,7 +96,7 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
     def bench(name: str, *arguments: object) -> tuple[str, ...]:
         return _bench(setting, output(name), *arguments)
 
-    apart, sharing, many = "not slow and not shares_gpus", "not slow and shares_gpus", setting.ranks in MANY
+    apart, sharing, many = "not slow and not shares_gpus", "not slow and shares_gpus", setting.ranks in OF_RECORD
     of_as_many = ("--ranks", str(setting.ranks)) if many else ()
     if many and shared:
         command = _pytest("tests/gpu", "-m", sharing, *of_as_many)
@@ -107,13 +105,11 @@ def _on_gpus(setting: Setting, output: Callable[[str], str]) -> Iterator[Step]:
         yield Step("tests", "tests", _pytest("tests/gpu", "-m", apart, *of_as_many), 140 if many else 330)
         yield Step("shared tests", "shared", _pytest("tests/gpu", "-m", sharing), 330, shares_gpus=True)
     modes = ("--modes", "layout", "dispatch", "cached", "combine", "pair", "cached-pair")
+    sizes: tuple[object, ...] = ("--tokens", scale.tokens, "--sms", 8, 12, scale.sms, 24, 64)
     if many:
-        sizes = ("--tokens", scale.tokens, 2 * scale.tokens, "--sms", 8, scale.sms, 24, 32, 64)
-        command = bench("ruler", *sizes, *modes, "--iterations", 10)
-        yield Step("ruler", "high-throughput", command, 200, True, shared)
-    else:
-        command = bench("ruler", "--tokens", scale.tokens, "--sms", 8, 12, scale.sms, 24, 64, *modes)
-        yield Step("ruler", "high-throughput", command, 120, True, shared)
+        sizes = ("--tokens", scale.tokens, 2 * scale.tokens, "--sms", 8, scale.sms, 24, 32, 64, "--iterations", 10)
+    command = bench("ruler", *sizes, *modes)
+    yield Step("ruler", "high-throughput", command, 200 if many else 120, True, shared)
     phase = "further"
     command = bench(
         "extras", "--tokens", scale.tokens, "--sms", scale.sms, 24, "--dtype", "bf16", "--beside", "operators",

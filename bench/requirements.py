@@ -41,6 +41,8 @@ class Scale(NamedTuple):
         return -(-22 * self.tokens * self.hidden * 2 // 10 // 128) * 128
 
 
+OF_RECORD = (4, 8)
+"""Ranks whose figures are of record: tests are those of as many, there are more tokens, one start will do."""
 GPUS = Scale()
 CPUS = Scale(64, 256, 0, (16, 32, 64), 1, 16, 0)
 
@@ -420,7 +422,7 @@ def rows_of(starts: Sequence[Start], gpus: int, judged: bool = True) -> list[Row
     """
     rows = [_row(bar, starts, gpus, judged) for bar in BARS if bar.gpus != 8 or gpus == 8]
     count = min(sum(bool(start.steps.get(step, {}).get("results")) for start in starts) for step in TWICE)
-    judged = judged and gpus in (0, 2)  # of more, one start is asked for
+    judged = judged and gpus not in OF_RECORD
     verdict = "" if not judged else "met" if count > 1 else "MISSED" if count else "not run"
     return [*rows, Row("starts", f"of {' and '.join(TWICE)}", ">= 2" if judged else "", str(count), "", verdict)]
 

@@ -361,7 +361,7 @@ def buffer_of_rank_0(gpu: Gpu, num_ranks: int, push_bytes: int) -> Iterator[Buff
         buffer.runtime, buffer.rank, buffer.group_size = runtime, 0, num_ranks
         buffer.low_latency_mode, buffer.enable_shrink = True, False
         buffer._proves_low_latency = False
-        buffer._wishes = Wishes(CPU, None, may_mask=False, exact_combine=False, **options)
+        buffer._wishes = Wishes(CPU, False, may_mask=False, exact_combine=False, **options)
         buffer.follow = lambda: [(peer.poll(), peer.acknowledge()) for peer in peers]  # type: ignore[attr-defined]
         try:
             yield buffer

@@ -106,6 +106,13 @@ def test_a_call_of_eight_minutes_is_enough_for_figures_of_record(setting: Settin
     assert "--beside" not in low_latency
 
 
+def test_one_start_will_do_for_figures_of_record_only() -> None:
+    for gpus in (0, 2, 3, 6):
+        assert requirements.rows_of([Start({}, requirements.GPUS)], gpus)[-1].verdict == "not run", gpus
+    for gpus in (4, 8):
+        assert requirements.rows_of([Start({}, requirements.GPUS)], gpus)[-1].verdict == "", gpus
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 6])
 def test_other_ranks_run_all_tests(ranks: int) -> None:
     (tests, shared) = phases.steps(Setting("cuda", ranks, ranks), ("tests", "shared"), str)

@@ -135,7 +135,6 @@ class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, 
         rendezvous = meet(group, comm, chosen)
         self.rank = rendezvous.rank
         self.group_size = rendezvous.num_ranks
-        self._rendezvous = rendezvous
         self.group: Any = group if group is not None else comm
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
@@ -146,7 +145,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, 
         heap_bytes = check_int("heap_bytes", heap_bytes, minimum=0)
         self._wishes = Wishes(
             chosen,
-            group,
+            group is not None,
             num_nvl_bytes,
             push_bytes,
             heap_bytes,
@@ -159,7 +158,8 @@ class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, 
         self._node = node
         self._proves_low_latency = self._wishes.paranoid and chosen.type == "cpu"
         self.runtime = construct_runtime(rendezvous, self._wishes, node)
-        self._meetings = Meetings(rendezvous, self.runtime.key, seconds)
+        self._rendezvous = rendezvous.without_group()
+        self._meetings = Meetings(self._rendezvous, self.runtime.key, seconds)
         note_what_is_not_proven(self._wishes.paranoid, chosen, low_latency_mode)
         logger.info(
             "Buffer of rank %d of %d on %s: stage up to %d bytes, timeout %g s, nodes %s, carrier between them: %s",
@@ -183,9 +183,6 @@ class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, 
         if runtime is not None:
             runtime.destroy()
             self.group = None
-            self._wishes = self._wishes._replace(group=None)
-            for name in ("_rendezvous", "_meetings"):  # which lead to it
-                self.__dict__.pop(name, None)
 
     def is_available(self) -> bool:
         """Whether operations can run: constructed, not destroyed, no operation failed."""

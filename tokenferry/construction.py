@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from tokenferry.errors import ArgumentError, TokenferryError
@@ -59,7 +58,8 @@ class Wishes(NamedTuple):
     """What the arguments of a Buffer ask of its runtime."""
 
     device: torch.device
-    group: dist.ProcessGroup | None
+    has_group: bool
+    """Whether ranks are those of a process group, not of an mpi4py communicator."""
     stage_limit: int
     push_bytes: int
     heap_bytes: int
@@ -101,7 +101,7 @@ def make_runtime(wishes: Wishes, topology: Topology, key: str) -> AnyRuntime:
             wishes.exact_combine,
             wishes.paranoid,
         )
-    if wishes.group is None:
+    if not wishes.has_group:
         raise ArgumentError("group", None, "a torch.distributed process group on GPUs (device='cpu' takes comm=)")
     from tokenferry.runtime_cuda import CudaRuntime
 
@@ -128,7 +128,7 @@ def _check_several_nodes(wishes: Wishes, topology: Topology) -> None:
         raise TokenferryError(
             f"low_latency_mode with exact_combine between nodes is on CPU ranks only: the GPUs are {where}"
         )
-    require(wishes.group is not None, "group", None, f"a torch.distributed process group, with ranks {where}")
+    require(wishes.has_group, "group", None, f"a torch.distributed process group, with ranks {where}")
     require(not wishes.may_mask, "enable_shrink", True, f"False, with ranks {where}")
 
 

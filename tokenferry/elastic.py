@@ -142,7 +142,7 @@ class ElasticBuffer:
         self._is_paranoid = choose_paranoid()
         wishes = Wishes(
             chosen,
-            group,
+            group is not None,
             align_up(self.num_bytes),
             push_bytes=0,
             heap_bytes=0,

@@ -37,6 +37,14 @@ class Rendezvous(NamedTuple):
     store: Store | None
     """That all ranks reach; None with mpi4py."""
 
+    def without_group(self) -> Rendezvous:
+        """For :class:`Meetings`, which gather in the store where there is one: nothing of it holds the group."""
+        return self if self.store is None else self._replace(all_gather=_only_in_the_store)
+
+
+def _only_in_the_store(value: object) -> list[Any]:
+    raise AssertionError("ranks that have met gather in the store")
+
 
 def meet(group: dist.ProcessGroup | None, comm: Any | None, device: torch.device) -> Rendezvous:
     """The rendezvous of a process group of any backend, or of an mpi4py communicator.

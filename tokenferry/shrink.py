@@ -90,7 +90,7 @@ class ShrinkMethods:
         runtime = self.runtime
         if runtime is None:
             raise BufferStateError("the Buffer was destroyed")
-        if self._wishes.group is None:
+        if not self._wishes.has_group:
             raise NotImplementedError("shrink() with an mpi4py communicator")
         dead = sorted({check_int("dead_ranks", rank, minimum=0) for rank in dead_ranks})
         require(all(rank < self.group_size for rank in dead), "dead_ranks", dead, f"ranks below {self.group_size}")

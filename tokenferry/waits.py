@@ -58,8 +58,7 @@ def wait_report(buffer: Buffer, picture: Path | str | None = None, *, reset: boo
         BufferStateError: the Buffer was destroyed.
         PeerTimeoutError, PeerLostError: ranks did not come.
     """
-    mine = buffer.stats(reset=reset).as_dict()
-    given = buffer._meetings.gather("wait_report", mine)
+    given = buffer._meetings.gather("wait_report", buffer.stats(reset=reset).as_dict())
     gathered = [BufferStats.from_dict(given[rank]) for rank in range(buffer.group_size)]
     report = analyse(gathered)
     if picture is not None and buffer.rank == 0:

@@ -11,6 +11,7 @@ import torch
 from tokenferry.cli.bench_cases import ALL_MODES, BASELINE, OURS
 from tokenferry.cli.bench_cuda_cases import CudaCase, CudaRankResult, Samples
 from tokenferry.cli.bench_report import (
+    NOT_THERE,
     Statistics,
     case_key,
     contenders_by_case,
@@ -179,7 +180,7 @@ def comparison_lines(earlier: Mapping[str, Any], reports: Sequence[CudaReport]) 
     for report in reports:
         contenders = before.get(case_key(dataclasses.asdict(report.case)))
         if contenders is None:
-            lines.append(f"{_shape(report.case)}   not in the earlier file, with all options of these")
+            lines.append(f"{_shape(report.case)}   {NOT_THERE}")
             continue
         parts = []
         for name, kinds in report.figures.items():

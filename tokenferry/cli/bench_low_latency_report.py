@@ -11,7 +11,7 @@ from tokenferry.cli.bench_cases import OURS
 from tokenferry.cli.bench_cuda_report import Figure, figure_of
 from tokenferry.cli.bench_host import HostPart, host_line
 from tokenferry.cli.bench_low_latency_cases import OPERATIONS, PHASES, Effort, LowLatencyCase, RankResult
-from tokenferry.cli.bench_report import Fit, fit_tokens
+from tokenferry.cli.bench_report import NOT_THERE, Fit, fit_tokens
 
 BOUNDARY = """\
 What is timed: low_latency_dispatch and low_latency_combine, outputs allocated in them; fp8 rows are quantised in
@@ -209,7 +209,7 @@ def comparison_lines(earlier: Mapping[str, Any], reports: Sequence[LowLatencyRep
     for report in reports:
         contenders = before.get(json.dumps(dataclasses.asdict(report.case), sort_keys=True))
         if contenders is None:
-            lines.append(f"{_shape(report.case)}   not in the earlier file, with all options of these")
+            lines.append(f"{_shape(report.case)}   {NOT_THERE}")
             continue
         parts = []
         for name in report.figures:

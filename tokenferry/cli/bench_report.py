@@ -17,6 +17,9 @@ from tokenferry.cli.bench_machine import GPU_IDENTITY, IDENTITY
 FORMAT = 1
 """Version of the JSON file; files of another one are refused."""
 
+NOT_THERE = "not in the earlier file, with all options of these"
+"""Said of a case."""
+
 BOUNDARY = """\
 What is timed: wall time of the public call alone, from a barrier of all ranks to its return, outputs allocated
 inside it and freed outside. dispatch does not include get_dispatch_layout, which has its own line. A chained pair
@@ -259,7 +262,7 @@ def comparison_lines(earlier: Mapping[str, Any], reports: Sequence[CaseReport]) 
         what = _shape(report.case)
         contenders = before.get(case_key(dataclasses.asdict(report.case)))
         if contenders is None:
-            lines.append(f"{what}   not in the earlier file, with all options of these")
+            lines.append(f"{what}   {NOT_THERE}")
             continue
         parts = [
             f"{name} {contenders[name]['median_seconds'] / found.median:.2f}x"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LONG = 270.0
+_LONG = 270.0
 """Seconds of a run from which on the growth of memory is judged."""
 MOST_GROWTH = 8 << 20
 """Bytes of memory that is not shared, in a quarter of the run."""
@@ -61,16 +61,13 @@ def late_growth(looks: Sequence[Look], field: str) -> Growth | None:
     """
     end = looks[-1].seconds if looks else 0.0
     late = [look for look in looks if look.seconds >= end / 2]
-    cleared, num_left_out = _without_kernels(late, field)
-    values = [float(getattr(look, field)) for look in late]
-    is_own = True
-    if num_left_out <= _MOST_LEFT_OUT:
-        values = cleared
-    else:
-        last = sum(look.seconds >= 0.75 * end for look in late)
-        late, values = late[-last:], values[-last:]
+    values, num_left_out = _without_kernels(late, field)
+    is_own = num_left_out <= _MOST_LEFT_OUT
+    if not is_own:
+        late = [look for look in late if look.seconds >= 0.75 * end]
+        values = [float(getattr(look, field)) for look in late]
         is_own = _without_kernels(late, field)[1] == 0
-    if end < LONG or len(late) < _FEWEST_LOOKS:
+    if end < _LONG or len(late) < _FEWEST_LOOKS:
         return None
     return Growth(int(_slope([look.seconds for look in late], values) * end / 4), is_own)
 
