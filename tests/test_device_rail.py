@@ -15,8 +15,9 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _g
 
 from tests.conftest import PoolOf
 from tokenferry.errors import TokenferryError
-from tokenferry.rail import RailError, device_group
-from tokenferry.rail.device_group import _FAILED_GROUPS, DeviceRail, _errors_left_to_us, nccl_rail
+from tokenferry.rail import RailError, device_rail
+from tokenferry.rail.device_rail import _KEPT, DeviceRail
+from tokenferry.rail.nccl import GroupTransport, _errors_left_to_us, nccl_rail
 from tokenferry.rail.process_group import ProcessGroupRail
 from tokenferry.rail.watch import Watch, Watched
 from tokenferry.topology import Topology
@@ -91,7 +92,7 @@ def rail_of(rank: int, num_ranks: int, key: str, as_one: bool, timeout: float = 
     if as_one:
         group = AsOne(group)
     words = ProcessGroupRail(topology, key, timeout)
-    return DeviceRail(words, group, topology, CPU, timeout, Passed), group
+    return DeviceRail(words, GroupTransport(group, CPU), topology, CPU, timeout, Passed), group
 
 
 def _exchange(rank: int, num_ranks: int, key: str, as_one: bool) -> int:
@@ -258,21 +259,21 @@ def _failed(rank: int, num_ranks: int, key: str) -> tuple[bool, str]:
     with pytest.raises(RailError) as caught:
         transfer.finish()
     assert group.was_aborted
-    kept = list(_FAILED_GROUPS)  # its end would wait for threads
+    kept = list(_KEPT)  # its end would wait for threads
     assert len(kept) == 1
     rail.close()
     other_rail, other_group = rail_of(rank, num_ranks, f"{key}/closed", True, timeout=30.0)
     other_rail.close()
     assert other_group.was_aborted
-    assert kept == _FAILED_GROUPS
+    assert kept == _KEPT
     for marker, is_kept in ((Passed, False), (Never, True), (Broken, True)):
-        _FAILED_GROUPS.clear()
+        _KEPT.clear()
         settled, _ = rail_of(rank, num_ranks, f"{key}/{marker.__name__}", True, timeout=30.0)
         settled._marker = marker
         settled.post({other: [torch.zeros(4)]}, {other: [torch.zeros(4)]}).settle()
         settled.close()
-        assert bool(_FAILED_GROUPS) == is_kept
-    _FAILED_GROUPS.clear()
+        assert bool(_KEPT) == is_kept
+    _KEPT.clear()
     return caught.value.timed_out, str(caught.value)
 
 
@@ -287,17 +288,17 @@ def _closed_before_it_is_abandoned(rank: int, num_ranks: int, key: str) -> int:
         assert is_closed.wait(10)
         abandon()
 
-    _FAILED_GROUPS.clear()
+    _KEPT.clear()
     with mock.patch.object(rail, "abandon", late):
         rail.post({other: [torch.zeros(4)]}, {other: [torch.zeros(4)]}).settle()
         assert is_seen.wait(10)
         with pytest.raises(RailError, match="no sign of life"):
-            rail.group()
+            rail.transport()
         rail.close()
         is_closed.set()
     assert group.was_aborted
-    kept = len(_FAILED_GROUPS)
-    _FAILED_GROUPS.clear()
+    kept = len(_KEPT)
+    _KEPT.clear()
     return kept
 
 
@@ -309,7 +310,7 @@ def _captured(rank: int, num_ranks: int, key: str, how: str) -> tuple[float, boo
     """The group does not end before a graph is gone that holds an exchange; if nothing is wrong it is left alone."""
     rail, group = rail_of(rank, num_ranks, key, True)
     other, row = 1 - rank, torch.ones(16, dtype=torch.uint8)
-    with mock.patch.object(device_group, "_is_capturing", return_value=True):
+    with mock.patch.object(device_rail, "_is_capturing", return_value=True):
         rail.post({other: [row]}, {other: [torch.empty_like(row)]}).wait(other)
     graph, is_told, has_ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -319,13 +320,13 @@ def _captured(rank: int, num_ranks: int, key: str, how: str) -> tuple[float, boo
         has_ended.set()
 
     group.abort = abort
-    kept, began = len(_FAILED_GROUPS), time.monotonic()
+    kept, began = len(_KEPT), time.monotonic()
     rail.abandon() if how == "failed" else rail.close(is_stuck=how == "stuck")
     took = time.monotonic() - began
     assert is_told.is_set() == (how != "idle")
     assert not has_ended.is_set()
-    is_kept = len(_FAILED_GROUPS) == kept + 1
-    del _FAILED_GROUPS[kept:]
+    is_kept = len(_KEPT) == kept + 1
+    del _KEPT[kept:]
     graph.set()
     rail.close()
     return took, is_kept, how == "idle" or has_ended.wait(5.0)

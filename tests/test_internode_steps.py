@@ -21,7 +21,7 @@ from tokenferry.modes.chunks import ChunkedRows, Chunking, chunking_of
 from tokenferry.modes.nodes import Operation
 from tokenferry.modes.shares import Offer
 from tokenferry.rail import CARRIERS, PROCESS_GROUP
-from tokenferry.rail.device_group import DeviceRail
+from tokenferry.rail.device_rail import DeviceRail
 from tokenferry.rail.process_group import PostedTransfer
 
 CASE = Case(tokens=(40, 23, 31, 8), num_topk=3, local_experts=4, row_bytes=64, combine_bytes=48)

@@ -152,7 +152,7 @@ class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, 
             seconds,
             enable_shrink and low_latency_mode,
             exact_combine,
-            choose_carrier(carrier),
+            choose_carrier(carrier, chosen),
             paranoid=choose_paranoid(),
         )
         self._node = node

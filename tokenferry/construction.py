@@ -140,11 +140,11 @@ def _rail_maker(wishes: Wishes, topology: Topology, key: str) -> Callable[[], Ra
     return functools.partial(CARRIERS[wishes.carrier], topology, key, timeout, wishes.device)
 
 
-def choose_carrier(carrier: str | None) -> str:
-    """The carrier between nodes that the caller or the environment names."""
+def choose_carrier(carrier: str | None, device: torch.device) -> str:
+    """The carrier between nodes that the caller or the environment names, for ranks on such a device."""
     if carrier is not None:
-        return check_carrier("carrier", carrier)
-    return check_carrier(CARRIER_VARIABLE, os.environ.get(CARRIER_VARIABLE, PROCESS_GROUP))
+        return check_carrier("carrier", carrier, device.type)
+    return check_carrier(CARRIER_VARIABLE, os.environ.get(CARRIER_VARIABLE, PROCESS_GROUP), device.type)
 
 
 def choose_paranoid(_: None = None) -> bool:

@@ -28,10 +28,14 @@ import torch
 from tests.conftest import PoolOf, session_pools
 from tokenferry.cli.mps import MPS_CONTROL, sharing_gpus
 from tokenferry.cli.ranks import RankPool
+from tokenferry.rail import CARRIER_VARIABLE, NVSHMEM, PROCESS_GROUP, carriers_of
+from tokenferry.rail.nvshmem_world import POOL_VARIABLE
 
 MOST_SECONDS, MOST_SECONDS_SLOW = 180, 1800
 """That a test may take: one that hangs fails and tells where its ranks are, and the others go on."""
 _DEFAULT_RANKS = 2
+_SYMMETRIC_BYTES = 1 << 30
+"""A rail that a test has broken keeps its part of them."""
 _BY_NODE = {"direct", "over_network"}
 """Fixtures that put ranks on two nodes, each of which has one GPU."""
 
@@ -142,9 +146,10 @@ def take_device(rank: int, num_ranks: int) -> None:
     torch.cuda.set_device(rank % torch.cuda.device_count())
 
 
-def take_node(rank: int, num_ranks: int, over_network: bool) -> None:
+def take_node(rank: int, num_ranks: int, over_network: bool, carrier: str = PROCESS_GROUP) -> None:
     """Give this rank the GPU of its node, one of two; NCCL is told whether they are hosts."""
     node = rank * 2 // num_ranks
+    os.environ.update({CARRIER_VARIABLE: carrier, POOL_VARIABLE: str(_SYMMETRIC_BYTES)})
     faulthandler.register(signal.SIGUSR1)
     torch.cuda.set_device(node % torch.cuda.device_count())
     if over_network:
@@ -152,11 +157,13 @@ def take_node(rank: int, num_ranks: int, over_network: bool) -> None:
         os.environ["NCCL_SOCKET_IFNAME"] = "lo"
 
 
-@pytest.fixture(scope="session")
-def direct(sharing: bool) -> Iterator[PoolOf]:
-    """Rails by whatever NCCL finds between two GPUs, or by its network transport on one."""
+@pytest.fixture(scope="session", params=[PROCESS_GROUP, NVSHMEM])
+def direct(request: pytest.FixtureRequest, sharing: bool) -> Iterator[PoolOf]:
+    """Rails by whatever NCCL finds between two GPUs, or by its network transport on one; or by NVSHMEM."""
+    if request.param not in carriers_of("cuda"):
+        pytest.skip(f"no {request.param} here")
     num_gpus = torch.cuda.device_count()
-    pools = session_pools(functools.partial(take_node, over_network=num_gpus < 2))
+    pools = session_pools(functools.partial(take_node, over_network=num_gpus < 2, carrier=request.param))
     yield from _checked(pools, sharing, _places(num_gpus, _BY_NODE))
 
 

@@ -1,4 +1,4 @@
-"""Two nodes of one, two and four ranks, bit for bit against the oracle; rails over NCCL, in two ways.
+"""Two nodes of one, two and four ranks, bit for bit against the oracle; rails over NCCL, in two ways, and NVSHMEM.
 
 Each node has a GPU, where there are two. On one GPU NCCL joins ranks only if it takes them for those of two hosts:
 then all rails run over its network transport.
@@ -22,7 +22,7 @@ from tests.test_ops import check_cases as check_operators
 from tokenferry import PeerError, TokenferryError
 from tokenferry.dataplane.cuda import parts_programs, programs
 from tokenferry.modes import internode
-from tokenferry.rail.device_group import DeviceRail
+from tokenferry.rail.device_rail import DeviceRail
 
 CASE = Case(tokens=(70, 0, 33, 128), row_bytes=1040, num_topk=3, local_experts=4, combine_bytes=1040, bias="two")
 SCALED = Case(

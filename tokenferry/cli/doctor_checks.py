@@ -34,7 +34,8 @@ from tokenferry.errors import TokenferryError
 from tokenferry.memory.shm import Segment
 from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.observing import DEBUG_VARIABLE
-from tokenferry.rail import CARRIER_VARIABLE, CARRIERS
+from tokenferry.rail import CARRIER_VARIABLE, carriers_of
+from tokenferry.rail.nvshmem_world import POOL_VARIABLE, pool_bytes
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
 from tokenferry.topology import NODE_VARIABLE, node_key
 from tokenferry.version import __version__
@@ -45,6 +46,7 @@ VARIABLES = (
     DEVICE_VARIABLE,
     NODE_VARIABLE,
     PARANOID_VARIABLE,
+    POOL_VARIABLE,
     TIMEOUT_VARIABLE,
 )
 """All that tokenferry reads."""
@@ -53,7 +55,7 @@ _OLDEST_PYTHON, _NEWEST_PYTHON = (3, 11), (3, 12)
 _OLDEST_TORCH = (2, 11)
 _LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LEAST_FILES = 256
-_OTHERS = ("NCCL_", "GLOO_", "TORCH_SYMM")
+_OTHERS = ("NCCL_", "NVSHMEM_", "GLOO_", "TORCH_SYMM")
 """Variables of others that change what happens between ranks."""
 
 
@@ -193,7 +195,8 @@ def _carriers() -> Iterator[Finding]:
         yield Finding("carriers", Level.BROKEN, what, "install torch from pytorch.org or PyPI")
         return
     nccl = "with NCCL" if dist.is_nccl_available() else "no NCCL"
-    what = f"between nodes: {', '.join(CARRIERS)} (Gloo for CPU ranks, NCCL for GPUs); {nccl} in torch"
+    here = carriers_of("cuda" if torch.cuda.is_available() else "cpu")
+    what = f"between nodes: {', '.join(here)} (the first is Gloo for CPU ranks, NCCL for GPUs); {nccl} in torch"
     yield Finding("carriers", Level.FINE, what)
     given = os.environ.get("GLOO_SOCKET_IFNAME")
     interfaces = [name for _, name in socket.if_nameindex()]
@@ -224,8 +227,9 @@ def environment(environ: Mapping[str, str]) -> Iterator[Finding]:
     readers: dict[str, Callable[[None], Any]] = {
         TIMEOUT_VARIABLE: timeout_seconds,
         DEVICE_VARIABLE: choose_device,
-        CARRIER_VARIABLE: choose_carrier,
+        CARRIER_VARIABLE: lambda none: choose_carrier(none, choose_device(none)),
         PARANOID_VARIABLE: choose_paranoid,
+        POOL_VARIABLE: pool_bytes,
     }
     for name in sorted(name for name in environ if name.startswith("TOKENFERRY_")):
         shown = f"{name}={environ[name]}"

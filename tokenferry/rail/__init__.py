@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 
 from tokenferry.errors import ArgumentError
+from tokenferry.memory import nvshmem
 from tokenferry.topology import Topology
 
 CARRIER_VARIABLE = "TOKENFERRY_CARRIER"
-PROCESS_GROUP = "process_group"
+PROCESS_GROUP, NVSHMEM = "process_group", "nvshmem"
 DEADLINE_SHARE = 0.8
 """Of a Buffer's deadline: a node that is silent is found on its rails, before ranks that wait for ranks of their own
 node, which wait for it, blame those."""
@@ -93,7 +94,7 @@ class Rail(Protocol):
 
 def _process_group(topology: Topology, key: str, timeout: float, device: torch.device) -> Rail:
     if device.type == "cuda":
-        from tokenferry.rail.device_group import nccl_rail
+        from tokenferry.rail.nccl import nccl_rail
 
         return nccl_rail(topology, key, timeout, device)
     from tokenferry.rail.process_group import ProcessGroupRail
@@ -101,16 +102,33 @@ def _process_group(topology: Topology, key: str, timeout: float, device: torch.d
     return ProcessGroupRail(topology, key, timeout)
 
 
-CARRIERS: dict[str, Callable[[Topology, str, float, torch.device], Rail]] = {PROCESS_GROUP: _process_group}
+def _nvshmem(topology: Topology, key: str, timeout: float, device: torch.device) -> Rail:
+    from tokenferry.rail.nvshmem import nvshmem_rail
+
+    return nvshmem_rail(topology, key, timeout, device)
+
+
+CARRIERS: dict[str, Callable[[Topology, str, float, torch.device], Rail]] = {
+    PROCESS_GROUP: _process_group,
+    NVSHMEM: _nvshmem,
+}
 """What makes a rail, by the carrier's name: from who is where, the name of the rail, seconds to wait, the device."""
 
 
-def check_carrier(name: str, carrier: str) -> str:
+def carriers_of(device_type: str) -> list[str]:
+    """The carriers that are here, for ranks on such a device."""
+    has_nvshmem = device_type == "cuda" and nvshmem.find() is not None
+    return [name for name in CARRIERS if name != NVSHMEM or has_nvshmem]
+
+
+def check_carrier(name: str, carrier: str, device_type: str) -> str:
     """Return the carrier if it is there.
 
     Raises:
         ArgumentError: it is not; says which are.
     """
-    if carrier not in CARRIERS:
-        raise ArgumentError(name, repr(carrier), f"one of the carriers that are here: {', '.join(CARRIERS)}")
+    here = carriers_of(device_type)
+    if carrier not in here:
+        allowed = f"one of the carriers that are here for ranks on {device_type}: {', '.join(here)}"
+        raise ArgumentError(name, repr(carrier), allowed)
     return carrier

@@ -141,21 +141,29 @@ class Kernel:
         kernel: a ``triton.jit`` or ``gluon.jit`` function whose constexpr parameters come last.
         types: dtype of what each pointer parameter points to, or None for an integer, in order.
         options: of the compiler, beside those that every kernel has.
+        prepare: called with the module of a variant that has been loaded.
     """
 
     variants = 0
 
     def __init__(
-        self, kernel: Any, types: Sequence[torch.dtype | None], options: Mapping[str, object] | None = None
+        self,
+        kernel: Any,
+        types: Sequence[torch.dtype | None],
+        options: Mapping[str, object] | None = None,
+        prepare: Callable[[int], object] | None = None,
     ) -> None:
         self._kernel = kernel
         self.types = tuple(types)
         self._options = dict(options or {})
+        self._prepare = prepare
 
     def variant(self, num_warps: int, **constants: object) -> Variant:
         """Compile the variant for these constexpr parameters; the caller keeps it."""
         compiled = self.compile(num_warps, 1, **constants)
         run = compiled.run  # loads the module
+        if self._prepare is not None:
+            self._prepare(compiled.module)
         leading = (compiled.function, compiled.packed_metadata, None, None, None)
         Kernel.variants += 1
         below, passed, takes_tuple = _below(run, leading)

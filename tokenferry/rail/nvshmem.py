@@ -1,0 +1,230 @@
+"""Between GPUs by puts and flags that kernels issue through NVSHMEM: InfiniBand, RoCE, EFA, or NVLink and PCIe.
+
+Exchanges of a rail follow each other on a stream of its own. A kernel's waits end at the rail's deadline, in replays
+of CUDA graphs, too: then the rail has ended. What cannot be ended is a put that a network card does not come to an
+end with. Memory: see :mod:`.nvshmem_world`.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from tokenferry.dataplane.cuda import rail_programs
+from tokenferry.dataplane.cuda.kernels import rail as words
+from tokenferry.dataplane.cuda.launch import Variant
+from tokenferry.errors import TokenferryError
+from tokenferry.memory import nvshmem
+from tokenferry.memory.driver import Driver
+from tokenferry.rail import NVSHMEM
+from tokenferry.rail.device_rail import DeviceRail, Messages, Work, looking
+from tokenferry.rail.nvshmem_world import Ranks, World, join
+from tokenferry.rail.process_group import ProcessGroupRail
+from tokenferry.topology import Topology
+
+_LONGEST_WAIT = 365 * 86400.0
+"""Seconds."""
+_END_SECONDS = 1.0
+"""That kernels have to see that they are given up."""
+
+
+class NvshmemTransport:
+    """See :class:`tokenferry.rail.device_rail.Transport`.
+
+    Args:
+        region: of this rank.
+        shape: of the regions.
+        peers: on all other nodes, ascending.
+        rank: this one, in NVSHMEM.
+        node: of this rank.
+        device: the GPU.
+        timeout: seconds that a wait lasts.
+        launch: the kernel.
+        let_go: called when this rank writes to no other any more, and nothing is under way.
+    """
+
+    name = NVSHMEM
+
+    def __init__(
+        self,
+        region: int,
+        shape: rail_programs.Shape,
+        peers: Sequence[rail_programs.Peer],
+        rank: int,
+        node: int,
+        device: torch.device,
+        timeout: float,
+        launch: Variant,
+        let_go: Callable[[], None],
+    ) -> None:
+        self._nodes = [peer.node for peer in peers]
+        self._device = device
+        self._launch = launch
+        self._let_go = let_go
+        self._driver = Driver()
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        homes = rail_programs.homes_of(shape, node, peers)
+        self._peers = torch.tensor(homes, dtype=torch.int64, device=device)
+        self._state = torch.zeros(words.STATE_WORDS, dtype=torch.int64, device=device)
+        self._one = torch.ones(1, dtype=torch.int64, pin_memory=True)
+        self._told = torch.zeros(1 + len(peers), dtype=torch.int64, pin_memory=True)
+        self._look = self._told.numpy()
+        places = self._peers.data_ptr(), self._state.data_ptr(), self._told.data_ptr()
+        self._end = rail_programs.End(shape, region, rank, *places, int(min(timeout, _LONGEST_WAIT) * 1e9))
+        self._tables: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        """In pinned memory, with the exchange that reads each."""
+        self._captured: list[torch.Tensor] = []
+        """Those of graphs, which may be replayed at any time."""
+
+    def begin(self, coming: Messages, going: Messages) -> Sequence[Work]:
+        """See :meth:`tokenferry.rail.device_rail.Transport.begin`."""
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        rows = [*self._messages(going), *self._messages(coming)]
+        is_captured = torch.cuda.is_current_stream_capturing()
+        table = self._table(len(rows), is_captured)
+        table[: len(rows)] = torch.tensor(rows, dtype=torch.int64)
+        self._end.launch(self._launch, int(stream.cuda_stream), table.data_ptr(), len(going), len(rows))
+        event = stream.record_event()
+        if is_captured:
+            self._captured.append(table)
+        else:
+            self._tables.append((table, event))
+        return [_Exchange(event, self._device)]
+
+    def _messages(self, parts: Messages) -> list[tuple[int, int, int, int]]:
+        given = [(self._nodes.index(node), part.data_ptr(), part.numel()) for node, part in parts]
+        return rail_programs.messages_of(given, self._end.shape.piece)
+
+    def _table(self, num_rows: int, is_captured: bool) -> torch.Tensor:
+        """int64 [num_rows or more, 4] in pinned memory that no exchange reads any more."""
+        if not is_captured and self._tables and self._tables[0][1].query():  # type: ignore[no-untyped-call]
+            table, _ = self._tables.pop(0)
+            if len(table) >= num_rows:
+                return table
+        shape = (max(num_rows, 16), words.MESSAGE_WORDS.value)
+        with self._driver.relaxed_capture() if is_captured else nullcontext():
+            return torch.empty(shape, dtype=torch.int64, pin_memory=True)
+
+    def missing(self) -> Sequence[int]:
+        """See :meth:`tokenferry.rail.device_rail.Transport.missing`."""
+        if self._look[words.TOLD.value] == 0:
+            return ()
+        return [node for peer, node in enumerate(self._nodes) if self._look[words.TOLD_PEERS.value + peer]]
+
+    def end(self, is_idle: bool) -> None:
+        """See :meth:`tokenferry.rail.device_rail.Transport.end`."""
+        if is_idle and not self._look[words.TOLD.value]:
+            self._let_go()
+            return
+        with torch.cuda.device(self._device), self._driver.relaxed_capture():
+            torch.cuda.mem_get_info(self._device)  # the first call of a thread makes the GPU's context its own
+            self._driver.copy_aside(self._state.data_ptr() + 8 * words.GIVEN_UP.value, self._one.data_ptr(), 8)
+            deadline = time.monotonic() + _END_SECONDS
+            while not self._stream.query() and time.monotonic() < deadline:
+                time.sleep(1e-3)
+
+
+class _Exchange:
+    """See :class:`tokenferry.rail.device_rail.Work`."""
+
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event = event
+        self._device = device
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def is_completed(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+
+class _Memory:
+    """Lets torch see bytes that are not its own."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 2,
+        }  # fmt: skip
+
+
+def nvshmem_rail(topology: Topology, key: str, timeout: float, device: torch.device) -> DeviceRail:
+    """A rail of this rank's GPU. All ranks of the group make theirs together.
+
+    Args:
+        topology: who is where.
+        key: names the rail, behind what names the group; equal on its ranks, and never used before.
+        timeout: seconds that a wait lasts.
+        device: the GPU.
+
+    Raises:
+        TokenferryError: no connection to some rank of the rail.
+    """
+    files = nvshmem.find()
+    if files is None:
+        raise TokenferryError(
+            f"NVSHMEM is not installed ({nvshmem.PACKAGE}), nor is it where {nvshmem.LIBRARY_VARIABLE} says"
+        )
+    store = _get_default_store()
+    group = Ranks(PrefixStore(f"{key.rpartition('/')[0]}/nvshmem", store), topology.rank, topology.num_ranks, timeout)
+    rail = Ranks(PrefixStore(f"{key}/nvshmem", store), topology.node, topology.num_nodes, timeout)
+    library, kernel = _kernel(files)
+    rail_words = ProcessGroupRail(topology, key, timeout)
+    try:
+        with torch.cuda.device(device):
+            kernel.compile()
+            world, numbers = join(group, lambda: library)
+            transport = _transport(world, numbers, rail, topology, device, timeout, kernel.load())
+            in_thread = functools.partial(looking, device)
+            return DeviceRail(rail_words, transport, topology, device, timeout, torch.cuda.Event, in_thread, NVSHMEM)
+    except (RuntimeError, ValueError) as error:
+        rail_words.close()
+        if isinstance(error, TokenferryError):
+            raise
+        raise TokenferryError(f"no rail between the GPUs of ranks {topology.rail}: {error}") from error
+
+
+@functools.cache
+def _kernel(files: nvshmem.Files) -> tuple[nvshmem.Library, rail_programs.RailKernel]:
+    library = nvshmem.Nvshmem(files)
+    return library, rail_programs.RailKernel(files.device, library.prepare)
+
+
+def _transport(
+    world: World,
+    numbers: Sequence[int],
+    rail: Ranks,
+    topology: Topology,
+    device: torch.device,
+    timeout: float,
+    launch: Variant,
+) -> NvshmemTransport:
+    shape = rail_programs.shape_of(topology.num_nodes - 1, world.region_bytes)
+    region = world.take()
+
+    memory = torch.as_tensor(_Memory(region, shape.num_peers * shape.home_bytes), device=device)
+    begin, end = shape.flags
+    flags = memory.view(shape.num_peers, shape.home_bytes)[:, :end].view(torch.int64)
+    at_rest = torch.zeros_like(flags)
+    at_rest[:, begin // 8 :] = 1
+
+    def let_go() -> None:
+        rail.say(f"over/{rail.number}", True)
+        names = [f"over/{number}" for number in range(rail.count)]
+        world.give_back(region, lambda: rail.has_said(names) and torch.equal(flags, at_rest))
+
+    try:
+        flags.copy_(at_rest)
+        torch.cuda.synchronize(device)
+        offsets = rail.gather("region", region - world.pool)
+    except BaseException:
+        let_go()
+        raise
+    others = [node for node in range(topology.num_nodes) if node != topology.node]
+    peers = [rail_programs.Peer(node, numbers[topology.rail[node]], world.pool + offsets[node]) for node in others]
+    return NvshmemTransport(region, shape, peers, world.rank, topology.node, device, timeout, launch, let_go)
