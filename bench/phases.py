@@ -154,7 +154,7 @@ def _sanitized() -> Iterator[Step]:
     program = sanitizer()
     for tool in ("memcheck", "racecheck"):
         for check in CHECKS:
-            together = check in ("stage", "nodes")
+            together = check in ("stage", "nodes", "rail")
             yield Step(
                 f"{tool} {check}",
                 "sanitizer",

@@ -275,7 +275,7 @@ def _last(output: str) -> str:
     return lines[-1] if lines else ""
 
 
-CHECKS = ("high-throughput", "low-latency", "expert-major", "operators", "stage", "nodes")
+CHECKS = ("high-throughput", "low-latency", "expert-major", "operators", "stage", "nodes", "rail")
 """Of tests/gpu/sanitize.py."""
 
 

@@ -40,8 +40,10 @@ from tokenferry.dataplane.cuda import (
     low_latency_programs,
     parts_programs,
     programs,
+    rail_programs,
 )
 from tokenferry.handles import DispatchHandle
+from tokenferry.memory import nvshmem
 
 TOKENS, ROWS, NUM_SMS = 4096, 8192, 16
 CONTEXT, STAGE, TIMEOUT = (0,) * 5, (1 << 20, 1 << 25), 10**10
@@ -324,6 +326,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "bulk combine fp32": lambda: combine(8, FLOAT32, 28672, bulk=True),
 }
 """One launch each, by name: the kernel's, then the case. "bulk" needs sm_90, "local" tells no peer anything."""
+NVSHMEM = nvshmem.find()
+if NVSHMEM is not None:
+    LAUNCHES["rail"] = rail_programs.RailKernel(NVSHMEM.device, print).load
 
 
 class _Driver:

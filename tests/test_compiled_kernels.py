@@ -16,7 +16,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CAPABILITIES = (80, 90, 100)
 """Compute capabilities, times ten."""
-NAMES = tuple(pytest.importorskip("tests.compile_kernels").LAUNCHES)
+LAUNCHES = pytest.importorskip("tests.compile_kernels").LAUNCHES
+RAIL = "rail"
+"""Is there where NVSHMEM is, with which the kernel is linked."""
+NAMES = tuple(name for name in LAUNCHES if name != RAIL)
 REMOTE = tuple(name for name in NAMES if not name.startswith("local"))
 ALIKE = {
     "dispatch 2 ranks", "dispatch 8 ranks", "dispatch 16 bytes", "dispatch without choices", "dispatch cached",
@@ -193,6 +196,23 @@ def test_no_other_thread_is_between_a_barrier_and_a_release(compiled: Compiled, 
             num_releases += 1
             assert since <= {release[1]}, instruction
     assert num_releases
+
+
+@pytest.mark.skipif(RAIL not in LAUNCHES, reason="no NVSHMEM to link with")
+@each([RAIL])
+def test_rail(compiled: Compiled, name: str) -> None:
+    """Its own part: what is linked has a stack, and stores as it likes."""
+    ptx, figures = compiled.ptx(name), compiled.figures(name)
+    own = ptx[ptx.index(".entry exchange") :]
+    assert figures["variants"] == 1
+    assert figures["spills"] <= MOST_SPILLED
+    assert {"ld.v2.b64", "st.v2.b64"} <= accesses(own)
+    met = [line for line in instructions(own) if re.match(r"ld\.acquire\.sys|fence\.acq_rel\.sys|bar(rier)?\.", line)]
+    after = [(here.split(".")[0], there) for here, there in itertools.pairwise(met)]
+    assert {"ld", "fence"} <= {here for here, _ in after}
+    assert all(".red.and.pred" in there for here, there in after if here == "ld")
+    assert all(BARRIER.match(there) for here, there in after if here == "fence")
+    assert "nvshmemi_transfer_put_signal" in ptx
 
 
 @each(name for name in NAMES if name.startswith("low latency"))

@@ -84,7 +84,8 @@ class Buffer(LowLatencyMethods, InternodeMethods, MemoryMethods, ShrinkMethods, 
         heap_bytes: GPU memory for :meth:`empty`, equal on all ranks.
         node: name of the node this rank is on; by default found as :func:`tokenferry.topology.node_key` says.
         carrier: what moves rows between nodes; by default the environment variable ``TOKENFERRY_CARRIER``, else
-            ``"process_group"``: Gloo for CPU ranks, NCCL for GPUs.
+            ``"process_group"``: Gloo for CPU ranks, NCCL for GPUs. ``"nvshmem"``, for GPUs, where it is installed:
+            all ranks of the first such Buffer of a process join NVSHMEM, and ranks of later ones must be among them.
 
     Raises:
         ArgumentError: an argument is not allowed.

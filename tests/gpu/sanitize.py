@@ -10,8 +10,8 @@ From the root of the repository, without torch's caching of memory, which would 
 Torch asks CUDA for memory that it may not have, which memcheck would count.
 
 One process with one rank on GPU 0 pulls all rows from itself, and pushes all to itself: nothing passes through the
-stage. ``nodes`` and ``stage`` have two ranks in processes of their own, each with a GPU, or both with time slices of
-one, without MPS. The last line but one names the kernels that were launched.
+stage. ``nodes``, ``rail`` and ``stage`` have two ranks in processes of their own, each with a GPU, or both with time
+slices of one, without MPS. The last line but one names the kernels that were launched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import Case
-from tests.gpu import test_elastic, test_internode
+from tests.gpu import test_elastic, test_internode, test_rail
 from tests.gpu.conftest import take_node
 from tests.gpu.test_dispatch_combine import FAMILIES, SMALL, check_cases
 from tests.gpu.test_internode_low_latency import CASES as NODE_CASES
@@ -44,6 +44,7 @@ from tests.test_ops import check_cases as check_operators
 from tokenferry.cli.ranks import RankPool
 from tokenferry.dataplane.cuda import expert_major_programs, low_latency_programs, parts_programs, programs
 from tokenferry.dataplane.cuda.launch import Kernel
+from tokenferry.rail import CARRIER_VARIABLE, NVSHMEM, carriers_of
 
 TIMEOUT = 600.0
 """Seconds that a kernel waits: under the sanitizer it is slow."""
@@ -106,6 +107,13 @@ def operators(rank: int, num_ranks: int) -> None:
     check_operators(rank, num_ranks, "cuda", TIMEOUT, whole(OPERATOR_CASES))
 
 
+def rail(rank: int, num_ranks: int) -> None:
+    """Through NVSHMEM, where it is."""
+    if NVSHMEM in carriers_of("cuda"):
+        with mock.patch.dict(os.environ, {CARRIER_VARIABLE: NVSHMEM}):
+            test_rail.exchanges(rank, num_ranks, "sanitized", 12, (1, 100, 4096, 65_537, 1 << 20), TIMEOUT)
+
+
 CHECKS: dict[str, tuple[int, Callable[[int, int], None]]] = {
     "high-throughput": (1, high_throughput),
     "low-latency": (1, low_latency),
@@ -113,6 +121,7 @@ CHECKS: dict[str, tuple[int, Callable[[int, int], None]]] = {
     "operators": (1, operators),
     "stage": (2, stage),
     "nodes": (2, nodes),
+    "rail": (2, rail),
 }
 """Ranks, and what they do."""
 
@@ -131,7 +140,7 @@ def name_of(kernel: Kernel) -> str:
 
 
 def all_kernels() -> set[str]:
-    return {name_of(kernel) for module in PROGRAMS for kernel in kernels_of(module)}
+    return {name_of(kernel) for module in PROGRAMS for kernel in kernels_of(module)} | {"rail.exchange"}
 
 
 @contextmanager

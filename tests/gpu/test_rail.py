@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.conftest import PoolOf
-from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, RailError
+from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, NVSHMEM, RailError
 from tokenferry.rail.device_rail import DeviceRail
 from tokenferry.topology import Topology
 
@@ -33,15 +33,17 @@ def _bytes(turn: int, source: int, number: int, nbytes: int, unaligned: int) -> 
     return around[unaligned : unaligned + nbytes]
 
 
-def _exchanges(rank: int, num_ranks: int, key: str, turns: int) -> None:
+def exchanges(
+    rank: int, num_ranks: int, key: str, turns: int, all_sizes: tuple[int, ...] = SIZES, timeout: float = 30.0
+) -> None:
     """Of random sizes, waited for by the host or by the stream, several at a time, each rank late by itself."""
     both, mine, other = random.Random(turns), random.Random(rank), 1 - rank
-    rail = _rail(rank, num_ranks, key)
+    rail = _rail(rank, num_ranks, key, timeout)
     under_way: list[tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = []
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for turn in range(turns):
         sizes = [
-            [both.choice(SIZES[: both.choice((4, 7, 9))]) for _ in range(both.choice((0, 1, 2, 5)))] for _ in "ab"
+            [both.choice(all_sizes[: both.choice((4, 7, 9))]) for _ in range(both.choice((0, 1, 2, 5)))] for _ in "ab"
         ]
         place = both.choice((0, 0, 0, 1, 8))
         going = [_bytes(turn, rank, number, nbytes, place) for number, nbytes in enumerate(sizes[rank])]
@@ -68,12 +70,12 @@ def _exchanges(rank: int, num_ranks: int, key: str, turns: int) -> None:
 
 
 def test_exchanges(direct: PoolOf) -> None:
-    direct(2).run(_exchanges, "exchanges", 300)
+    direct(2).run(exchanges, "exchanges", 300)
 
 
 @pytest.mark.slow
 def test_many_exchanges(direct: PoolOf) -> None:
-    direct(2).run(_exchanges, "many exchanges", 5000)
+    direct(2).run(exchanges, "many exchanges", 5000)
 
 
 def _replayed(rank: int, num_ranks: int) -> None:
@@ -135,8 +137,8 @@ def test_deadline(direct: PoolOf, settles: bool) -> None:
 
 
 def _made_again(rank: int, num_ranks: int) -> None:
-    """More rails one after the other than there is memory for at a time."""
-    for turn in range(40):
+    """More rails one after the other than there is symmetric memory for at a time."""
+    for turn in range(20 if os.environ[CARRIER_VARIABLE] == NVSHMEM else 3):
         rail, other = _rail(rank, num_ranks, f"again {turn}"), 1 - rank
         came = torch.zeros(1000, dtype=torch.uint8, device="cuda")
         rail.post({other: [torch.full_like(came, turn)]}, {other: [came]}).finish()

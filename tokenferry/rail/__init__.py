@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from tokenferry.errors import ArgumentError
-from tokenferry.memory import nvshmem
+from tokenferry.memory.nvshmem import find as find_nvshmem
 from tokenferry.topology import Topology
 
 CARRIER_VARIABLE = "TOKENFERRY_CARRIER"
@@ -117,7 +117,7 @@ CARRIERS: dict[str, Callable[[Topology, str, float, torch.device], Rail]] = {
 
 def carriers_of(device_type: str) -> list[str]:
     """The carriers that are here, for ranks on such a device."""
-    has_nvshmem = device_type == "cuda" and nvshmem.find() is not None
+    has_nvshmem = device_type == "cuda" and find_nvshmem() is not None
     return [name for name in CARRIERS if name != NVSHMEM or has_nvshmem]
 
 

@@ -52,23 +52,26 @@ class Ranks:
     def gather(self, name: str, value: object) -> list[Any]:
         """What all of them say, by number."""
         self.say(f"{name}/{self.number}", value)
-        return [self.hear(f"{name}/{number}") for number in range(self.count)]
+        return [self.hear(f"{name}/{number}", f"rank {number} of these") for number in range(self.count)]
 
     def say(self, name: str, value: object) -> None:
         """Let all know."""
         self._store.set(name, json.dumps(value))
 
-    def hear(self, name: str) -> Any:
+    def hear(self, name: str, who: str) -> Any:
         """What somebody says."""
         try:
             self._store.wait([name], self._timeout)
             return json.loads(self._store.get(name))
         except RuntimeError as error:
-            raise TokenferryError(f"NVSHMEM: nobody has told {name}: {error}") from error
+            raise TokenferryError(f"NVSHMEM: {who} has not told {name}: {error}") from error
 
     def has_said(self, names: Sequence[str]) -> bool:
-        """Whether all of this is known."""
-        return bool(self._store.check(list(names)))
+        """Whether all of this is known; not if the store is gone."""
+        try:
+            return bool(self._store.check(list(names)))
+        except RuntimeError:
+            return False
 
 
 class World:
@@ -168,6 +171,6 @@ def _joined(ranks: Ranks, library: nvshmem.Library, nbytes: int) -> World:
         os.environ.setdefault(_SIZE_VARIABLE, str(nbytes + _SIZE))
     if ranks.number == 0:
         ranks.say("id", library.unique_id().hex())
-    key = ranks.hear("id")
+    key = ranks.hear("id", "rank 0")
     library.join(ranks.number, ranks.count, bytes.fromhex(key))
     return World(library, key, ranks.number, library.allocate(nbytes), nbytes)

@@ -94,8 +94,9 @@ def wait_for(flag, state, told, peer, timeout):
     ],
 )  # fmt: skip
 def exchange(
-    messages, peers, state, told, heaps, home: tl.int64, home_bytes: tl.int64, own, num_sends, num_messages,
-    num_peers, lanes, slots, piece: tl.int64, timeout: tl.int64, WIDTH: tl.constexpr,
+    messages, peers, state, told, heaps, home: tl.int64, home_bytes: tl.int64, own: tl.int32, num_sends: tl.int32,
+    num_messages: tl.int32, num_peers: tl.int32, lanes: tl.int32, slots: tl.int32, piece: tl.int64,
+    timeout: tl.int64, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Send messages, and receive those behind them, by ``2 * num_peers * lanes`` programs.
 
