@@ -82,7 +82,7 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     wanted: dict[int, set[str]] = {}
     for call in calls:
-        if call is not None:
+        if call is not None and call.params["name"] in LAUNCHES:
             wanted.setdefault(call.params["compiled"], set()).add(call.params["name"])
     compiled = {
         capability: Compiled(capability, wanted[capability], tmp_path_factory.mktemp("ptx"))
