@@ -81,7 +81,9 @@ class AllOf:
         return True
 
 
-def rail_of(rank: int, num_ranks: int, key: str, as_one: bool, timeout: float = 10.0) -> tuple[DeviceRail, Any]:
+def rail_of(
+    rank: int, num_ranks: int, key: str, as_one: bool, timeout: float = 10.0, kind_of: Any = GroupTransport
+) -> tuple[DeviceRail, Any]:
     topology = Topology(rank, tuple(range(num_ranks)))
     store = PrefixStore(f"{key}/device", _get_default_store())
     group: Any = dist.ProcessGroup(store, rank, num_ranks)
@@ -92,7 +94,7 @@ def rail_of(rank: int, num_ranks: int, key: str, as_one: bool, timeout: float = 
     if as_one:
         group = AsOne(group)
     words = ProcessGroupRail(topology, key, timeout)
-    return DeviceRail(words, GroupTransport(group, CPU), topology, CPU, timeout, Passed), group
+    return DeviceRail(words, kind_of(group, CPU), topology, CPU, timeout, Passed), group
 
 
 def _exchange(rank: int, num_ranks: int, key: str, as_one: bool) -> int:
@@ -427,3 +429,84 @@ def test_host_leaves_the_cores_to_the_backend(pool_of: PoolOf) -> None:
         assert sleeps == sorted(sleeps)
         assert 20e-6 <= sleeps[0] < sleeps[-1] == 200e-6
         assert 1 <= asked <= 1 + seconds / 0.01
+
+
+class Telling(GroupTransport):
+    """A transport that knows deadlines of its own: it tells of nodes that it has waited for in vain."""
+
+    name = "played"
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        super().__init__(group, device)
+        self.missed: list[int] = []
+        self.ended: list[str] = []
+        self.kept: list[bool] = []
+
+    def missing(self) -> list[int]:
+        return self.missed
+
+    def end(self, is_idle: bool) -> None:
+        self.kept.append(self in _KEPT)
+        self.ended.append("idle" if is_idle else "under way")
+
+    def leave(self) -> None:
+        self.kept.append(self in _KEPT)
+        self.ended.append("left")
+
+
+def _told(rank: int, num_ranks: int, key: str) -> None:
+    """What a transport tells is the rail's failure: at the next call, behind a wait of the host, at the deadline."""
+    others = [node for node in range(num_ranks) if node != rank]
+
+    def posted(rail: DeviceRail) -> Any:
+        return rail.post({o: [torch.zeros(4)] for o in others}, {o: [torch.zeros(4)] for o in others})
+
+    for how in ("next", "finish", "deadline", "close", "graph"):
+        rail, _ = rail_of(rank, num_ranks, f"{key}/{how}", True, 0.3, Telling)
+        transport: Any = rail.transport()
+        if how == "deadline":
+            rail._marker = Never
+        with mock.patch.object(device_rail, "_is_capturing", return_value=how == "graph"):
+            transfer = posted(rail)
+        transfer.wait(others[0])
+        if how in ("close", "graph"):
+            transfer.settle() if how == "close" else None
+            rail.close()
+            rail.close()
+            assert transport.ended == ["idle" if how == "close" else "left"]
+            assert transport.kept == [how == "graph"]
+            continue
+        transport.missed = [others[-1]]
+        if how == "deadline":
+            transfer.settle()
+            deadline = time.monotonic() + 10
+            while not transport.ended:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        with pytest.raises(RailError) as caught:
+            transfer.finish() if how == "finish" else posted(rail)
+        assert list(caught.value.nodes) == [others[-1]]
+        assert caught.value.timed_out
+        assert transport.ended == ["under way"]
+        assert transport.kept == [True]
+        rail.close()
+        assert transport.ended == ["under way"]
+    _KEPT.clear()
+
+
+def test_what_a_transport_tells(pool_of: PoolOf) -> None:
+    pool_of(3).run(_told, "device/told")
+
+
+def test_a_watch_stays_for_the_next_exchange() -> None:
+    started: list[int] = []
+    watch = Watch(10.0, lambda *_: None, lambda: contextlib.nullcontext(started.append(1)))
+    for _ in range(5):
+        watch.add(Watched(Passed(), [1], [], time.monotonic()))
+        time.sleep(0.05)
+    assert len(started) == 1
+    watch.clear()
+    deadline = time.monotonic() + 0.5
+    while watch._thread is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

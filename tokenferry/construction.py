@@ -15,7 +15,17 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from tokenferry.errors import ArgumentError, TokenferryError
 from tokenferry.modes.paranoid import PARANOID_VARIABLE
-from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, DEADLINE_SHARE, PROCESS_GROUP, Rail, check_carrier
+from tokenferry.rail import (
+    CARRIER_VARIABLE,
+    CARRIERS,
+    DEADLINE_SHARE,
+    NVSHMEM,
+    PROCESS_GROUP,
+    Rail,
+    check_carrier,
+    missing_carrier,
+)
+from tokenferry.rail.nvshmem_world import POOL_VARIABLE, pool_bytes
 from tokenferry.rendezvous import Rendezvous
 from tokenferry.runtime import Runtime
 from tokenferry.topology import Topology, node_key
@@ -72,12 +82,14 @@ class Wishes(NamedTuple):
 
     def shared(self) -> dict[str, str]:
         """What must be the same on all ranks, by the name of the argument."""
+        memory = {POOL_VARIABLE: str(pool_bytes())} if self.carrier == NVSHMEM else {}
         return {
             "device": self.device.type,
             "carrier": self.carrier,
             "exact_combine": str(self.exact_combine),
             "enable_shrink": str(self.may_mask),
             PARANOID_VARIABLE: str(int(self.paranoid)),
+            **memory,
         }
 
 
@@ -141,10 +153,15 @@ def _rail_maker(wishes: Wishes, topology: Topology, key: str) -> Callable[[], Ra
 
 
 def choose_carrier(carrier: str | None, device: torch.device) -> str:
-    """The carrier between nodes that the caller or the environment names, for ranks on such a device."""
-    if carrier is not None:
-        return check_carrier("carrier", carrier, device.type)
-    return check_carrier(CARRIER_VARIABLE, os.environ.get(CARRIER_VARIABLE, PROCESS_GROUP), device.type)
+    """The carrier between nodes that the caller or the environment names, for ranks on such a device.
+
+    Whether it is on this host, the ranks find out together.
+    """
+    name = CARRIER_VARIABLE if carrier is None else "carrier"
+    given = os.environ.get(CARRIER_VARIABLE, PROCESS_GROUP) if carrier is None else carrier
+    if check_carrier(name, given, device.type) == NVSHMEM:
+        pool_bytes()
+    return given
 
 
 def choose_paranoid(_: None = None) -> bool:
@@ -188,12 +205,14 @@ def note_ignored(**is_set: bool) -> None:
 
 def construct_runtime(rendezvous: Rendezvous, wishes: Wishes, node: str | int | None) -> AnyRuntime:
     """Create, exchange and open the heaps and rails; if that fails on one rank, it fails on all."""
-    found = rendezvous.all_gather((node_key(node), f"tokenferry/{secrets.token_hex(8)}", wishes.shared()))
+    missing = missing_carrier(wishes.carrier, wishes.device.type)
+    found = rendezvous.all_gather((node_key(node), f"tokenferry/{secrets.token_hex(8)}", wishes.shared(), missing))
     for name, first in found[0][2].items():
         given = [of_rank[2][name] for of_rank in found]
         listed = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(given))
         if any(value != first for value in given):
             raise TokenferryError(f"the ranks of a Buffer must agree on {name}: {listed}")
+    _raise_any_failure([of_rank[3] for of_rank in found])
     topology = Topology.from_keys(rendezvous.rank, [of_rank[0] for of_rank in found])
     runtime: AnyRuntime | None = None
     handle, failure = bytearray(), ""

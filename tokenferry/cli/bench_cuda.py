@@ -54,6 +54,8 @@ from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_report import origin_of
 from tokenferry.cli.mps import MpsError, sharing_gpus
 from tokenferry.cli.ranks import RankError, RankPool
+from tokenferry.construction import choose_carrier
+from tokenferry.rail import PROCESS_GROUP
 
 STAGED_NOTE = f"{STAGED}: peers cannot open such memory, so that all rows pass through the stage"
 OTHERS_NOTE = "tokens go to experts of other ranks only: every row crosses"
@@ -177,6 +179,8 @@ def choose_rivals(machine: Mapping[str, Any], deep_ep: str, wanted: bool) -> tup
     nodes, per_node = machine["nodes"], machine["ranks"] // machine["nodes"]
     if nodes > 1 and per_node <= max(machine["gpus"] // nodes, 1):
         notes = ["nodes are groups of ranks of this machine: NCCL goes between them through its network transport"]
+        if (carrier := choose_carrier(None, torch.device("cuda"))) != PROCESS_GROUP:
+            notes.append(f"rows of tokenferry go between nodes through {carrier}, not through NCCL")
         return [BASELINE, BARE] if per_node == 1 else [BASELINE], notes
     if machine["ranks_share_gpus"]:
         return [], [f"{BASELINE} (NCCL) and {DEEPEP} left out: NCCL refuses ranks that share a GPU"]

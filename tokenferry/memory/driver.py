@@ -99,6 +99,7 @@ class Driver:
         library.cuIpcCloseMemHandle.argtypes = [address]
         library.cuThreadExchangeStreamCaptureMode.argtypes = [ctypes.POINTER(ctypes.c_int)]
         library.cuStreamCreate.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint]
+        library.cuStreamCreateWithPriority.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_int]
         library.cuMemcpyHtoDAsync_v2.argtypes = [address, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         library.cuStreamSynchronize.argtypes = [ctypes.c_void_p]
         library.cuStreamDestroy_v2.argtypes = [ctypes.c_void_p]
@@ -202,6 +203,17 @@ class Driver:
             self._check("cuStreamCreate", library.cuStreamCreate(ctypes.byref(self._aside), _NON_BLOCKING))
         self._check("cuMemcpyHtoDAsync", library.cuMemcpyHtoDAsync_v2(to, source, nbytes, self._aside))
         self._check("cuStreamSynchronize", library.cuStreamSynchronize(self._aside))
+
+    def make_stream(self, priority: int) -> int:
+        """The address of a stream that nobody else has, and that lives as long as the process.
+
+        Raises:
+            HeapError: the driver refuses; the message has its reason.
+        """
+        stream = ctypes.c_void_p()
+        made = self._library.cuStreamCreateWithPriority(ctypes.byref(stream), _NON_BLOCKING, priority)
+        self._check("cuStreamCreateWithPriority", made)
+        return stream.value or 0
 
     def end_aside(self) -> None:
         """Let go of what such copies need, if there were any."""

@@ -19,6 +19,7 @@ LIBRARY_VARIABLE = "NVSHMEM_LIB_DIR"
 """The folder of the library, as torch reads it."""
 _HOST, _DEVICE = "libnvshmem_host.so.3", "libnvshmem_device.bc"
 _WITH_UNIQUE_ID = 1 << 3  # NVSHMEMX_INIT_WITH_UNIQUEID
+_IS_INITIALISED = 2  # NVSHMEM_STATUS_IS_INITIALIZED; more: likewise, and GPUs are shared
 _FIRST_VERSION = 1 << 16
 """Of every structure, beside its size."""
 
@@ -34,6 +35,9 @@ class Files(NamedTuple):
 
 class Library(Protocol):
     """What is asked of NVSHMEM. Ranks are those that have joined."""
+
+    def is_initialised(self) -> bool:
+        """Whether this process has joined already, whoever in it has done that."""
 
     def unique_id(self) -> bytes:
         """What all ranks join by."""
@@ -118,6 +122,10 @@ class Nvshmem:
         if status:
             raise TokenferryError(f"{call} of NVSHMEM failed ({status}); NVSHMEM_DEBUG=INFO tells more")
 
+    def is_initialised(self) -> bool:
+        """See :meth:`Library.is_initialised`."""
+        return int(self._library.nvshmemx_init_status()) >= _IS_INITIALISED
+
     def unique_id(self) -> bytes:
         """See :meth:`Library.unique_id`."""
         made = _UniqueId(_version_of(_UniqueId))
@@ -136,6 +144,9 @@ class Nvshmem:
         self._check("nvshmemx_set_attr_uniqueid_args", status)
         status = library.nvshmemx_hostlib_init_attr(_WITH_UNIQUE_ID, ctypes.byref(attributes))
         self._check("nvshmemx_hostlib_init_attr", status)
+        joined = library.nvshmem_my_pe(), library.nvshmem_n_pes()
+        if joined != (rank, num_ranks):
+            raise TokenferryError(f"NVSHMEM has joined as (rank, ranks) {joined}, not as {(rank, num_ranks)}")
 
     def allocate(self, nbytes: int) -> int:
         """See :meth:`Library.allocate`."""

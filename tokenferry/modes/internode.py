@@ -102,15 +102,20 @@ def dispatch(party: Party, given: Inputs, num_tokens_per_rdma_rank: object, chun
         outputs = Outputs(*as_bytes(recv_x, recv_scales), recv_ids, recv_weights, places)
         delivery = _Delivery(party, operation, routes, shares, chunks, relayed, outputs)
         delivery.begin(columns)
-        handle = make_handle(topology, routes, given.is_token_in_rank, given.num_tokens_per_rank, num_rows)
+        handle = make_handle(
+            topology, routes, given.is_token_in_rank, node_member, given.num_tokens_per_rank, num_rows
+        )
         delivery.run()
         places_of(handle).copy_(places)
         nodes.routes.remember(handle, routes)
     local_experts = given.num_experts // topology.num_ranks
-    first = topology.local_index * local_experts
-    per_expert = [sum(share.extra[first + expert] for share in shares) for expert in range(local_experts)]
-    aligned = [] if given.num_worst_tokens else [align_up(count, given.expert_alignment) for count in per_expert]
-    return Received(recv_x, recv_scales, recv_ids, recv_weights, aligned, handle)
+    if given.num_worst_tokens:
+        return Received(recv_x, recv_scales, recv_ids, recv_weights, [], handle)
+    own = slice(topology.local_index * local_experts, (topology.local_index + 1) * local_experts)
+    per_expert = list(map(sum, zip(*(share.extra[own] for share in shares), strict=True)))
+    if given.expert_alignment != 1:
+        per_expert = [align_up(count, given.expert_alignment) for count in per_expert]
+    return Received(recv_x, recv_scales, recv_ids, recv_weights, per_expert, handle)
 
 
 def _checked_per_node(party: Party, given: object, node_member: torch.Tensor) -> list[int]:

@@ -93,6 +93,7 @@ def make_handle(
     topology: Topology,
     routes: Routes,
     is_token_in_rank: torch.Tensor,
+    node_member: torch.Tensor,
     num_tokens_per_rank: torch.Tensor,
     num_rows: int,
 ) -> InternodeHandle:
@@ -102,11 +103,11 @@ def make_handle(
         topology: who is where.
         routes: of the dispatch.
         is_token_in_rank: bool [T, R].
+        node_member: bool [T, G], what :func:`in_nodes` makes of it.
         num_tokens_per_rank: int32 [R].
         num_rows: M.
     """
     device = is_token_in_rank.device
-    node_member = in_nodes(topology, is_token_in_rank)
     members = list(routes.members)
     members[topology.node] = members[topology.node][routes.tokens[topology.node]]
     relayed = [len(member) for member in members]
@@ -138,7 +139,7 @@ def make_handle(
 
 def _heads(member: torch.Tensor) -> torch.Tensor:
     """int32 of the same shape: the position of each true value among those of its column, -1 for the others."""
-    return member.cumsum(0, dtype=torch.int32).sub_(1).masked_fill_(~member, -1)
+    return member.cumsum(0, dtype=torch.int32).mul_(member).sub_(1)
 
 
 def check_handle(topology: Topology, device: torch.device, handle: object) -> tuple[InternodeHandle, Routes]:

@@ -116,19 +116,25 @@ CARRIERS: dict[str, Callable[[Topology, str, float, torch.device], Rail]] = {
 
 
 def carriers_of(device_type: str) -> list[str]:
-    """The carriers that are here, for ranks on such a device."""
-    has_nvshmem = device_type == "cuda" and find_nvshmem() is not None
-    return [name for name in CARRIERS if name != NVSHMEM or has_nvshmem]
+    """The carriers that are on this host, for ranks on such a device."""
+    return [name for name in CARRIERS if name != NVSHMEM or (device_type == "cuda" and find_nvshmem() is not None)]
 
 
 def check_carrier(name: str, carrier: str, device_type: str) -> str:
-    """Return the carrier if it is there.
+    """Return the carrier if there is such a one, on some host at least.
 
     Raises:
-        ArgumentError: it is not; says which are.
+        ArgumentError: there is not; says which are here.
     """
-    here = carriers_of(device_type)
-    if carrier not in here:
-        allowed = f"one of the carriers that are here for ranks on {device_type}: {', '.join(here)}"
-        raise ArgumentError(name, repr(carrier), allowed)
+    if carrier not in CARRIERS or (carrier == NVSHMEM and device_type != "cuda"):
+        raise ArgumentError(name, repr(carrier), _allowed(device_type))
     return carrier
+
+
+def missing_carrier(carrier: str, device_type: str) -> str:
+    """Why a carrier that there is cannot be had on this host; or nothing."""
+    return "" if carrier in carriers_of(device_type) else f"no carrier {carrier!r}, but {_allowed(device_type)}"
+
+
+def _allowed(device_type: str) -> str:
+    return f"one of the carriers that are here for ranks on {device_type}: {', '.join(carriers_of(device_type))}"

@@ -67,11 +67,14 @@ class Transport(Protocol):
         """The nodes that exchanges have waited for in vain: what came last may be garbage."""
 
     def end(self, is_idle: bool) -> None:
-        """Let go, and end what is under way.
+        """Let go, and end what is under way. Raises nothing.
 
         Args:
             is_idle: there is nothing under way.
         """
+
+    def leave(self) -> None:
+        """Let go as far as that waits for nobody: graphs hold exchanges, and nothing is wrong."""
 
 
 class DeviceRail:
@@ -201,30 +204,34 @@ class DeviceRail:
 
     def _miss(self, nodes: Sequence[int], reason: str) -> None:
         """An exchange that no host waits for has missed its deadline."""
-        self._failure = nodes, reason
+        transport = self._transport
+        known = () if transport is None else transport.missing()
+        self._failure = known or nodes, reason
         self.abandon()
 
     def abandon(self) -> None:
         """Something has failed: end what is under way, wherever it is. The rail is of no use any more."""
         transport = self._let_go()
         if transport is not None:
-            self._end(transport, is_idle=False)
             _keep(transport)
+            self._end(transport, is_idle=False)
 
     def close(self, is_stuck: bool = False) -> None:
         """See :meth:`tokenferry.rail.Rail.close`.
 
-        A transport that graphs hold is left alone if nothing is wrong: what it has goes with the process.
+        A transport that graphs hold is left if nothing is wrong: what it has goes with the process.
         """
         self._words.close()
         is_idle = not is_stuck and not self._unfinished and self.watch.is_idle
         transport = self._let_go()
         if transport is None:
             return
-        if not (is_idle and self._was_captured):
-            self._end(transport, is_idle)
         if not is_idle or self._was_captured:
             _keep(transport)
+        if is_idle and self._was_captured:
+            transport.leave()
+        else:
+            self._end(transport, is_idle)
 
     def _let_go(self) -> Transport | None:
         """The transport, if it is there yet, of which this rail knows nothing any more."""

@@ -68,6 +68,9 @@ class GroupTransport:
         with contextlib.suppress(RuntimeError):  # Gloo has nothing to abort
             self._group.abort()
 
+    def leave(self) -> None:
+        """See :meth:`tokenferry.rail.device_rail.Transport.leave`: the end of a group waits for graphs."""
+
 
 def nccl_rail(topology: Topology, key: str, timeout: float, device: torch.device) -> DeviceRail:
     """A rail of this rank's GPU.

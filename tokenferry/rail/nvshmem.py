@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 
@@ -23,12 +24,14 @@ from tokenferry.memory import nvshmem
 from tokenferry.memory.driver import Driver
 from tokenferry.rail import NVSHMEM
 from tokenferry.rail.device_rail import DeviceRail, Messages, Work, looking
-from tokenferry.rail.nvshmem_world import Ranks, World, join
+from tokenferry.rail.nvshmem_world import LONGEST_WAIT, Ranks, World, join
 from tokenferry.rail.process_group import ProcessGroupRail
+from tokenferry.rendezvous import COMPILING_SECONDS
 from tokenferry.topology import Topology
 
-_LONGEST_WAIT = 365 * 86400.0
-"""Seconds."""
+_PRIORITY = -1
+_LEAST_ROWS = 16
+"""Of a table, so that it serves for others."""
 _END_SECONDS = 1.0
 """That kernels have to see that they are given up."""
 
@@ -67,35 +70,50 @@ class NvshmemTransport:
         self._launch = launch
         self._let_go = let_go
         self._driver = Driver()
-        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._stream = _take_stream(self._driver, device)
         homes = rail_programs.homes_of(shape, node, peers)
-        self._peers = torch.tensor(homes, dtype=torch.int64, device=device)
-        self._state = torch.zeros(words.STATE_WORDS, dtype=torch.int64, device=device)
-        self._one = torch.ones(1, dtype=torch.int64, pin_memory=True)
-        self._told = torch.zeros(1 + len(peers), dtype=torch.int64, pin_memory=True)
+        with torch.inference_mode(False):  # all of this may be written to outside of it
+            self._peers = torch.tensor(homes, dtype=torch.int64, device=device)
+            self._state = torch.zeros(words.STATE_WORDS, dtype=torch.int64, device=device)
+            self._one = torch.ones(1, dtype=torch.int64, device="cpu", pin_memory=True)
+            self._told = torch.zeros(1 + len(peers), dtype=torch.int64, device="cpu", pin_memory=True)
         self._look = self._told.numpy()
         places = self._peers.data_ptr(), self._state.data_ptr(), self._told.data_ptr()
-        self._end = rail_programs.End(shape, region, rank, *places, int(min(timeout, _LONGEST_WAIT) * 1e9))
-        self._tables: list[tuple[torch.Tensor, torch.cuda.Event]] = []
-        """In pinned memory, with the exchange that reads each."""
+        self._end = rail_programs.End(shape, region, rank, *places, int(min(timeout, LONGEST_WAIT) * 1e9))
+        self._under_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        """Exchanges, and the table in pinned memory that each reads."""
         self._captured: list[torch.Tensor] = []
-        """Those of graphs, which may be replayed at any time."""
+        """Tables of exchanges in graphs, which may be replayed at any time."""
 
     def begin(self, coming: Messages, going: Messages) -> Sequence[Work]:
-        """See :meth:`tokenferry.rail.device_rail.Transport.begin`."""
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        rows = [*self._messages(going), *self._messages(coming)]
+        """See :meth:`tokenferry.rail.device_rail.Transport.begin`.
+
+        Replays run where the caller has them run. So that none runs beside an exchange that nobody has waited for,
+        the current stream waits for all of them from the first capture on.
+        """
+        stream, current = self._stream, torch.cuda.current_stream(self._device)
         is_captured = torch.cuda.is_current_stream_capturing()
+        if is_captured:
+            self._wait_for_all()
+        stream.wait_stream(current)
+        rows = [*self._messages(going), *self._messages(coming)]
         table = self._table(len(rows), is_captured)
-        table[: len(rows)] = torch.tensor(rows, dtype=torch.int64)
+        table.numpy()[: len(rows)] = rows
         self._end.launch(self._launch, int(stream.cuda_stream), table.data_ptr(), len(going), len(rows))
         event = stream.record_event()
         if is_captured:
             self._captured.append(table)
         else:
-            self._tables.append((table, event))
+            self._under_way.append((table, event))
+            if self._captured:
+                current.wait_event(event)
         return [_Exchange(event, self._device)]
+
+    def _wait_for_all(self) -> None:
+        """Wait, by the host: a captured stream cannot wait for what is not captured."""
+        with self._driver.relaxed_capture():
+            while self._under_way:
+                self._under_way.popleft()[1].synchronize()
 
     def _messages(self, parts: Messages) -> list[tuple[int, int, int, int]]:
         given = [(self._nodes.index(node), part.data_ptr(), part.numel()) for node, part in parts]
@@ -103,13 +121,13 @@ class NvshmemTransport:
 
     def _table(self, num_rows: int, is_captured: bool) -> torch.Tensor:
         """int64 [num_rows or more, 4] in pinned memory that no exchange reads any more."""
-        if not is_captured and self._tables and self._tables[0][1].query():  # type: ignore[no-untyped-call]
-            table, _ = self._tables.pop(0)
+        if self._under_way and self._under_way[0][1].query():  # type: ignore[no-untyped-call]
+            table, _ = self._under_way.popleft()
             if len(table) >= num_rows:
                 return table
-        shape = (max(num_rows, 16), words.MESSAGE_WORDS.value)
-        with self._driver.relaxed_capture() if is_captured else nullcontext():
-            return torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        shape = (max(num_rows, _LEAST_ROWS), words.MESSAGE_WORDS.value)
+        with self._driver.relaxed_capture() if is_captured else nullcontext(), torch.inference_mode(False):
+            return torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def missing(self) -> Sequence[int]:
         """See :meth:`tokenferry.rail.device_rail.Transport.missing`."""
@@ -119,15 +137,44 @@ class NvshmemTransport:
 
     def end(self, is_idle: bool) -> None:
         """See :meth:`tokenferry.rail.device_rail.Transport.end`."""
-        if is_idle and not self._look[words.TOLD.value]:
+        is_idle = is_idle and not self._look[words.TOLD.value]
+        if self._captured or not is_idle:
+            try:
+                self._give_up()
+            except RuntimeError:  # the device has failed: nothing runs there any more
+                return
+        if is_idle:
+            _free_streams[self._device].append(self._stream)
             self._let_go()
-            return
+
+    def leave(self) -> None:
+        """See :meth:`tokenferry.rail.device_rail.Transport.leave`: a replay would do nothing any more."""
+        self.end(is_idle=True)
+
+    def _give_up(self) -> None:
+        """Have kernels do nothing, those that wait too, and give these some time to see that."""
         with torch.cuda.device(self._device), self._driver.relaxed_capture():
             torch.cuda.mem_get_info(self._device)  # the first call of a thread makes the GPU's context its own
             self._driver.copy_aside(self._state.data_ptr() + 8 * words.GIVEN_UP.value, self._one.data_ptr(), 8)
+            self._driver.end_aside()
             deadline = time.monotonic() + _END_SECONDS
             while not self._stream.query() and time.monotonic() < deadline:
                 time.sleep(1e-3)
+
+
+_free_streams: defaultdict[torch.device, list[torch.cuda.ExternalStream]] = defaultdict(list)
+"""Of rails that are closed."""
+
+
+def _take_stream(driver: Driver, device: torch.device) -> torch.cuda.ExternalStream:
+    """A stream that no other rail has, nor anybody else: one of torch's may be another Buffer's too."""
+    with suppress(IndexError):
+        return _free_streams[device].pop()
+    return torch.cuda.ExternalStream(driver.make_stream(_PRIORITY), device)  # type: ignore[no-untyped-call]
+
+
+def _nothing_is_there() -> bool:
+    return True
 
 
 class _Exchange:
@@ -171,14 +218,19 @@ def nvshmem_rail(topology: Topology, key: str, timeout: float, device: torch.dev
             f"NVSHMEM is not installed ({nvshmem.PACKAGE}), nor is it where {nvshmem.LIBRARY_VARIABLE} says"
         )
     store = _get_default_store()
-    group = Ranks(PrefixStore(f"{key.rpartition('/')[0]}/nvshmem", store), topology.rank, topology.num_ranks, timeout)
-    rail = Ranks(PrefixStore(f"{key}/nvshmem", store), topology.node, topology.num_nodes, timeout)
+    group = Ranks(
+        PrefixStore(f"{key.rpartition('/')[0]}/nvshmem", store),
+        range(topology.num_ranks),
+        topology.rank,
+        timeout + COMPILING_SECONDS,
+    )
+    rail = Ranks(PrefixStore(f"{key}/nvshmem", store), topology.rail, topology.node, timeout + COMPILING_SECONDS)
     library, kernel = _kernel(files)
     rail_words = ProcessGroupRail(topology, key, timeout)
     try:
         with torch.cuda.device(device):
             kernel.compile()
-            world, numbers = join(group, lambda: library)
+            world, numbers = join(group, library, torch.cuda.current_device())
             transport = _transport(world, numbers, rail, topology, device, timeout, kernel.load())
             in_thread = functools.partial(looking, device)
             return DeviceRail(rail_words, transport, topology, device, timeout, torch.cuda.Event, in_thread, NVSHMEM)
@@ -205,27 +257,32 @@ def _transport(
     launch: Variant,
 ) -> NvshmemTransport:
     shape = rail_programs.shape_of(topology.num_nodes - 1, world.region_bytes)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if shape.grid > num_sms:
+        raise TokenferryError(f"{shape.num_peers} other nodes need {shape.grid} SMs, of which the GPU has {num_sms}")
     region = world.take()
-
-    memory = torch.as_tensor(_Memory(region, shape.num_peers * shape.home_bytes), device=device)
-    begin, end = shape.flags
-    flags = memory.view(shape.num_peers, shape.home_bytes)[:, :end].view(torch.int64)
-    at_rest = torch.zeros_like(flags)
-    at_rest[:, begin // 8 :] = 1
+    is_at_rest: Callable[[], bool] = _nothing_is_there  # nobody knows of the region yet, who could write there
 
     def let_go() -> None:
-        with suppress(RuntimeError):  # the store is gone: the others will not use their memory again
-            rail.say(f"over/{rail.number}", True)
-        names = [f"over/{number}" for number in range(rail.count)]
-        world.give_back(region, lambda: rail.has_said(names) and torch.equal(flags, at_rest))
+        rail.say_aside("over")
+        world.give_back(region, lambda: rail.have_said("over") and is_at_rest())
 
     try:
-        flags.copy_(at_rest)
+        with torch.inference_mode(False):
+            memory = torch.as_tensor(_Memory(region, shape.num_peers * shape.home_bytes), device=device)
+            begin, end = shape.flags
+            flags = memory.view(shape.num_peers, shape.home_bytes)[:, :end].view(torch.int64)
+            at_rest = torch.zeros_like(flags)
+            at_rest[:, begin // 8 :] = 1
+            flags.copy_(at_rest)
         torch.cuda.synchronize(device)
+        is_at_rest = functools.partial(torch.equal, flags, at_rest)
         offsets = rail.gather("region", region - world.pool)
+        others = [node for node in range(topology.num_nodes) if node != topology.node]
+        peers = [
+            rail_programs.Peer(node, numbers[topology.rail[node]], world.pool + offsets[node]) for node in others
+        ]
+        return NvshmemTransport(region, shape, peers, world.rank, topology.node, device, timeout, launch, let_go)
     except BaseException:
         let_go()
         raise
-    others = [node for node in range(topology.num_nodes) if node != topology.node]
-    peers = [rail_programs.Peer(node, numbers[topology.rail[node]], world.pool + offsets[node]) for node in others]
-    return NvshmemTransport(region, shape, peers, world.rank, topology.node, device, timeout, launch, let_go)

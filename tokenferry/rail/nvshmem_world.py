@@ -21,12 +21,12 @@ from tokenferry.validation import require
 
 POOL_VARIABLE = "TOKENFERRY_NVSHMEM_BYTES"
 """Symmetric memory of a rank, for all of its rails."""
+LONGEST_WAIT = 365 * 86400.0
+"""Seconds."""
 _POOL_BYTES = 256 << 20
 _LEAST_POOL_BYTES = 1 << 20
 _REGION_BYTES = 64 << 20
 """Of a rail, at most; a pool of less is one region."""
-_LONGEST_WAIT = 365 * 86400.0
-"""Seconds."""
 _INTERFACE_VARIABLE = "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME"
 _SIZE_VARIABLE = "NVSHMEM_SYMMETRIC_SIZE"
 _SIZE = 1 << 30
@@ -38,38 +38,54 @@ class Ranks:
 
     Args:
         store: with a prefix that nobody else uses.
-        number: of this rank.
-        count: how many there are.
+        names: of the ranks, as the caller's group counts them.
+        number: of this rank among these.
         timeout: seconds to wait for them.
     """
 
-    def __init__(self, store: Any, number: int, count: int, timeout: float) -> None:
+    def __init__(self, store: Any, names: Sequence[int], number: int, timeout: float) -> None:
         self._store = store
+        self._names = names
         self.number = number
-        self.count = count
-        self._timeout = timedelta(seconds=min(timeout, _LONGEST_WAIT))
+        self._timeout = timedelta(seconds=min(timeout, LONGEST_WAIT))
 
-    def gather(self, name: str, value: object) -> list[Any]:
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._names)
+
+    def gather(self, what: str, value: object) -> list[Any]:
         """What all of them say, by number."""
-        self.say(f"{name}/{self.number}", value)
-        return [self.hear(f"{name}/{number}", f"rank {number} of these") for number in range(self.count)]
+        self.say(what, value)
+        return [self.hear(what, number) for number in range(self.count)]
 
-    def say(self, name: str, value: object) -> None:
+    def say(self, what: str, value: object) -> None:
         """Let all know."""
-        self._store.set(name, json.dumps(value))
+        self._store.set(f"{what}/{self.number}", json.dumps(value))
 
-    def hear(self, name: str, who: str) -> Any:
-        """What somebody says."""
+    def hear(self, what: str, number: int) -> Any:
+        """What one of them says."""
+        key = f"{what}/{number}"
         try:
-            self._store.wait([name], self._timeout)
-            return json.loads(self._store.get(name))
+            self._store.wait([key], self._timeout)
+            return json.loads(self._store.get(key))
         except RuntimeError as error:
-            raise TokenferryError(f"NVSHMEM: {who} has not told {name}: {error}") from error
+            raise TokenferryError(f"NVSHMEM: rank {self._names[number]} has not told {what}: {error}") from error
 
-    def has_said(self, names: Sequence[str]) -> bool:
-        """Whether all of this is known; not if the store is gone."""
+    def say_aside(self, what: str) -> None:
+        """Let all know, some time soon: the store may be waiting for something else. Not if it is gone."""
+        threading.Thread(target=self._try_to_say, args=(what,), name="tokenferry rail's end", daemon=True).start()
+
+    def _try_to_say(self, what: str) -> None:
         try:
-            return bool(self._store.check(list(names)))
+            self.say(what, True)
+        except RuntimeError:  # then the others will not use their memory again
+            return
+
+    def have_said(self, what: str) -> bool:
+        """Whether all have; not if the store is gone."""
+        try:
+            return bool(self._store.check([f"{what}/{number}" for number in range(self.count)]))
         except RuntimeError:
             return False
 
@@ -78,17 +94,17 @@ class World:
     """NVSHMEM as this process has joined it.
 
     Args:
-        library: that has been joined.
         key: names this joining.
         rank: of this process.
+        device: index of the GPU that it has joined with.
         pool: the address of symmetric memory.
         pool_bytes: of it.
     """
 
-    def __init__(self, library: nvshmem.Library, key: str, rank: int, pool: int, pool_bytes: int) -> None:
-        self.library = library
+    def __init__(self, key: str, rank: int, device: int, pool: int, pool_bytes: int) -> None:
         self.key = key
         self.rank = rank
+        self.device = device
         self.pool = pool
         self.region_bytes = min(_REGION_BYTES, pool_bytes)
         self._is_free: list[Callable[[], bool]] = [_always] * (pool_bytes // self.region_bytes)
@@ -100,15 +116,18 @@ class World:
         Raises:
             TokenferryError: all are in use.
         """
-        with self._lock:
-            for number, is_free in enumerate(self._is_free):
-                if is_free():
+        for number in range(len(self._is_free)):
+            is_free = self._is_free[number]
+            if not is_free():  # which may wait for the GPU
+                continue
+            with self._lock:
+                if self._is_free[number] is is_free:
                     self._is_free[number] = _never
                     return self.pool + number * self.region_bytes
         count = len(self._is_free)
         raise TokenferryError(
-            f"NVSHMEM: {count} rails have all of the memory: destroy a Buffer on all ranks, or set {POOL_VARIABLE} "
-            f"to more than {count * self.region_bytes}"
+            f"NVSHMEM: the memory of {count} rails is taken, by Buffers that are not destroyed on all ranks, or have "
+            f"failed; {POOL_VARIABLE} gives more than {count * self.region_bytes} bytes from the start"
         )
 
     def give_back(self, region: int, is_free: Callable[[], bool]) -> None:
@@ -127,50 +146,75 @@ def _never() -> bool:
 
 _joining = threading.Lock()
 _world: World | None = None
+_broken = ""
+"""Why this process can never join any more."""
 
 
 def pool_bytes(_: None = None) -> int:
-    """Symmetric memory that a rank is to have."""
-    given = os.environ.get(POOL_VARIABLE, str(_POOL_BYTES))
+    """Symmetric memory that a rank is to have.
+
+    Raises:
+        ArgumentError: the environment names none that can be.
+    """
+    given = os.environ.get(POOL_VARIABLE) or str(_POOL_BYTES)
     nbytes = int(given) if given.isdecimal() else 0
     require(nbytes >= _LEAST_POOL_BYTES, POOL_VARIABLE, repr(given), f"bytes, {_LEAST_POOL_BYTES} or more")
     return nbytes
 
 
-def join(ranks: Ranks, library: Callable[[], nvshmem.Library]) -> tuple[World, list[int]]:
+def join(ranks: Ranks, library: nvshmem.Library, device: int) -> tuple[World, list[int]]:
     """Join NVSHMEM with these ranks, or find that this process and they have.
+
+    Args:
+        ranks: all of a Buffer.
+        library: of this process.
+        device: index of the GPU, the current one.
 
     Returns:
         What this process has joined, and the numbers there of these ranks.
 
     Raises:
-        TokenferryError: some have joined with others.
+        TokenferryError: some have joined with others, with another GPU or by themselves, or joining has failed.
     """
-    global _world
-    with _joining:
-        nbytes = pool_bytes()
-        mine = ["", 0] if _world is None else [_world.key, _world.rank]
-        told = ranks.gather("joined", [*mine, nbytes])
-        for name, column in ((POOL_VARIABLE, 2), ("NVSHMEM", 0)):
-            if any(of_rank[column] != told[0][column] for of_rank in told):
-                listed = ", ".join(f"rank {rank}: {of_rank[column] or 'none'}" for rank, of_rank in enumerate(told))
-                raise TokenferryError(
-                    f"{name} is not the same on all ranks ({listed}): a process joins NVSHMEM once, with all ranks "
-                    "of the first Buffer that has this carrier; make that one of the largest group"
-                )
-        if _world is None:
-            _world = _joined(ranks, library(), nbytes)
-            return _world, list(range(ranks.count))
-        return _world, [of_rank[1] for of_rank in told]
+    world = _world
+    problem = _broken
+    if world is None and not problem and library.is_initialised():
+        problem = "somebody else in the process has initialised it"
+    if world is not None and world.device != device:
+        problem = f"the process has joined with GPU {world.device}, not {device}"
+    told = ranks.gather("joined", [problem, "" if world is None else world.key, 0 if world is None else world.rank])
+    problems = [f"rank {rank}: {of_rank[0]}" for rank, of_rank in enumerate(told) if of_rank[0]]
+    if not problems and any(of_rank[1] != told[0][1] for of_rank in told):
+        problems = [f"rank {rank} has joined {of_rank[1][:16] or 'nothing'}" for rank, of_rank in enumerate(told)]
+        problems.append(
+            "a process joins once, with all ranks of the first Buffer that has this carrier: make that one"
+        )
+        problems.append("of the largest group")
+    if problems:
+        raise TokenferryError(f"NVSHMEM: {', '.join(problems)}")
+    if world is None:
+        return _join(ranks, library, device), list(range(ranks.count))
+    return world, [of_rank[2] for of_rank in told]
 
 
-def _joined(ranks: Ranks, library: nvshmem.Library, nbytes: int) -> World:
+def _join(ranks: Ranks, library: nvshmem.Library, device: int) -> World:
+    global _world, _broken
+    nbytes = pool_bytes()
     if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
         os.environ.setdefault(_INTERFACE_VARIABLE, interface)
     if nbytes > _SIZE // 2:
         os.environ.setdefault(_SIZE_VARIABLE, str(nbytes + _SIZE))
     if ranks.number == 0:
         ranks.say("id", library.unique_id().hex())
-    key = ranks.hear("id", "rank 0")
-    library.join(ranks.number, ranks.count, bytes.fromhex(key))
-    return World(library, key, ranks.number, library.allocate(nbytes), nbytes)
+    key = ranks.hear("id", 0)
+    with _joining:
+        if _world is not None or _broken:
+            raise TokenferryError("NVSHMEM: two Buffers of one process have joined at a time")
+        try:
+            library.join(ranks.number, ranks.count, bytes.fromhex(key))
+            pool = library.allocate(nbytes)
+        except TokenferryError as error:
+            _broken = str(error)
+            raise
+        _world = World(key, ranks.number, device, pool, nbytes)
+        return _world

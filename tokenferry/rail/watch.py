@@ -15,7 +15,9 @@ import torch
 logger = logging.getLogger("tokenferry")
 
 _LOOK_EVERY = 0.02
-"""Seconds. The thread ends when there is nothing to look after."""
+"""Seconds."""
+_STAY = 1.0
+"""Seconds that the thread stays when there is nothing to look after: to start one costs a call a millisecond."""
 
 
 class Marker(Protocol):
@@ -65,11 +67,14 @@ class Watch:
         """Whether an exchange was late, or its marker could not be asked: it is not over, though it is forgotten."""
         self._thread: threading.Thread | None = None
         """The one that looks; None: it has ended, or sees next that there is nothing to do."""
+        self._stays_until = 0.0
+        """By the monotonic clock."""
 
     def add(self, exchange: Watched) -> None:
         """Look after an exchange; they end in the order in which they are added."""
         with self._lock:
             self._watched.append(exchange)
+            self._stays_until = time.monotonic() + _STAY
             if self._thread is None:
                 thread = self._thread = threading.Thread(target=self._run, name="tokenferry rail", daemon=True)
                 try:
@@ -88,6 +93,7 @@ class Watch:
         """Look after none any more."""
         with self._lock:
             self._watched.clear()
+            self._stays_until = 0.0
 
     def _run(self) -> None:
         with ExitStack() as stack:
@@ -99,16 +105,16 @@ class Watch:
                 time.sleep(_LOOK_EVERY)
 
     def _look(self) -> bool:
-        """Forget what is over; returns whether there is more to come."""
+        """Forget what is over; returns whether there may be more to come."""
         with self._lock:
             while self._watched and self._is_done_with(self._watched[0]):
                 self._watched.popleft()
-            late = None
-            if self._watched and time.monotonic() - self._watched[0].since > self._seconds:
+            late, now = None, time.monotonic()
+            if self._watched and now - self._watched[0].since > self._seconds:
                 late = self._watched.popleft()
                 self._watched.clear()
                 self._has_failed = True
-            goes_on = bool(self._watched)
+            goes_on = bool(self._watched) or now < self._stays_until
             if not goes_on:
                 self._thread = None
         if late is not None:
