@@ -21,7 +21,7 @@ from tokenferry.rail.nvshmem_world import Ranks, World
 from tokenferry.topology import Topology
 
 CPU = torch.device("cpu")
-SHAPE = rail_programs.Shape(num_peers=2, lanes=1, slots=2, piece=64)
+SHAPE = rail_programs.Shape(num_peers=2, lanes=1, slots=2, slot_bytes=64)
 PEERS = [rail_programs.Peer(0, 4, 1000), rail_programs.Peer(2, 5, 2000)]
 
 
@@ -87,8 +87,8 @@ class Gpu:
 
     def launch(self, grid: int, stream: int, arguments: Any) -> None:
         table, num_sends, num_messages = arguments[0], arguments[8], arguments[9]
-        words = (ctypes.c_int64 * (4 * num_messages)).from_address(table)
-        rows = [list(words[4 * row : 4 * row + 4]) for row in range(num_messages)]
+        words = (ctypes.c_int64 * (5 * num_messages)).from_address(table)
+        rows = [list(words[5 * row : 5 * row + 5]) for row in range(num_messages)]
         self.launched.append((grid, stream, rows, num_sends))
 
 
@@ -135,7 +135,7 @@ def test_messages_and_tables(gpu: Gpu) -> None:
     stream = transport._stream
     assert stream.waited == [gpu.current]
     first, second, third = (p.data_ptr() for p in parts)
-    assert gpu.launched == [(4, 7, [[first, 100, 1, 0], [second, 64, 1, 2], [third, 10, 0, 0]], 2)]
+    assert gpu.launched == [(4, 7, [[first, 100, 1, 0, 64], [second, 64, 1, 2, 64], [third, 10, 0, 0, 64]], 2)]
     assert not work.is_completed()
     work.wait()
     assert gpu.current.waited == [stream.events[0]]

@@ -96,6 +96,13 @@ def _replayed(rank: int, num_ranks: int) -> None:
             eager = torch.full_like(came, 0xCD)
             rail.post({other: [going[: turn * 1000]]}, {other: [eager[: turn * 1000]]}).finish()
             assert bool((eager[: turn * 1000] == turn).all())
+        elif os.environ[CARRIER_VARIABLE] == NVSHMEM:  # a replay that is asked for before anybody waits
+            parts = [torch.full_like(came, value) for value in (turn, 0xCD)]
+            transfer = rail.post({other: [parts[0]]}, {other: [parts[1]]})
+            graph.replay()
+            transfer.finish()
+            assert bool((parts[1] == turn).all())
+            going -= 1  # the replay has added one
     del graph
     rail.close()
 

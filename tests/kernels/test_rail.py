@@ -23,6 +23,13 @@ TIMEOUT = 3_000
 I64 = torch.int64
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: Any) -> None:
+    """Of sizes that differ between messages, as those of large ones do."""
+    monkeypatch.setattr(rail_programs, "_LEAST_PIECE", 16)
+    monkeypatch.setattr(rail_programs, "_ALIGNMENT", 16)
+
+
 class RailWorld:
     """The ranks of a rail, one on each node, and what they have to send.
 
@@ -94,7 +101,7 @@ class RailWorld:
         for pair, given in sizes.items():
             for nbytes in given:
                 source, came = self._part(nbytes), self._part(nbytes)
-                source.random_(0, 256)
+                source._base.random_(0, 256)  # type: ignore[union-attr]
                 parts.setdefault(pair, []).append((source, came))
                 self.checks.append((came, source))
         for node in self.nodes:
@@ -106,9 +113,9 @@ class RailWorld:
             rows = [
                 row
                 for way in (going, coming)
-                for row in rail_programs.messages_of([(n, p.data_ptr(), p.numel()) for n, p in way], PIECE)
+                for row in rail_programs.messages_of(self.shape, [(n, p.data_ptr(), p.numel()) for n, p in way])
             ]
-            table = torch.tensor(rows or [[0] * 4])
+            table = torch.tensor(rows or [[0] * 5])
             self.kept.append(table)
             self.ends[node].launch(self.variant, node, table.data_ptr(), len(going), len(rows))
 
@@ -202,9 +209,18 @@ def test_only_what_a_rank_may_know_is_touched() -> None:
     assert world.is_right()
 
 
-def test_messages_are_numbered_by_peer() -> None:
+def test_messages_are_numbered_by_peer(monkeypatch: Any) -> None:
+    shape = rail_programs.Shape(2, 2, 2, PIECE)
     parts = [(0, 10, 100), (1, 20, 48), (0, 30, 1), (1, 40, 500), (0, 50, 96)]
-    assert [message[3] for message in rail_programs.messages_of(parts, PIECE)] == [0, 0, 3, 1, 4]
+    messages = rail_programs.messages_of(shape, parts)
+    assert [message[4] for message in messages] == [32, 16, 16, 48, 32]
+    assert [message[3] for message in messages] == [0, 0, 4, 3, 5]
+    monkeypatch.undo()
+    shape = rail_programs.Shape(2, 8, 4, 1 << 20)
+    sizes = (1, 16384, 16385, 1 << 20, (1 << 20) + 1, 1 << 24, 1 << 30)
+    messages = rail_programs.messages_of(shape, [(0, 0, nbytes) for nbytes in sizes])
+    assert [message[4] for message in messages] == [1 << 14] * 3 + [1 << 16, (1 << 16) + 128, 1 << 20, 1 << 20]
+    assert [message[3] for message in messages] == [0, 1, 2, 4, 20, 36, 52]
 
 
 @pytest.mark.parametrize("num_peers", [1, 2, 3, 7, 8, 15, 64])
@@ -213,7 +229,7 @@ def test_shapes(num_peers: int) -> None:
     shape = rail_programs.shape_of(num_peers, nbytes)
     assert shape.num_peers * shape.home_bytes <= nbytes
     assert 10 <= shape.grid <= 128
-    assert shape.piece % 16 == 0
+    assert shape.slot_bytes % 16 == 0
     assert shape.num_peers * shape.home_bytes > 0.8 * nbytes
 
 
@@ -230,7 +246,11 @@ MUTANTS = {
     "the flag of another slot": (RAIL, "full_flag(theirs, place)\n", "full_flag(theirs, place ^ 1)\n"),
     "no wait for a free slot": (RAIL, "wait_for(free_flag(home, place, places), state", "wait_for(state, state"),
     "no wait for a full slot": (RAIL, "wait_for(full_flag(home, place), state", "wait_for(state, state"),
-    "free before it is read": (RAIL, "piece), size, WIDTH)\n                    fence()\n", "piece), size, WIDTH)\n"),
+    "free before it is read": (
+        RAIL,
+        "slot_bytes), size, WIDTH)\n                    fence()\n",
+        "slot_bytes), size, WIDTH)\n",
+    ),
     "a flag is not unset": (RAIL, "        tl.store(word(flag, 0), 0)\n", "        pass\n"),
     "the size of a whole piece": (RAIL, "size = tl.minimum(piece, nbytes - begin)", "size = piece"),
     "messages of others": (RAIL, "        if tl.load(message + 2) != peer:\n            begin = nbytes\n", ""),

@@ -115,12 +115,12 @@ class NvshmemTransport:
             while self._under_way:
                 self._under_way.popleft()[1].synchronize()
 
-    def _messages(self, parts: Messages) -> list[tuple[int, int, int, int]]:
+    def _messages(self, parts: Messages) -> list[tuple[int, int, int, int, int]]:
         given = [(self._nodes.index(node), part.data_ptr(), part.numel()) for node, part in parts]
-        return rail_programs.messages_of(given, self._end.shape.piece)
+        return rail_programs.messages_of(self._end.shape, given)
 
     def _table(self, num_rows: int, is_captured: bool) -> torch.Tensor:
-        """int64 [num_rows or more, 4] in pinned memory that no exchange reads any more."""
+        """int64 [num_rows or more, 5] in pinned memory that no exchange reads any more."""
         if self._under_way and self._under_way[0][1].query():  # type: ignore[no-untyped-call]
             table, _ = self._under_way.popleft()
             if len(table) >= num_rows:

@@ -17,7 +17,12 @@ _MOST_LANES = 8
 """Programs that send to one peer: 114 GB/s by two H200 of a host, which is more than a network card carries."""
 _SLOTS = 4
 """Pieces of a lane that are on their way at a time."""
-_LEAST_PIECE = 1 << 12
+_LEAST_SLOT = 1 << 12
+_ALIGNMENT = 128
+_LEAST_PIECE = 1 << 14
+"""Bytes, unless a slot has less room."""
+_PIECES_OF_A_LANE = 2
+"""Of a message of any size: so that all lanes take part, and one piece is copied out while the next is put."""
 _WARPS = 16
 _WIDTH = 4096
 """16-byte words that a program copies at a time, eight a thread."""
@@ -30,8 +35,8 @@ class Shape(NamedTuple):
     num_peers: int
     lanes: int
     slots: int
-    piece: int
-    """Bytes of a slot."""
+    slot_bytes: int
+    """What a piece has at most."""
 
     @property
     def flags(self) -> tuple[int, int]:
@@ -43,7 +48,7 @@ class Shape(NamedTuple):
     def home_bytes(self) -> int:
         """For each peer: flags, 16 bytes of nothing, the ring, the stage."""
         align = int(rail.RING_ALIGNMENT.value)
-        return -(-(self.flags[1] + 16) // align) * align + 2 * self.lanes * self.slots * self.piece
+        return -(-(self.flags[1] + 16) // align) * align + 2 * self.lanes * self.slots * self.slot_bytes
 
     @property
     def grid(self) -> int:
@@ -61,10 +66,10 @@ def shape_of(num_peers: int, nbytes: int) -> Shape:
         raise ValueError(f"{num_peers} other nodes; allowed: at most {MOST_PEERS}")
     lanes = max(1, _MOST_LANES // num_peers)
     each = nbytes // num_peers - rail.RING_ALIGNMENT.value - 16 * (lanes * _SLOTS + 1)
-    piece = each // (2 * lanes * _SLOTS) // _LEAST_PIECE * _LEAST_PIECE
-    if piece < _LEAST_PIECE:
-        raise ValueError(f"{nbytes} bytes for {num_peers} other nodes; allowed: {_LEAST_PIECE} bytes a slot, or more")
-    return Shape(num_peers, lanes, _SLOTS, piece)
+    slot_bytes = each // (2 * lanes * _SLOTS) // _LEAST_SLOT * _LEAST_SLOT
+    if slot_bytes < _LEAST_SLOT:
+        raise ValueError(f"{nbytes} bytes for {num_peers} other nodes; allowed: {_LEAST_SLOT} bytes a slot, or more")
+    return Shape(num_peers, lanes, _SLOTS, slot_bytes)
 
 
 class Peer(NamedTuple):
@@ -96,11 +101,11 @@ class End(NamedTuple):
     """For the interpreter alone: int64, where the symmetric memory of each rank begins."""
 
     def launch(self, variant: Variant, stream: int, messages: int, num_sends: int, num_messages: int) -> None:
-        """Queue an exchange: ``messages``, those to send first, are int64 [num_messages, 4]."""
+        """Queue an exchange: ``messages``, those to send first, are int64 [num_messages, 5]."""
         shape = self.shape
         arguments = (
             messages, self.peers, self.state, self.told, self.heaps, self.region, shape.home_bytes, self.rank,
-            num_sends, num_messages, shape.num_peers, shape.lanes, shape.slots, shape.piece, self.timeout,
+            num_sends, num_messages, shape.num_peers, shape.lanes, shape.slots, shape.slot_bytes, self.timeout,
         )  # fmt: skip
         variant.launch(shape.grid, stream, arguments)
 
@@ -131,12 +136,19 @@ class RailKernel:
         return self._kernel.variant(_WARPS, WIDTH=_WIDTH)
 
 
-def messages_of(parts: Sequence[tuple[int, int, int]], piece: int) -> list[tuple[int, int, int, int]]:
+def messages_of(shape: Shape, parts: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int, int, int]]:
     """The messages of one way: ``parts`` are (peer, address, bytes); pieces of a peer are numbered in their order."""
     numbered: dict[int, int] = {}
     messages = []
     for peer, address, nbytes in parts:
+        piece = _piece_of(shape, nbytes)
         first = numbered.get(peer, 0)
         numbered[peer] = first + -(-nbytes // piece)
-        messages.append((address, nbytes, peer, first))
+        messages.append((address, nbytes, peer, first, piece))
     return messages
+
+
+def _piece_of(shape: Shape, nbytes: int) -> int:
+    """Bytes of the pieces of a message, which both ends know by its size."""
+    share = -(-nbytes // (_PIECES_OF_A_LANE * shape.lanes))
+    return min(max(-(-share // _ALIGNMENT) * _ALIGNMENT, _LEAST_PIECE), shape.slot_bytes)

@@ -13,8 +13,8 @@ replayed any number of times. A program sends to, or receives from, one peer in 
 what its peer's programs do in the same exchange or before: all programs must run at a time. Whatever does not come in
 time ends the rail; a program that the host has given up waits for nothing and puts nothing.
 
-A message is (address, bytes, peer, number of its first piece); a peer (rank, address of its home for this rank, as
-:mod:`.put` has it).
+A message is (address, bytes, peer, number of its first piece, bytes of its pieces); a peer (rank, address of its home
+for this rank, as :mod:`.put` has it).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import triton.language as tl
 from tokenferry.dataplane.cuda.kernels.flags import agreed, tell_host, wait_at_least, word
 from tokenferry.dataplane.cuda.kernels.put import fence, put, store_bytes
 
-MESSAGE_WORDS = tl.constexpr(4)
+MESSAGE_WORDS = tl.constexpr(5)
 PEER_WORDS = tl.constexpr(2)
 
 # Words of a rail's state, in device memory.
@@ -61,10 +61,10 @@ def nothing(home, places):
 
 
 @triton.jit
-def slot_in(home, place, places, piece):
+def slot_in(home, place, places, slot_bytes):
     """The address of a slot of the ring; ``place + places``: of the stage."""
     flags = (2 * places * 8 + 16 + RING_ALIGNMENT - 1) // RING_ALIGNMENT * RING_ALIGNMENT
-    return home + flags + place * piece
+    return home + flags + place * slot_bytes
 
 
 @triton.jit
@@ -90,18 +90,19 @@ def wait_for(flag, state, told, peer, timeout):
 
 @triton.jit(
     do_not_specialize=[
-        "home", "home_bytes", "own", "num_sends", "num_messages", "num_peers", "lanes", "slots", "piece", "timeout",
+        "home", "home_bytes", "own", "num_sends", "num_messages", "num_peers", "lanes", "slots", "slot_bytes",
+        "timeout",
     ],
 )  # fmt: skip
 def exchange(
     messages, peers, state, told, heaps, home: tl.int64, home_bytes: tl.int64, own: tl.int32, num_sends: tl.int32,
-    num_messages: tl.int32, num_peers: tl.int32, lanes: tl.int32, slots: tl.int32, piece: tl.int64,
+    num_messages: tl.int32, num_peers: tl.int32, lanes: tl.int32, slots: tl.int32, slot_bytes: tl.int64,
     timeout: tl.int64, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Send messages, and receive those behind them, by ``2 * num_peers * lanes`` programs.
 
     Args:
-        messages: int64 [num_messages, 4], see above; those to send come first.
+        messages: int64 [num_messages, 5], see above; those to send come first.
         peers: int64 [num_peers, 2], see above.
         state: int64 [2], see above.
         told: int64 [1 + num_peers], see above.
@@ -114,7 +115,7 @@ def exchange(
         num_peers: of this rank.
         lanes: of each peer.
         slots: of each lane.
-        piece: bytes of a slot, a multiple of 16.
+        slot_bytes: of a slot, a multiple of 16: what a piece has at most.
         timeout: nanoseconds that a wait lasts.
         WIDTH: 16-byte words that a program copies at a time.
     """
@@ -132,7 +133,7 @@ def exchange(
     while alive & (number < end):
         message = messages + number * MESSAGE_WORDS
         nbytes = tl.load(message + 1)
-        first = tl.load(message + 3)
+        first, piece = tl.load(message + 3), tl.load(message + 4)
         begin = ((lane - first % lanes + lanes) % lanes) * piece
         if tl.load(message + 2) != peer:
             begin = nbytes
@@ -143,17 +144,17 @@ def exchange(
             if receives:
                 alive = wait_for(full_flag(home, place), state, told, peer, timeout)
                 if alive:
-                    store_bytes(address, slot_in(home, place, places, piece), size, WIDTH)
+                    store_bytes(address, slot_in(home, place, places, slot_bytes), size, WIDTH)
                     fence()
                     to, at, flag = nothing(theirs, places), nothing(home, places), free_flag(theirs, place, places)
                     put(to, at, size * 0 + 16, flag, heaps, own, rank)
             else:
                 alive = wait_for(free_flag(home, place, places), state, told, peer, timeout)
                 if alive:
-                    stage = slot_in(home, place + places, places, piece)
+                    stage = slot_in(home, place + places, places, slot_bytes)
                     store_bytes(stage, address, size, WIDTH)
                     fence()
-                    to, flag = slot_in(theirs, place, places, piece), full_flag(theirs, place)
+                    to, flag = slot_in(theirs, place, places, slot_bytes), full_flag(theirs, place)
                     put(to, stage, size, flag, heaps, own, rank)
             begin += lanes * piece
         number += 1
