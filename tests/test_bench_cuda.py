@@ -347,6 +347,11 @@ def test_rivals_and_file_names_of_cuda() -> None:
     for gpus, ranks, nodes, wanted in ((1, 2, 2, [BASELINE, BARE]), (4, 4, 2, [BASELINE]), (2, 4, 2, [])):
         shared = {**describe_gpus([a_device(0, 1)] * ranks, gpus), "nodes": nodes}
         assert bench_cuda.choose_rivals(shared, "yes", True)[0] == wanted
+    with mock.patch.dict(os.environ, {"TOKENFERRY_CARRIER": "nvshmem"}):
+        two_nodes = {**describe_gpus([a_device(0, 1)] * 2, 2), "nodes": 2}
+        found, notes = bench_cuda.choose_rivals(two_nodes, "yes", True)
+        assert found == []
+        assert "through nvshmem" in notes[0]
     assert bench_cuda.choose_rivals(machine, "yes", False)[0] == []
     assert bench_cuda.choose_rivals({**machine, "ranks": 3}, "yes", True)[0] == [BASELINE]
     reports = [CudaReport(a_cuda_case(sms=sms), {}, 0, 0, 0, {}) for sms in (0, 8, 16)]

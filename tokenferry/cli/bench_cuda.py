@@ -180,7 +180,9 @@ def choose_rivals(machine: Mapping[str, Any], deep_ep: str, wanted: bool) -> tup
     if nodes > 1 and per_node <= max(machine["gpus"] // nodes, 1):
         notes = ["nodes are groups of ranks of this machine: NCCL goes between them through its network transport"]
         if (carrier := choose_carrier(None, torch.device("cuda"))) != PROCESS_GROUP:
-            notes.append(f"rows of tokenferry go between nodes through {carrier}, not through NCCL")
+            return [], [
+                f"rows go between nodes through {carrier}: {BASELINE} left out, whose NCCL goes another way here"
+            ]
         return [BASELINE, BARE] if per_node == 1 else [BASELINE], notes
     if machine["ranks_share_gpus"]:
         return [], [f"{BASELINE} (NCCL) and {DEEPEP} left out: NCCL refuses ranks that share a GPU"]

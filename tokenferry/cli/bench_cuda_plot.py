@@ -92,6 +92,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 def _lines(results: Mapping[str, Any], marks: str) -> list[str]:
     machine, case = results["machine"], results["cases"][0]["case"]
     ranks = f"{machine['ranks']} ranks on {machine['gpus']} x {machine['gpu']}"
+    if case.get("nodes", 1) > 1:
+        ranks += f" as {case['nodes']} nodes"
     tokens, sms = (sorted({entry["case"][key] for entry in results["cases"]} - {0}) for key in ("tokens", "sms"))
     shape = [ranks, f"hidden {case['hidden']}", f"top-{case['topk']} of {case['experts']} experts"]
     if len(tokens) == 1:
@@ -175,6 +177,7 @@ def _bars(points: Sequence[_Point]) -> Figure:
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel("µs")
-    axes.set_ylim(0, 1.25 * max(p.us(kind) for p in points for kind in ("call", "chained")))
+    slowest = max(p.us("chained", "slowest_seconds") for p in points)
+    axes.set_ylim(0, 1.25 * max(slowest, *(p.us("call") for p in points)))  # labels and the legend lie above
     axes.legend(loc="upper left", ncols=len(lines))
     return figure
