@@ -110,6 +110,8 @@ def test_missing_locks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"TOKENFERRY_TIMEOUT": "-1"}, Level.BROKEN, "above 0"),
         ({"TOKENFERRY_DEVICE": "tpu:"}, Level.BROKEN, "TOKENFERRY_DEVICE"),
         ({"TOKENFERRY_CARRIER": "pigeon"}, Level.BROKEN, "process_group"),
+        ({"TOKENFERRY_CARRIER": "nvshmem", "TOKENFERRY_DEVICE": "cpu"}, Level.BROKEN, "process_group"),
+        ({"TOKENFERRY_NVSHMEM_BYTES": "7"}, Level.BROKEN, "TOKENFERRY_NVSHMEM_BYTES"),
         ({"TOKENFERRY_TIMOUT": "3"}, Level.WARNING, "TOKENFERRY_TIMOUT"),
         ({"NCCL_P2P_DISABLE": "1"}, Level.NOTE, "NVLink"),
         ({"NCCL_DEBUG": "INFO"}, Level.FINE, "NCCL_DEBUG=INFO"),
@@ -293,3 +295,15 @@ def test_what_would_change_nothing_is_refused(
         cli.main(["doctor", *arguments])
     assert stopped.value.code == 2
     assert f"argument {given}" in capsys.readouterr().err
+
+
+def test_a_carrier_that_is_not_on_this_host_is_told() -> None:
+    given = {"TOKENFERRY_CARRIER": "nvshmem"}
+    for files, level in ((None, Level.BROKEN), (mock.Mock(), Level.FINE)):
+        with (
+            mock.patch.dict(os.environ, given),
+            mock.patch("tokenferry.rail.find_nvshmem", return_value=files),
+            mock.patch.object(doctor_checks, "choose_device", return_value=mock.Mock(type="cuda")),
+        ):
+            (found,) = environment(given)
+        assert found.level == level

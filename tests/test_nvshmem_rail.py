@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -201,6 +202,7 @@ def test_missing_nodes(gpu: Gpu) -> None:
         (False, False, True, 0, False),
         (True, True, False, 1, True),
         (True, True, True, 0, False),
+        (False, True, False, 1, False),
     ],
 )
 def test_end(gpu: Gpu, is_idle: bool, captured: bool, fails: bool, given_up: int, is_over: bool) -> None:
@@ -209,7 +211,7 @@ def test_end(gpu: Gpu, is_idle: bool, captured: bool, fails: bool, given_up: int
     gpu.is_capturing = captured
     transport.begin([], [(0, part(5))])
     gpu.is_capturing, gpu.has_failed = False, fails
-    transport.leave() if captured else transport.end(is_idle)
+    transport.leave() if captured and is_idle else transport.end(is_idle)
     assert transport._state.tolist() == [given_up, 0]
     assert gone == ["over"] * is_over
     assert (stream in rail._free_streams[CPU]) == is_over
@@ -222,14 +224,14 @@ def _made(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, store: Any, key: str, world
     monkeypatch.setattr(rail, "_Memory", see)
     topology = Topology(0, (0, 1))
     ranks = [Ranks(dist.PrefixStore(key, store), topology.rail, number, 0.3) for number in range(2)]
-    ranks[1].say("region", 64)
-    return ranks[1], lambda: rail._transport(world, [6, 8], ranks[0], topology, CPU, 1.0, gpu)  # type: ignore[arg-type]
+    ranks[1].say("region", ["", 64])
+    kernel: Any = mock.Mock(load=lambda: gpu)
+    return ranks[1], lambda: rail._transport(world, [6, 8], ranks[0], topology, CPU, 1.0, kernel)
 
 
 def _is_free(world: World) -> bool:
-    try:
-        region = world.take()
-    except TokenferryError:
+    region = world._try_to_take()
+    if region is None:
         return False
     world.give_back(region, lambda: True)
     return True
@@ -261,27 +263,34 @@ def test_memory_is_given_back_when_all_are_over_and_all_has_arrived(
     assert not _is_free(world)  # the other rank is not
     other.say("over", True)
     flags[places] = 0  # a put is under way
-    for _ in range(100):
-        assert not _is_free(world)
+    while not other.have_said("over"):  # a thread says it
+        time.sleep(0.001)
+    assert not _is_free(world)
     flags[places] = 1
     assert _becomes_free(world)
 
 
-@pytest.mark.parametrize("what", ["region", "flags", "transport"])
+@pytest.mark.parametrize("what", ["silent", "theirs", "flags", "transport"])
 def test_constructions_that_fail_keep_no_memory(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     memory, store = torch.zeros(1 << 20, dtype=torch.uint8), dist.HashStore()
     world = World("key", 6, 0, 1 << 40, 1 << 20)
     for turn in range(3):
         other, make = _made(gpu, monkeypatch, store, f"{what}/{turn}", world, memory)
         with monkeypatch.context() as patch:
-            if what == "region":
+            if what == "silent":
                 store.delete_key(f"{what}/{turn}/region/1")
+            elif what == "theirs":
+                other.say("region", ["no memory", 0])
             elif what == "flags":
                 patch.setattr(rail, "_Memory", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
             else:
                 patch.setattr(rail, "NvshmemTransport", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
-            with pytest.raises(RuntimeError):
+            named = {"silent": "rank 1 has not told", "theirs": "rank 1: no memory", "flags": "rank 0: out of memory"}
+            with pytest.raises(RuntimeError, match=named.get(what, "no")):
                 make()
+        if what == "flags":
+            assert other.gather("region", 0)[0][0] == "out of memory"
+        assert not _is_free(world)  # the other may have heard of it
         other.say("over", True)
         assert _becomes_free(world)
 
@@ -290,6 +299,16 @@ def test_gpus_of_few_sms_are_refused(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(_Properties, "multi_processor_count", 15)
     world = World("key", 6, 0, 1 << 40, 1 << 20)
     _, make = _made(gpu, monkeypatch, dist.HashStore(), "a", world, part(1 << 20))
-    with pytest.raises(TokenferryError, match="1 other nodes need 16 SMs, of which the GPU has 15"):
+    with pytest.raises(TokenferryError, match="rank 0: 1 other nodes need 16 SMs, of which the GPU has 15"):
         make()
+    assert _is_free(world)
+
+
+def test_no_more_threads_at_the_end(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World("key", 6, 0, 1 << 40, 1 << 20)
+    other, make = _made(gpu, monkeypatch, dist.HashStore(), "a", world, part(1 << 20))
+    transport = make()
+    other.say("over", True)
+    with mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
+        transport.end(is_idle=True)
     assert _is_free(world)

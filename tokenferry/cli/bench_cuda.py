@@ -180,8 +180,9 @@ def choose_rivals(machine: Mapping[str, Any], deep_ep: str, wanted: bool) -> tup
     if nodes > 1 and per_node <= max(machine["gpus"] // nodes, 1):
         notes = ["nodes are groups of ranks of this machine: NCCL goes between them through its network transport"]
         if (carrier := choose_carrier(None, torch.device("cuda"))) != PROCESS_GROUP:
+            here = "nodes are groups of ranks of this machine, and rows go between them"
             return [], [
-                f"rows go between nodes through {carrier}: {BASELINE} left out, whose NCCL goes another way here"
+                f"{here} through {carrier}: {BASELINE} left out, whose NCCL goes through its network transport"
             ]
         return [BASELINE, BARE] if per_node == 1 else [BASELINE], notes
     if machine["ranks_share_gpus"]:

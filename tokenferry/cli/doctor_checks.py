@@ -25,7 +25,6 @@ from tokenferry.config import align_up
 from tokenferry.construction import (
     DEVICE_VARIABLE,
     TIMEOUT_VARIABLE,
-    choose_carrier,
     choose_device,
     choose_paranoid,
     timeout_seconds,
@@ -34,7 +33,7 @@ from tokenferry.errors import TokenferryError
 from tokenferry.memory.shm import Segment
 from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.observing import DEBUG_VARIABLE
-from tokenferry.rail import CARRIER_VARIABLE, carriers_of
+from tokenferry.rail import CARRIER_VARIABLE, carriers_of, check_carrier, missing_carrier
 from tokenferry.rail.nvshmem_world import POOL_VARIABLE, pool_bytes
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
 from tokenferry.topology import NODE_VARIABLE, node_key
@@ -218,6 +217,14 @@ def _carriers() -> Iterator[Finding]:
         yield Finding("carriers", Level.NOTE, what, remedy)
 
 
+def _carrier_here(_: None) -> None:
+    """Raise if the carrier that the environment names is none, or not on this host."""
+    device = choose_device(None)
+    check_carrier(CARRIER_VARIABLE, os.environ[CARRIER_VARIABLE], device.type)
+    if missing := missing_carrier(os.environ[CARRIER_VARIABLE], device.type):
+        raise TokenferryError(missing)
+
+
 def _environment() -> Iterator[Finding]:
     yield from environment(os.environ)
 
@@ -227,7 +234,7 @@ def environment(environ: Mapping[str, str]) -> Iterator[Finding]:
     readers: dict[str, Callable[[None], Any]] = {
         TIMEOUT_VARIABLE: timeout_seconds,
         DEVICE_VARIABLE: choose_device,
-        CARRIER_VARIABLE: lambda none: choose_carrier(none, choose_device(none)),
+        CARRIER_VARIABLE: _carrier_here,
         PARANOID_VARIABLE: choose_paranoid,
         POOL_VARIABLE: pool_bytes,
     }

@@ -118,8 +118,8 @@ class DeviceRail:
         self._was_captured = False
         self.watch = Watch(timeout, self._miss, in_thread)
         others = [node for node in range(topology.num_nodes) if node != topology.node]
-        tokens = torch.zeros((2, topology.num_nodes, 16), dtype=torch.uint8, device=device)
         try:  # the first exchange connects all ranks, whoever has rows for whom later
+            tokens = torch.zeros((2, topology.num_nodes, 16), dtype=torch.uint8, device=device)
             self.post(
                 {node: [tokens[0, node]] for node in others}, {node: [tokens[1, node]] for node in others}
             ).finish()

@@ -173,10 +173,6 @@ def _take_stream(driver: Driver, device: torch.device) -> torch.cuda.ExternalStr
     return torch.cuda.ExternalStream(driver.make_stream(_PRIORITY), device)  # type: ignore[no-untyped-call]
 
 
-def _nothing_is_there() -> bool:
-    return True
-
-
 class _Exchange:
     """See :class:`tokenferry.rail.device_rail.Work`."""
 
@@ -231,7 +227,7 @@ def nvshmem_rail(topology: Topology, key: str, timeout: float, device: torch.dev
         with torch.cuda.device(device):
             kernel.compile()
             world, numbers = join(group, library, torch.cuda.current_device())
-            transport = _transport(world, numbers, rail, topology, device, timeout, kernel.load())
+            transport = _transport(world, numbers, rail, topology, device, timeout, kernel)
             in_thread = functools.partial(looking, device)
             return DeviceRail(rail_words, transport, topology, device, timeout, torch.cuda.Event, in_thread, NVSHMEM)
     except (RuntimeError, ValueError) as error:
@@ -254,35 +250,73 @@ def _transport(
     topology: Topology,
     device: torch.device,
     timeout: float,
-    launch: Variant,
+    kernel: rail_programs.RailKernel,
 ) -> NvshmemTransport:
-    shape = rail_programs.shape_of(topology.num_nodes - 1, world.region_bytes)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    if shape.grid > num_sms:
-        raise TokenferryError(f"{shape.num_peers} other nodes need {shape.grid} SMs, of which the GPU has {num_sms}")
-    region = world.take()
-    is_at_rest: Callable[[], bool] = _nothing_is_there  # nobody knows of the region yet, who could write there
-
-    def let_go() -> None:
-        rail.say_aside("over")
-        world.give_back(region, lambda: rail.have_said("over") and is_at_rest())
-
+    region, problem = _Region(world, rail), ""
     try:
+        try:
+            launch = kernel.load()
+            region.take(topology.num_nodes - 1, device)
+        except (RuntimeError, ValueError) as error:  # the others must not wait
+            problem = str(error) or type(error).__name__
+        told = rail.gather("region", [problem, region.address - world.pool])
+        problems = [
+            f"rank {rank}: {of_rank[0]}" for rank, of_rank in zip(topology.rail, told, strict=True) if of_rank[0]
+        ]
+        if problems:
+            raise TokenferryError(f"NVSHMEM: {', '.join(problems)}")
+        others = [node for node in range(topology.num_nodes) if node != topology.node]
+        peers = [
+            rail_programs.Peer(node, numbers[topology.rail[node]], world.pool + told[node][1]) for node in others
+        ]
+        assert region.shape is not None
+        place = region.address, region.shape, peers, world.rank, topology.node
+        return NvshmemTransport(*place, device, timeout, launch, region.let_go)
+    except BaseException:
+        region.let_go()
+        raise
+
+
+class _Region:
+    """Memory of this rank for a rail.
+
+    Args:
+        world: whose memory it is.
+        rail: the ranks that may write there.
+    """
+
+    def __init__(self, world: World, rail: Ranks) -> None:
+        self._world = world
+        self._rail = rail
+        self.address = world.pool
+        self.shape: rail_programs.Shape | None = None
+        """None: there is no memory yet."""
+        self._flags: tuple[torch.Tensor, torch.Tensor] | None = None
+        """As they are, and as they are at rest."""
+
+    def take(self, num_peers: int, device: torch.device) -> None:
+        """Take the memory, and make it ready."""
+        shape = rail_programs.shape_of(num_peers, self._world.region_bytes)
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        if shape.grid > num_sms:
+            raise TokenferryError(f"{num_peers} other nodes need {shape.grid} SMs, of which the GPU has {num_sms}")
+        self.address = self._world.take()
+        self.shape = shape
         with torch.inference_mode(False):
-            memory = torch.as_tensor(_Memory(region, shape.num_peers * shape.home_bytes), device=device)
+            memory = torch.as_tensor(_Memory(self.address, num_peers * shape.home_bytes), device=device)
             begin, end = shape.flags
-            flags = memory.view(shape.num_peers, shape.home_bytes)[:, :end].view(torch.int64)
+            flags = memory.view(num_peers, shape.home_bytes)[:, :end].view(torch.int64)
             at_rest = torch.zeros_like(flags)
             at_rest[:, begin // 8 :] = 1
             flags.copy_(at_rest)
         torch.cuda.synchronize(device)
-        is_at_rest = functools.partial(torch.equal, flags, at_rest)
-        offsets = rail.gather("region", region - world.pool)
-        others = [node for node in range(topology.num_nodes) if node != topology.node]
-        peers = [
-            rail_programs.Peer(node, numbers[topology.rail[node]], world.pool + offsets[node]) for node in others
-        ]
-        return NvshmemTransport(region, shape, peers, world.rank, topology.node, device, timeout, launch, let_go)
-    except BaseException:
-        let_go()
-        raise
+        self._flags = flags, at_rest
+
+    def let_go(self) -> None:
+        """This rank writes to no other any more. Raises nothing."""
+        if self.shape is not None:
+            self._world.give_back(self.address, self._is_free)
+        self._rail.say_aside("over")
+
+    def _is_free(self) -> bool:
+        return self._rail.have_said("over") and (self._flags is None or torch.equal(*self._flags))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,6 +28,8 @@ _POOL_BYTES = 256 << 20
 _LEAST_POOL_BYTES = 1 << 20
 _REGION_BYTES = 64 << 20
 """Of a rail, at most; a pool of less is one region."""
+_RETURN_SECONDS = 1.0
+"""That the other ranks' word, and their last puts, take to arrive."""
 _INTERFACE_VARIABLE = "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME"
 _SIZE_VARIABLE = "NVSHMEM_SYMMETRIC_SIZE"
 _SIZE = 1 << 30
@@ -74,7 +77,11 @@ class Ranks:
 
     def say_aside(self, what: str) -> None:
         """Let all know, some time soon: the store may be waiting for something else. Not if it is gone."""
-        threading.Thread(target=self._try_to_say, args=(what,), name="tokenferry rail's end", daemon=True).start()
+        thread = threading.Thread(target=self._try_to_say, args=(what,), name="tokenferry rail's end", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads, or the interpreter is going
+            self._try_to_say(what)
 
     def _try_to_say(self, what: str) -> None:
         try:
@@ -111,11 +118,25 @@ class World:
         self._lock = threading.Lock()
 
     def take(self) -> int:
-        """The address of a region for a rail.
+        """The address of a region for a rail. Those of rails that have just been closed everywhere are waited for.
 
         Raises:
             TokenferryError: all are in use.
         """
+        deadline = time.monotonic() + _RETURN_SECONDS
+        while (region := self._try_to_take()) is None:
+            if time.monotonic() > deadline or all(is_free is _never for is_free in self._is_free):
+                break
+            time.sleep(1e-3)
+        if region is not None:
+            return region
+        count = len(self._is_free)
+        raise TokenferryError(
+            f"NVSHMEM: the memory of {count} rails is taken, by Buffers that are not destroyed on all ranks, or have "
+            f"failed; {POOL_VARIABLE} gives more than {count * self.region_bytes} bytes from the start"
+        )
+
+    def _try_to_take(self) -> int | None:
         for number in range(len(self._is_free)):
             is_free = self._is_free[number]
             if not is_free():  # which may wait for the GPU
@@ -124,11 +145,7 @@ class World:
                 if self._is_free[number] is is_free:
                     self._is_free[number] = _never
                     return self.pool + number * self.region_bytes
-        count = len(self._is_free)
-        raise TokenferryError(
-            f"NVSHMEM: the memory of {count} rails is taken, by Buffers that are not destroyed on all ranks, or have "
-            f"failed; {POOL_VARIABLE} gives more than {count * self.region_bytes} bytes from the start"
-        )
+        return None
 
     def give_back(self, region: int, is_free: Callable[[], bool]) -> None:
         """Nothing here writes to a region any more; ``is_free``: nor does any other rank."""
