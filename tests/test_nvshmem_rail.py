@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tokenferry import TokenferryError
 from tokenferry.dataplane.cuda import rail_programs
 from tokenferry.errors import HeapError
+from tokenferry.rail import device_rail
 from tokenferry.rail import nvshmem as rail
 from tokenferry.rail.nvshmem_world import Ranks, World
 from tokenferry.topology import Topology
@@ -96,7 +97,9 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     played = Gpu()
-    monkeypatch.setattr(rail, "Driver", lambda: PlayedDriver(played))
+    for module in (rail, device_rail):
+        monkeypatch.setattr(module, "Driver", lambda: PlayedDriver(played))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(rail, "_free_streams", {CPU: [Stream() for _ in range(9)]})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: played.current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: played.is_capturing)
@@ -252,7 +255,7 @@ def test_memory_is_given_back_when_all_are_over_and_all_has_arrived(
     world = World("key", 6, 0, 1 << 40, 1 << 20)
     other, make = _made(gpu, monkeypatch, dist.HashStore(), "a", world, memory)
     transport = make()
-    shape = transport._end.shape
+    shape = transport._own.shape
     flags = memory[: shape.home_bytes][: shape.flags[1]].view(torch.int64)
     places = shape.lanes * shape.slots
     assert flags.tolist() == [0] * places + [1] * places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from tokenferry.errors import ArgumentError
 from tokenferry.validation import check_int, require
@@ -20,6 +21,11 @@ _RANKS_PER_NODE_HINT = 8
 def align_up(value: int, alignment: int = ALIGNMENT) -> int:
     """Round ``value`` up to a multiple of ``alignment``."""
     return -(-value // alignment) * alignment
+
+
+def align_all(counts: Sequence[int], alignment: int) -> list[int]:
+    """As :func:`align_up`, each of hundreds, while a GPU may be waiting: not by a call for each."""
+    return list(counts) if alignment == 1 else [-(-count // alignment) * alignment for count in counts]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,9 +159,7 @@ def choose_carrier(carrier: str | None, device: torch.device) -> str:
     """
     name = CARRIER_VARIABLE if carrier is None else "carrier"
     given = os.environ.get(CARRIER_VARIABLE, PROCESS_GROUP) if carrier is None else carrier
-    if check_carrier(name, given, device.type) == NVSHMEM:
-        pool_bytes()
-    return given
+    return check_carrier(name, given, device.type)
 
 
 def choose_paranoid(_: None = None) -> bool:

@@ -122,7 +122,7 @@ class Meetings:
         seconds = self._seconds + more_seconds
         try:
             store.set(names[rank], json.dumps(value))
-            if missing := _wait(store, names, seconds):
+            if missing := wait_for(store, names, seconds):
                 reason = f"did not come within {seconds:g} s"
                 raise PeerTimeoutError(operation, self._number, missing, reason)
             found = {other: json.loads(store.get(name)) for other, name in names.items()}
@@ -132,7 +132,7 @@ class Meetings:
         # The process that has the store may end once it has left here: not before all have what they came for.
         with contextlib.suppress(dist.DistError, NotImplementedError):  # gone already, or it keeps all
             store.set(f"{names[rank]}/left", "")
-            _wait(store, {other: f"{name}/left" for other, name in names.items()}, min(seconds, _FAREWELL_SECONDS))
+            wait_for(store, {other: f"{name}/left" for other, name in names.items()}, min(seconds, _FAREWELL_SECONDS))
             for key in (before := self._name(self._number - 1, rank)), f"{before}/left":
                 store.delete_key(key)  # all have been to the next one
         return found
@@ -141,7 +141,7 @@ class Meetings:
         return f"{self._key}/meeting {number}/{rank}"
 
 
-def _wait(store: Store, names: dict[int, str], seconds: float) -> list[int]:
+def wait_for(store: Store, names: dict[int, str], seconds: float) -> list[int]:
     """Wait until the store has these names, so many seconds at most; returns the ranks whose name it has not."""
     end, pause = time.monotonic() + seconds, _SHORTEST_SLEEP
     while not store.check(list(names.values())):
@@ -209,7 +209,7 @@ class ExchangeStore(Store):
         """
         entries = [self._entry(key) for key in keys]
         seconds = self._ends[entries[0][1]] - time.monotonic() if entries else 0.0
-        missing = _wait(self._store, {place: name for place, (name, _, _) in enumerate(entries)}, seconds)
+        missing = wait_for(self._store, {place: name for place, (name, _, _) in enumerate(entries)}, seconds)
         if missing:
             named = {of for _, _, of in (entries[place] for place in missing)}
             are_ranks = all(of.isdecimal() for of in named)

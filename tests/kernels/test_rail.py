@@ -255,8 +255,8 @@ MUTANTS = {
     "the size of a whole piece": (RAIL, "size = tl.minimum(piece, nbytes - begin)", "size = piece"),
     "messages of others": (RAIL, "        if tl.load(message + 2) != peer:\n            begin = nbytes\n", ""),
     "the stage is the ring": (RAIL, "stage = slot_in(home, place + places,", "stage = slot_in(home, place,"),
-    "bytes behind the words": (PUT, "    first = num_words * 8\n", "    first = nbytes\n"),
-    "words behind the blocks": (PUT, "    while first < num_words:", "    while first < 0:"),
+    "bytes behind the words": (PUT, "num_words * 8, nbytes, WIDTH", "nbytes, nbytes, WIDTH"),
+    "words behind the blocks": (PUT, "(2 * WIDTH), num_words, WIDTH", "(2 * WIDTH), 0, WIDTH"),
 }
 
 

@@ -25,6 +25,7 @@ from tokenferry.config import align_up
 from tokenferry.construction import (
     DEVICE_VARIABLE,
     TIMEOUT_VARIABLE,
+    choose_carrier,
     choose_device,
     choose_paranoid,
     timeout_seconds,
@@ -33,7 +34,7 @@ from tokenferry.errors import TokenferryError
 from tokenferry.memory.shm import Segment
 from tokenferry.modes.paranoid import PARANOID_VARIABLE
 from tokenferry.observing import DEBUG_VARIABLE
-from tokenferry.rail import CARRIER_VARIABLE, carriers_of, check_carrier, missing_carrier
+from tokenferry.rail import CARRIER_VARIABLE, carriers_of, missing_carrier
 from tokenferry.rail.nvshmem_world import POOL_VARIABLE, pool_bytes
 from tokenferry.runtime import DEFAULT_STAGE_BYTES
 from tokenferry.topology import NODE_VARIABLE, node_key
@@ -220,8 +221,7 @@ def _carriers() -> Iterator[Finding]:
 def _carrier_here(_: None) -> None:
     """Raise if the carrier that the environment names is none, or not on this host."""
     device = choose_device(None)
-    check_carrier(CARRIER_VARIABLE, os.environ[CARRIER_VARIABLE], device.type)
-    if missing := missing_carrier(os.environ[CARRIER_VARIABLE], device.type):
+    if missing := missing_carrier(choose_carrier(None, device), device.type):
         raise TokenferryError(missing)
 
 

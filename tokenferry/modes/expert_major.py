@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenferry.config import align_up
+from tokenferry.config import align_all, align_up
 from tokenferry.dataplane import ExpertPlan, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.errors import ArgumentError
 from tokenferry.handles import DispatchHandle, EPHandle
@@ -136,9 +136,7 @@ def dispatch(
         topk_idx=kept.copy_(ids) if copy_topk else ids,
         num_recv_tokens=exchange.num_rows,
         num_expanded_tokens=exchange.num_expanded_rows,
-        num_recv_tokens_per_expert_list=[
-            -(-count // alignment) * alignment for count in exchange.num_received_per_expert
-        ],
+        num_recv_tokens_per_expert_list=align_all(exchange.num_received_per_expert, alignment),
         psum_num_recv_tokens_per_scaleup_rank=exchange.rank_ends,
         psum_num_recv_tokens_per_expert=exchange.expert_ends,
         num_unaligned_recv_tokens_per_expert=exchange.num_pairs,

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokenferry.config import align_up
+from tokenferry.config import align_all
 from tokenferry.dataplane import HeldRows, OperationKind, Outputs, Part, PartPlan, ReducePlan, SendPlan
 from tokenferry.errors import HeapError
 from tokenferry.handles import DispatchHandle
@@ -113,8 +113,7 @@ def dispatch(party: Party, given: Inputs, num_tokens_per_rdma_rank: object, chun
         return Received(recv_x, recv_scales, recv_ids, recv_weights, [], handle)
     own = slice(topology.local_index * local_experts, (topology.local_index + 1) * local_experts)
     per_expert = list(map(sum, zip(*(share.extra[own] for share in shares), strict=True)))
-    if given.expert_alignment != 1:
-        per_expert = [align_up(count, given.expert_alignment) for count in per_expert]
+    per_expert = align_all(per_expert, given.expert_alignment)
     return Received(recv_x, recv_scales, recv_ids, recv_weights, per_expert, handle)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokenferry.config import align_all
 from tokenferry.dataplane import DispatchExchange, Layout, OperationKind, Outputs, ReducePlan, SendPlan, Signature
 from tokenferry.dataplane.tensors import piece_of
 from tokenferry.dtypes import dtype_code
@@ -204,9 +205,7 @@ def dispatch(party: Party, given: Inputs) -> Received:
         if exchange.num_rows != num_rows:
             recv_x, recv_scales, recv_ids, recv_weights, recv_src_idx, _ = first_rows(outputs, exchange.num_rows)
     handle = own_handle(party, exchange, recv_src_idx, member)
-    counts = exchange.num_received_per_expert
-    if alignment != 1:
-        counts = [-(-count // alignment) * alignment for count in counts]
+    counts = align_all(exchange.num_received_per_expert, alignment)
     return make(Received, (recv_x, recv_scales, recv_ids, recv_weights, counts, handle))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 import time
 from collections import deque
@@ -332,6 +333,38 @@ class DeviceTransfer:
             self._rail.watch.add(Watched(self._marker, self._nodes, self._parts, time.monotonic()))
         self._works, self._parts = [], []
         self._rail.is_done_with(self)
+
+
+def rail_of_gpu(
+    topology: Topology,
+    key: str,
+    timeout: float,
+    device: torch.device,
+    make_transport: Callable[[], Transport],
+    carrier: str,
+) -> DeviceRail:
+    """A rail of this rank's GPU.
+
+    Args:
+        topology: who is where.
+        key: names the rail; equal on its ranks, and never used before.
+        timeout: seconds that a wait lasts.
+        device: the GPU.
+        make_transport: called when this rank can be reached on the CPU.
+        carrier: its name.
+
+    Raises:
+        TokenferryError: no connection to some rank of the rail.
+    """
+    words = ProcessGroupRail(topology, key, timeout)
+    try:
+        in_thread = functools.partial(looking, device)
+        return DeviceRail(words, make_transport(), topology, device, timeout, torch.cuda.Event, in_thread, carrier)
+    except (RuntimeError, ValueError) as error:
+        words.close()
+        if isinstance(error, TokenferryError):
+            raise
+        raise TokenferryError(f"no rail between the GPUs of ranks {topology.rail}: {error}") from error
 
 
 def _keep(transport: Transport) -> None:

@@ -6,7 +6,6 @@ NCCL ends a communicator only when all graphs that hold its exchanges are gone.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from tokenferry.errors import TokenferryError
-from tokenferry.rail.device_rail import DeviceRail, Messages, Work, looking
-from tokenferry.rail.process_group import ProcessGroupRail
+from tokenferry.rail import PROCESS_GROUP
+from tokenferry.rail.device_rail import DeviceRail, Messages, Work, rail_of_gpu
 from tokenferry.topology import Topology
 
 _NEVER = timedelta(days=365)
@@ -86,18 +85,12 @@ def nccl_rail(topology: Topology, key: str, timeout: float, device: torch.device
     """
     if not dist.is_nccl_available():
         raise TokenferryError("rails between GPUs need NCCL, which this torch has not")
-    words = ProcessGroupRail(topology, key, timeout)
-    store = _get_default_store()
-    try:
-        group = _nccl_group(PrefixStore(f"{key}/nccl", store), topology.node, topology.num_nodes, device)
-        transport = GroupTransport(group, device)
-        in_thread = functools.partial(looking, device)
-        return DeviceRail(words, transport, topology, device, timeout, torch.cuda.Event, in_thread)
-    except RuntimeError as error:
-        words.close()
-        if isinstance(error, TokenferryError):
-            raise
-        raise TokenferryError(f"no rail between the GPUs of ranks {topology.rail}: {error}") from error
+
+    def make_transport() -> GroupTransport:
+        store = PrefixStore(f"{key}/nccl", _get_default_store())
+        return GroupTransport(_nccl_group(store, topology.node, topology.num_nodes, device), device)
+
+    return rail_of_gpu(topology, key, timeout, device, make_transport, PROCESS_GROUP)
 
 
 def _nccl_group(store: PrefixStore, node: int, num_nodes: int, device: torch.device) -> Any:

@@ -23,9 +23,8 @@ from tokenferry.errors import TokenferryError
 from tokenferry.memory import nvshmem
 from tokenferry.memory.driver import Driver
 from tokenferry.rail import NVSHMEM
-from tokenferry.rail.device_rail import DeviceRail, Messages, Work, looking
-from tokenferry.rail.nvshmem_world import LONGEST_WAIT, Ranks, World, join
-from tokenferry.rail.process_group import ProcessGroupRail
+from tokenferry.rail.device_rail import DeviceRail, Messages, Work, looking, rail_of_gpu
+from tokenferry.rail.nvshmem_world import Ranks, World, join
 from tokenferry.rendezvous import COMPILING_SECONDS
 from tokenferry.topology import Topology
 
@@ -79,7 +78,7 @@ class NvshmemTransport:
             self._told = torch.zeros(1 + len(peers), dtype=torch.int64, device="cpu", pin_memory=True)
         self._look = self._told.numpy()
         places = self._peers.data_ptr(), self._state.data_ptr(), self._told.data_ptr()
-        self._end = rail_programs.End(shape, region, rank, *places, int(min(timeout, LONGEST_WAIT) * 1e9))
+        self._own = rail_programs.End(shape, region, rank, *places, int(timeout * 1e9))
         self._under_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         """Exchanges, and the table in pinned memory that each reads."""
         self._captured: list[torch.Tensor] = []
@@ -99,7 +98,7 @@ class NvshmemTransport:
         rows = [*self._messages(going), *self._messages(coming)]
         table = self._table(len(rows), is_captured)
         table.numpy()[: len(rows)] = rows
-        self._end.launch(self._launch, int(stream.cuda_stream), table.data_ptr(), len(going), len(rows))
+        self._own.launch(self._launch, int(stream.cuda_stream), table.data_ptr(), len(going), len(rows))
         event = stream.record_event()
         if is_captured:
             self._captured.append(table)
@@ -117,7 +116,7 @@ class NvshmemTransport:
 
     def _messages(self, parts: Messages) -> list[tuple[int, int, int, int, int]]:
         given = [(self._nodes.index(node), part.data_ptr(), part.numel()) for node, part in parts]
-        return rail_programs.messages_of(self._end.shape, given)
+        return rail_programs.messages_of(self._own.shape, given)
 
     def _table(self, num_rows: int, is_captured: bool) -> torch.Tensor:
         """int64 [num_rows or more, 5] in pinned memory that no exchange reads any more."""
@@ -153,8 +152,7 @@ class NvshmemTransport:
 
     def _give_up(self) -> None:
         """Have kernels do nothing, those that wait too, and give these some time to see that."""
-        with torch.cuda.device(self._device), self._driver.relaxed_capture():
-            torch.cuda.mem_get_info(self._device)  # the first call of a thread makes the GPU's context its own
+        with torch.cuda.device(self._device), looking(self._device):
             self._driver.copy_aside(self._state.data_ptr() + 8 * words.GIVEN_UP.value, self._one.data_ptr(), 8)
             self._driver.end_aside()
             deadline = time.monotonic() + _END_SECONDS
@@ -222,19 +220,14 @@ def nvshmem_rail(topology: Topology, key: str, timeout: float, device: torch.dev
     )
     rail = Ranks(PrefixStore(f"{key}/nvshmem", store), topology.rail, topology.node, timeout + COMPILING_SECONDS)
     library, kernel = _kernel(files)
-    rail_words = ProcessGroupRail(topology, key, timeout)
-    try:
-        with torch.cuda.device(device):
-            kernel.compile()
-            world, numbers = join(group, library, torch.cuda.current_device())
-            transport = _transport(world, numbers, rail, topology, device, timeout, kernel)
-            in_thread = functools.partial(looking, device)
-            return DeviceRail(rail_words, transport, topology, device, timeout, torch.cuda.Event, in_thread, NVSHMEM)
-    except (RuntimeError, ValueError) as error:
-        rail_words.close()
-        if isinstance(error, TokenferryError):
-            raise
-        raise TokenferryError(f"no rail between the GPUs of ranks {topology.rail}: {error}") from error
+
+    def make_transport() -> NvshmemTransport:
+        kernel.compile()
+        world, numbers = join(group, library, torch.cuda.current_device())
+        return _transport(world, numbers, rail, topology, device, timeout, kernel)
+
+    with torch.cuda.device(device):
+        return rail_of_gpu(topology, key, timeout, device, make_transport, NVSHMEM)
 
 
 @functools.cache
@@ -259,15 +252,10 @@ def _transport(
             region.take(topology.num_nodes - 1, device)
         except (RuntimeError, ValueError) as error:  # the others must not wait
             problem = str(error) or type(error).__name__
-        told = rail.gather("region", [problem, region.address - world.pool])
-        problems = [
-            f"rank {rank}: {of_rank[0]}" for rank, of_rank in zip(topology.rail, told, strict=True) if of_rank[0]
-        ]
-        if problems:
-            raise TokenferryError(f"NVSHMEM: {', '.join(problems)}")
+        offsets = rail.agree("region", problem, region.address - world.pool)
         others = [node for node in range(topology.num_nodes) if node != topology.node]
         peers = [
-            rail_programs.Peer(node, numbers[topology.rail[node]], world.pool + told[node][1]) for node in others
+            rail_programs.Peer(node, numbers[topology.rail[node]], world.pool + offsets[node]) for node in others
         ]
         assert region.shape is not None
         place = region.address, region.shape, peers, world.rank, topology.node

@@ -13,17 +13,17 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
+
+import torch.distributed as dist
 
 from tokenferry.errors import TokenferryError
 from tokenferry.memory import nvshmem
+from tokenferry.rendezvous import wait_for
 from tokenferry.validation import require
 
 POOL_VARIABLE = "TOKENFERRY_NVSHMEM_BYTES"
 """Symmetric memory of a rank, for all of its rails."""
-LONGEST_WAIT = 365 * 86400.0
-"""Seconds."""
 _POOL_BYTES = 256 << 20
 _LEAST_POOL_BYTES = 1 << 20
 _REGION_BYTES = 64 << 20
@@ -50,7 +50,7 @@ class Ranks:
         self._store = store
         self._names = names
         self.number = number
-        self._timeout = timedelta(seconds=min(timeout, LONGEST_WAIT))
+        self._timeout = timeout
 
     @property
     def count(self) -> int:
@@ -62,18 +62,30 @@ class Ranks:
         self.say(what, value)
         return [self.hear(what, number) for number in range(self.count)]
 
+    def agree(self, what: str, problem: str, value: object) -> list[Any]:
+        """As :meth:`gather`, if no rank has a problem.
+
+        Raises:
+            TokenferryError: on every rank, the problems of all.
+        """
+        told = self.gather(what, [problem, value])
+        if problems := [f"rank {rank}: {of}" for rank, (of, _) in zip(self._names, told, strict=True) if of]:
+            raise TokenferryError(f"NVSHMEM: {', '.join(problems)}")
+        return [of_rank for _, of_rank in told]
+
     def say(self, what: str, value: object) -> None:
         """Let all know."""
         self._store.set(f"{what}/{self.number}", json.dumps(value))
 
     def hear(self, what: str, number: int) -> Any:
         """What one of them says."""
-        key = f"{what}/{number}"
+        key, who = f"{what}/{number}", f"NVSHMEM: rank {self._names[number]} has not told {what}"
         try:
-            self._store.wait([key], self._timeout)
+            if wait_for(self._store, {number: key}, self._timeout):
+                raise TokenferryError(f"{who} within {self._timeout:g} s")
             return json.loads(self._store.get(key))
-        except RuntimeError as error:
-            raise TokenferryError(f"NVSHMEM: rank {self._names[number]} has not told {what}: {error}") from error
+        except dist.DistError as error:
+            raise TokenferryError(f"{who}: {error}") from error
 
     def say_aside(self, what: str) -> None:
         """Let all know, some time soon: the store may be waiting for something else. Not if it is gone."""
@@ -199,19 +211,16 @@ def join(ranks: Ranks, library: nvshmem.Library, device: int) -> tuple[World, li
         problem = "somebody else in the process has initialised it"
     if world is not None and world.device != device:
         problem = f"the process has joined with GPU {world.device}, not {device}"
-    told = ranks.gather("joined", [problem, "" if world is None else world.key, 0 if world is None else world.rank])
-    problems = [f"rank {rank}: {of_rank[0]}" for rank, of_rank in enumerate(told) if of_rank[0]]
-    if not problems and any(of_rank[1] != told[0][1] for of_rank in told):
-        problems = [f"rank {rank} has joined {of_rank[1][:16] or 'nothing'}" for rank, of_rank in enumerate(told)]
-        problems.append(
-            "a process joins once, with all ranks of the first Buffer that has this carrier: make that one"
+    told = ranks.agree("joined", problem, ["", 0] if world is None else [world.key, world.rank])
+    if any(key != told[0][0] for key, _ in told):
+        listed = ", ".join(f"rank {rank} has joined {key[:16] or 'nothing'}" for rank, (key, _) in enumerate(told))
+        raise TokenferryError(
+            f"NVSHMEM: {listed}, a process joins once, with all ranks of the first Buffer that has this carrier: "
+            "make that one of the largest group"
         )
-        problems.append("of the largest group")
-    if problems:
-        raise TokenferryError(f"NVSHMEM: {', '.join(problems)}")
     if world is None:
         return _join(ranks, library, device), list(range(ranks.count))
-    return world, [of_rank[2] for of_rank in told]
+    return world, [rank for _, rank in told]
 
 
 def _join(ranks: Ranks, library: nvshmem.Library, device: int) -> World:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language import core
 
-from tokenferry.dataplane.cuda.kernels.flags import INTERPRET, signal
+from tokenferry.dataplane.cuda.kernels.flags import INTERPRET, signal, word, zero
 
 _SET = tl.constexpr(0)
 """NVSHMEM_SIGNAL_SET."""
@@ -39,21 +39,20 @@ def store_bytes(to, source, nbytes, WIDTH: tl.constexpr):
     i = tl.arange(0, 2 * WIDTH)
     for block in range(blocks):
         first = block * (2 * WIDTH)
-        there = (to + first * 8).to(tl.pointer_type(tl.int64)) + i
-        here = (source + first * 8).to(tl.pointer_type(tl.int64)) + i
-        there, here = tl.multiple_of(there, 16), tl.multiple_of(here, 16)
+        there, here = tl.multiple_of(word(to, first * 8) + i, 16), tl.multiple_of(word(source, first * 8) + i, 16)
         tl.store(there, tl.load(here))
-    first = blocks * (2 * WIDTH)
-    while first < num_words:
-        mask = first + i < num_words
-        words = tl.load(source.to(tl.pointer_type(tl.int64)) + first + i, mask=mask, other=0)
-        tl.store(to.to(tl.pointer_type(tl.int64)) + first + i, words, mask=mask)
-        first += 2 * WIDTH
-    first = num_words * 8
-    while first < nbytes:
-        mask = first + i < nbytes
-        single = tl.load(source.to(tl.pointer_type(tl.uint8)) + first + i, mask=mask, other=0)
-        tl.store(to.to(tl.pointer_type(tl.uint8)) + first + i, single, mask=mask)
+    _store_rest(to, source, blocks * (2 * WIDTH), num_words, WIDTH, tl.int64, 8)
+    _store_rest(to, source, num_words * 8, nbytes, WIDTH, tl.uint8, 1)
+
+
+@triton.jit
+def _store_rest(to, source, first, end, WIDTH: tl.constexpr, TYPE: tl.constexpr, SIZE: tl.constexpr):
+    """Copy elements from the first on, some at a time of which the last may not be there."""
+    i = tl.arange(0, 2 * WIDTH)
+    while first < end:
+        mask = first + i < end
+        values = tl.load((source + first * SIZE).to(tl.pointer_type(TYPE)) + i, mask=mask, other=0)
+        tl.store((to + first * SIZE).to(tl.pointer_type(TYPE)) + i, values, mask=mask)
         first += 2 * WIDTH
 
 
@@ -73,20 +72,13 @@ def put(to, source, nbytes, flag, heaps, own, rank):
     """
     if INTERPRET:
         apart = tl.load(heaps + rank) - tl.load(heaps + own)
-        for word in range(nbytes // 8):  # one by one, so that a release covers them without a barrier of our own
-            value = tl.load((source + word * 8).to(tl.pointer_type(tl.int64)))
-            tl.store((to + apart + word * 8).to(tl.pointer_type(tl.int64)), value)
-        for byte in range(nbytes // 8 * 8, nbytes):
-            value = tl.load((source + byte).to(tl.pointer_type(tl.uint8)))
-            tl.store((to + apart + byte).to(tl.pointer_type(tl.uint8)), value)
-        signal((flag + apart).to(tl.pointer_type(tl.int64)), 1)
+        for at in range(
+            0, nbytes // 8 * 8, 8
+        ):  # one by one, so that a release covers them without a barrier of our own
+            tl.store(word(to + apart, at), tl.load(word(source, at)))
+        for at in range(nbytes // 8 * 8, nbytes):
+            value = tl.load((source + at).to(tl.pointer_type(tl.uint8)))
+            tl.store((to + apart + at).to(tl.pointer_type(tl.uint8)), value)
+        signal(word(flag, apart), 1)
     else:
-        _put_signal(
-            to.to(tl.int64),
-            source.to(tl.int64),
-            nbytes.to(tl.int64),
-            flag.to(tl.int64),
-            (tl.program_id(0) * 0 + 1).to(tl.uint64),
-            tl.program_id(0) * 0 + _SET,
-            rank.to(tl.int32),
-        )
+        _put_signal(to, source, nbytes, flag, (zero() + 1).to(tl.uint64), zero() + _SET, rank.to(tl.int32))

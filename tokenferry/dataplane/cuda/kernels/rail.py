@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenferry.dataplane.cuda.kernels.flags import agreed, tell_host, wait_at_least, word
+from tokenferry.dataplane.cuda.kernels.flags import agreed, tell_host, wait_at_least, word, zero
 from tokenferry.dataplane.cuda.kernels.put import fence, put, store_bytes
 
 MESSAGE_WORDS = tl.constexpr(5)
@@ -84,7 +84,7 @@ def wait_for(flag, state, told, peer, timeout):
         tl.store(state + MISSED, 1)
         tl.store(told + TOLD_PEERS + peer, 1)
         tl.debug_barrier()
-        tell_host(told + TOLD, tl.program_id(0).to(tl.int64) * 0 + 1)
+        tell_host(told + TOLD, zero().to(tl.int64) + 1)
     return there
 
 
