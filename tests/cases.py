@@ -170,6 +170,15 @@ def choices(case: Case, rank: int, num_ranks: int) -> torch.Tensor:
             return torch.where(ids // local == rank, -1, ids)
         case "all":
             return torch.arange(shape[1]).expand(shape) % num_ranks * local + ids % local
+        case "grouped":  # a token chooses among the experts of two ranks
+            groups = torch.rand(shape[0], num_ranks, generator=source).argsort(1)[:, :2]
+            return groups.gather(1, ids % groups.size(1)) * local + ids // num_ranks % local
+        case "last_half":  # all tokens go to the ranks of the second half: to the last of two nodes
+            first = num_ranks // 2
+            return ids % ((num_ranks - first) * local) + first * local
+        case "silent_half":  # ranks of the first half choose nothing, and nobody chooses them
+            first = num_ranks // 2
+            return ids.fill_(-1) if rank < first else ids % ((num_ranks - first) * local) + first * local
         case "second_half":
             ids[: shape[0] // 2] = -1
     return ids

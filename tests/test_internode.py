@@ -20,7 +20,7 @@ def run(
     pool_of(len(LAYOUTS[layout])).run(check_nodes, layout, case, chunk, num_nvl_bytes, exact)
 
 
-@pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x1", "3x1", "2x2", "3x2"))
+@pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x1", "3x1", "2x2", "3x2", "3x4"))
 def test_layouts(pool_of: PoolOf, layout: str) -> None:
     run(pool_of, layout, Case(tokens=(9, 30, 0, 17), num_topk=4, bias="two", spare_rows=3))
 
@@ -28,9 +28,11 @@ def test_layouts(pool_of: PoolOf, layout: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "routing"),
     [
-        *(("2x2", routing) for routing in ("duplicates", "nothing", "others")),
+        *(("2x2", routing) for routing in ("duplicates", "nothing", "others", "silent_half")),
         ("3x2 mixed", "sparse"),
-        *slow(*(("2x2", routing) for routing in ("sparse", "one_rank", "own", "all"))),
+        ("3x1", "grouped"),
+        *slow(*(("2x2", routing) for routing in ("sparse", "one_rank", "own", "all", "grouped", "last_half"))),
+        *slow(*(("3x4", routing) for routing in ("random", "grouped", "nothing"))),
         *slow(*(("3x2 mixed", routing) for routing in ("duplicates", "nothing", "others", "one_rank", "own", "all"))),
     ],
 )

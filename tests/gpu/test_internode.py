@@ -32,6 +32,7 @@ SCALED = Case(
 )  # fmt: skip
 WIDE = Case(tokens=(600, 411), row_bytes=14336, num_topk=8, local_experts=16, combine_bytes=14336)
 LAYOUTS = ["2x1", "2x2", "2x4"]
+ROUTINGS = ("random", "nothing", "own", "others", "one_rank", "all", "sparse", "grouped", "last_half", "silent_half")
 
 
 def size(layout: str) -> int:
@@ -49,7 +50,7 @@ def test_operators(direct: PoolOf) -> None:
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("routing", ["random", "nothing", "own", "others", "one_rank", "all", "sparse"])
+@pytest.mark.parametrize("routing", ROUTINGS)
 def test_routings(direct: PoolOf, routing: str) -> None:
     direct(4).run(check_nodes, "2x2", replace(CASE, routing=routing), 24, 0, False, "cuda")
 
