@@ -61,6 +61,7 @@ class Case:
     combine_bytes: int = 128
     bias: str = "none"
     seed: int = 0
+    num_nodes: int = 1
 
 
 def same(actual: object, expected: torch.Tensor, what: str) -> None:
@@ -173,12 +174,12 @@ def choices(case: Case, rank: int, num_ranks: int) -> torch.Tensor:
         case "grouped":  # a token chooses among the experts of two ranks
             groups = torch.rand(shape[0], num_ranks, generator=source).argsort(1)[:, :2]
             return groups.gather(1, ids % groups.size(1)) * local + ids // num_ranks % local
-        case "last_half":  # all tokens go to the ranks of the second half: to the last of two nodes
-            first = num_ranks // 2
-            return ids % ((num_ranks - first) * local) + first * local
-        case "silent_half":  # ranks of the first half choose nothing, and nobody chooses them
-            first = num_ranks // 2
-            return ids.fill_(-1) if rank < first else ids % ((num_ranks - first) * local) + first * local
+        case "last_node":  # all tokens go to it
+            of_node = num_experts // case.num_nodes
+            return ids % of_node + num_experts - of_node
+        case "silent_node":  # ranks of the first node choose nothing, and nobody chooses them
+            of_node = num_experts // case.num_nodes
+            return ids.fill_(-1) if rank * local < of_node else ids % (num_experts - of_node) + of_node
         case "second_half":
             ids[: shape[0] // 2] = -1
     return ids

@@ -44,6 +44,8 @@ class SessionPool(RankPool):
 
 
 PoolOf = Callable[[int], RankPool]
+NodesOf = Callable[[str], RankPool]
+"""Ranks of a layout, e.g. ``"3x2"``: two on each of three nodes."""
 
 
 def slow(*values: Any) -> Iterator[Any]:

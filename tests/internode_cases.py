@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +24,9 @@ LAYOUTS: dict[str, tuple[int, ...]] = {
     "3x4": (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2),
 }
 """Node of each rank, by name."""
+CONTIGUOUS = ("2x1", "3x1", "2x2", "3x2", "2x4", "3x4")
+NODE_ROUTINGS = ("random", "nothing", "grouped", "last_node", "silent_node")
+"""Those of all layouts."""
 
 
 def make_buffer(rank: int, layout: str, **options: Any) -> Buffer:
@@ -40,7 +44,7 @@ class NodeScenario(Scenario):
 
     def __init__(self, case: Case, rank: int, layout: str, exact: bool = False, device: str = "cpu") -> None:
         node_of = LAYOUTS[layout]
-        super().__init__(case, rank, len(node_of), device)
+        super().__init__(replace(case, num_nodes=max(node_of) + 1), rank, len(node_of), device)
         first_seen = list(dict.fromkeys(node_of))
         self.node_of = [first_seen.index(node) for node in node_of]
         self.wanted_handle = oracle.internode_handle(self.inputs, self.num_experts, rank, self.node_of)

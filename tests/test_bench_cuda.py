@@ -246,6 +246,7 @@ def test_cuda_says_that_ranks_share_gpus(tmp_path: Path, mps: Path, capsys: pyte
     start, end = mps.read_text().splitlines()
     assert start.startswith("start /")
     assert end == "quit"
+    arguments[-1] = str(tmp_path / "again")
     assert main([*arguments, "--no-plot", "--against", str(tmp_path / "bench.json")]) == 0
     assert "chained 1.00x (7000.0 -> 7000.0)" in capsys.readouterr().out
 

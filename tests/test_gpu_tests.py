@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_ranks_with_a_gpu_each_are_told_from_those_that_share(tmp_path: Path) ->
     for test in (
         ("test_every_call[wide-2]", "test_dispatch_combine"),
         ("test_small_rows[1]", "test_low_latency"),
-        ("test_every_call[plain-2x1]", "test_internode"),
+        ("test_every_call[process_group-plain-2x1]", "test_internode"),
         ("test_tensors_in_the_heap", "test_memory"),
         ("test_thousands_of_operations[2]", "test_stress"),
     ):
@@ -73,8 +74,8 @@ def test_ranks_with_a_gpu_each_are_told_from_those_that_share(tmp_path: Path) ->
     assert re.search(r"\d+/\d+ tests collected \(\d+ deselected\)", few), few[-300:]
     for test in (
         ("test_every_call[wide-4]", "test_dispatch_combine"),
-        ("test_every_call[plain-2x4]", "test_internode"),
-        ("test_many_calls", "test_internode"),
+        ("test_every_call[nvshmem-plain-2x4]", "test_internode"),
+        ("test_many_calls[process_group-2x2]", "test_internode"),
         ("test_disagreeing_ranks_step_back_and_go_on[4]", "test_faults"),
         ("test_thousands_of_operations[4]", "test_stress"),
     ):
@@ -82,8 +83,14 @@ def test_ranks_with_a_gpu_each_are_told_from_those_that_share(tmp_path: Path) ->
 
 
 def test_nodes_have_one_gpu_each() -> None:
-    assert [conftest._places(gpus, ("tmp_path", "direct")) for gpus in (1, 2, 4)] == [1, 2, 2]
-    assert [conftest._places(gpus, ("gpu_pool_of",)) for gpus in (1, 2, 4)] == [1, 2, 4]
+    def places(fixture: str, **given: str) -> list[int]:
+        item = mock.Mock(pytest.Function, fixturenames=["tmp_path", fixture], callspec=mock.Mock(params=given))
+        return [conftest._places(item, gpus) for gpus in (1, 2, 4)]
+
+    assert places("direct", layout="2x4") == [1, 2, 2]
+    assert places("direct", layout="3x1") == [1, 2, 3]
+    assert places("over_network") == [1, 2, 2]
+    assert places("gpu_pool_of") == [1, 2, 4]
 
 
 TESTS = """
@@ -122,14 +129,13 @@ def test_one_that_hangs_and_one_that_cannot_run_end_none_of_the_others(tmp_path:
 
 def test_ranks_that_would_share_unsaid_fail() -> None:
     for shared in (False, True):
-        pool_of = next(conftest._checked(iter([lambda count: count]), shared, 2))  # type: ignore[list-item, return-value]
-        assert pool_of(2) == 2
+        conftest._checked(2, 2, shared)
         with (
             pytest.raises(pytest.fail.Exception, match=r"4 ranks where 2 have a GPU each")
             if not shared
             else nullcontext()
         ):
-            pool_of(4)
+            conftest._checked(4, 2, shared)
 
 
 def test_kernels_under_the_sanitizer_have_names() -> None:

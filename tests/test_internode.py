@@ -9,7 +9,7 @@ import torch
 
 from tests.cases import BIASES, COMBINE_DTYPES, Case
 from tests.conftest import PoolOf, but_slow, slow
-from tests.internode_cases import LAYOUTS, check_nodes, check_rail_bytes
+from tests.internode_cases import CONTIGUOUS, LAYOUTS, NODE_ROUTINGS, check_nodes, check_rail_bytes
 
 E4M3 = torch.float8_e4m3fn
 
@@ -28,11 +28,12 @@ def test_layouts(pool_of: PoolOf, layout: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "routing"),
     [
-        *(("2x2", routing) for routing in ("duplicates", "nothing", "others", "silent_half")),
+        *(("2x2", routing) for routing in ("duplicates", "nothing", "others", "silent_node")),
         ("3x2 mixed", "sparse"),
         ("3x1", "grouped"),
-        *slow(*(("2x2", routing) for routing in ("sparse", "one_rank", "own", "all", "grouped", "last_half"))),
-        *slow(*(("3x4", routing) for routing in ("random", "grouped", "nothing"))),
+        ("3x1", "last_node"),
+        *slow(*(("2x2", routing) for routing in ("sparse", "one_rank", "own", "all"))),
+        *slow(*itertools.product(CONTIGUOUS, NODE_ROUTINGS)),
         *slow(*(("3x2 mixed", routing) for routing in ("duplicates", "nothing", "others", "one_rank", "own", "all"))),
     ],
 )

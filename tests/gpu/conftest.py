@@ -1,7 +1,8 @@
 """Ranks on GPUs. Several share one where there are more ranks than GPUs: then CUDA's MPS runs them side by side.
 
 How many ranks a test has at a time says its parameter ``num_ranks`` or ``layout``, or ``@pytest.mark.ranks(most)``;
-without these it has two. Tests whose ranks share GPUs are marked for ``-m``, and without them there is no MPS:
+without these it has two. Each node has one GPU, as far as there are. Tests whose ranks share GPUs are marked for
+``-m``, and without them there is no MPS:
 
     python -m pytest tests/gpu -m "not slow and not shares_gpus"
     python -m pytest tests/gpu -m "not slow and shares_gpus"
@@ -20,12 +21,13 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import PoolOf, session_pools
+from tests.conftest import NodesOf, PoolOf, session_pools
 from tokenferry.cli.mps import MPS_CONTROL, sharing_gpus
 from tokenferry.cli.ranks import RankPool
 from tokenferry.rail import CARRIER_VARIABLE, NVSHMEM, PROCESS_GROUP, carriers_of
@@ -33,11 +35,11 @@ from tokenferry.rail.nvshmem_world import POOL_VARIABLE
 
 MOST_SECONDS, MOST_SECONDS_SLOW = 180, 1800
 """That a test may take: one that hangs fails and tells where its ranks are, and the others go on."""
-_DEFAULT_RANKS = 2
+_DEFAULT_RANKS, _DEFAULT_LAYOUT = 2, "2x1"
 _SYMMETRIC_BYTES = 1 << 30
 """A rail that a test has broken keeps its part of them."""
 _BY_NODE = {"direct", "over_network"}
-"""Fixtures that put ranks on two nodes, each of which has one GPU."""
+"""Fixtures that put ranks on nodes, each of which has one GPU."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,11 +52,21 @@ def most_ranks(item: pytest.Item) -> int:
     marker = item.get_closest_marker("ranks")
     if marker is not None:
         return int(marker.args[0])
-    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    given = _parameters(item)
     if "layout" in given:
-        nodes, _, each = given["layout"].partition("x")
-        return int(nodes) * int(each)
+        nodes, each = nodes_and_ranks(given["layout"])
+        return nodes * each
     return int(given.get("num_ranks", _DEFAULT_RANKS))
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+
+
+def nodes_and_ranks(layout: str) -> tuple[int, int]:
+    """Of ``"3x2"``: three nodes, each of two ranks."""
+    nodes, _, each = layout.partition("x")
+    return int(nodes), int(each)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -75,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         if config.pluginmanager.hasplugin("timeout"):
             item.add_marker(pytest.mark.timeout(0))  # ``deadline`` knows the ranks
-        if most_ranks(item) > _places(num_gpus, getattr(item, "fixturenames", ())):
+        if most_ranks(item) > _places(item, num_gpus):
             item.add_marker("shares_gpus")
             if shutil.which(MPS_CONTROL) is None:
                 item.add_marker(pytest.mark.skip(reason="no MPS: several ranks cannot run at a time on one GPU"))
@@ -88,9 +100,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         print(f"\n{report.nodeid}\n{report.longreprtext}", *sections, sep="\n", flush=True)
 
 
-def _places(num_gpus: int, fixtures: object) -> int:
-    """Ranks that have a GPU each."""
-    return min(num_gpus, 2) if _BY_NODE & set(fixtures) else num_gpus  # type: ignore[call-overload]
+def _places(item: pytest.Item, num_gpus: int) -> int:
+    """Ranks of a test that have a GPU each."""
+    if not _BY_NODE & set(getattr(item, "fixturenames", ())):
+        return num_gpus
+    return min(num_gpus, nodes_and_ranks(_parameters(item).get("layout", _DEFAULT_LAYOUT))[0])
 
 
 @pytest.fixture(autouse=True)
@@ -123,21 +137,21 @@ def sharing(request: pytest.FixtureRequest) -> Iterator[bool]:
         yield shared
 
 
-def _checked(pools: Iterator[PoolOf], shared: bool, places: int) -> Iterator[PoolOf]:
-    for pool_of in pools:
-
-        def get(num_ranks: int, pool_of: PoolOf = pool_of) -> RankPool:
-            if num_ranks > places and not shared:
-                pytest.fail(f"{num_ranks} ranks where {places} have a GPU each: say so with pytest.mark.ranks")
-            return pool_of(num_ranks)
-
-        yield get
+def _checked(num_ranks: int, places: int, shared: bool) -> None:
+    if num_ranks > places and not shared:
+        pytest.fail(f"{num_ranks} ranks where {places} have a GPU each: say so with pytest.mark.ranks")
 
 
 @pytest.fixture(scope="session")
 def gpu_pool_of(sharing: bool) -> Iterator[PoolOf]:
     """``gpu_pool_of(n)``: n ranks, one GPU after the other."""
-    yield from _checked(session_pools(take_device), sharing, torch.cuda.device_count())
+    for pool_of in session_pools(take_device):
+
+        def get(num_ranks: int, pool_of: PoolOf = pool_of) -> RankPool:
+            _checked(num_ranks, torch.cuda.device_count(), sharing)
+            return pool_of(num_ranks)
+
+        yield get
 
 
 def take_device(rank: int, num_ranks: int) -> None:
@@ -146,32 +160,48 @@ def take_device(rank: int, num_ranks: int) -> None:
     torch.cuda.set_device(rank % torch.cuda.device_count())
 
 
-def take_node(rank: int, num_ranks: int, over_network: bool, carrier: str = PROCESS_GROUP) -> None:
-    """Give this rank the GPU of its node, one of two; NCCL is told whether they are hosts."""
-    node = rank * 2 // num_ranks
+def take_node(
+    rank: int, num_ranks: int, num_nodes: int, over_network: bool = False, carrier: str = PROCESS_GROUP
+) -> None:
+    """Give this rank the GPU of its node; NCCL is told whether nodes are hosts: those that share a GPU are."""
+    num_gpus, node = torch.cuda.device_count(), rank * num_nodes // num_ranks
     os.environ.update({CARRIER_VARIABLE: carrier, POOL_VARIABLE: str(_SYMMETRIC_BYTES)})
     faulthandler.register(signal.SIGUSR1)
-    torch.cuda.set_device(node % torch.cuda.device_count())
-    if over_network:
+    torch.cuda.set_device(node % num_gpus)
+    if over_network or num_gpus < num_nodes:
         os.environ["NCCL_HOSTID"] = f"node-{node}"
         os.environ["NCCL_SOCKET_IFNAME"] = "lo"
 
 
+def _nodes(sharing: bool, over_network: bool = False, carrier: str = PROCESS_GROUP) -> Iterator[NodesOf]:
+    """Ranks of one layout at a time, since MPS serves a few dozen processes; they stay for tests of the same."""
+    pools: dict[str, PoolOf] = {}
+    with ExitStack() as current:
+
+        def get(layout: str) -> RankPool:
+            num_nodes, each = nodes_and_ranks(layout)
+            _checked(num_nodes * each, min(torch.cuda.device_count(), num_nodes), sharing)
+            if layout not in pools:
+                pools.clear()
+                current.close()
+                begin = functools.partial(take_node, num_nodes=num_nodes, over_network=over_network, carrier=carrier)
+                pools[layout] = current.enter_context(contextmanager(session_pools)(begin))
+            return pools[layout](num_nodes * each)
+
+        yield get
+
+
 @pytest.fixture(scope="session", params=[PROCESS_GROUP, NVSHMEM])
-def direct(request: pytest.FixtureRequest, sharing: bool) -> Iterator[PoolOf]:
-    """Rails by whatever NCCL finds between two GPUs, or by its network transport on one; or by NVSHMEM."""
+def direct(request: pytest.FixtureRequest, sharing: bool) -> Iterator[NodesOf]:
+    """Rails by whatever NCCL finds between GPUs, or by its network transport on one; or by NVSHMEM."""
     if request.param not in carriers_of("cuda"):
         pytest.skip(f"no {request.param} here")
-    num_gpus = torch.cuda.device_count()
-    pools = session_pools(functools.partial(take_node, over_network=num_gpus < 2, carrier=request.param))
-    yield from _checked(pools, sharing, _places(num_gpus, _BY_NODE))
+    yield from _nodes(sharing, carrier=request.param)
 
 
 @pytest.fixture(scope="session")
-def over_network(sharing: bool) -> Iterator[PoolOf]:
+def over_network(sharing: bool) -> Iterator[NodesOf]:
     """Rails by NCCL's network transport, as between hosts."""
-    num_gpus = torch.cuda.device_count()
-    if num_gpus < 2:
+    if torch.cuda.device_count() < 2:
         pytest.skip("one GPU: this is how all other tests run")
-    pools = session_pools(functools.partial(take_node, over_network=True))
-    yield from _checked(pools, sharing, _places(num_gpus, _BY_NODE))
+    yield from _nodes(sharing, over_network=True)

@@ -25,7 +25,6 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 
 from tests.cases import Case
@@ -161,7 +160,7 @@ def launched() -> Iterator[set[str]]:
 
 def run(rank: int, num_ranks: int, names: list[str]) -> set[str]:
     """Run checks on a rank; returns the kernels."""
-    take_node(rank, num_ranks, over_network=torch.cuda.device_count() < 2)
+    take_node(rank, num_ranks, num_ranks)
     with launched() as kernels:
         for name in names:
             CHECKS[name][1](rank, num_ranks)

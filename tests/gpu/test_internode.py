@@ -1,11 +1,12 @@
-"""Two nodes of one, two and four ranks, bit for bit against the oracle; rails over NCCL, in two ways, and NVSHMEM.
+"""Nodes of one, two and four ranks, bit for bit against the oracle; rails over NCCL, in two ways, and NVSHMEM.
 
-Each node has a GPU, where there are two. On one GPU NCCL joins ranks only if it takes them for those of two hosts:
-then all rails run over its network transport.
+Each node has a GPU, where there are as many. On one GPU NCCL joins ranks only if it takes them for those of several
+hosts: then all rails run over its network transport.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 from unittest import mock
@@ -15,8 +16,16 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import TIMEOUT, Case
-from tests.conftest import PoolOf
-from tests.internode_cases import NodeScenario, check_nodes, check_rail_bytes, make_buffer, small_chunks
+from tests.conftest import NodesOf, slow
+from tests.internode_cases import (
+    CONTIGUOUS,
+    NODE_ROUTINGS,
+    NodeScenario,
+    check_nodes,
+    check_rail_bytes,
+    make_buffer,
+    small_chunks,
+)
 from tests.test_ops import CASES as OPERATOR_CASES
 from tests.test_ops import check_cases as check_operators
 from tokenferry import PeerError, TokenferryError
@@ -31,44 +40,44 @@ SCALED = Case(
     spare_rows=9,
 )  # fmt: skip
 WIDE = Case(tokens=(600, 411), row_bytes=14336, num_topk=8, local_experts=16, combine_bytes=14336)
-LAYOUTS = ["2x1", "2x2", "2x4"]
-ROUTINGS = ("random", "nothing", "own", "others", "one_rank", "all", "sparse", "grouped", "last_half", "silent_half")
+ROUTINGS = (*NODE_ROUTINGS, "own", "others", "one_rank", "all", "sparse")
 
 
-def size(layout: str) -> int:
-    return 2 * int(layout[2:])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CONTIGUOUS)
 @pytest.mark.parametrize("case", [CASE, SCALED], ids=["plain", "scaled"])
-def test_every_call(direct: PoolOf, layout: str, case: Case) -> None:
-    direct(size(layout)).run(check_nodes, layout, case, 16, 0, False, "cuda")
+def test_every_call(direct: NodesOf, layout: str, case: Case) -> None:
+    direct(layout).run(check_nodes, layout, case, 16, 0, False, "cuda")
 
 
-def test_operators(direct: PoolOf) -> None:
-    direct(2).run(check_operators, "cuda", TIMEOUT, OPERATOR_CASES, "2x1")
+def test_operators(direct: NodesOf) -> None:
+    direct("2x1").run(check_operators, "cuda", TIMEOUT, OPERATOR_CASES, "2x1")
 
 
-@pytest.mark.ranks(4)
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_routings(direct: PoolOf, routing: str) -> None:
-    direct(4).run(check_nodes, "2x2", replace(CASE, routing=routing), 24, 0, False, "cuda")
+@pytest.mark.parametrize(
+    ("layout", "routing"),
+    [
+        *itertools.product(("2x2", "3x2"), ROUTINGS),
+        *slow(*itertools.product(("2x1", "3x1", "2x4", "3x4"), NODE_ROUTINGS)),
+    ],
+)
+def test_routings(direct: NodesOf, layout: str, routing: str) -> None:
+    direct(layout).run(check_nodes, layout, replace(CASE, routing=routing), 24, 0, False, "cuda")
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize(("layout", "chunk"), [("2x1", 128), ("2x2", 0)])
-def test_wide_rows(direct: PoolOf, layout: str, chunk: int, exact: bool) -> None:
-    direct(size(layout)).run(check_nodes, layout, WIDE, chunk, 0, exact, "cuda")
+@pytest.mark.parametrize(("layout", "chunk"), [("2x1", 128), ("2x2", 0), ("3x2", 200)])
+def test_wide_rows(direct: NodesOf, layout: str, chunk: int, exact: bool) -> None:
+    direct(layout).run(check_nodes, layout, WIDE, chunk, 0, exact, "cuda")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_over_a_network(over_network: PoolOf, layout: str) -> None:
-    over_network(size(layout)).run(check_nodes, layout, CASE, 16, 0, False, "cuda")
+@pytest.mark.parametrize("layout", CONTIGUOUS)
+def test_over_a_network(over_network: NodesOf, layout: str) -> None:
+    over_network(layout).run(check_nodes, layout, CASE, 16, 0, False, "cuda")
 
 
-@pytest.mark.ranks(4)
-def test_bytes_on_the_rail(direct: PoolOf) -> None:
-    for sent, rows in direct(4).run(check_rail_bytes, "2x2", replace(WIDE, tokens=(500,)), "cuda"):
+@pytest.mark.parametrize("layout", ["2x2", "3x2"])
+def test_bytes_on_the_rail(direct: NodesOf, layout: str) -> None:
+    for sent, rows in direct(layout).run(check_rail_bytes, layout, replace(WIDE, tokens=(500,)), "cuda"):
         assert rows <= sent <= 1.03 * rows
 
 
@@ -82,10 +91,10 @@ def _compiled() -> dict[str, int]:
     }
 
 
-def _warmed(rank: int, num_ranks: int) -> None:
+def _warmed(rank: int, num_ranks: int, layout: str) -> None:
     """Nothing is compiled while other ranks wait."""
-    with make_buffer(rank, "2x2", device="cuda") as buffer:
-        scenario = NodeScenario(WIDE, rank, "2x2", device="cuda")
+    with make_buffer(rank, layout, device="cuda") as buffer:
+        scenario = NodeScenario(WIDE, rank, layout, device="cuda")
         buffer.warmup(7168, WIDE.num_topk, scenario.num_experts)
         before = _compiled()
         result = scenario.dispatch(buffer)
@@ -95,9 +104,9 @@ def _warmed(rank: int, num_ranks: int) -> None:
         assert _compiled() == before
 
 
-@pytest.mark.ranks(4)
-def test_warmup(direct: PoolOf) -> None:
-    direct(4).run(_warmed)
+@pytest.mark.parametrize("layout", ["2x2", "3x2"])
+def test_warmup(direct: NodesOf, layout: str) -> None:
+    direct(layout).run(_warmed, layout)
 
 
 def _many(rank: int, num_ranks: int, layout: str) -> None:
@@ -110,47 +119,48 @@ def _many(rank: int, num_ranks: int, layout: str) -> None:
             NodeScenario(case, rank, layout, device="cuda").check_all(buffer, config=small_chunks(8 + 8 * (turn % 5)))
 
 
-@pytest.mark.ranks(4)
-def test_many_calls(direct: PoolOf) -> None:
-    direct(4).run(_many, "2x2")
+@pytest.mark.parametrize("layout", ["2x2", "3x2"])
+def test_many_calls(direct: NodesOf, layout: str) -> None:
+    direct(layout).run(_many, layout)
 
 
-def _silent(rank: int, num_ranks: int) -> tuple[str, float]:
-    scenario = NodeScenario(CASE, rank, "2x1", device="cuda")
-    with make_buffer(rank, "2x1", device="cuda") as buffer:  # compiles, for which four seconds may be too short
+def _silent(rank: int, num_ranks: int, layout: str) -> tuple[str, float]:
+    scenario = NodeScenario(CASE, rank, layout, device="cuda")
+    with make_buffer(rank, layout, device="cuda") as buffer:  # compiles, for which four seconds may be too short
         scenario.check_dispatch(scenario.dispatch(buffer))
-    with make_buffer(rank, "2x1", device="cuda", timeout=4.0) as buffer:
+    with make_buffer(rank, layout, device="cuda", timeout=4.0) as buffer:
         scenario.check_dispatch(scenario.dispatch(buffer))
         dist.barrier()
         started, text = time.monotonic(), ""
-        if rank == 0:
+        if rank != 1:
             with pytest.raises(PeerError) as caught:
                 scenario.dispatch(buffer)
             text = str(caught.value)
         seconds = time.monotonic() - started
         dist.barrier()
     assert float(torch.ones(8, device="cuda").sum()) == 8  # the context is alive
-    with make_buffer(rank, "2x1", device="cuda") as buffer:
+    with make_buffer(rank, layout, device="cuda") as buffer:
         scenario.check_dispatch(scenario.dispatch(buffer))
     return text, seconds
 
 
-def test_silent_node_is_named(direct: PoolOf) -> None:
-    text, seconds = direct(2).run(_silent)[0]
-    assert "node 1" in text
-    assert seconds < 5.0
+@pytest.mark.parametrize("layout", ["2x1", "3x1"])
+def test_silent_node_is_named(direct: NodesOf, layout: str) -> None:
+    for text, seconds in direct(layout).run(_silent, layout)[::2]:
+        assert "node 1" in text
+        assert seconds < 5.0
 
 
-def _stuck(rank: int, num_ranks: int) -> tuple[str, float]:
+def _stuck(rank: int, num_ranks: int, layout: str) -> tuple[str, float]:
     """A node takes part in the first chunks only: NCCL waits for its rows in vain."""
-    scenario = NodeScenario(replace(CASE, tokens=(70, 90)), rank, "2x1", device="cuda")
-    with make_buffer(rank, "2x1", device="cuda") as buffer:
+    scenario = NodeScenario(replace(CASE, tokens=(70, 90)), rank, layout, device="cuda")
+    with make_buffer(rank, layout, device="cuda") as buffer:
         scenario.check_dispatch(scenario.dispatch(buffer))
-    with make_buffer(rank, "2x1", device="cuda", timeout=4.0) as buffer:
+    with make_buffer(rank, layout, device="cuda", timeout=4.0) as buffer:
         scenario.check_dispatch(scenario.dispatch(buffer))
         dist.barrier()
         text, seconds = "", 0.0
-        if rank == 0:
+        if rank != 1:
             started = time.monotonic()
             with pytest.raises(PeerError) as caught:
                 scenario.dispatch(buffer, config=small_chunks(8))
@@ -163,15 +173,16 @@ def _stuck(rank: int, num_ranks: int) -> tuple[str, float]:
                 scenario.dispatch(buffer, config=small_chunks(8))
         dist.barrier()
     assert float(torch.ones(8, device="cuda").sum()) == 8  # the context is alive
-    with make_buffer(rank, "2x1", device="cuda") as buffer:
+    with make_buffer(rank, layout, device="cuda") as buffer:
         scenario.check_dispatch(scenario.dispatch(buffer))
     return text, seconds
 
 
-def test_rows_that_do_not_come(direct: PoolOf) -> None:
-    text, seconds = direct(2).run(_stuck)[0]
-    assert "node 1" in text
-    assert seconds < 5.0
+@pytest.mark.parametrize("layout", ["2x1", "3x1"])
+def test_rows_that_do_not_come(direct: NodesOf, layout: str) -> None:
+    for text, seconds in direct(layout).run(_stuck, layout)[::2]:
+        assert "node 1" in text
+        assert seconds < 5.0
 
 
 def _refused(rank: int, num_ranks: int) -> None:
@@ -185,5 +196,5 @@ def _refused(rank: int, num_ranks: int) -> None:
         scenario.check_dispatch(scenario.dispatch(buffer))
 
 
-def test_what_is_not_there_is_refused(direct: PoolOf) -> None:
-    direct(2).run(_refused)
+def test_what_is_not_there_is_refused(direct: NodesOf) -> None:
+    direct("2x1").run(_refused)

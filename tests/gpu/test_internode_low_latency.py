@@ -1,4 +1,4 @@
-"""The low-latency pair between two nodes of one, two and four ranks: see :mod:`tests.gpu.test_internode`."""
+"""The low-latency pair between nodes of one, two and four ranks: see :mod:`tests.gpu.test_internode`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import Case as NormalCase
-from tests.conftest import PoolOf
+from tests.conftest import NodesOf
 from tests.internode_cases import NodeScenario as NormalScenario
 from tests.internode_cases import small_chunks
 from tests.internode_low_latency_cases import NodeScenario, check_nodes, make_buffer
@@ -27,24 +27,34 @@ def buffer_of(rank: int, layout: str, **options: Any) -> Buffer:
 
 
 @pytest.mark.parametrize(
-    ("layout", "formats"), [("2x1", ["bf16", "ue8m0"]), ("2x2", ["rounded", "bf16"]), ("2x4", ["plain"])]
+    ("layout", "formats"),
+    [
+        ("2x1", ["bf16", "ue8m0"]),
+        ("3x1", ["bf16", "rounded"]),
+        ("2x2", ["rounded", "bf16"]),
+        ("3x2", ["ue8m0", "bf16"]),
+        ("2x4", ["plain"]),
+        ("3x4", ["plain"]),
+    ],
 )
-def test_formats(direct: PoolOf, layout: str, formats: list[str]) -> None:
+def test_formats(direct: NodesOf, layout: str, formats: list[str]) -> None:
     cases = [CASES[name] for name in formats]
-    direct(2 * int(layout[2:])).run(check_nodes, layout, cases, False, "cuda")
+    direct(layout).run(check_nodes, layout, cases, False, "cuda")
 
 
-@pytest.mark.ranks(4)
-def test_wide_rows(direct: PoolOf) -> None:
-    direct(4).run(check_nodes, "2x2", [Case(tokens=(40, 9), hidden=7168, num_topk=8, seed=2)], False, "cuda")
+@pytest.mark.parametrize("layout", ["2x2", "3x2"])
+def test_wide_rows(direct: NodesOf, layout: str) -> None:
+    direct(layout).run(check_nodes, layout, [Case(tokens=(40, 9), hidden=7168, num_topk=8, seed=2)], False, "cuda")
 
 
-def _hooks(rank: int, num_ranks: int) -> None:
+def _hooks(rank: int, num_ranks: int, layout: str) -> None:
     """Many in flight, received in an order of each rank's own, some on another stream."""
     order, side = list(range(6)), torch.cuda.Stream()
     random.Random(rank).shuffle(order)
-    with buffer_of(rank, "2x2") as buffer:
-        scenarios = [NodeScenario(Case(tokens=(4, 9), hidden=256, seed=n), rank, "2x2", device="cuda") for n in order]
+    with buffer_of(rank, layout) as buffer:
+        scenarios = [
+            NodeScenario(Case(tokens=(4, 9), hidden=256, seed=n), rank, layout, device="cuda") for n in order
+        ]
         scenarios = [scenarios[order.index(n)] for n in range(6)]
         results = [scenario.dispatch(buffer, return_recv_hook=True) for scenario in scenarios]
         for at in order:
@@ -58,9 +68,9 @@ def _hooks(rank: int, num_ranks: int) -> None:
                 scenarios[at].check_combine(answers[at])
 
 
-@pytest.mark.ranks(4)
-def test_hooks_in_any_order(direct: PoolOf) -> None:
-    direct(4).run(_hooks)
+@pytest.mark.parametrize("layout", ["2x2", "3x2"])
+def test_hooks_in_any_order(direct: NodesOf, layout: str) -> None:
+    direct(layout).run(_hooks, layout)
 
 
 def _graphs(rank: int, num_ranks: int, layout: str, hooks: bool) -> None:
@@ -109,16 +119,18 @@ def _graphs(rank: int, num_ranks: int, layout: str, hooks: bool) -> None:
                 normal.check_all(buffer, config=small_chunks(8))
 
 
-@pytest.mark.parametrize(("layout", "hooks"), [("2x1", False), ("2x2", True), ("2x2", False)])
-def test_replays_mixed_with_eager_calls(direct: PoolOf, layout: str, hooks: bool) -> None:
-    direct(2 * int(layout[2:])).run(_graphs, layout, hooks)
+@pytest.mark.parametrize(
+    ("layout", "hooks"), [("2x1", False), ("3x1", True), ("2x2", True), ("2x2", False), ("3x2", False)]
+)
+def test_replays_mixed_with_eager_calls(direct: NodesOf, layout: str, hooks: bool) -> None:
+    direct(layout).run(_graphs, layout, hooks)
 
 
-def _warmed(rank: int, num_ranks: int) -> None:
+def _warmed(rank: int, num_ranks: int, layout: str) -> None:
     """Captured at once, but for what ranks compare at the first call."""
     case = Case(tokens=(8,), hidden=512, num_topk=3, format="plain", seed=1)
-    with buffer_of(rank, "2x2") as buffer:
-        scenario = NodeScenario(case, rank, "2x2", device="cuda")
+    with buffer_of(rank, layout) as buffer:
+        scenario = NodeScenario(case, rank, layout, device="cuda")
         buffer.low_latency_warmup(scenario.most, 512, 3, scenario.num_experts, **FORMATS["plain"])
         x, ids = scenario.x.cuda(), scenario.ids.cuda()
         graph = torch.cuda.CUDAGraph()
@@ -128,22 +140,22 @@ def _warmed(rank: int, num_ranks: int) -> None:
         scenario.check_dispatch(result)
 
 
-@pytest.mark.ranks(4)
-def test_capture_behind_a_warmup(direct: PoolOf) -> None:
-    direct(4).run(_warmed)
+@pytest.mark.parametrize("layout", ["2x2", "3x2"])
+def test_capture_behind_a_warmup(direct: NodesOf, layout: str) -> None:
+    direct(layout).run(_warmed, layout)
 
 
-def _silent(rank: int, num_ranks: int) -> tuple[str, float]:
+def _silent(rank: int, num_ranks: int, layout: str) -> tuple[str, float]:
     """A node that does not call: the stream goes on at the deadline, and the next call says why."""
-    scenario = NodeScenario(Case(tokens=(5,), hidden=256), rank, "2x1", device="cuda")
-    with buffer_of(rank, "2x1") as buffer:  # compiles, for which four seconds may be too short
+    scenario = NodeScenario(Case(tokens=(5,), hidden=256), rank, layout, device="cuda")
+    with buffer_of(rank, layout) as buffer:  # compiles, for which four seconds may be too short
         check_case(buffer, scenario)
-    with buffer_of(rank, "2x1", timeout=4.0) as buffer:
+    with buffer_of(rank, layout, timeout=4.0) as buffer:
         check_case(buffer, scenario)
         torch.cuda.synchronize()
         dist.barrier()
         text, seconds = "", 0.0
-        if rank == 0:
+        if rank != 1:
             started = time.monotonic()
             scenario.dispatch(buffer)
             torch.cuda.synchronize()
@@ -153,12 +165,13 @@ def _silent(rank: int, num_ranks: int) -> tuple[str, float]:
             with pytest.raises(BufferStateError):
                 scenario.dispatch(buffer)
         dist.barrier()
-    with buffer_of(rank, "2x1") as buffer:
+    with buffer_of(rank, layout) as buffer:
         check_case(buffer, scenario)
     return text, seconds
 
 
-def test_silent_node_is_named(direct: PoolOf) -> None:
-    text, seconds = direct(2).run(_silent)[0]
-    assert "node 1" in text
-    assert seconds < 5.0
+@pytest.mark.parametrize("layout", ["2x1", "3x1"])
+def test_silent_node_is_named(direct: NodesOf, layout: str) -> None:
+    for text, seconds in direct(layout).run(_silent, layout)[::2]:
+        assert "node 1" in text
+        assert seconds < 5.0

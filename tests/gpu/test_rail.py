@@ -1,7 +1,8 @@
-"""Exchanges over a rail of two GPUs, without what uses it."""
+"""Exchanges over a rail of two and three GPUs, without what uses it."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -10,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.conftest import PoolOf
-from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, NVSHMEM, RailError
+from tests.conftest import NodesOf
+from tokenferry.rail import CARRIER_VARIABLE, CARRIERS, NVSHMEM, RailError, Transfer
 from tokenferry.rail.device_rail import DeviceRail
 from tokenferry.topology import Topology
 
@@ -27,103 +28,130 @@ def _rail(rank: int, num_ranks: int, key: str, timeout: float = 30.0) -> DeviceR
     return rail
 
 
-def _bytes(turn: int, source: int, number: int, nbytes: int, unaligned: int) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(turn * 100 + source * 10 + number)
-    around = torch.randint(0, 256, (nbytes + 16,), dtype=torch.uint8, device="cuda", generator=generator)
-    return around[unaligned : unaligned + nbytes]
+def _others(rank: int, num_ranks: int) -> list[int]:
+    return [other for other in range(num_ranks) if other != rank]
+
+
+def _drawn(turn: int, source: int, target: int, sizes: list[int], unaligned: int) -> list[torch.Tensor]:
+    """Tensors of random bytes that a rank sends to another, alike on both."""
+    generator = torch.Generator("cuda").manual_seed((turn * 10 + source) * 10 + target)
+    return [
+        torch.randint(0, 256, (size + 16,), dtype=torch.uint8, device="cuda", generator=generator)[unaligned:][:size]
+        for size in sizes
+    ]
 
 
 def exchanges(
     rank: int, num_ranks: int, key: str, turns: int, all_sizes: tuple[int, ...] = SIZES, timeout: float = 30.0
 ) -> None:
     """Of random sizes, waited for by the host or by the stream, several at a time, each rank late by itself."""
-    both, mine, other = random.Random(turns), random.Random(rank), 1 - rank
+    both, mine, others = random.Random(turns), random.Random(rank), _others(rank, num_ranks)
     rail = _rail(rank, num_ranks, key, timeout)
-    under_way: list[tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = []
+    under_way: list[tuple[dict[int, list[torch.Tensor]], ...]] = []
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for turn in range(turns):
-        sizes = [
-            [both.choice(all_sizes[: both.choice((4, 7, 9))]) for _ in range(both.choice((0, 1, 2, 5)))] for _ in "ab"
-        ]
+        sizes = {
+            pair: [both.choice(all_sizes[: both.choice((4, 7, 9))]) for _ in range(both.choice((0, 1, 2, 5)))]
+            for pair in itertools.permutations(range(num_ranks), 2)
+        }
         place = both.choice((0, 0, 0, 1, 8))
-        going = [_bytes(turn, rank, number, nbytes, place) for number, nbytes in enumerate(sizes[rank])]
-        wanted = [_bytes(turn, other, number, nbytes, place) for number, nbytes in enumerate(sizes[other])]
-        came = [torch.full_like(part, 0xCD) for part in wanted]
+        going = {other: _drawn(turn, rank, other, sizes[rank, other], place) for other in others}
+        wanted = {other: _drawn(turn, other, rank, sizes[other, rank], place) for other in others}
+        came = {other: [torch.full_like(part, 0xCD) for part in wanted[other]] for other in others}
         if mine.random() < 0.1:
             time.sleep(mine.random() * 0.01)
         elif mine.random() < 0.1:
             torch.cuda._sleep(mine.randrange(1_000_000))
-        transfer = rail.post({other: going}, {other: came})
+        transfer = rail.post(going, came)
         if both.random() < 0.2:
-            transfer.wait(other)
+            for other in mine.sample(others, len(others)):
+                transfer.wait(other)
             transfer.finish()
         else:
             transfer.settle()
         under_way.append((going, wanted, came))
         while len(under_way) > both.choice((0, 1, 3)):
             _, first, last = under_way.pop(0)
-            for left, right in zip(first, last, strict=True):
-                wrong += (left != right).sum()
+            for other in others:
+                for left, right in zip(first[other], last[other], strict=True):
+                    wrong += (left != right).sum()
     assert int(wrong) == 0
     assert rail.failure is None
     rail.close()
 
 
-def test_exchanges(direct: PoolOf) -> None:
-    direct(2).run(exchanges, "exchanges", 300)
+@pytest.mark.parametrize("layout", ["2x1", "3x1"])
+def test_exchanges(direct: NodesOf, layout: str) -> None:
+    direct(layout).run(exchanges, "exchanges", 300)
 
 
 @pytest.mark.slow
-def test_many_exchanges(direct: PoolOf) -> None:
-    direct(2).run(exchanges, "many exchanges", 5000)
+@pytest.mark.parametrize("layout", ["2x1", "3x1"])
+def test_many_exchanges(direct: NodesOf, layout: str) -> None:
+    direct(layout).run(exchanges, "many exchanges", 5000)
 
 
 def _replayed(rank: int, num_ranks: int) -> None:
-    rail, other = _rail(rank, num_ranks, "replayed"), 1 - rank
+    rail, others = _rail(rank, num_ranks, "replayed"), _others(rank, num_ranks)
     going = torch.zeros(3 << 20, dtype=torch.uint8, device="cuda")
-    came = torch.zeros_like(going)
-    rail.post({other: [going]}, {other: [came]}).finish()
+
+    def from_all() -> torch.Tensor:
+        return torch.full((num_ranks - 1, len(going)), 0xCD, dtype=torch.uint8, device="cuda")
+
+    def exchange(part: torch.Tensor, parts: torch.Tensor) -> Transfer:
+        return rail.post(
+            {other: [part] for other in others}, {other: [to] for other, to in zip(others, parts, strict=True)}
+        )
+
+    came = from_all()
+    exchange(going, came).finish()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         going += 1
         for _ in range(3):
-            rail.post({other: [going]}, {other: [came]}).settle()
+            exchange(going, came).settle()
     for turn in range(1, 100):
         came.fill_(0xCD)
         graph.replay()
         assert bool((came == turn).all())
         if turn % 3 == 0:
-            eager = torch.full_like(came, 0xCD)
-            rail.post({other: [going[: turn * 1000]]}, {other: [eager[: turn * 1000]]}).finish()
-            assert bool((eager[: turn * 1000] == turn).all())
+            eager = from_all()[:, : turn * 1000]
+            exchange(going[: turn * 1000], eager).finish()
+            assert bool((eager == turn).all())
         elif os.environ[CARRIER_VARIABLE] == NVSHMEM:  # a replay that is asked for before anybody waits
-            parts = [torch.full_like(came, value) for value in (turn, 0xCD)]
-            transfer = rail.post({other: [parts[0]]}, {other: [parts[1]]})
+            eager = from_all()
+            transfer = exchange(torch.full_like(going, turn), eager)
             graph.replay()
             transfer.finish()
-            assert bool((parts[1] == turn).all())
+            assert bool((eager == turn).all())
             going -= 1  # the replay has added one
     del graph
     rail.close()
 
 
-def test_replays_mixed_with_exchanges(direct: PoolOf) -> None:
-    direct(2).run(_replayed)
+@pytest.mark.parametrize("layout", ["2x1", "3x1"])
+def test_replays_mixed_with_exchanges(direct: NodesOf, layout: str) -> None:
+    direct(layout).run(_replayed)
 
 
 def _late(rank: int, num_ranks: int, settles: bool) -> float:
-    """Rank 1 does not come: rank 0 says so, goes on, and a further rail works."""
-    rail, other, part = _rail(rank, num_ranks, f"late {settles}", 2.0), 1 - rank, torch.ones(1 << 20, device="cuda")
+    """Rank 1 does not come: the others say so, go on, and a further rail works."""
+    rail, others = _rail(rank, num_ranks, f"late {settles}", 2.0), _others(rank, num_ranks)
+    part = torch.ones(1 << 20, device="cuda")
+
+    def exchange(rail: DeviceRail, parts: dict[int, torch.Tensor]) -> Transfer:
+        return rail.post({other: [part * rank] for other in others}, {other: [to] for other, to in parts.items()})
+
     dist.barrier()
     began = time.monotonic()
-    if rank == 0:
-        transfer = rail.post({other: [part]}, {other: [torch.empty_like(part)]})
+    if rank != 1:
+        transfer = exchange(rail, {other: torch.empty_like(part) for other in others})
         if settles:
             transfer.settle()
             torch.cuda.synchronize()
             time.sleep(0.1)
         with pytest.raises(RailError) as caught:
-            rail.post({other: [part]}, {other: [part]}) if settles else transfer.finish()
+            exchange(rail, {other: torch.empty_like(part) for other in others}) if settles else transfer.finish()
         assert list(caught.value.nodes) == [1]
         assert caught.value.timed_out
         torch.cuda.synchronize()
@@ -131,16 +159,17 @@ def _late(rank: int, num_ranks: int, settles: bool) -> float:
     dist.barrier()
     rail.close()
     further = _rail(rank, num_ranks, f"behind {settles}")
-    came = torch.empty_like(part)
-    further.post({other: [part * rank]}, {other: [came]}).finish()
-    assert bool((came == other).all())
+    came = {other: torch.empty_like(part) for other in others}
+    exchange(further, came).finish()
+    assert all(bool((to == other).all()) for other, to in came.items())
     further.close()
     return seconds
 
 
 @pytest.mark.parametrize("settles", [False, True])
-def test_deadline(direct: PoolOf, settles: bool) -> None:
-    assert direct(2).run(_late, settles)[0] < 4.0
+@pytest.mark.parametrize("layout", ["2x1", "3x1"])
+def test_deadline(direct: NodesOf, layout: str, settles: bool) -> None:
+    assert max(direct(layout).run(_late, settles)) < 4.0
 
 
 def _made_again(rank: int, num_ranks: int) -> None:
@@ -154,5 +183,5 @@ def _made_again(rank: int, num_ranks: int) -> None:
         dist.barrier()
 
 
-def test_memory_of_rails_is_used_again(direct: PoolOf) -> None:
-    direct(2).run(_made_again)
+def test_memory_of_rails_is_used_again(direct: NodesOf) -> None:
+    direct("2x1").run(_made_again)
