@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_default_store
 
+from tests.cases import wait_for
 from tests.conftest import PoolOf
+from tokenferry.cli.ranks import RankPool
 from tokenferry.errors import TokenferryError
 from tokenferry.rail import RailError, device_rail
 from tokenferry.rail.device_rail import _KEPT, DeviceRail
@@ -174,6 +176,33 @@ def test_deadline(pool_of: PoolOf) -> None:
         assert timed_out
         assert nodes == tuple(node for node in range(3) if node != rank)
         assert 0.5 <= seconds < 1.5
+
+
+def _one_silent(rank: int, num_ranks: int, key: str, settles: bool) -> tuple[int, ...]:
+    """Rank 1 does not come. The others cannot see by the exchange that it is this one."""
+    rail, _ = rail_of(rank, num_ranks, key, True, timeout=1.0)
+    dist.barrier()
+    nodes: tuple[int, ...] = ()
+    if rank != 1:
+        rail._marker = Never
+        AllOf.is_completed, AllOf.wait = lambda self: False, lambda self: None  # type: ignore[method-assign, assignment]
+        parts = {node: [torch.zeros(4)] for node in range(num_ranks) if node != rank}
+        transfer = rail.post(parts, {node: [torch.zeros(4)] for node in parts})
+        if settles:
+            transfer.settle()
+            wait_for(lambda: rail.failure is not None)
+        with pytest.raises(RailError) as caught:
+            rail.post(parts, {}) if settles else transfer.finish()
+        nodes = tuple(caught.value.nodes)
+    dist.barrier()
+    rail.close()
+    return nodes
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_the_one_that_is_silent_is_named(settles: bool) -> None:
+    with RankPool(3, 1) as pool:
+        assert pool.run(_one_silent, "device/one silent", settles) == [(1,), (), (1,)]
 
 
 def _settled(rank: int, num_ranks: int, key: str) -> None:

@@ -24,18 +24,26 @@ from tests.internode_low_latency_cases import NodeScenario as QuickScenario
 from tests.internode_low_latency_cases import make_buffer as make_quick_buffer
 from tests.low_latency_cases import Case as QuickCase
 from tests.low_latency_cases import check_case
-from tokenferry import BufferStateError, CapacityError, HeapError, MismatchError, PeerError, TokenferryError
+from tokenferry import (
+    BufferStateError,
+    CapacityError,
+    HeapError,
+    MismatchError,
+    PeerError,
+    PeerLostError,
+    TokenferryError,
+)
 from tokenferry.cli.ranks import RankPool
 from tokenferry.dataplane.cpu import CpuDataPlane
 from tokenferry.memory.heap import Heap
 from tokenferry.rail import RailError
-from tokenferry.rail.process_group import _begun, _Waiter
+from tokenferry.rail.process_group import PostedTransfer, _Waiter
 from tokenferry.runtime import Runtime
 
 CASE = Case(tokens=(6, 9, 3, 5), num_topk=3)
 
 
-def _failure_on_one_of_three(rank: int, num_ranks: int) -> float:
+def _failure_on_one_of_three(rank: int, num_ranks: int) -> tuple[str, float]:
     """Rank 0 fails after the agreement; the others are streaming chunks to each other."""
     with make_buffer(rank, "3x1") as buffer:
         scenario = NodeScenario(Case(tokens=(400,), row_bytes=2048, num_topk=4), rank, "3x1")
@@ -52,14 +60,20 @@ def _failure_on_one_of_three(rank: int, num_ranks: int) -> float:
         started = time.monotonic()
         with (
             mock.patch.object(type(buffer.runtime.party().plane), "empty_rows", failing),
-            pytest.raises((MemoryError, PeerError)),
+            pytest.raises(MemoryError if rank == 0 else PeerLostError) as caught,
         ):
             scenario.dispatch(buffer, config=small_chunks(8))
-        return time.monotonic() - started
+        return str(caught.value), time.monotonic() - started
 
 
 def test_failure_spreads_at_once(pool_of: PoolOf) -> None:
-    assert max(pool_of(3).run(_failure_on_one_of_three)) < 3.0
+    (_, first), *others = pool_of(3).run(_failure_on_one_of_three)
+    assert first < 3.0
+    for text, seconds in others:
+        assert "rank 0: node 0 (ranks 0), over the rail" in text
+        assert "node 1" not in text
+        assert "node 2" not in text
+        assert seconds < 3.0
 
 
 def _hook_after_a_failure(rank: int, num_ranks: int, how: str) -> None:
@@ -225,8 +239,11 @@ class _BrokenGroup:
 def test_an_error_at_the_beginning_of_a_transfer_keeps_no_group() -> None:
     group = _BrokenGroup()
     known = weakref.ref(group)
+    rail = mock.Mock(
+        group=lambda: known(), gives_up=lambda nodes, timed_out, reason, is_lost: RailError(nodes, timed_out, reason)
+    )
     with pytest.raises(RailError, match="closed by peer") as caught:
-        _begun(group.recv, torch.empty(1), 1)
+        PostedTransfer(rail, timedelta(seconds=1)).receive(1, torch.empty(1))
     del group
     assert known() is None
     assert caught.value.__traceback__ is not None

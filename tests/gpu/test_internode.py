@@ -147,7 +147,7 @@ def _silent(rank: int, num_ranks: int, layout: str) -> tuple[str, float]:
 @pytest.mark.parametrize("layout", ["2x1", "3x1"])
 def test_silent_node_is_named(direct: NodesOf, layout: str) -> None:
     for text, seconds in direct(layout).run(_silent, layout)[::2]:
-        assert "node 1" in text
+        assert "rank 1: node 1 (ranks 1), over the rail" in text
         assert seconds < 5.0
 
 
@@ -181,7 +181,7 @@ def _stuck(rank: int, num_ranks: int, layout: str) -> tuple[str, float]:
 @pytest.mark.parametrize("layout", ["2x1", "3x1"])
 def test_rows_that_do_not_come(direct: NodesOf, layout: str) -> None:
     for text, seconds in direct(layout).run(_stuck, layout)[::2]:
-        assert "node 1" in text
+        assert "rank 1: node 1 (ranks 1), over the rail" in text
         assert seconds < 5.0
 
 

@@ -183,8 +183,7 @@ class DeviceRail:
             return transport.begin(coming, going)
         except RuntimeError as error:
             reason = first_line(error)
-        self.abandon()
-        raise RailError(nodes, False, reason)
+        raise self.gives_up(nodes, False, reason)
 
     def transport(self) -> Transport:
         """The transport.
@@ -207,8 +206,15 @@ class DeviceRail:
         """An exchange that no host waits for has missed its deadline."""
         transport = self._transport
         known = () if transport is None else transport.missing()
-        self._failure = known or nodes, reason
+        found = self._words.gives_up(known or nodes, True, reason)
+        self._failure = found.nodes, str(found)
         self.abandon()
+
+    def gives_up(self, nodes: Sequence[int], timed_out: bool, reason: str) -> RailError:
+        """What to raise, since an exchange with these nodes has failed. The rail is of no use any more."""
+        failure = self._words.gives_up(nodes, timed_out, reason)
+        self.abandon()
+        return failure
 
     def abandon(self) -> None:
         """Something has failed: end what is under way, wherever it is. The rail is of no use any more."""
@@ -298,8 +304,7 @@ class DeviceTransfer:
         else:
             self._is_in_order = True
             return
-        self._rail.abandon()
-        raise RailError(self._nodes, False, reason)
+        raise self._rail.gives_up(self._nodes, False, reason)
 
     def finish(self) -> None:
         """See :meth:`tokenferry.rail.Transfer.finish`."""
@@ -316,9 +321,8 @@ class DeviceTransfer:
                 ended = now if all(work.is_completed() for work in self._works) else None
             timed_out = now - started > self._seconds
             if timed_out or (ended is not None and now - ended > _GRACE_SECONDS):
-                self._rail.abandon()
                 reason = f"no sign of life for {now - started:.1f} s" if timed_out else f"{name} reports an error"
-                raise RailError(self._nodes, timed_out, reason)
+                raise self._rail.gives_up(self._nodes, timed_out, reason)
             time.sleep(min(max(_SHORTEST_SLEEP, _SLEEP_SHARE * (now - started)), _LONGEST_SLEEP))
         self._rail.transport()  # which may have ended by itself
         self._works, self._parts = [], []

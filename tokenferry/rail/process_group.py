@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _g
 
 from tokenferry.errors import TokenferryError
 from tokenferry.rail import Parts, RailError
+from tokenferry.rail.notices import Notices
 from tokenferry.topology import Topology
 
 _LONGEST = 365 * 86400.0
@@ -61,13 +62,15 @@ class ProcessGroupRail:
         self._timeout = timedelta(seconds=min(timeout, _LONGEST))
         self._unfinished: deque[PostedTransfer] = deque()
         self._waiter: _Waiter | None = None
+        self._notices: Notices | None = None
         store = _get_default_store()
         if store is None:
             raise TokenferryError("a rail needs the store of torch.distributed, which this default group has not")
         try:
-            self._group: Any = ProcessGroupGloo(
-                PrefixStore(key, store), topology.node, topology.num_nodes, self._timeout
-            )
+            place = PrefixStore(key, store), topology.node, topology.num_nodes, self._timeout
+            self._group: Any = ProcessGroupGloo(*place)
+            if topology.num_nodes > 2:
+                self._notices = Notices(*place)
         except RuntimeError as error:
             raise TokenferryError(f"no rail between ranks {topology.rail}: {error}") from error
         _rails.add(self)
@@ -92,9 +95,17 @@ class ProcessGroupRail:
                 self.bytes_sent += part.numel()
         return transfer
 
+    def gives_up(self, nodes: Sequence[int], timed_out: bool, reason: str, is_lost: bool = False) -> RailError:
+        """What to raise; the others are told. See :meth:`tokenferry.rail.notices.Notices.failure`."""
+        if self._notices is None:
+            return RailError(nodes, timed_out, reason)
+        return self._notices.failure(nodes, timed_out, reason, is_lost)
+
     def close(self, is_stuck: bool = False) -> None:
         """See :meth:`tokenferry.rail.Rail.close`."""
         self._group = None
+        if self._notices is not None:
+            self._notices.close()
         for transfer in list(self._unfinished):
             transfer.abandon()
         self._unfinished.clear()
@@ -134,7 +145,8 @@ class ProcessGroupRail:
 
     def leave_to_the_parent(self) -> None:
         """In a forked child: this rail is not its own."""
-        _inherited.append((self._group, [transfer.works() for transfer in self._unfinished]))
+        held = None if self._notices is None else self._notices.held()
+        _inherited.append((self._group, [transfer.works() for transfer in self._unfinished], held))
         self._group = self._waiter = None
         self._unfinished.clear()
 
@@ -163,7 +175,7 @@ class PostedTransfer:
         Raises:
             RailError: the connection to the node is broken.
         """
-        self._receives.setdefault(node, []).append(_begun(self._rail.group().recv, part, node))
+        self._receives.setdefault(node, []).append(self._begun(self._rail.group().recv, part, node))
 
     def send(self, node: int, part: torch.Tensor) -> None:
         """Begin to send bytes to a node.
@@ -171,7 +183,7 @@ class PostedTransfer:
         Raises:
             RailError: the connection to the node is broken.
         """
-        self._sends.append((node, [_begun(self._rail.group().send, part, node)], part))
+        self._sends.append((node, [self._begun(self._rail.group().send, part, node)], part))
 
     def wait(self, node: int) -> None:
         """See :meth:`tokenferry.rail.Transfer.wait`."""
@@ -222,9 +234,19 @@ class PostedTransfer:
         if reason:
             self.abandon()
             if seconds > 0.9 * self._seconds:
-                raise RailError([node], True, f"no sign of life for {seconds:.1f} s")
-            raise RailError([node], False, reason)
+                raise self._rail.gives_up([node], True, f"no sign of life for {seconds:.1f} s")
+            raise self._rail.gives_up([node], False, reason, is_lost=True)
         self._check()
+
+    def _begun(
+        self, operation: Callable[[list[torch.Tensor], int, int], dist.Work], part: torch.Tensor, node: int
+    ) -> dist.Work:
+        try:
+            return operation([part], node, 0)
+        except RuntimeError as error:
+            reason = first_line(error)
+        del operation  # a method of the group: the error's frames would keep its connections
+        raise self._rail.gives_up([node], False, reason, is_lost=True)
 
 
 class _Waiter:
@@ -274,17 +296,6 @@ def _serve(
             reason = first_line(error)
         del job, work, works
         answers.put(reason)
-
-
-def _begun(
-    operation: Callable[[list[torch.Tensor], int, int], dist.Work], part: torch.Tensor, node: int
-) -> dist.Work:
-    try:
-        return operation([part], node, 0)
-    except RuntimeError as error:
-        reason = first_line(error)
-    del operation  # a method of the group: the error's frames would keep its connections
-    raise RailError([node], False, reason)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
