@@ -20,7 +20,7 @@ def run(
     pool_of(len(LAYOUTS[layout])).run(check_nodes, layout, case, chunk, num_nvl_bytes, exact)
 
 
-@pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x1", "3x1", "2x2", "3x2", "3x4"))
+@pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x1", "3x1", "2x2", "3x2", "2x4", "3x4", "2x8"))
 def test_layouts(pool_of: PoolOf, layout: str) -> None:
     run(pool_of, layout, Case(tokens=(9, 30, 0, 17), num_topk=4, bias="two", spare_rows=3))
 

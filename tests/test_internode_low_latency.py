@@ -21,7 +21,7 @@ from tokenferry.rail import RailError
 from tokenferry.rail.process_group import ProcessGroupRail
 
 
-@pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x2", "3x2", "3x1", "2x4"))
+@pytest.mark.parametrize("layout", but_slow(LAYOUTS, "2x2", "3x2", "3x1", "2x4", "3x4", "2x8"))
 def test_layouts(pool_of: PoolOf, layout: str) -> None:
     cases = [Case(tokens=(4, 0, 7, 1), spare=2, format=name, num_topk=4) for name in FORMATS]
     pool_of(len(LAYOUTS[layout])).run(check_nodes, layout, cases)
