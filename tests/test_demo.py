@@ -162,8 +162,8 @@ def test_traces_agree_only_within_the_tolerance() -> None:
     [
         (["--ranks", "0"], "got 0; allowed: 1 to"),
         (["--ranks", "100000"], "got 100000; allowed: 1 to"),
-        (["--steps", "x"], "invalid"),
-        (["--seed", "-1"], "-1 is negative"),
+        (["--steps", "x"], "got x; allowed: whole numbers from 1 on"),
+        (["--seed", "-1"], "got -1; allowed: whole numbers from 0 on"),
     ],
 )
 def test_wrong_options_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,7 @@ from tokenferry.cli.bench_report import (
     results_of,
 )
 from tokenferry.cli.needs import need_folder, need_gpu
+from tokenferry.cli.options import number_of_ranks, positive, positive_number
 from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.config import ALIGNMENT
 from tokenferry.modes.inputs import MAX_TOPK, ROW_ALIGNMENT
@@ -80,21 +81,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape.add_argument(
         "--ranks",
-        type=_positive,
+        type=number_of_ranks,
         help=f"processes to start (default {_DEFAULT_RANKS}, with cuda one per GPU; more of them share GPUs)",
     )
     shape.add_argument(
         "--nodes",
-        type=_positive,
+        type=positive,
         default=1,
         help="groups of ranks that count as nodes, joined by TCP; with cuda by NCCL's network (default 1)",
     )
     size = shape.add_mutually_exclusive_group()
-    size.add_argument("--tokens", type=_positive, nargs="+", help=f"of each rank (default {_DEFAULT_TOKENS})")
-    size.add_argument("--mb", type=_positive, nargs="+", help="rows of each rank in MiB, instead of --tokens")
-    shape.add_argument("--hidden", type=_positive, default=7168, help="elements of a row (default 7168)")
-    shape.add_argument("--topk", type=_positive, default=8, help="distinct experts of a token (default 8)")
-    shape.add_argument("--experts", type=_positive, default=256, help="of all ranks (default 256)")
+    size.add_argument("--tokens", type=positive, nargs="+", help=f"of each rank (default {_DEFAULT_TOKENS})")
+    size.add_argument("--mb", type=positive, nargs="+", help="rows of each rank in MiB, instead of --tokens")
+    shape.add_argument("--hidden", type=positive, default=7168, help="elements of a row (default 7168)")
+    shape.add_argument("--topk", type=positive, default=8, help="distinct experts of a token (default 8)")
+    shape.add_argument("--experts", type=positive, default=256, help="of all ranks (default 256)")
     shape.add_argument(
         "--dtype",
         choices=list(DTYPES),
@@ -107,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape.add_argument("--seed", type=int, default=0, help="of rows and routing (default 0)")
     run = parser.add_argument_group("what to run")
-    bench_low_latency.add_arguments(run, _positive)
+    bench_low_latency.add_arguments(run)
     run.add_argument(
         "--modes",
         choices=list(ALL_MODES),
@@ -138,10 +139,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = run.add_mutually_exclusive_group()
     budget.add_argument(
         "--seconds",
-        type=_seconds,
+        type=positive_number,
         help=f"for each case and contender, not in low latency (default {_DEFAULT_SECONDS})",
     )
-    budget.add_argument("--iterations", type=_positive, help="timed calls of each case and contender")
+    budget.add_argument("--iterations", type=positive, help="timed calls of each case and contender")
     run.add_argument(
         "--baseline", action=argparse.BooleanOptionalAction, default=True, help=f"run {BASELINE} too (default: yes)"
     )
@@ -421,22 +422,6 @@ def _need(module: str) -> ModuleType:
 
 
 # Types of arguments.
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a positive whole number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number of seconds above 0")
-    return seconds
 
 
 def _size(text: str) -> int:

@@ -53,6 +53,7 @@ from tokenferry.cli.bench_operators import OPERATORS
 from tokenferry.cli.bench_report import origin_of
 from tokenferry.cli.mps import MpsError, sharing_gpus
 from tokenferry.cli.needs import need_gpu
+from tokenferry.cli.options import positive
 from tokenferry.cli.ranks import RankError, RankPool
 
 HIGH_THROUGHPUT = "high-throughput"
@@ -65,12 +66,11 @@ CONTENDERS = {"operators": OPERATORS, "wait-statistics": WAIT_STATISTICS}
 _FEWEST_RANKS = 2
 
 
-def add_arguments(group: Any, positive: Callable[[str], int]) -> None:
+def add_arguments(group: Any) -> None:
     """Declare the choice of the mode, and the arguments of this one.
 
     Args:
         group: of arguments.
-        positive: the type of a positive whole number.
     """
     group.add_argument(
         "--mode",

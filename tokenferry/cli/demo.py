@@ -17,7 +17,8 @@ import torch
 from tokenferry.cli.demo_model import Corpus, Settings
 from tokenferry.cli.demo_train import TOLERANCE, Report, train, train_dense
 from tokenferry.cli.needs import need_folder
-from tokenferry.cli.ranks import RankError, RankPool, number_of_ranks
+from tokenferry.cli.options import natural, number_of_ranks, positive
+from tokenferry.cli.ranks import RankError, RankPool
 
 _MIN_EXPERTS = 8
 _THREADS = 1
@@ -36,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(fail=parser.error)
     parser.add_argument("--ranks", type=number_of_ranks, default=4, help="processes to start (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=_positive, default=Settings().steps, help="training steps (default: %(default)s)"
+        "--steps", type=positive, default=Settings().steps, help="training steps (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=_natural, default=0, help="of parameters, batches and the sample (default: %(default)s)"
+        "--seed", type=natural, default=0, help="of parameters, batches and the sample (default: %(default)s)"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("demo-out"), help="folder for the picture (default: %(default)s)"
@@ -159,17 +160,3 @@ def _learned(report: Report, baselines: dict[str, float]) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join("  | " + line for line in text.splitlines())
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number

@@ -21,6 +21,7 @@ from tokenferry.cli.doctor_checks import Finding, Level, look_around
 from tokenferry.cli.doctor_live import live
 from tokenferry.cli.doctor_selftest import self_test
 from tokenferry.cli.needs import need_folder, need_gpu
+from tokenferry.cli.options import number_of_ranks, positive_number
 from tokenferry.cli.ranks import RankError
 
 _WIDTH = 118
@@ -36,15 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.set_defaults(fail=parser.error)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--ranks", type=_positive, default=4, help="processes to start (default: %(default)s)")
+    parser.add_argument("--ranks", type=number_of_ranks, default=4, help="processes to start (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=_seconds, default=5.0, help="of the self-test, or of --live (default: %(default)s)"
+        "--seconds", type=positive_number, default=5.0, help="of the self-test, or of --live (default: %(default)s)"
     )
     parser.add_argument("--no-self-test", action="store_true", help="only look, start no ranks")
     parser.add_argument("--live", action="store_true", help="show how a slow rank is found, on local ranks")
     live = _OF_LIVE
     parser.add_argument("--slow", type=int, help=f"with --live: the slow rank; -1: none (default: {live['slow']})")
-    parser.add_argument("--delay", type=_seconds, help=f"with --live: its delay, in ms (default: {live['delay']})")
+    parser.add_argument(
+        "--delay", type=positive_number, help=f"with --live: its delay, in ms (default: {live['delay']})"
+    )
     devices = ("cpu", "cuda")
     parser.add_argument("--device", choices=devices, help=f"with --live: of the ranks (default: {live['device']})")
     parser.add_argument(
@@ -135,17 +138,3 @@ def _live(args: argparse.Namespace) -> int:
     else:
         print(f"\n{report}" + (f"\n\npicture: {picture}" if picture else ""))
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text}: a number above 0")
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -27,8 +26,6 @@ import torch
 import torch.distributed as dist
 
 _GRACE_SECONDS = 5.0
-_MOST_RANKS = 64
-"""That a command starts, where there are not more than a quarter as many cores."""
 _COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
 
@@ -44,22 +41,6 @@ class RankError(RuntimeError):
         super().__init__("\n".join(f"rank {rank} failed: {failures[rank]}" for rank in sorted(failures)))
         self.failures = failures
         self.results = results
-
-
-def number_of_ranks(text: str) -> int:
-    """An option's value: processes of this machine, so many as it may start without being lost in them.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    most = max(_MOST_RANKS, 4 * (os.cpu_count() or 1))
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if not 1 <= value <= most:
-        raise argparse.ArgumentTypeError(f"got {text}; allowed: 1 to {most} processes on this machine")
-    return value
 
 
 class RankPool:

@@ -31,7 +31,8 @@ from tokenferry.cli.bench_machine import (
 )
 from tokenferry.cli.mps import MpsError, sharing_gpus
 from tokenferry.cli.needs import need_folder, need_gpu
-from tokenferry.cli.ranks import RankError, RankPool, number_of_ranks
+from tokenferry.cli.options import number_of_ranks, positive, positive_number
+from tokenferry.cli.ranks import RankError, RankPool
 from tokenferry.cli.soak_memory import MOST_GROWTH, Look, late_growth
 from tokenferry.cli.soak_ranks import Report, Settings, soak
 
@@ -50,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: to declare them on.
     """
     parser.set_defaults(fail=parser.error)
-    parser.add_argument("--minutes", type=_positive_number, default=1.0, help="how long (default: %(default)s)")
+    parser.add_argument("--minutes", type=positive_number, default=1.0, help="how long (default: %(default)s)")
     parser.add_argument("--ranks", type=number_of_ranks, default=4, help="processes to start (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument(
-        "--tokens", type=_positive, default=300, help="most tokens of a rank in an operation (default: %(default)s)"
+        "--tokens", type=positive, default=300, help="most tokens of a rank in an operation (default: %(default)s)"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and open files over time (a PNG file)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the page and what was drawn (a JSON file)")
@@ -246,17 +247,3 @@ def summary(settings: Settings, reports: Sequence[Report], leaks: Sequence[Leak]
 
 def _table(counts: Counter[str]) -> list[str]:
     return [f"  {name:<34}{count}" for name, count in sorted(counts.items())]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return value
-
-
-def _positive_number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: a number above 0")
-    return value
