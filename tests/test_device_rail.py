@@ -17,7 +17,7 @@ from tests.cases import wait_for
 from tests.conftest import PoolOf
 from tokenferry.cli.ranks import RankPool
 from tokenferry.errors import TokenferryError
-from tokenferry.rail import RailError, device_rail
+from tokenferry.rail import RailError, device_rail, notices
 from tokenferry.rail.device_rail import _KEPT, DeviceRail
 from tokenferry.rail.nccl import GroupTransport, _errors_left_to_us, nccl_rail
 from tokenferry.rail.process_group import ProcessGroupRail
@@ -180,7 +180,8 @@ def test_deadline(pool_of: PoolOf) -> None:
 
 def _one_silent(rank: int, num_ranks: int, key: str, settles: bool) -> tuple[int, ...]:
     """Rank 1 does not come. The others cannot see by the exchange that it is this one."""
-    rail, _ = rail_of(rank, num_ranks, key, True, timeout=1.0)
+    with mock.patch.multiple(notices, _GRACE_SHARE=1.0, _MOST_GRACE_SECONDS=2.0):
+        rail, _ = rail_of(rank, num_ranks, key, True, timeout=2.0)
     dist.barrier()
     nodes: tuple[int, ...] = ()
     if rank != 1:

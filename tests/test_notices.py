@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,31 +14,34 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from tests.conftest import PoolOf
-from tokenferry.rail import RailError
+from tokenferry.rail import RailError, notices
 from tokenferry.rail.notices import Notices
 from tokenferry.rail.process_group import ProcessGroupRail
 from tokenferry.topology import Topology
 
-TIMEOUT = timedelta(seconds=8)
-GRACE = 0.05 * 8
+GRACE = 1.5
+"""Seconds."""
+PATIENT: dict[str, Any] = {"_GRACE_SHARE": 1.0, "_MOST_GRACE_SECONDS": GRACE, "_GRACE_SECONDS_IF_LOST": GRACE}
+"""More than the library has: here machines are busy."""
 
 
 def _give_up(
     rank: int, num_ranks: int, key: str, waits: dict[int, Sequence[int]], order: Sequence[int], is_lost: bool
 ) -> tuple[list[int], bool, str, float]:
-    """Ranks of ``order`` give up, one after the other, because of those they waited for; of ``None``, they let go."""
-    notices = Notices(PrefixStore(key, _get_default_store()), rank, num_ranks, TIMEOUT)
+    """Ranks of ``order`` give up in turn, because of those they waited for; who waited for none lets go."""
     result: tuple[list[int], bool, str, float] = [], False, "", 0.0
+    with mock.patch.multiple(notices, **PATIENT):
+        told = Notices(PrefixStore(key, _get_default_store()), rank, num_ranks, timedelta(seconds=GRACE))
+        dist.barrier()
+        time.sleep(0.05 * order.index(rank) if rank in order else 0.0)
+        if waits.get(rank):
+            began = time.monotonic()
+            error = told.failure(waits[rank], not is_lost, "as it was", is_lost)
+            result = list(error.nodes), error.timed_out, str(error), time.monotonic() - began
+        elif rank in order:
+            told.close()
     dist.barrier()
-    time.sleep(0.05 * order.index(rank) if rank in order else 0.0)
-    if waits.get(rank):
-        began = time.monotonic()
-        error = notices.failure(waits[rank], not is_lost, "as it was", is_lost)
-        result = list(error.nodes), error.timed_out, str(error), time.monotonic() - began
-    elif rank in order:
-        notices.close()
-    dist.barrier()
-    notices.close()
+    told.close()
     return result
 
 
@@ -67,7 +72,7 @@ def test_who_is_to_blame(
         if rank in waits:
             assert timed_out != is_lost
             assert (reason == "as it was") == (set(nodes) <= set(waits[rank]))
-            assert seconds < GRACE + 0.3
+            assert seconds < GRACE + 1.0
 
 
 def _waits(rank: int, num_ranks: int, key: str, waits_for: int) -> tuple[list[int], bool, str]:
@@ -77,6 +82,7 @@ def _waits(rank: int, num_ranks: int, key: str, waits_for: int) -> tuple[list[in
     result: tuple[list[int], bool, str] = [], False, ""
     if rank in (0, 2):
         node = 2 if rank == 0 else waits_for
+        time.sleep(0.5 if rank == 0 else 0.0)  # so that it is later, though machines are busy
         with pytest.raises(RailError) as caught:
             rail.post({}, {node: [torch.empty(4)]}).wait(node)
         result = list(caught.value.nodes), caught.value.timed_out, str(caught.value)
