@@ -270,7 +270,7 @@ def test_deadline_that_no_host_waits_for(pool_of: PoolOf, has_setting: bool) -> 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError])
 def test_deadlines_are_kept_after_a_thread_that_did_not_start(raised: type[BaseException]) -> None:
     missed: list[tuple[Any, str]] = []
-    watch = Watch(0.05, lambda nodes, reason: missed.append((nodes, reason)), contextlib.nullcontext)
+    watch = Watch(0.05, lambda nodes, reason: missed.append((nodes, reason)), contextlib.nullcontext, list)
     with mock.patch.object(threading.Thread, "start", side_effect=raised), pytest.raises(raised):
         watch.add(Watched(Never(), [1], [], time.monotonic()))
     assert watch._thread is None
@@ -376,7 +376,7 @@ def test_a_watch_is_not_idle_behind_a_failure() -> None:
     """Neither once a late exchange is forgotten, nor once a marker could not be asked."""
     for marker, missed in ((Never(), 1), (Broken(), 0)):
         calls: list[bool] = []
-        watch = Watch(0.0, lambda *_, calls=calls: calls.append(watch.is_idle), contextlib.nullcontext)  # noqa: B023
+        watch = Watch(0.0, lambda *_, calls=calls: calls.append(watch.is_idle), contextlib.nullcontext, list)  # noqa: B023
         assert watch.is_idle
         watch.add(Watched(marker, [1], [], time.monotonic() - 1))
         deadline = time.monotonic() + 10

@@ -17,18 +17,21 @@ import torch.distributed as dist
 from tests import played_gpu
 from tests.cases import TIMEOUT, Case, Scenario, check_works, named_segments, segments
 from tests.conftest import PoolOf
+from tests.internode_cases import LAYOUTS, NodeScenario
 from tokenferry import Buffer, PeerTimeoutError, TokenferryError
 from tokenferry import buffer as buffer_module
 from tokenferry.construction import timeout_seconds
 from tokenferry.topology import Topology
 
 
-def _changed_defaults(rank: int, num_ranks: int, dtype: torch.dtype, device: str) -> None:
-    scenario = Scenario(Case(tokens=(9, 4), bias="two", spare_rows=3), rank, num_ranks)
+def _changed_defaults(rank: int, num_ranks: int, dtype: torch.dtype, device: str, layout: str) -> None:
+    case = Case(tokens=(9, 4), bias="two", spare_rows=3)
+    scenario = NodeScenario(case, rank, layout) if layout else Scenario(case, rank, num_ranks)
+    node = LAYOUTS[layout][rank] if layout else None
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
     try:
-        with Buffer(dist.group.WORLD, 4096, timeout=TIMEOUT) as buffer:
+        with Buffer(dist.group.WORLD, 4096, timeout=TIMEOUT, node=node) as buffer:
             result = scenario.dispatch(buffer)
             worst = scenario.dispatch(buffer, num_worst_tokens=100)
             combined = buffer.combine(
@@ -48,9 +51,10 @@ def _changed_defaults(rank: int, num_ranks: int, dtype: torch.dtype, device: str
     scenario.check_cached(cached)
 
 
+@pytest.mark.parametrize("layout", ["", "3x1"])
 @pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "meta")], ids=str)
-def test_changed_defaults_do_no_harm(pool_of: PoolOf, dtype: torch.dtype, device: str) -> None:
-    pool_of(2).run(_changed_defaults, dtype, device)
+def test_changed_defaults_do_no_harm(pool_of: PoolOf, dtype: torch.dtype, device: str, layout: str) -> None:
+    pool_of(3 if layout else 2).run(_changed_defaults, dtype, device, layout)
 
 
 def _noise(rank: int, num_ranks: int) -> None:

@@ -342,9 +342,11 @@ def test_two_threads_with_a_buffer_each(pool_of: Any) -> None:
         assert results == [True] * 40
 
 
-def construct_in_inference_mode(rank: int, num_ranks: int) -> bool:
+def construct_in_inference_mode(rank: int, num_ranks: int, across: bool) -> bool:
+    """Also between nodes of one rank, where ranks tell each other that they let go."""
+    options = {"node": rank} if across else {}
     with torch.inference_mode():
-        buffer = make_buffer(num_rdma_bytes=128, low_latency_mode=True)
+        buffer = make_buffer(num_rdma_bytes=128, low_latency_mode=True, **options)
         inside = dispatch_once(buffer)
         buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True)
     outside = dispatch_once(buffer)
@@ -355,7 +357,8 @@ def construct_in_inference_mode(rank: int, num_ranks: int) -> bool:
 
 
 def test_buffer_made_in_inference_mode_works_outside_of_it(pool_of: Any) -> None:
-    assert all(pool_of(2).run(construct_in_inference_mode))
+    assert all(pool_of(2).run(construct_in_inference_mode, False))
+    assert all(pool_of(3).run(construct_in_inference_mode, True))
 
 
 def give_an_impossible_size(rank: int, num_ranks: int) -> list[str]:

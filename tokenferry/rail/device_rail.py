@@ -117,7 +117,7 @@ class DeviceRail:
         self._unfinished: deque[DeviceTransfer] = deque()
         self._failure: tuple[Sequence[int], str] | None = None
         self._was_captured = False
-        self.watch = Watch(timeout, self._miss, in_thread)
+        self.watch = Watch(timeout, self._miss, in_thread, words.answer)
         others = [node for node in range(topology.num_nodes) if node != topology.node]
         try:  # the first exchange connects all ranks, whoever has rows for whom later
             tokens = torch.zeros((2, topology.num_nodes, 16), dtype=torch.uint8, device=device)
@@ -206,15 +206,22 @@ class DeviceRail:
         """An exchange that no host waits for has missed its deadline."""
         transport = self._transport
         known = () if transport is None else transport.missing()
-        found = self._words.gives_up(known or nodes, True, reason)
-        self._failure = found.nodes, str(found)
-        self.abandon()
+        try:
+            found = self._words.gives_up(known or nodes, True, reason)
+            self._failure = found.nodes, str(found)
+        finally:
+            self.abandon()
 
     def gives_up(self, nodes: Sequence[int], timed_out: bool, reason: str) -> RailError:
         """What to raise, since an exchange with these nodes has failed. The rail is of no use any more."""
-        failure = self._words.gives_up(nodes, timed_out, reason)
-        self.abandon()
-        return failure
+        try:
+            return self._words.gives_up(nodes, timed_out, reason)
+        finally:
+            self.abandon()
+
+    def answer(self, nodes: Sequence[int]) -> None:
+        """See :meth:`tokenferry.rail.process_group.ProcessGroupRail.answer`."""
+        self._words.answer(nodes)
 
     def abandon(self) -> None:
         """Something has failed: end what is under way, wherever it is. The rail is of no use any more."""
@@ -318,6 +325,7 @@ class DeviceTransfer:
             now = time.monotonic()
             if ended is None and now - looked > _LOOK_FOR_ERRORS_EVERY:
                 looked = now
+                self._rail.answer(self._nodes)
                 ended = now if all(work.is_completed() for work in self._works) else None
             timed_out = now - started > self._seconds
             if timed_out or (ended is not None and now - ended > _GRACE_SECONDS):

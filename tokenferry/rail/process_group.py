@@ -15,10 +15,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -66,12 +66,15 @@ class ProcessGroupRail:
         store = _get_default_store()
         if store is None:
             raise TokenferryError("a rail needs the store of torch.distributed, which this default group has not")
+        started, self._group = time.monotonic(), cast(Any, None)
         try:
             place = PrefixStore(key, store), topology.node, topology.num_nodes, self._timeout
-            self._group: Any = ProcessGroupGloo(*place)
+            self._group = ProcessGroupGloo(*place)
             if topology.num_nodes > 2:
-                self._notices = Notices(*place)
+                left = timedelta(seconds=max(1.0, timeout - (time.monotonic() - started)))
+                self._notices = Notices(*place, patience=min(left, self._timeout))
         except RuntimeError as error:
+            self._group = None
             raise TokenferryError(f"no rail between ranks {topology.rail}: {error}") from error
         _rails.add(self)
 
@@ -95,17 +98,22 @@ class ProcessGroupRail:
                 self.bytes_sent += part.numel()
         return transfer
 
-    def gives_up(self, nodes: Sequence[int], timed_out: bool, reason: str, is_lost: bool = False) -> RailError:
+    def gives_up(self, nodes: Collection[int], timed_out: bool, reason: str, is_lost: bool = False) -> RailError:
         """What to raise; the others are told. See :meth:`tokenferry.rail.notices.Notices.failure`."""
         if self._notices is None:
-            return RailError(nodes, timed_out, reason)
+            return RailError(list(nodes), timed_out, reason)
         return self._notices.failure(nodes, timed_out, reason, is_lost)
+
+    def answer(self, nodes: Collection[int]) -> None:
+        """This rank waits for these nodes, here or elsewhere. See :meth:`tokenferry.rail.notices.Notices.answer`."""
+        if self._notices is not None:
+            self._notices.answer(nodes)
 
     def close(self, is_stuck: bool = False) -> None:
         """See :meth:`tokenferry.rail.Rail.close`."""
-        self._group = None
         if self._notices is not None:
-            self._notices.close()
+            self._notices.close()  # first: who finds the connection closed knows why
+        self._group = None
         for transfer in list(self._unfinished):
             transfer.abandon()
         self._unfinished.clear()
@@ -128,20 +136,27 @@ class ProcessGroupRail:
         with suppress(ValueError):  # a thread that closes the rail may be quicker
             self._unfinished.remove(transfer)
 
-    def wait(self, work: list[dist.Work]) -> str:
-        """Wait for the work in the list and take it out of there; returns why it failed, or nothing.
+    def wait(self, work: list[dist.Work], node: int) -> str:
+        """Wait for the work in the list, from a node, and take it out of there; returns why it failed, or nothing.
 
         In another thread, since Gloo's wait does not end for Ctrl-C.
         """
         self.group()
         waiter = self._waiter or _Waiter()
         self._waiter = None  # whose answer is not fetched is of no further use
-        reason = waiter.wait(work, self._timeout, self.meanwhile)
-        if self._group is None:
+        if self._notices is None:
+            reason = waiter.wait(work, self._timeout, self.meanwhile)
+        else:
+            reason = waiter.wait(work, self._timeout, lambda: self._answer_meanwhile(node), self._notices.grace)
+        if self._group is None or waiter.is_late:
             waiter.stop()
         else:
             self._waiter = waiter
         return reason
+
+    def _answer_meanwhile(self, node: int) -> None:
+        self.meanwhile()
+        self.answer([node])
 
     def leave_to_the_parent(self) -> None:
         """In a forked child: this rail is not its own."""
@@ -229,7 +244,7 @@ class PostedTransfer:
 
     def _wait(self, works: list[dist.Work], node: int) -> None:
         started = time.monotonic()
-        reason = self._rail.wait(works)
+        reason = self._rail.wait(works, node)
         seconds = time.monotonic() - started
         if reason:
             self.abandon()
@@ -255,20 +270,36 @@ class _Waiter:
     The thread ends when it is told to, or when nobody holds this object any more: Ctrl-C may come anywhere.
     """
 
+    is_late = False
+
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[list[dist.Work], timedelta] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_serve, args=(self._jobs, self._answers), daemon=True, name="rail").start()
 
-    def wait(self, work: list[dist.Work], timeout: timedelta, meanwhile: Callable[[], object]) -> str:
-        """Wait for the first work of the list, which goes from there; returns why it failed, or nothing."""
+    def wait(
+        self, work: list[dist.Work], timeout: timedelta, meanwhile: Callable[[], object], leave: float | None = None
+    ) -> str:
+        """Wait for the first work of the list, which goes from there; returns why it failed, or nothing.
+
+        Args:
+            work: of Gloo.
+            timeout: for it.
+            meanwhile: called now and then.
+            leave: seconds that the connections of this rank stay when the deadline has passed, in which the thread
+                waits on: Gloo would close them all, and this waiter serves no further work. None: Gloo does.
+        """
+        until = float("inf") if leave is None else time.monotonic() + timeout.total_seconds()
         try:
-            self._jobs.put((work, timeout))
+            self._jobs.put((work, timeout + timedelta(seconds=leave or 0.0)))
             while True:
                 try:
                     return self._answers.get(timeout=_MEANWHILE_EVERY)
                 except queue.Empty:
                     meanwhile()
+                if time.monotonic() > until:
+                    self.is_late = True
+                    return "no sign of life"
         except BaseException:
             self.stop()  # now: the exception may keep this object
             raise

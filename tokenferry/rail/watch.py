@@ -50,6 +50,7 @@ class Watch:
         seconds: that an exchange may take.
         give_up: called with the nodes of one that takes longer, and what it was.
         in_thread: entered by the thread; it goes without if that fails.
+        meanwhile: called now and then with the nodes of the exchange that is waited for.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class Watch:
         seconds: float,
         give_up: Callable[[Sequence[int], str], None],
         in_thread: Callable[[], AbstractContextManager[object]],
+        meanwhile: Callable[[Sequence[int]], None],
     ) -> None:
         self._seconds = seconds
         self._give_up = give_up
         self._in_thread = in_thread
+        self._meanwhile = meanwhile
         self._lock = threading.Lock()
         self._watched: deque[Watched] = deque()
         self._has_failed = False
@@ -114,11 +117,14 @@ class Watch:
                 late = self._watched.popleft()
                 self._watched.clear()
                 self._has_failed = True
+            nodes = self._watched[0].nodes if self._watched else ()
             goes_on = bool(self._watched) or now < self._stays_until
             if not goes_on:
                 self._thread = None
         if late is not None:
             self._give_up(late.nodes, f"no sign of life for {self._seconds:.1f} s")
+        elif nodes:
+            self._meanwhile(nodes)
         return goes_on
 
     def _is_done_with(self, exchange: Watched) -> bool:
