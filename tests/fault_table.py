@@ -29,7 +29,7 @@ def table() -> str:
     """In Markdown."""
     lines = [HEAD, ("---",) * len(HEAD)]
     for row, test in rows():
-        others = _raised(row.others)
+        others = _raised(row.others) + row.blames.value
         cells = ("; ".join(row.on), _raised(row.itself), others, row.within.value, row.after.value)
         lines.append((row.what, *cells, row.left.value, f"`{test}`"))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

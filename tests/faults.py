@@ -46,6 +46,13 @@ class Within(Enum):
         return 1.0 if self is Within.AT_ONCE else deadline + 1.0
 
 
+class Blames(Enum):
+    """Whom the others name."""
+
+    IT = ""
+    SOME_IT = "; some may name a node that waited for it"
+
+
 class After(Enum):
     """What ranks can do then."""
 
@@ -75,6 +82,7 @@ class Fault(NamedTuple):
     within: Within
     after: After
     left: Left
+    blames: Blames
 
 
 Test = Callable[..., None]
@@ -89,6 +97,7 @@ def fault(
     within: Within = Within.AT_ONCE,
     after: After,
     left: Left = Left.NOTHING,
+    blames: Blames = Blames.IT,
 ) -> Callable[[Test], Test]:
     """Mark a test as the one that shows what follows from a fault. It must use the fixture ``claims``.
 
@@ -101,9 +110,10 @@ def fault(
         after: what ranks can do then.
         left: what is there in the end that was not there before: names, mappings, files, threads, processes, locked
             memory.
+        blames: whom the others name.
     """
     itself, others = (kinds if isinstance(kinds, tuple) else (kinds,) for kinds in (itself, others))
-    row = Fault(what, tuple(on), itself, others, within, after, left)
+    row = Fault(what, tuple(on), itself, others, within, after, left, blames)
 
     def mark(test: Test) -> Test:
         names = list(inspect.signature(test).parameters)
@@ -270,7 +280,7 @@ class Claims:
             deadline: of the Buffer.
             delay: of the machine: time in which a rank may not have run does not count.
         """
-        row = self.row
+        row, names_it = self.row, []
         for rank, it in enumerate(seen):
             claimed = row.itself if rank in guilty else row.others
             if claimed is ENDED:
@@ -292,7 +302,9 @@ class Claims:
                 assert it.error is None or not it.available, f"rank {rank} goes on after {it.error!r}"
             blames = isinstance(it.error, PeerError) or type(it.error) is TokenferryError
             if blames and (rank not in guilty or len(guilty) == len(seen)):
-                assert any(_names(it.error, culprit) for culprit in guilty), f"rank {rank}: {it.error}"
+                names_it.append(any(_names(it.error, culprit) for culprit in guilty))
+                assert names_it[-1] or row.blames is not Blames.IT, f"rank {rank}: {it.error}"
+        assert any(names_it) or not names_it
         self.checks += 1
 
 
@@ -300,4 +312,9 @@ def _names(error: BaseException | None, culprit: int) -> bool:
     """Whether the error blames a rank: by its number, or those of all ranks of its node, and nobody else."""
     at_fault = getattr(error, "ranks", (culprit,))
     words = re.search(rf"\branks? (\d+, )*{culprit}\b", str(error)) is not None
-    return words and (culprit in at_fault or "gave up" in str(error) or "(ranks" in str(error))
+    nodes = re.findall(r"\(ranks ([\d, ]+)\)", str(error))
+    return (
+        words
+        and all(str(culprit) in ranks.split(", ") for ranks in nodes)
+        and (culprit in at_fault or "gave up" in str(error) or "(ranks" in str(error))
+    )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tests import network
 from tests.cases import Case, wait_for
 from tests.conftest import slow
-from tests.faults import After, Claims, Delays, Holdings, Seen, Within, fault
+from tests.faults import After, Blames, Claims, Delays, Holdings, Seen, Within, fault
 from tests.internode_cases import LAYOUTS, NodeScenario, check_nodes
 from tokenferry import Buffer, PeerLostError, PeerTimeoutError
 from tokenferry.cli.ranks import RankPool
@@ -132,6 +132,7 @@ def test_cut_link(claims: Claims, tmp_path: Path) -> None:
     others=(PeerTimeoutError, PeerLostError),
     within=Within.DEADLINE,
     after=After.ANEW,
+    blames=Blames.SOME_IT,
 )
 def test_cut_link_of_three(claims: Claims, tmp_path: Path) -> None:
     check_cut(claims, "3x2", 0, tmp_path / "begun")

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from tests.cases import wait_for
+from tests.cases import Case, wait_for
 from tests.conftest import PoolOf
+from tests.internode_cases import NodeScenario, make_buffer
 from tokenferry.cli.ranks import RankPool
 from tokenferry.rail import RailError, notices
 from tokenferry.rail.notices import Notices
@@ -183,3 +184,24 @@ def test_connections_that_gloo_makes_late() -> None:
     """They are there when ranks let go at a time: Gloo's end would wait for them."""
     with RankPool(3, 1) as pool:
         pool.run(_lazy)
+
+
+def _made_in_inference_mode(rank: int, num_ranks: int, key: str) -> list[int]:
+    """What was made there is used outside of it, also by threads."""
+    nodes: list[int] = []
+    with torch.inference_mode():
+        buffer = make_buffer(rank, "3x1", timeout=3.0)
+    scenario = NodeScenario(Case(tokens=(5,)), rank, "3x1")
+    scenario.check_dispatch(scenario.dispatch(buffer))
+    with torch.inference_mode():
+        told = _notices(rank, num_ranks, key)
+    if rank == 0:
+        nodes = list(told.failure([1], True, "late", False).nodes)
+    dist.barrier()
+    told.close()
+    buffer.destroy()
+    return nodes
+
+
+def test_rails_made_in_inference_mode(pool_of: PoolOf) -> None:
+    assert pool_of(3).run(_made_in_inference_mode, "inference") == [[1], [], []]
