@@ -205,3 +205,16 @@ def _made_in_inference_mode(rank: int, num_ranks: int, key: str) -> list[int]:
 
 def test_rails_made_in_inference_mode(pool_of: PoolOf) -> None:
     assert pool_of(3).run(_made_in_inference_mode, "inference") == [[1], [], []]
+
+
+def _endless(rank: int, num_ranks: int) -> None:
+    rail = ProcessGroupRail(Topology(rank, tuple(range(num_ranks))), "endless", float("inf"))
+    others = [other for other in range(num_ranks) if other != rank]
+    parts = {other: [torch.zeros(1)] for other in others}
+    rail.post({other: [torch.ones(1)] for other in others}, parts).finish()
+    assert all(bool(part == 1) for of_node in parts.values() for part in of_node)
+    rail.close()
+
+
+def test_no_deadline(pool_of: PoolOf) -> None:
+    pool_of(3).run(_endless)

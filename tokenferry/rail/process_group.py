@@ -31,6 +31,8 @@ from tokenferry.topology import Topology
 
 _LONGEST = 365 * 86400.0
 """Seconds; Gloo takes no endless deadline."""
+_LEAST_PATIENCE = timedelta(seconds=1)
+"""With ranks that have come already, where a rail is made."""
 MOST_UNFINISHED = 32
 """Exchanges that may be under way; a further one waits for the oldest, which somebody may have forgotten."""
 _MEANWHILE_EVERY = 0.002
@@ -71,8 +73,8 @@ class ProcessGroupRail:
             place = PrefixStore(key, store), topology.node, topology.num_nodes, self._timeout
             self._group = ProcessGroupGloo(*place)
             if topology.num_nodes > 2:
-                left = timedelta(seconds=max(1.0, timeout - (time.monotonic() - started)))
-                self._notices = Notices(*place, patience=min(left, self._timeout))
+                left = self._timeout - timedelta(seconds=time.monotonic() - started)
+                self._notices = Notices(*place, patience=max(left, min(self._timeout, _LEAST_PATIENCE)))
         except RuntimeError as error:
             self._group = None
             raise TokenferryError(f"no rail between ranks {topology.rail}: {error}") from error
@@ -144,19 +146,17 @@ class ProcessGroupRail:
         self.group()
         waiter = self._waiter or _Waiter()
         self._waiter = None  # whose answer is not fetched is of no further use
-        if self._notices is None:
-            reason = waiter.wait(work, self._timeout, self.meanwhile)
-        else:
-            reason = waiter.wait(work, self._timeout, lambda: self._answer_meanwhile(node), self._notices.grace)
+
+        def meanwhile() -> None:
+            self.meanwhile()
+            self.answer([node])
+
+        reason = waiter.wait(work, self._timeout, meanwhile, None if self._notices is None else self._notices.grace)
         if self._group is None or waiter.is_late:
             waiter.stop()
         else:
             self._waiter = waiter
         return reason
-
-    def _answer_meanwhile(self, node: int) -> None:
-        self.meanwhile()
-        self.answer([node])
 
     def leave_to_the_parent(self) -> None:
         """In a forked child: this rail is not its own."""
