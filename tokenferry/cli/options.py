@@ -12,17 +12,17 @@ _MOST_RANKS = 64
 
 def number_of_ranks(text: str) -> int:
     """Processes of this machine, so many as it may start without being lost in them."""
-    return _whole(text, 1, max(_MOST_RANKS, 4 * (os.cpu_count() or 1)), " processes on this machine")
+    return whole(text, 1, max(_MOST_RANKS, 4 * (os.cpu_count() or 1)), " processes on this machine")
 
 
 def positive(text: str) -> int:
     """A whole number, 1 or more."""
-    return _whole(text, 1)
+    return whole(text, 1)
 
 
 def natural(text: str) -> int:
     """A whole number, 0 or more."""
-    return _whole(text, 0)
+    return whole(text, 0)
 
 
 def positive_number(text: str) -> float:
@@ -36,11 +36,9 @@ def positive_number(text: str) -> float:
     return value
 
 
-def _whole(text: str, least: int, most: int | None = None, what: str = "") -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
+def whole(text: str, least: int, most: int | None = None, what: str = "") -> int:
+    """A whole number from ``least`` on, up to ``most``, of what it is."""
+    value = int(text) if text.isdecimal() else least - 1
     if value < least or (most is not None and value > most):
         allowed = f"whole numbers from {least} on" if most is None else f"{least} to {most}"
         raise argparse.ArgumentTypeError(f"got {text}; allowed: {allowed}{what}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenferry.cli import plan_check, plan_model
+from tokenferry.cli.options import whole
 from tokenferry.cli.plan_model import HIGH_THROUGHPUT, MODES, Operation, Plan
 from tokenferry.cli.plan_routing import DTYPES, MOST_CHUNKS, Machine, Shape
 from tokenferry.config import Config
@@ -72,9 +73,7 @@ def _number(group: Any, name: str, kind: type, default: float, what: str, metava
 
 
 def _chunks(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_CHUNKS:
-        raise argparse.ArgumentTypeError(f"got {text}; allowed: from 1 to {MOST_CHUNKS}")
-    return int(text)
+    return whole(text, 1, MOST_CHUNKS)
 
 
 def main(args: argparse.Namespace) -> int:

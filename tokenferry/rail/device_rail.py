@@ -208,7 +208,7 @@ class DeviceRail:
         known = () if transport is None else transport.missing()
         try:
             found = self._words.gives_up(known or nodes, True, reason)
-            self._failure = found.nodes, str(found)
+            self._failure = found.nodes, str(found)  # before the stream goes on
         finally:
             self.abandon()
 

@@ -43,7 +43,7 @@ class Notices:
         patience: how long the others are waited for now.
 
     A notice is int8 [num_nodes + 1]: 1 for each node that is to blame, then whether that missed the deadline or is
-    lost. The last element arrives last.
+    lost. The last element arrives last. That of this rank is what it has told.
 
     Raises:
         RuntimeError: some rank of the rail does not come.
@@ -56,7 +56,6 @@ class Notices:
         self._node = node
         self._others = [other for other in range(num_nodes) if other != node]
         self._lock = threading.Lock()
-        self._has_told = False
         with torch.inference_mode(False):
             notices = torch.full((num_nodes, num_nodes + 1), _NOT_YET, dtype=torch.int8, device="cpu")
             hellos = torch.zeros((num_nodes, 1), dtype=torch.int8, device="cpu")
@@ -99,7 +98,7 @@ class Notices:
 
     def answer(self, nodes: Collection[int]) -> None:
         """While this rank waits for these nodes, now and then: say so if one has given up because of another."""
-        if self._has_told or not (self._notices[:, -1] != _NOT_YET).any():
+        if self._has_heard(self._node) or not (self._notices[:, -1] != _NOT_YET).any():
             return
         if any(self._has_heard(other) and not self._notices[other, other] for other in self._others):
             self._tell(nodes, True)
@@ -121,9 +120,8 @@ class Notices:
     def _tell(self, nodes: Collection[int], timed_out: bool) -> None:
         """Once. A notice is so short that it is on its way when this returns, if there is a connection."""
         with self._lock:
-            if self._group is None or self._has_told:
+            if self._group is None or self._has_heard(self._node):
                 return
-            self._has_told = True
             own = self._notices[self._node]
             own[:] = 0
             own[list(nodes)] = 1
